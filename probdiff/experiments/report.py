@@ -1,0 +1,140 @@
+"""What a run reports: one table, the text around it, and its figures.
+
+A line of the table is a figure with its standard error, beside the ceiling that no correct program
+passes and the number that others published:
+
+    | row          | value            | unit           | ceiling | published |
+    |--------------|------------------|----------------|---------|-----------|
+    | K, test part | -0.1364 ± 0.0042 | bits per point | 0.1000  | –         |
+
+A standard error is given to two significant digits and its value to the same decimals; a value
+without one to four digits; what is absent is a dash. The same lines go to `table.json` unrounded.
+Times are no part of the table, so that a rerun with the same seed leaves the same table.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, SupportsFloat
+
+from matplotlib.figure import Figure
+
+_ABSENT = "–"
+
+
+class Row(NamedTuple):
+    """One figure of a report; None is what does not apply or is not known.
+
+    Attributes:
+        row: What was measured, and on what.
+        value: Its value.
+        se: Standard error of `value`, in `unit`, not negative.
+        unit: Unit, with the reference measure where `value` is a density.
+        ceiling: `value` of a perfect model, in `unit`.
+        published: What others report, in `unit`.
+    """
+
+    row: str
+    value: SupportsFloat | None
+    se: SupportsFloat | None = None
+    unit: str | None = None
+    ceiling: SupportsFloat | None = None
+    published: SupportsFloat | None = None
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table, aligned to be read as plain text too."""
+    lines = [("row", "value", "unit", "ceiling", "published")]
+    for row in rows:
+        cells = (
+            row.row,
+            _format_value(row.value, row.se),
+            _ABSENT if row.unit is None else row.unit,
+            _format_value(row.ceiling, None),
+            _format_value(row.published, None),
+        )
+        lines.append(tuple(cell.replace("|", r"\|") for cell in cells))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([texts[0], rule, *texts[1:]])
+
+
+def write_report(
+    out_dir: str | Path,
+    title: str,
+    rows: Sequence[Row],
+    *,
+    sections: Mapping[str, str] | None = None,
+    figures: Mapping[str, Figure] | None = None,
+) -> Path:
+    """Writes `report.md`, `table.json` and one PNG per figure, over what an earlier run left.
+
+    A number that is infinite or not a number is null in `table.json`, which has no word for it; the
+    table in `report.md` shows which it is.
+
+    Args:
+        out_dir: Folder of the run, made if absent.
+        title: Heading of the report.
+        rows: Lines of the table.
+        sections: Headings and their Markdown text, below the table.
+        figures: File names without ending, and what they show; linked at the end.
+
+    Returns:
+        Path of `report.md`.
+
+    Raises:
+        ValueError: If a figure's name is no plain file name.
+    """
+    figures = figures or {}
+    for name in figures:
+        if name != Path(name).name:
+            raise ValueError(f"figures must be named by plain file names; got {name!r}")
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    parts = [f"# {title}", format_table(rows)]
+    for heading, text in (sections or {}).items():
+        parts += [f"## {heading}", text.strip()]
+    for name, figure in figures.items():
+        figure.savefig(out_dir / f"{name}.png", dpi=150, bbox_inches="tight")
+        parts.append(f"![{name}]({name}.png)")
+    table = [{name: _to_json(field) for name, field in row._asdict().items()} for row in rows]
+    _write(out_dir / "table.json", json.dumps(table, indent=2, ensure_ascii=False, allow_nan=False))
+    return _write(out_dir / "report.md", "\n\n".join(parts))
+
+
+def _format_value(value: SupportsFloat | None, se: SupportsFloat | None) -> str:
+    if value is None:
+        return _ABSENT
+    value = float(value)
+    if se is None:
+        return _format_number(value)
+    se = float(se)
+    if not (math.isfinite(value) and math.isfinite(se) and se > 0):
+        return f"{_format_number(value)} ± {se:g}"
+    if not 1e-6 <= se < 1e6:
+        return f"{value:g} ± {se:.1e}"
+    decimals = max(0, 1 - math.floor(math.log10(se)))
+    return f"{value:.{decimals}f} ± {se:.{decimals}f}"
+
+
+def _format_number(value: float) -> str:
+    """Four significant digits, and all digits of a larger whole part."""
+    if value == 0:
+        return "0"
+    if not math.isfinite(value) or not 1e-4 <= abs(value) < 1e9:
+        return f"{value:.4g}"
+    return f"{value:.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
+
+
+def _to_json(field: str | SupportsFloat | None) -> str | float | None:
+    if field is None or isinstance(field, str):
+        return field
+    number = float(field)
+    return number if math.isfinite(number) else None
+
+
+def _write(path: Path, text: str) -> Path:
+    path.write_text(text + "\n", encoding="utf-8")
+    return path
