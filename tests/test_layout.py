@@ -18,6 +18,7 @@ ORDER = [
     "networks",
     "trajectories",
     "diffusion",
+    "storage",
     "elbo",
     "checkpoint",
     "batches",
