@@ -1,0 +1,42 @@
+"""Diffusion probabilistic models as NumPyro programs.
+
+The forward chain is a guide, the learned reverse chain a model; stock NumPyro trains, samples and
+scores them. Start at `Diffusion`.
+
+Source: Sohl-Dickstein et al. (2015), Deep Unsupervised Learning using Nonequilibrium
+Thermodynamics.
+"""
+
+from probdiff import datasets, diagnostics, networks, readouts, sample, schedules
+from probdiff.diffusion import Diffusion, Prior
+from probdiff.elbo import (
+    ImportanceTimes,
+    SampledTimeELBO,
+    StratifiedTimes,
+    UniformTimes,
+    track_kl,
+)
+from probdiff.kernels import GaussianKernel
+from probdiff.storage import load, save
+from probdiff.train import Fit, fit
+
+__all__ = [
+    "Diffusion",
+    "Fit",
+    "GaussianKernel",
+    "ImportanceTimes",
+    "Prior",
+    "SampledTimeELBO",
+    "StratifiedTimes",
+    "UniformTimes",
+    "datasets",
+    "diagnostics",
+    "fit",
+    "load",
+    "networks",
+    "readouts",
+    "sample",
+    "save",
+    "schedules",
+    "track_kl",
+]

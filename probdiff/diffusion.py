@@ -1,0 +1,441 @@
+"""`Diffusion`: a diffusion probabilistic model as two NumPyro programs, guide and model.
+
+    guide    x_1..x_T ~ q(· | x_0)                 the forward chain, nothing to learn but β
+    model    x_1..x_T ~ p(·),  x_0 ~ p(x_0 | x_1)   the learned reverse chain
+
+With guide and model in `SVI`, the ELBO is the bound of 2015 on log p(x_0), in nats and summed over
+examples (eqs. 10 to 12):
+
+    K = E_q [ log π(x_T) + Σ_t log p(x_{t−1} | x_t) − Σ_t log q(x_t | x_{t−1}) ].
+
+The guide has no trained density of its own, so for chains of bits too there is no score-function
+term to miss. `forward` and `reverse` are the two statements to use inside a larger program, under
+any plates, masks and scales; `model` and `guide` add a plate over examples around them.
+`model_by_step` and `guide_by_step` are the same pair with one site per level in the order of the
+bridge, q(x_T | x_0) ∏ q(x_s | x_t, x_0): with it `TraceMeanField_ELBO` computes each KL in closed
+form (eq. 14 before the entropies are taken out). It is slow to compile; meant for T up to about 50.
+
+Source: Sohl-Dickstein et al. (2015), sections 2.2 to 2.4.
+"""
+
+import contextlib
+import functools
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+from jaxtyping import Array, Bool, Float
+
+from probdiff import readouts, schedules
+from probdiff.kernels import GaussianKernel
+from probdiff.networks.binding import bind, example_inputs
+from probdiff.networks.radial_basis import output_shape
+from probdiff.trajectories import DataGivenFirst, ForwardTrajectory, ReverseTrajectory, first
+from probdiff.types import Network, Params, Step
+
+Data = Float[Array | np.ndarray, "..."]
+Mask = Bool[Array | np.ndarray, "..."]
+
+
+class Diffusion:
+    """A forward chain, a schedule and a network, as NumPyro programs."""
+
+    def __init__(
+        self,
+        kernel: GaussianKernel,
+        beta: np.ndarray | schedules.Learned | Any,
+        network: Network,
+        *,
+        event_shape: tuple[int, ...],
+        readout: readouts.GaussianReadout | None = None,
+        last_step: readouts.LastStep | None = None,
+        loc: Any = 0.0,
+        scale: Any = 1.0,
+        context_shape: tuple[int, ...] | None = None,
+        name: str = "x_0",
+    ):
+        """Define the model.
+
+        Args:
+            kernel: What one forward step does to one number.
+            beta: Rates β_1..β_T in (0, 1), shape `(T,)`, or `schedules.learned(beta)`.
+            network: `network(x_t, t)`, with x_t `(B, *event_shape)` and t int32 `(B,)` in 1..T,
+                returning `(B, *event_shape)`, the last axis doubled where the readout learns a
+                variance; `network(x_t, t, context)` where there is a `context_shape`.
+            event_shape: Shape of one example; `()` for a number.
+            readout: How the network's output becomes p(x_s | x_t); `Perturbation()` by default.
+            last_step: p(x_0 | x_1): `Tied()` by default, or `Learned()`.
+            loc: Subtracted from the data, broadcastable to `event_shape`.
+            scale: Then divided by; the chain runs on (x − loc)/scale, which should have second
+                moment near 1. `x_0` and every density stay in the user's units.
+            context_shape: Shape of one example's context, None where there is none.
+            name: Name of the data site; the trajectory is `name + "_trajectory"`, parameters begin
+                with it. Two models in one program need two names.
+
+        Raises:
+            ValueError: if an argument is out of range, the network keeps state, or its output has
+                another shape than the readout needs.
+        """
+        self.kernel, self.network, self.name = kernel, network, name
+        self.event_shape = tuple(event_shape)
+        self.context_shape = None if context_shape is None else tuple(context_shape)
+        self.readout = readouts.Perturbation() if readout is None else readout
+        self.last_step = readouts.Tied() if last_step is None else last_step
+        is_learned = isinstance(beta, schedules.Learned)
+        self.schedule = beta if is_learned else schedules.check_beta(beta)
+        self.loc, self.scale = self._check_units("loc", loc), self._check_units("scale", scale)
+        if not np.all(self.scale > 0):
+            raise ValueError(f"scale must be positive; got {scale}")
+        rates = beta.beta if is_learned else self.schedule
+        if self.readout.needs_signal and rates[-1] == 1:
+            raise ValueError(
+                f"readout {type(self.readout).__name__} divides by sqrt(alpha_bar_T); got a "
+                "schedule with beta_T = 1. Use Data, Velocity or Perturbation"
+            )
+        self._fixed_steps = None if is_learned else schedules.steps(self.schedule)
+        self._binding = bind(network, self.event_shape, self.context_shape)
+        self._check_network()
+
+    def __repr__(self) -> str:
+        return (
+            f"Diffusion({self.kernel}, T={self.T}, {type(self.network).__name__}, "
+            f"event_shape={self.event_shape}, {self.readout}, {self.last_step}, name={self.name!r})"
+        )
+
+    @property
+    def T(self) -> int:
+        """Number of steps."""
+        learned = isinstance(self.schedule, schedules.Learned)
+        return len(self.schedule.beta if learned else self.schedule)
+
+    @property
+    def trajectory_name(self) -> str:
+        """Name of the trajectory's site."""
+        return self.name + "_trajectory"
+
+    # statements, for anyone's program
+
+    def forward(self, x_0: Data, *, mask: Mask | None = None) -> Any:
+        """Statement of a guide: the trajectory x_1..x_T given data.
+
+        Args:
+            x_0: Data in the user's units, `(*plates, *event_shape)`; may be a latent of the guide.
+            mask: True where x_0 is observed, same shape; None where all of it is.
+
+        Returns:
+            The trajectory, `(*plates, T, *event_shape)`, on the scale of the chain.
+        """
+        self._check_data(x_0, mask)
+        return self._forward(self._steps(), x_0, mask)
+
+    def reverse(
+        self, x_0: Data | None = None, *, context: Any = None, mask: Mask | None = None
+    ) -> Any:
+        """Statement of a model: the trajectory from the reverse chain, then x_0 given x_1.
+
+        Args:
+            x_0: Observed data in the user's units, or None where x_0 is to be drawn.
+            context: Handed to the network, `(*plates, *context_shape)`.
+            mask: True where x_0 is observed, shape of x_0; the rest does not count.
+
+        Returns:
+            x_0, `(*plates, *event_shape)`, in the user's units.
+        """
+        self._check_data(x_0, mask)
+        self._check_context(context)
+        trajectory = self.reverse_trajectory(self._bound(), self._steps(), context, mask)
+        return self._reverse(trajectory, x_0, mask)
+
+    # programs over examples
+
+    def model(
+        self, x_0: Data | None = None, *, context: Any = None, mask: Mask | None = None
+    ) -> Any:
+        """The learned reverse chain: `reverse` in a plate "data" over the rows of x_0.
+
+        Without x_0 (and context) there is no plate: one example is drawn.
+        """
+        with self._plate(x_0, context):
+            return self.reverse(x_0, context=context, mask=mask)
+
+    def guide(
+        self, x_0: Data | None = None, *, context: Any = None, mask: Mask | None = None
+    ) -> Any:
+        """The forward chain: `forward` in a plate "data" over the rows of x_0."""
+        if x_0 is None:
+            raise ValueError("x_0 must be given to the guide, which starts at data; got None")
+        with self._plate(x_0, context):
+            return self.forward(x_0, mask=mask)
+
+    def model_by_step(self, x_0: Data | None = None, *, context: Any = None) -> Any:
+        """`model` with a site for every level, from x_T down; sites `name_trajectory_t`."""
+        self._check_data(x_0, None)
+        self._check_context(context)
+        trajectory = self.reverse_trajectory(self._bound(), self._steps(), context)
+        event_dim = len(self.event_shape)
+        with self._plate(x_0, context):
+            pi = self.kernel.stationary((*trajectory.batch_shape, *self.event_shape))
+            x = numpyro.sample(f"{self.trajectory_name}_{self.T}", pi.to_event(event_dim))
+            lead = x.shape[: x.ndim - event_dim]
+            for t in range(self.T, 1, -1):
+                p = trajectory.reverse_step(x, jnp.full(lead, t))
+                x = numpyro.sample(f"{self.trajectory_name}_{t - 1}", p.to_event(event_dim))
+            return numpyro.sample(self.name, self.data_given_first(trajectory, x), obs=x_0)
+
+    def guide_by_step(self, x_0: Data | None = None, *, context: Any = None) -> None:
+        """`guide` with a site for every level: q(x_T | x_0), then the bridge down to x_1."""
+        if x_0 is None:
+            raise ValueError("x_0 must be given to the guide, which starts at data; got None")
+        self._check_data(x_0, None)
+        event_dim, steps = len(self.event_shape), self._steps()
+        x_0_scaled = self.to_chain(x_0)
+        with self._plate(x_0, context):
+            q = self.kernel.marginal(x_0_scaled, steps.at(self.T, event_dim))
+            x = numpyro.sample(f"{self.trajectory_name}_{self.T}", q.to_event(event_dim))
+            for t in range(self.T, 1, -1):
+                q = self.kernel.bridge(x, x_0_scaled, steps.at(t, event_dim))
+                x = numpyro.sample(f"{self.trajectory_name}_{t - 1}", q.to_event(event_dim))
+
+    def prior(self, params: Params) -> "Prior":
+        """The trained model as a statement `prior()` for anyone's program, its parameters bound.
+
+        Raises:
+            ValueError: if parameters are missing, unknown or of another shape.
+        """
+        return Prior(self, params)
+
+    # pieces, for objectives, samplers and diagnostics
+
+    def bind(self, params: Params, *, context: Any = None, mask: Any = None):
+        """The reverse chain with parameters bound: (reverse trajectory, table of steps).
+
+        Raises:
+            ValueError: if parameters are missing, unknown or of another shape.
+        """
+        self.check_params(params)
+        self._check_context(context)
+        with numpyro.handlers.block(), numpyro.handlers.substitute(data=params):
+            network, steps = self._bound(), self._steps()
+        return self.reverse_trajectory(network, steps, context, mask), steps
+
+    def forward_trajectory(self, steps: Step, x_0: Data, mask: Any = None) -> ForwardTrajectory:
+        """q(x_1..x_T | x_0) for data in the user's units."""
+        x_0 = jnp.asarray(x_0) if mask is None else jnp.where(mask, x_0, self.loc)
+        return ForwardTrajectory(
+            self.kernel, steps, self.to_chain(x_0), len(self.event_shape), mask
+        )
+
+    def reverse_trajectory(
+        self, network: Any, steps: Step, context: Any = None, mask: Any = None
+    ) -> ReverseTrajectory:
+        """p(x_1..x_T) for a bound network."""
+        context_dim = len(self.context_shape or ())
+        return ReverseTrajectory(
+            self.kernel, steps, self.readout, network, self.event_shape, context, context_dim, mask
+        )
+
+    def data_given_first(
+        self, trajectory: ReverseTrajectory, x_1: Any, mask: Any = None
+    ) -> DataGivenFirst:
+        """p(x_0 | x_1) in the user's units."""
+        event_dim = len(self.event_shape)
+        t = jnp.ones(x_1.shape[: x_1.ndim - event_dim], jnp.int32)
+        step = trajectory.step_at(t)
+        base = self.last_step(self.kernel, lambda x, _: trajectory.reverse_step(x, t), x_1, step)
+        return DataGivenFirst(base, self.kernel.support, event_dim, self.loc, self.scale, mask)
+
+    def to_chain(self, x_0: Any) -> Any:
+        """(x_0 − loc) / scale."""
+        return (x_0 - self.loc) / self.scale
+
+    def from_chain(self, x: Any) -> Any:
+        """loc + scale · x."""
+        return x * self.scale + self.loc
+
+    @functools.cached_property
+    def params_template(self) -> Params:
+        """Shapes and dtypes of the parameters, by site name."""
+
+        def trace(key: Array) -> Params:
+            with numpyro.handlers.trace() as sites, numpyro.handlers.seed(rng_seed=key):
+                self._bound(), self._steps()
+            return {name: s["value"] for name, s in sites.items() if s["type"] == "param"}
+
+        return jax.eval_shape(trace, jax.random.key(0))
+
+    def check_params(self, params: Params) -> None:
+        """Raise a `ValueError` that names what is missing, unknown or of another shape."""
+        if not isinstance(params, dict):
+            raise ValueError(f"params must be a dict by site name; got {type(params).__name__}")
+        expected = _leaves(self.params_template)
+        given = _leaves(params)
+        missing, unknown = (
+            sorted(expected.keys() - given.keys()),
+            sorted(given.keys() - expected.keys()),
+        )
+        if missing or unknown:
+            raise ValueError(
+                f"params must hold exactly the parameters of {self.name!r}; "
+                f"missing: {missing or 'none'}, unknown: {unknown or 'none'}"
+            )
+        for path, leaf in expected.items():
+            if np.shape(given[path]) != leaf.shape:
+                raise ValueError(
+                    f"params{path} must have shape {leaf.shape}; got {np.shape(given[path])}"
+                )
+
+    # private
+
+    def _bound(self) -> Any:
+        """The network with its parameters, taken from the site `name_network$params`."""
+        init, apply = self._binding
+        if init is None:
+            return jax.tree_util.Partial(apply, None)
+        return jax.tree_util.Partial(apply, numpyro.param(f"{self.name}_network$params", init))
+
+    def _steps(self) -> Step:
+        """Table of steps; the rates from the site `name_beta` where they are learned."""
+        if self._fixed_steps is None:
+            return schedules.steps(self.schedule(f"{self.name}_beta"))
+        return self._fixed_steps
+
+    def _forward(self, steps: Step, x_0: Any, mask: Any) -> Any:
+        return numpyro.sample(self.trajectory_name, self.forward_trajectory(steps, x_0, mask))
+
+    def _reverse(self, trajectory: ReverseTrajectory, x_0: Any, mask: Any) -> Any:
+        event_dim = len(self.event_shape)
+        x_1 = first(numpyro.sample(self.trajectory_name, trajectory), event_dim)
+        if x_0 is not None and np.shape(x_0) != x_1.shape:
+            raise ValueError(
+                f"x_0 must have the batch shape of the plates around it, "
+                f"{x_1.shape[: x_1.ndim - event_dim]}; got shape {np.shape(x_0)} with event_shape "
+                f"{self.event_shape}. Open a numpyro.plate for each batch axis"
+            )
+        return numpyro.sample(self.name, self.data_given_first(trajectory, x_1, mask), obs=x_0)
+
+    def _plate(self, x_0: Any, context: Any) -> Any:
+        shapes = {"x_0": (x_0, self.event_shape), "context": (context, self.context_shape)}
+        sizes = {}
+        for argument, (array, event_shape) in shapes.items():
+            if array is None:
+                continue
+            batch = np.shape(array)[: np.ndim(array) - len(event_shape or ())]
+            if len(batch) > 1:
+                raise ValueError(
+                    f"{argument} must have shape (N, *{event_shape}) or {event_shape}; got "
+                    f"{np.shape(array)}. For more plates use forward and reverse inside your own"
+                )
+            sizes[argument] = batch
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"x_0 and context must have the same number of rows; got {sizes}")
+        batch = next(iter(sizes.values()), ())
+        return numpyro.plate("data", batch[0]) if batch else contextlib.nullcontext()
+
+    def _check_units(self, argument: str, value: Any) -> np.ndarray:
+        value = np.asarray(value, np.float64)
+        try:
+            np.broadcast_to(value, self.event_shape)
+        except ValueError:
+            raise ValueError(
+                f"{argument} must be broadcastable to event_shape {self.event_shape}; "
+                f"got shape {value.shape}"
+            ) from None
+        if not np.isfinite(value).all():
+            raise ValueError(f"{argument} must be finite; got {value}")
+        return value.astype(np.float32) if not jax.config.jax_enable_x64 else value
+
+    def _check_network(self) -> None:
+        """Run the network on shapes alone and compare what comes with what the readout needs."""
+        T = getattr(self.network, "T", self.T)
+        if T != self.T:
+            raise ValueError(f"network must be made for T = {self.T} steps; got one for T = {T}")
+        inputs = example_inputs(self.event_shape, self.context_shape)
+
+        def call(key: Array) -> Any:
+            with numpyro.handlers.block(), numpyro.handlers.seed(rng_seed=key):
+                return self._bound()(*inputs)
+
+        out = jax.eval_shape(call, jax.random.key(0))
+        expected = (2, *output_shape(self.event_shape, self.readout.num_outputs))
+        if out.shape != expected:
+            raise ValueError(
+                f"network must return shape (B, {', '.join(map(str, expected[1:]))}) for "
+                f"{self.readout}; got (B, {', '.join(map(str, out.shape[1:]))})"
+            )
+
+    def _check_data(self, x_0: Any, mask: Any) -> None:
+        """Check what can be known before tracing: shapes always, values where they are concrete."""
+        if x_0 is None:
+            return
+        shape, event_dim = np.shape(x_0), len(self.event_shape)
+        if len(shape) < event_dim or shape[len(shape) - event_dim :] != self.event_shape:
+            raise ValueError(f"x_0 must have shape (..., *{self.event_shape}); got {shape}")
+        if not jnp.issubdtype(x_0.dtype, jnp.floating):
+            raise ValueError(f"x_0 must hold real numbers; got dtype {x_0.dtype}")
+        if mask is not None and np.shape(mask) != shape:
+            raise ValueError(f"mask must have the shape of x_0, {shape}; got {np.shape(mask)}")
+        if isinstance(x_0, jax.core.Tracer) or isinstance(mask, jax.core.Tracer):
+            return
+        values = np.asarray(x_0)
+        kept = values if mask is None else values[np.asarray(mask)]
+        if not np.isfinite(kept).all():
+            where = "" if mask is None else " where mask is True"
+            raise ValueError(
+                f"x_0 must be finite{where}; got {np.sum(~np.isfinite(kept))} values that are not"
+            )
+        self._warn_about_scale(values, mask)
+
+    def _warn_about_scale(self, values: np.ndarray, mask: Any) -> None:
+        """Warn where the data are far from the law N(0, 1) that the chain ends in."""
+        scaled = np.asarray(self.to_chain(values), np.float64)
+        scaled = scaled if mask is None else scaled[np.asarray(mask)]
+        rows = values.size // max(int(np.prod(self.event_shape)), 1)
+        if rows < 32:  # too few to speak of a moment
+            return
+        moment = float(np.mean(scaled**2))
+        if 0.5 <= moment <= 2:
+            return
+        rates = self.schedule.beta if self._fixed_steps is None else self.schedule
+        edges = float(np.prod(1 - rates) + rates[0])
+        correction = -0.5 * int(np.prod(self.event_shape)) * (moment - 1) * edges
+        warnings.warn(
+            f"x_0 has second moment {moment:.3g} after loc and scale, where the chain ends in 1: "
+            f"the entropy form of the bound (eq. 14) is off by {correction:.3g} nats per example, "
+            "and sampling starts from another law than the chain reaches. Pass loc= and scale=",
+            stacklevel=5,
+        )
+
+    def _check_context(self, context: Any) -> None:
+        if (context is None) != (self.context_shape is None):
+            raise ValueError(
+                f"context must be given exactly where context_shape is; got context "
+                f"{'None' if context is None else np.shape(context)} with context_shape "
+                f"{self.context_shape}"
+            )
+        if context is None:
+            return
+        shape, dim = np.shape(context), len(self.context_shape)
+        if len(shape) < dim or shape[len(shape) - dim :] != self.context_shape:
+            raise ValueError(f"context must have shape (..., *{self.context_shape}); got {shape}")
+
+
+class Prior:
+    """A trained diffusion as one statement of a program; made by `Diffusion.prior`."""
+
+    def __init__(self, diffusion: Diffusion, params: Params):
+        self.diffusion, self.params = diffusion, params
+        diffusion.check_params(params)
+
+    def __call__(self, *, context: Any = None) -> Any:
+        """Draw x_0 through its trajectory: sites `name_trajectory` and `name`, no parameters."""
+        trajectory, _ = self.diffusion.bind(self.params, context=context)
+        return self.diffusion._reverse(trajectory, None, None)
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """Leaves by their path, as text."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}

@@ -1,0 +1,6 @@
+"""Networks `network(x_t, t, context=None)`: flax.nnx modules that hold no probability."""
+
+from probdiff.networks.perceptron import Perceptron
+from probdiff.networks.radial_basis import RadialBasis
+
+__all__ = ["Perceptron", "RadialBasis"]

@@ -1,0 +1,117 @@
+"""One face for every kind of network: initial parameters, and a pure function of parameters.
+
+A program needs a network as `apply(params, x_t, t, context)` with `params` at a `numpyro.param`
+site. Where the parameters come from differs:
+
+    flax.nnx     the module carries them; everything else it carries must be static
+    flax.linen   `module.init(key, x_t, t)` makes them
+    equinox      the module is its own tree of arrays and takes one example at a time
+    function     nothing to train
+
+State that changes as the network runs (batch statistics, a dropout stream) is refused: a reverse
+chain calls the network in a scan, where such state cannot leave the loop.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen, nnx
+from jaxtyping import Array
+
+STATEFUL = (
+    "network must be stateless; got {kind} that keeps {what}. The reverse chain calls it inside a "
+    "scan: use LayerNorm, GroupNorm or RMSNorm, and no dropout or batch statistics"
+)
+
+
+class Binding(NamedTuple):
+    """A network split into what is trained and what is not."""
+
+    init: Any
+    """Initial parameters, or `init(key)` that makes them; None where nothing is trained."""
+    apply: Callable[..., Array]
+    """`apply(params, x_t, t, context)`."""
+
+
+def bind(network: Any, event_shape: tuple[int, ...], context_shape: tuple[int, ...] | None):
+    """Split any supported network into a `Binding`.
+
+    Raises:
+        ValueError: if the network keeps state, or cannot be called.
+    """
+    if isinstance(network, nnx.Module):
+        return _bind_nnx(network)
+    if isinstance(network, linen.Module):
+        return _bind_linen(network, event_shape, context_shape)
+    equinox = sys.modules.get("equinox")
+    if equinox is not None and isinstance(network, equinox.Module):
+        return _bind_equinox(network, equinox)
+    if callable(network):
+        return Binding(None, lambda _, *args: network(*_given(*args)))
+    raise ValueError(f"network must be callable as network(x_t, t); got {type(network).__name__}")
+
+
+def example_inputs(
+    event_shape: tuple[int, ...], context_shape: tuple[int, ...] | None, size: int = 2
+) -> tuple[Any, ...]:
+    """Zeros of the shapes a network is called with: x_t, t and, where there is one, context."""
+    x_t = jnp.zeros((size, *event_shape))
+    t = jnp.ones((size,), jnp.int32)
+    context = None if context_shape is None else jnp.zeros((size, *context_shape))
+    return x_t, t, context
+
+
+def _given(x_t: Array, t: Array, context: Array | None) -> tuple[Array, ...]:
+    return (x_t, t) if context is None else (x_t, t, context)
+
+
+def _bind_nnx(network: nnx.Module) -> Binding:
+    graph, params, rest = nnx.split(network, nnx.Param, ...)
+    kept = sorted({type(leaf).__name__ for _, leaf in nnx.to_flat_state(rest)})
+    if kept:
+        raise ValueError(
+            STATEFUL.format(kind=f"the nnx module {type(network).__name__}", what=", ".join(kept))
+        )
+
+    def apply(values: Any, *args: Any) -> Array:
+        state = jax.tree.map(lambda leaf: leaf, params)  # a copy: replacing works in place
+        nnx.replace_by_pure_dict(state, values)
+        return nnx.merge(graph, state)(*_given(*args))
+
+    return Binding(nnx.to_pure_dict(params), apply)
+
+
+def _bind_linen(
+    network: linen.Module, event_shape: tuple[int, ...], context_shape: tuple[int, ...] | None
+) -> Binding:
+    inputs = _given(*example_inputs(event_shape, context_shape))
+    shapes = jax.eval_shape(network.init, jax.random.key(0), *inputs)
+    kept = sorted(set(shapes) - {"params"})
+    if kept:
+        raise ValueError(
+            STATEFUL.format(kind=f"the linen module {type(network).__name__}", what=", ".join(kept))
+        )
+
+    def apply(values: Any, *args: Any) -> Array:
+        return network.apply({"params": values}, *_given(*args))
+
+    return Binding(lambda key: network.init(key, *inputs)["params"], apply)
+
+
+def _bind_equinox(network: Any, equinox: Any) -> Binding:
+    values, static = equinox.partition(network, equinox.is_inexact_array)
+
+    def apply(values: Any, *args: Any) -> Array:
+        return jax.vmap(equinox.combine(values, static))(*_given(*args))
+
+    return Binding(values, apply)
+
+
+def built_in_config(network: Any) -> dict[str, Any]:
+    """Arguments that rebuild a built-in network, read from its attributes of the same names."""
+    names = inspect.signature(type(network).__init__).parameters
+    return {name: getattr(network, name) for name in names if name not in ("self", "rngs")}

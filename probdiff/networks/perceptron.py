@@ -1,0 +1,81 @@
+"""A perceptron that knows the step by bump functions of time.
+
+    g_j(t) = exp(−(t − τ_j)²/2w²) / Σ_k exp(−(t − τ_k)²/2w²),    τ_j evenly spaced over 1..T
+
+with w the spacing of the centres τ. The bumps enter every layer, so that a layer's response may
+change smoothly with t while the number of parameters does not depend on T.
+
+Source of the bumps: Sohl-Dickstein et al. (2015), appendix D.2.1.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from probdiff.networks.radial_basis import output_shape
+
+
+class Perceptron(nnx.Module):
+    """Fully connected layers on the flattened example, with bump functions of time."""
+
+    def __init__(
+        self,
+        event_shape: tuple[int, ...],
+        width: int,
+        depth: int,
+        T: int,
+        *,
+        bumps: int = 10,
+        outputs: int = 2,
+        context_size: int = 0,
+        rngs: nnx.Rngs,
+    ):
+        """Make the network.
+
+        Args:
+            event_shape: Shape of one example.
+            width: Units per hidden layer.
+            depth: Number of hidden layers.
+            T: Number of steps over which the bumps are spread; the network serves no other T.
+            bumps: Number of bump functions.
+            outputs: 2 for a readout with learned variance, 1 for one without.
+            context_size: Numbers in one example's context; 0 where there is none.
+            rngs: Draws the initial weights.
+        """
+        self.event_shape, self.width, self.depth, self.T = tuple(event_shape), width, depth, T
+        self.bumps, self.outputs, self.context_size = bumps, outputs, context_size
+        size = math.prod(event_shape)
+        sizes = [size + context_size, *[width] * depth]
+        self.layers = nnx.List(
+            nnx.Linear(n + bumps, m, rngs=rngs) for n, m in zip(sizes, sizes[1:], strict=False)
+        )
+        self.readout = nnx.Linear(
+            width + bumps, outputs * size, kernel_init=nnx.initializers.zeros, rngs=rngs
+        )
+
+    def __call__(
+        self,
+        x_t: Float[Array, "B ..."],
+        t: Int[Array, " B"],
+        context: Float[Array, "B ..."] | None = None,
+    ) -> Float[Array, "B ..."]:
+        """Outputs `(B, *event_shape)`, the last axis `outputs` times as long."""
+        size = x_t.shape[0]
+        g = bump_functions(t, self.T, self.bumps).astype(x_t.dtype)
+        h = x_t.reshape(size, -1)
+        if context is not None:
+            h = jnp.concatenate([h, context.reshape(size, -1).astype(h.dtype)], -1)
+        for layer in self.layers:
+            h = jax.nn.silu(layer(jnp.concatenate([h, g], -1)))
+        out = self.readout(jnp.concatenate([h, g], -1))
+        return out.reshape(size, *output_shape(self.event_shape, self.outputs))
+
+
+def bump_functions(t: Int[Array, " B"], T: int, bumps: int) -> Float[Array, "B bumps"]:
+    """Bump functions g_j(t), which sum to 1."""
+    centres = jnp.linspace(1.0, T, bumps)
+    spacing = (T - 1) / max(bumps - 1, 1)
+    return jax.nn.softmax(-0.5 * ((t[:, None] - centres) / spacing) ** 2, axis=-1)

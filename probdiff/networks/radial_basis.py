@@ -1,0 +1,62 @@
+"""The 2015 network for toy data: normalised radial basis functions, a read-out per step.
+
+    h_j(x) = exp(−|x − c_j|² / 2w_j²) / Σ_k exp(−|x − c_k|² / 2w_k²),    output_t = A_t h(x) + b_t
+
+Centres c and widths w are shared by all steps and by both outputs; A_t and b_t belong to step t.
+
+Source: Sohl-Dickstein et al. (2015), appendix D.1.1.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+
+class RadialBasis(nnx.Module):
+    """One hidden layer of normalised radial basis functions with a linear read-out per step."""
+
+    def __init__(
+        self,
+        event_shape: tuple[int, ...],
+        width: int,
+        T: int,
+        *,
+        outputs: int = 2,
+        rngs: nnx.Rngs,
+    ):
+        """Make the network.
+
+        Args:
+            event_shape: Shape of one example.
+            width: Number of basis functions.
+            T: Number of steps; the network serves no other T.
+            outputs: 2 for a readout with learned variance, 1 for one without.
+            rngs: Draws the centres from N(0, 1), the law the chain ends in.
+        """
+        self.event_shape, self.width, self.T, self.outputs = tuple(event_shape), width, T, outputs
+        size = math.prod(event_shape)
+        self.centres = nnx.Param(jax.random.normal(rngs.params(), (width, size)))
+        self.log_widths = nnx.Param(jnp.zeros(width))
+        self.weights = nnx.Param(jnp.zeros((T, width, outputs * size)))
+        self.biases = nnx.Param(jnp.zeros((T, outputs * size)))
+
+    def __call__(
+        self, x_t: Float[Array, "B ..."], t: Int[Array, " B"], context: None = None
+    ) -> Float[Array, "B ..."]:
+        """Outputs `(B, *event_shape)`, the last axis `outputs` times as long."""
+        x = x_t.reshape(x_t.shape[0], -1)
+        # |x − c|² term by term: a matrix product would lose digits where x is near a centre
+        distance = jnp.sum((x[:, None] - self.centres[...]) ** 2, -1)
+        h = jax.nn.softmax(-0.5 * distance * jnp.exp(-2 * self.log_widths[...]), axis=-1)
+        out = jnp.einsum("bw,bwo->bo", h, self.weights[...][t - 1]) + self.biases[...][t - 1]
+        return out.reshape(x_t.shape[0], *output_shape(self.event_shape, self.outputs))
+
+
+def output_shape(event_shape: tuple[int, ...], outputs: int) -> tuple[int, ...]:
+    """Event shape with its last axis `outputs` times as long; `(outputs,)` for scalars."""
+    if not event_shape:
+        return () if outputs == 1 else (outputs,)
+    return (*event_shape[:-1], outputs * event_shape[-1])

@@ -1,0 +1,216 @@
+"""Readouts: how a network's output becomes the reverse step p(x_s | x_t), with s = t − 1.
+
+The reverse step of a Gaussian chain is N(mean, variance), elementwise. A readout says what the
+network's first output z stands for; each also gives x̂_0 = E[x_0 | x_t], since mean and x̂_0 are
+linked by the bridge, mean = w_0 x̂_0 + w_t x_t:
+
+    Perturbation  mean = √(1−β_t) x_t + √β_t z        z = 0 is the exact reverse chain of N(0, 1)
+    Epsilon       x̂_0 = (x_t − √(1−ᾱ_t) z) / √ᾱ_t     z is the noise
+    Data          x̂_0 = z
+    Velocity      x̂_0 = √ᾱ_t x_t − √(1−ᾱ_t) z         z = √ᾱ_t ε − √(1−ᾱ_t) x_0
+    Score         x̂_0 = (x_t + (1−ᾱ_t) z) / √ᾱ_t      z = ∇ log p(x_t)
+
+`Perturbation` is the 2015 readout in the form of its authors' program: the paper prints
+(x − z)(1 − Σ) + z, whose stationary variance is about one half.
+
+The variance is learned, sigmoid(v + logit β_t) with v the network's second output, or one of the
+two ends between which the true one lies when the data have unit variance (eq. 24): β_t
+(`ForwardVariance`), or the bridge's β_t (1−ᾱ_s)/(1−ᾱ_t) (`BridgeVariance`, too narrow: on N(0, 1)
+data the chain it runs has variance .819, .961, .992 at T = 40, 200, 1000).
+
+The last step p(x_0 | x_1) is `Tied` to the forward kernel, T_π(x_0 | x_1; β_1), or `Learned`.
+
+Sources: Sohl-Dickstein et al. (2015), sections 2.2, 2.4 and appendices B.2, D.2.1; Ho et al. (2020);
+Salimans & Ho (2022) for the velocity.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jaxtyping import Array, Float
+
+from probdiff.kernels import bridge_mean, bridge_weights
+from probdiff.types import Step
+
+Output = Float[Array, "*shape"]
+State = Float[Array, "*#shape"]
+
+
+class Variance(abc.ABC):
+    """Variance of the reverse step p(x_s | x_t)."""
+
+    num_outputs: int = 0
+    """How many numbers the network gives for it, per number of x: 0 or 1."""
+
+    @abc.abstractmethod
+    def __call__(self, output: Output | None, step: Step) -> Float[Array, "..."]:
+        """Variance, from the network's second output where `num_outputs` is 1."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedVariance(Variance):
+    """sigmoid(v + logit β_t), so that v = 0 gives β_t (2015, appendix D.2.1)."""
+
+    num_outputs = 1
+
+    def __call__(self, output: Output | None, step: Step) -> Float[Array, "..."]:
+        """Variance sigmoid(v + logit β_t) in (0, 1)."""
+        return jax.nn.sigmoid(output + jnp.log(step.beta) - jnp.log1p(-step.beta))
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardVariance(Variance):
+    """β_t: the upper end of eq. 24, exact for N(0, 1) data."""
+
+    def __call__(self, output: Output | None, step: Step) -> Float[Array, "..."]:
+        """Variance β_t."""
+        return step.beta
+
+
+@dataclasses.dataclass(frozen=True)
+class BridgeVariance(Variance):
+    """β_t (1−ᾱ_s)/(1−ᾱ_t): the lower end of eq. 24, too narrow unless x̂_0 is certain.
+
+    At t = 1 the bridge has no width, which no density survives: β_1 stands there instead.
+    """
+
+    def __call__(self, output: Output | None, step: Step) -> Float[Array, "..."]:
+        """Variance of the bridge; β_1 at t = 1."""
+        return jnp.where(step.t == 1, step.beta, step.beta * step.noise_s / step.noise_t)
+
+
+class GaussianReadout(abc.ABC):
+    """Reverse step N(mean, variance) of a Gaussian chain, read from a network's output."""
+
+    variance: Variance
+    needs_signal: bool = False
+    """Whether x̂_0 divides by √ᾱ_t, which rules out ᾱ_T = 0."""
+
+    @property
+    def num_outputs(self) -> int:
+        """Numbers the network gives per number of x."""
+        return 1 + self.variance.num_outputs
+
+    def __call__(self, outputs: tuple[Any, ...], x_t: State, step: Step) -> dist.Distribution:
+        """Reverse step p(x_s | x_t), elementwise; `outputs` as many as `num_outputs`."""
+        variance = self.variance(outputs[1] if len(outputs) > 1 else None, step)
+        return dist.Normal(self.mean(outputs[0], x_t, step), jnp.sqrt(variance))
+
+    def mean(self, z: Output, x_t: State, step: Step) -> Output:
+        """Mean of the reverse step: the bridge's at x_0 = x̂_0."""
+        return bridge_mean(x_t, self.x_0_hat(z, x_t, step), step)
+
+    @abc.abstractmethod
+    def x_0_hat(self, z: Output, x_t: State, step: Step) -> Output:
+        """Denoised point x̂_0 = E[x_0 | x_t]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Perturbation(GaussianReadout):
+    """Perturbed forward kernel, mean √(1−β_t) x_t + √β_t z: the readout of 2015."""
+
+    variance: Variance = LearnedVariance()
+
+    def mean(self, z: Output, x_t: State, step: Step) -> Output:
+        """Mean √(1−β_t) x_t + √β_t z."""
+        return jnp.sqrt(1 - step.beta) * x_t + jnp.sqrt(step.beta) * z
+
+    def x_0_hat(self, z: Output, x_t: State, step: Step) -> Output:
+        """The x_0 at which the bridge has this mean."""
+        weight_0, weight_t = bridge_weights(step)
+        return (self.mean(z, x_t, step) - weight_t * x_t) / weight_0
+
+
+@dataclasses.dataclass(frozen=True)
+class Epsilon(GaussianReadout):
+    """The network predicts the noise ε of x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε (Ho et al. 2020)."""
+
+    variance: Variance = LearnedVariance()
+    needs_signal = True
+
+    def x_0_hat(self, z: Output, x_t: State, step: Step) -> Output:
+        """(x_t − √(1−ᾱ_t) z) / √ᾱ_t."""
+        return (x_t - jnp.sqrt(step.noise_t) * z) / jnp.sqrt(step.alpha_bar_t)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data(GaussianReadout):
+    """The network predicts x_0 itself."""
+
+    variance: Variance = LearnedVariance()
+
+    def x_0_hat(self, z: Output, x_t: State, step: Step) -> Output:
+        """z."""
+        return z
+
+
+@dataclasses.dataclass(frozen=True)
+class Velocity(GaussianReadout):
+    """The network predicts √ᾱ_t ε − √(1−ᾱ_t) x_0 (Salimans & Ho 2022)."""
+
+    variance: Variance = LearnedVariance()
+
+    def x_0_hat(self, z: Output, x_t: State, step: Step) -> Output:
+        """√ᾱ_t x_t − √(1−ᾱ_t) z."""
+        return jnp.sqrt(step.alpha_bar_t) * x_t - jnp.sqrt(step.noise_t) * z
+
+
+@dataclasses.dataclass(frozen=True)
+class Score(GaussianReadout):
+    """The network predicts the score ∇ log p(x_t) = −E[ε | x_t] / √(1−ᾱ_t)."""
+
+    variance: Variance = LearnedVariance()
+    needs_signal = True
+
+    def x_0_hat(self, z: Output, x_t: State, step: Step) -> Output:
+        """(x_t + (1−ᾱ_t) z) / √ᾱ_t."""
+        return (x_t + step.noise_t * z) / jnp.sqrt(step.alpha_bar_t)
+
+
+class LastStep(abc.ABC):
+    """How x_0 follows from x_1."""
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        kernel: Any,
+        reverse_step: Callable[[Any, Step], dist.Distribution],
+        x_1: State,
+        step: Step,
+    ) -> dist.Distribution:
+        """p(x_0 | x_1), elementwise; `reverse_step(x_1, step)` is what the network says."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tied(LastStep):
+    """p(x_0 | x_1) = T_π(x_0 | x_1; β_1): no network, and K is at most −H(X_1) (2015, app. B.2)."""
+
+    def __call__(
+        self,
+        kernel: Any,
+        reverse_step: Callable[[Any, Step], dist.Distribution],
+        x_1: State,
+        step: Step,
+    ) -> dist.Distribution:
+        """Forward kernel with its arguments exchanged (detailed balance)."""
+        return kernel.transition(x_1, step)
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned(LastStep):
+    """p(x_0 | x_1) from the network, like every other step; K is at most −H(X_0)."""
+
+    def __call__(
+        self,
+        kernel: Any,
+        reverse_step: Callable[[Any, Step], dist.Distribution],
+        x_1: State,
+        step: Step,
+    ) -> dist.Distribution:
+        """What the network says at t = 1."""
+        return reverse_step(x_1, step)

@@ -1,0 +1,141 @@
+"""Diffusion rates β_1..β_T: how fast the forward chain forgets the data.
+
+A schedule is an array of shape `(T,)`, β_t in (0, 1); β_T = 1 is allowed and forgets everything.
+With ᾱ_t = ∏ (1 − β), level t of a Gaussian chain has signal-to-noise ratio ᾱ_t / (1 − ᾱ_t).
+
+    harmonic        β_t = 1 / (T − t + 1), hence ᾱ_t = 1 − t/T (2015, binomial chain)
+    linear          β_t from β_1 to β_T in equal steps (Ho et al. 2020)
+    cosine          ᾱ_t ∝ cos² (Nichol & Dhariwal 2021)
+    log_snr_linear  log ᾱ_t/(1 − ᾱ_t) in equal steps: every step costs a like number of nats
+
+`learned(beta)` makes β_2..β_T a parameter. β_1 stays fixed bit for bit: under a tied last step
+K ≤ −H(X_1), and for data on a curve or a grid shrinking β_1 raises that without limit, so a learned
+β_1 finds spikes, not structure.
+
+Sources: Sohl-Dickstein et al. (2015), section 2.4.1; Kingma et al. (2021) for the log-SNR scale.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from jaxtyping import Array, Float
+
+from probdiff.types import Step
+
+
+def harmonic(T: int) -> np.ndarray:
+    """Erase 1/T of the signal per step: β_t = 1 / (T − t + 1), so that ᾱ_t = 1 − t/T and β_T = 1."""
+    _check_T(T)
+    return 1 / (T - np.arange(1, T + 1) + 1.0)
+
+
+def linear(T: int, *, beta_1: float = 1e-4, beta_T: float = 0.02) -> np.ndarray:
+    """β_t in equal steps from `beta_1` to `beta_T` (Ho et al. 2020: 1e-4 to 0.02, T = 1000)."""
+    _check_T(T)
+    return check_beta(np.linspace(beta_1, beta_T, T))
+
+
+def cosine(T: int, *, offset: float = 0.008, beta_max: float = 0.999) -> np.ndarray:
+    """ᾱ_t = f(t)/f(0) with f(t) = cos²(π/2 · (t/T + offset)/(1 + offset)), β_t at most `beta_max`.
+
+    The limit keeps β_T below 1, as in Nichol & Dhariwal (2021), equation 17.
+    """
+    _check_T(T)
+    if not 0 < beta_max <= 1:
+        raise ValueError(f"beta_max must lie in (0, 1]; got {beta_max}")
+    angle = 0.5 * math.pi * (np.arange(T + 1) / T + offset) / (1 + offset)
+    alpha_bar = np.cos(angle) ** 2
+    return check_beta(np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], beta_max))
+
+
+def log_snr_linear(T: int, *, beta_1: float, alpha_bar_T: float) -> np.ndarray:
+    """log ᾱ_t/(1 − ᾱ_t) in equal steps from ᾱ_1 = 1 − `beta_1` to `alpha_bar_T`."""
+    _check_T(T)
+    _check_open("beta_1", beta_1)
+    _check_open("alpha_bar_T", alpha_bar_T)
+    if alpha_bar_T >= 1 - beta_1:
+        raise ValueError(f"alpha_bar_T must be below 1 - beta_1 = {1 - beta_1}; got {alpha_bar_T}")
+    first = math.log1p(-beta_1) - math.log(beta_1)
+    last = math.log(alpha_bar_T) - math.log1p(-alpha_bar_T)
+    log_alpha_bar = -np.logaddexp(0, -np.linspace(first, last, T))
+    return check_beta(-np.expm1(np.diff(log_alpha_bar, prepend=0.0)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned:
+    """A schedule whose β_2..β_T are trained; made by `learned`."""
+
+    beta: np.ndarray
+    """Initial rates, `(T,)`; the first stays as it is."""
+
+    def __call__(self, name: str) -> Float[Array, " T"]:
+        """Rates at a `numpyro.param` site of this name, β_1 put before it unchanged."""
+        init = jnp.asarray(self.beta[1:], jnp.result_type(float))
+        rest = numpyro.param(name, init, constraint=dist.constraints.unit_interval)
+        first = jnp.asarray(self.beta[:1], init.dtype)
+        return jnp.concatenate([first, rest])
+
+
+def learned(beta: Any) -> Learned:
+    """Make β_2..β_T one trained `numpyro.param`, starting at `beta`; β_1 is pinned.
+
+    Gradients flow through x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε with ε held fixed ("frozen noise").
+
+    Raises:
+        ValueError: if a rate is outside (0, 1); β_T = 1 cannot be trained.
+
+    Source: Sohl-Dickstein et al. (2015), section 2.4.1.
+    """
+    beta = check_beta(beta)
+    if beta[-1] >= 1:
+        raise ValueError("beta must lie in (0, 1) to be learned; got beta_T = 1")
+    return Learned(beta)
+
+
+def check_beta(beta: Any) -> np.ndarray:
+    """The rates as a float64 array `(T,)`, or a `ValueError` that says what is wrong with them."""
+    beta = np.asarray(beta, np.float64)
+    if beta.ndim != 1 or beta.shape[0] < 2:
+        raise ValueError(f"beta must have shape (T,) with T of at least 2; got shape {beta.shape}")
+    inside = (beta > 0) & (beta < 1)
+    inside[-1] = 0 < beta[-1] <= 1
+    if not inside.all():
+        t = int(np.flatnonzero(~inside)[0]) + 1
+        raise ValueError(f"beta must lie in (0, 1); got {beta[t - 1]} at t = {t}")
+    return beta
+
+
+def steps(beta: Any) -> Step:
+    """All coefficients of a schedule, as a `Step` of arrays `(T,)`.
+
+    Fixed rates (a NumPy array) are multiplied up in float64; traced rates in their own precision,
+    where summing log(1 − β) and taking expm1 keeps the digits of 1 − ᾱ.
+    """
+    xp = np if isinstance(beta, np.ndarray) else jnp
+    with np.errstate(divide="ignore"):  # log(0) = −inf is right for β_T = 1: ᾱ_T = 0
+        log_alpha_bar_t = xp.cumsum(xp.log1p(-beta))
+    log_alpha_bar_s = xp.concatenate([xp.zeros_like(log_alpha_bar_t[:1]), log_alpha_bar_t[:-1]])
+    columns = (
+        beta,
+        xp.exp(log_alpha_bar_s),
+        xp.exp(log_alpha_bar_t),
+        -xp.expm1(log_alpha_bar_s),
+        -xp.expm1(log_alpha_bar_t),
+    )
+    t = jnp.arange(1, beta.shape[0] + 1, dtype=jnp.int32)
+    return Step(t, *(jnp.asarray(column, jnp.result_type(float)) for column in columns))
+
+
+def _check_T(T: int) -> None:
+    if T < 2:
+        raise ValueError(f"T must be at least 2; got {T}")
+
+
+def _check_open(name: str, value: float) -> None:
+    if not 0 < value < 1:
+        raise ValueError(f"{name} must lie in (0, 1); got {value}")

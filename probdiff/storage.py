@@ -1,0 +1,184 @@
+"""Saved models: a folder with `params.safetensors` and `config.json`, no pickle.
+
+`config.json` holds what `Diffusion` was made of, and the checksum of the parameters' file; built-in
+networks are rebuilt from their arguments by an allow-list, others have to be handed to `load`.
+Each file is written beside its place and renamed into it, the configuration last, so that a killed
+`save` leaves either the old model, or a mismatch that `load` names.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors.numpy import load as read_tensors
+from safetensors.numpy import save as write_tensors
+
+from probdiff import kernels, networks, readouts, schedules
+from probdiff.diffusion import Diffusion
+from probdiff.networks.binding import built_in_config
+from probdiff.types import Network, Params
+
+FORMAT = 1
+NETWORKS = {name: getattr(networks, name) for name in networks.__all__}
+PARTS = {
+    cls.__name__: cls
+    for cls in (
+        kernels.GaussianKernel,
+        readouts.Perturbation,
+        readouts.Epsilon,
+        readouts.Data,
+        readouts.Velocity,
+        readouts.Score,
+        readouts.LearnedVariance,
+        readouts.ForwardVariance,
+        readouts.BridgeVariance,
+        readouts.Tied,
+        readouts.Learned,
+    )
+}
+
+
+def save(path: str | Path, diffusion: Diffusion, params: Params) -> None:
+    """Write a model and its parameters into the folder `path`, made if it is not there.
+
+    Raises:
+        ValueError: if the parameters do not fit the model.
+    """
+    diffusion.check_params(params)
+    tensors = {name: np.asarray(leaf) for name, leaf in _named_leaves(params)}
+    data = write_tensors(tensors)
+    config = _config(diffusion) | {"params_sha256": hashlib.sha256(data).hexdigest()}
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / "params.safetensors", data)
+    _replace(folder / "config.json", json.dumps(config, indent=1).encode())
+
+
+def load(path: str | Path, *, network: Network | None = None) -> tuple[Diffusion, Params]:
+    """Read a model and its parameters from the folder `path`.
+
+    Args:
+        path: Folder that `save` wrote.
+        network: The network, where it is not one of the library's own.
+
+    Raises:
+        ValueError: if a file is missing, altered or of another format, or a network is needed.
+    """
+    folder = Path(path)
+    config = _read_config(folder / "config.json")
+    diffusion = _rebuild(config, network)
+    file = folder / "params.safetensors"
+    if not file.is_file():
+        raise ValueError(f"path must be a saved model; {file} is not there")
+    data = file.read_bytes()
+    if hashlib.sha256(data).hexdigest() != config["params_sha256"]:
+        raise ValueError(f"{file} must be as it was saved; its checksum is another")
+    tensors = read_tensors(data)
+    tree = jax.tree_util.tree_structure(diffusion.params_template)
+    names = [name for name, _ in _named_leaves(diffusion.params_template)]
+    if sorted(names) != sorted(tensors):
+        raise ValueError(f"{file} must hold the parameters {sorted(names)}; got {sorted(tensors)}")
+    leaves = [jnp.asarray(tensors[name]) for name in names]
+    params = jax.tree_util.tree_unflatten(tree, leaves)
+    diffusion.check_params(params)
+    return diffusion, params
+
+
+def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
+
+
+def _config(diffusion: Diffusion) -> dict[str, Any]:
+    is_learned = isinstance(diffusion.schedule, schedules.Learned)
+    beta = diffusion.schedule.beta if is_learned else diffusion.schedule
+    kind = type(diffusion.network).__name__
+    built_in = NETWORKS.get(kind) is type(diffusion.network)
+    settings = built_in_config(diffusion.network) if built_in else None
+    return {
+        "format": FORMAT,
+        "kernel": _describe(diffusion.kernel),
+        "beta": beta.tolist(),
+        "beta_learned": is_learned,
+        "network": {"type": kind, "settings": settings},
+        "readout": _describe(diffusion.readout),
+        "last_step": _describe(diffusion.last_step),
+        "event_shape": diffusion.event_shape,
+        "context_shape": diffusion.context_shape,
+        "loc": np.asarray(diffusion.loc, np.float64).tolist(),
+        "scale": np.asarray(diffusion.scale, np.float64).tolist(),
+        "name": diffusion.name,
+    }
+
+
+def _describe(part: Any) -> dict[str, Any]:
+    """Type and fields of a kernel, readout, variance or last step."""
+    if PARTS.get(type(part).__name__) is not type(part):
+        raise ValueError(f"only built-in parts can be saved; got {type(part).__name__}")
+    fields = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
+    values = {k: _describe(v) if dataclasses.is_dataclass(v) else v for k, v in fields.items()}
+    return {"type": type(part).__name__} | values
+
+
+def _revive(described: dict[str, Any]) -> Any:
+    values = {k: v for k, v in described.items() if k != "type"}
+    values = {k: _revive(v) if isinstance(v, dict) else v for k, v in values.items()}
+    if described["type"] not in PARTS:
+        raise ValueError(f"config.json names an unknown part {described['type']!r}")
+    return PARTS[described["type"]](**values)
+
+
+def _rebuild(config: dict[str, Any], network: Network | None) -> Diffusion:
+    described = config["network"]
+    if network is None:
+        if described["settings"] is None or described["type"] not in NETWORKS:
+            raise ValueError(
+                f"network must be given: {described['type']!r} is not one of the built-in "
+                f"{sorted(NETWORKS)}"
+            )
+        settings = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in described["settings"].items()
+        }
+        network = NETWORKS[described["type"]](**settings, rngs=nnx.Rngs(0))
+    beta = np.asarray(config["beta"])
+    context_shape = config["context_shape"]
+    return Diffusion(
+        _revive(config["kernel"]),
+        schedules.learned(beta) if config["beta_learned"] else beta,
+        network,
+        event_shape=tuple(config["event_shape"]),
+        readout=_revive(config["readout"]),
+        last_step=_revive(config["last_step"]),
+        loc=np.asarray(config["loc"]),
+        scale=np.asarray(config["scale"]),
+        context_shape=None if context_shape is None else tuple(context_shape),
+        name=config["name"],
+    )
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise ValueError(f"path must be a saved model; {file} is not there")
+    try:
+        config = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} must be JSON as saved; {error}") from None
+    if config.get("format") != FORMAT:
+        raise ValueError(f"{file} must have format {FORMAT}; got {config.get('format')}")
+    return config
+
+
+def _replace(file: Path, data: bytes) -> None:
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    with open(beside, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(beside, file)
