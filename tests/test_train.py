@@ -1,0 +1,585 @@
+"""`fit` is the plain loop over `svi.update`, whatever its chunks, interrupts and devices."""
+
+import functools
+import gc
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from flax import nnx
+from jax import random
+from numpyro import handlers
+from numpyro.contrib.module import nnx_module
+from numpyro.distributions import constraints
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer.autoguide import AutoNormal
+
+from probdiff import batches, train
+from probdiff.train import fit
+from regression import data, loop, make_svi
+
+
+@pytest.fixture(scope="module")
+def svi():
+    """One SVI for most tests, so that its programs compile once."""
+    return make_svi()
+
+
+@pytest.fixture(scope="module")
+def plain(svi):
+    """What the loop over `svi.update` gives in 50 steps: (state, losses, parameters)."""
+    return loop(random.key(0), svi, data(), 50, 32)
+
+
+quiet = functools.partial(fit, progress=False)
+
+
+def leaves(tree):
+    """Leaves as NumPy arrays, keys as their words."""
+    is_key = lambda leaf: jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)  # noqa: E731
+    words = [random.key_data(leaf) if is_key(leaf) else leaf for leaf in jax.tree.leaves(tree)]
+    return [np.asarray(leaf) for leaf in words]
+
+
+def assert_equal(one, other):
+    for a, b in zip(leaves(one), leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def assert_close(one, other, rtol=1e-5):
+    for a, b in zip(leaves(one), leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-6)
+
+
+def chunks_of(monkeypatch, length):
+    monkeypatch.setattr(train, "_chunk_length", lambda n, seconds: length)
+
+
+def param_svi(log_density, initial=0.0, steps=0.1):
+    """An SVI without data whose loss is −log_density(w), at sites "w" and "term"."""
+
+    def model():
+        w = numpyro.param("w", jnp.float32(initial))
+        numpyro.factor("term", log_density(w))
+
+    return SVI(model, lambda: None, optax.sgd(steps), Trace_ELBO())
+
+
+# The same as the plain loop.
+
+
+def test_fit_is_the_loop_over_update(key, svi, plain):
+    fitted = quiet(key, svi, data(), num_steps=50, batch_size=32)
+    state, losses, _ = plain
+    assert_close(fitted.losses, losses)
+    assert_close(fitted.state.optim_state, state.optim_state)
+    assert_equal(fitted.state.rng_key, state.rng_key)
+    assert_equal(fitted.params, fitted.raw_params)
+    assert fitted.num_steps == 50
+
+
+def test_params_are_the_average_of_constrained_values(key, svi, plain):
+    fitted = quiet(key, svi, data(), num_steps=50, batch_size=32, ema_decay=0.8)
+    _, _, history = plain
+    mean = history[0]
+    for i, params in enumerate(history[1:]):
+        d = min(0.8, (1 + i) / (10 + i))
+        mean = jax.tree.map(lambda m, p, d=d: d * m + (1 - d) * p, mean, params)
+    assert_close(fitted.params, mean)
+    assert_close(fitted.raw_params, history[-1])
+
+
+def test_the_average_moves_in_sixteen_bits(key):
+    def model():
+        numpyro.factor("term", numpyro.param("w", jnp.bfloat16(1.0)).astype(jnp.float32))
+
+    svi = SVI(model, lambda: None, optax.sgd(2.0**-6), Trace_ELBO())
+    fitted = quiet(key, svi, (), num_steps=400, ema_decay=0.998)
+    w, mean = 1.0, 1.0
+    for i in range(400):
+        # Past 4 the steps of 2^-6 are half the spacing of bfloat16, and round to even.
+        w = float(jnp.bfloat16(w) + jnp.bfloat16(2.0**-6))
+        d = min(0.998, (1 + i) / (10 + i))
+        mean = d * mean + (1 - d) * w
+    assert fitted.params["w"].dtype == jnp.bfloat16
+    assert float(fitted.params["w"]) == float(jnp.bfloat16(mean))
+
+
+@pytest.mark.parametrize("length", [1, 7, 10_000])
+def test_results_do_not_depend_on_chunk_lengths(key, svi, monkeypatch, length):
+    run = functools.partial(
+        quiet, key, data=data(), num_steps=100, batch_size=32, ema_decay=0.9, held_out=data()
+    )
+    free = run(svi=svi, evaluate_every=25)
+    chunks_of(monkeypatch, length)
+    assert_equal(run(svi=svi, evaluate_every=25), free)
+
+
+def test_steps_past_the_capacity_of_a_chunk_are_done(key, svi, plain, monkeypatch):
+    chunks_of(monkeypatch, 10**9)
+    monkeypatch.setattr(batches, "_MAX_STEPS", 16)
+    fitted = quiet(key, svi, data(), num_steps=50, batch_size=32)
+    assert_close(fitted.losses, plain[1])
+
+
+def test_an_iterator_of_batches_trains_as_the_array_does(key, svi):
+    x, y = data()
+    _, key_batches, _ = random.split(key, 3)
+    rows = batches.Minibatches(key_batches, x, 32, None).rows(0, 60)
+    stream = ((np.asarray(x)[row], np.asarray(y)[row]) for row in rows)
+    from_stream = quiet(key, svi, stream, num_steps=60, ema_decay=0.9)
+    from_arrays = quiet(key, svi, (x, y), num_steps=60, batch_size=32, ema_decay=0.9)
+    assert_close(from_stream, from_arrays)
+
+
+def test_a_dict_goes_by_keyword(key, svi):
+    x, y = data()
+    by_keyword = quiet(key, svi, {"y": y, "x": x}, num_steps=20, batch_size=32)
+    assert_equal(by_keyword, quiet(key, svi, (x, y), num_steps=20, batch_size=32))
+
+
+def test_old_style_keys_give_the_same_fit(svi):
+    old = quiet(random.PRNGKey(3), svi, data(), num_steps=20, batch_size=32)
+    new = quiet(random.key(3), svi, data(), num_steps=20, batch_size=32)
+    assert_equal(old.losses, new.losses)
+
+
+def test_a_subsampling_plate_gives_the_posterior_of_all_the_data(key):
+    y = 2.0 + random.normal(random.key(5), (200,))
+
+    def model(y):
+        w = numpyro.sample("w", dist.Normal(0.0, 1.0))
+        with numpyro.plate("data", len(y), subsample_size=50) as rows:
+            numpyro.sample("y", dist.Normal(w, 1.0), obs=y[rows])
+
+    svi = SVI(
+        model, AutoNormal(model), optax.adam(optax.linear_schedule(0.05, 0, 3000)), Trace_ELBO()
+    )
+    params = quiet(key, svi, y, num_steps=3000, ema_decay=0.99).params
+    assert abs(params["w_auto_loc"] - y.sum() / 201) < 0.01
+    assert abs(params["w_auto_scale"] / 201**-0.5 - 1) < 0.1
+
+
+def test_an_autoguide_inside_handlers_trains(key):
+    def model(y):
+        with numpyro.plate("data", len(y)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            numpyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    guide = handlers.block(AutoNormal(model), hide=[])
+    svi = SVI(model, guide, optax.adam(optax.linear_schedule(0.1, 0, 1000)), Trace_ELBO())
+    y = jnp.array([-1.0, 3.0])
+    params = quiet(key, svi, y, num_steps=1000).params
+    np.testing.assert_allclose(params["z_auto_loc"], y / 2, atol=0.1)
+
+
+def test_a_bound_that_the_program_computes_is_kept(key):
+    def model(y):
+        lower = jnp.exp(jnp.zeros(1))
+        w = numpyro.param("w", 3.0 + lower, constraint=constraints.greater_than(lower))
+        with numpyro.plate("data", len(y)):
+            numpyro.sample("y", dist.Normal(w, 1.0), obs=y)
+
+    svi = SVI(model, lambda y: None, optax.adam(0.1), Trace_ELBO())
+    w = quiet(key, svi, jnp.full(100, -5.0), num_steps=300).params["w"]
+    assert 1 < w < 1.05
+
+
+def test_mutable_sites_are_carried(key):
+    def model(y):
+        count = numpyro.primitives.mutable("count", {"steps": jnp.int32(0)})
+        count["steps"] += 1
+        with numpyro.plate("data", len(y)):
+            numpyro.sample("y", dist.Normal(numpyro.param("w", 0.0), 1.0), obs=y)
+
+    svi = SVI(model, lambda y: None, optax.adam(0.1), Trace_ELBO())
+    fitted = quiet(key, svi, jnp.ones(10), num_steps=37, held_out=jnp.ones(10))
+    # One call of the program before the first step makes the initial state.
+    assert fitted.state.mutable_state["count"]["steps"] == 38
+
+
+def test_a_later_fit_starts_from_the_weights_the_module_has_then(key):
+    net = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
+
+    def model(x):
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("y", dist.Normal(nnx_module("net", net)(x)[:, 0], 1.0), obs=x[:, 0])
+
+    svi = SVI(model, lambda x: None, optax.sgd(1e-9), Trace_ELBO())
+    quiet(key, svi, jnp.ones((5, 1)), num_steps=1)
+    nnx.update(net, {"kernel": jnp.full((1, 1), 7.0)})
+    params = quiet(key, svi, jnp.ones((5, 1)), num_steps=1).params["net$params"]
+    np.testing.assert_allclose(params["kernel"], 7.0, rtol=1e-5)
+
+
+# Compiled once, and let go.
+
+
+def compiled(records):
+    return [r.getMessage() for r in records if r.getMessage().startswith("Compiling ")]
+
+
+def test_a_second_fit_and_a_resumed_one_compile_nothing(key, tmp_path, caplog):
+    svi, path = make_svi(), tmp_path / "run"
+    options = {"batch_size": 32, "ema_decay": 0.9, "held_out": data(), "patience": 2}
+    with jax.log_compiles():
+        quiet(key, svi, data(), num_steps=30, checkpoint=path, **options)
+        assert any("_chunk" in message for message in compiled(caplog.records))
+        caplog.clear()
+        quiet(random.key(9), svi, data(), num_steps=77, **options)
+        assert compiled(caplog.records) == []
+        assert quiet(key, svi, data(), num_steps=60, checkpoint=path, **options).num_steps == 60
+        assert compiled(caplog.records) == []
+
+
+def test_an_svi_is_let_go_after_its_fit(key):
+    svi = make_svi()
+    quiet(key, svi, data(), num_steps=5, batch_size=32)
+    alive = weakref.ref(svi)
+    del svi
+    gc.collect()
+    assert alive() is None
+
+
+def test_chunks_last_about_a_third_of_a_second():
+    assert train._chunk_length(100, 0.1) == 300
+    assert train._chunk_length(100, 1.0) == 30
+    assert train._chunk_length(1, 60.0) == 1
+    assert train._chunk_length(10, 1e-6) == 40
+
+
+# Held-out data and early stop.
+
+
+def test_held_out_losses_are_those_of_the_average_at_one_key(key, svi):
+    run = functools.partial(quiet, key, batch_size=32, ema_decay=0.9)
+    x, y = data()
+    held_out = (x[:40], y[:40])
+    fitted = run(svi, (x, y), num_steps=25, held_out=held_out, evaluate_every=10)
+    assert fitted.held_out_losses.step.tolist() == [10, 20, 25]
+    for step, loss in zip(*fitted.held_out_losses, strict=True):
+        params = run(svi, (x, y), num_steps=int(step)).params
+        expected = svi.loss.loss(random.split(key, 3)[2], params, svi.model, svi.guide, *held_out)
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def stopping(key, **options):
+    """Descent from 0 to 1 where 0.25 would be best on the held-out data."""
+
+    def model(y):
+        with numpyro.plate("data", len(y)):
+            numpyro.sample("y", dist.Normal(numpyro.param("w", 0.0), 1.0), obs=y)
+
+    svi = SVI(model, lambda y: None, optax.sgd(0.001), Trace_ELBO())
+    options = {"held_out": jnp.full(5, 0.25), "evaluate_every": 5, "ema_decay": 0.5} | options
+    return quiet(key, svi, jnp.ones(10), **{"num_steps": 1000, "patience": 3} | options)
+
+
+def test_early_stop_returns_the_weights_of_the_best_evaluation(key):
+    stopped = stopping(key)
+    steps, losses = stopped.held_out_losses
+    best = int(np.argmin(losses))
+    assert 0 < best == len(losses) - 4
+    assert stopped.num_steps == steps[-1] < 1000
+    assert len(stopped.losses) == stopped.num_steps
+    there = stopping(key, num_steps=int(steps[best]), patience=None)
+    assert_equal(stopped.params, there.params)
+    assert_equal(stopped.raw_params, there.raw_params)
+    assert abs(stopped.params["w"] - 0.25) < 0.03
+
+
+def test_without_a_stop_patience_returns_the_best_all_the_same(key):
+    ended = stopping(key, num_steps=45, patience=100)
+    assert ended.num_steps == 45
+    assert_equal(ended.params, stopping(key).params)
+
+
+def test_a_stopped_run_stays_stopped_when_resumed(key, tmp_path):
+    stopped = stopping(key, checkpoint=tmp_path / "run")
+    assert_equal(stopping(key, checkpoint=tmp_path / "run", num_steps=2000), stopped)
+
+
+# Faults.
+
+
+def test_a_loss_that_is_not_finite_names_step_and_site(key, svi, tmp_path, monkeypatch):
+    x, y = data()
+    _, key_batches, _ = random.split(key, 3)
+    rows = batches.Minibatches(key_batches, x, 10, None).rows(0, 10)
+    y = y.at[rows[6, 3]].set(jnp.nan)
+    path = tmp_path / "run"
+    quiet(key, svi, (x, y), num_steps=5, batch_size=10, checkpoint=path)
+    before = path.read_bytes()
+    for length in (1, 3, 100):
+        chunks_of(monkeypatch, length)
+        with pytest.raises(FloatingPointError) as error:
+            quiet(key, svi, (x, y), num_steps=99, batch_size=10, checkpoint=path)
+        assert "the loss is inf at step 7; " in str(error.value)  # -inf: NumPyro validates
+        assert "log density of site 'y' in the model" in str(error.value)
+        assert "'x'" not in str(error.value)
+        assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("num_steps", [3, 50])
+def test_a_gradient_that_is_not_finite_names_step_and_parameter(key, num_steps):
+    # w falls by 0.1 a step from 0.15: at the third it is below zero, where the root's slope is NaN.
+    svi = param_svi(lambda w: -jnp.where(w > 0, w, w + 0 * jnp.sqrt(jnp.maximum(w, 0))), 0.15)
+    with pytest.raises(FloatingPointError, match=r"gradient is not finite at step 3.*\['w'\]"):
+        quiet(key, svi, (), num_steps=num_steps)
+
+
+def test_initial_values_that_are_not_finite_are_named(key):
+    with pytest.raises(FloatingPointError, match=r"initial values of the parameters \['w'\]"):
+        quiet(key, param_svi(lambda w: w, jnp.nan), (), num_steps=3)
+
+
+def test_a_held_out_loss_that_is_not_finite_names_the_site(key, svi):
+    held_out = (jnp.ones((4, 3)), jnp.full(4, jnp.nan))
+    with pytest.raises(FloatingPointError, match=r"held_out is inf after step 10; .*site 'y'"):
+        quiet(key, svi, data(), num_steps=10, batch_size=32, held_out=held_out)
+
+
+# Checkpoints.
+
+KILLED = """
+    import sys
+    import jax
+    from regression import data, make_svi
+    from probdiff import train
+
+    length, path = int(sys.argv[1]), sys.argv[2]
+    if length:
+        train._chunk_length = lambda n, seconds: length
+    train.fit(jax.random.key(0), make_svi(), data(), num_steps=10**8, batch_size=32, ema_decay=0.9,
+              held_out=data(), evaluate_every=70, patience=10**6, checkpoint=path,
+              checkpoint_every=0.0, progress=False)
+"""
+
+
+@pytest.mark.parametrize("length", [1, 53, 0])
+def test_a_run_killed_at_any_moment_resumes_bit_for_bit(key, svi, tmp_path, length):
+    path = tmp_path / "run.safetensors"
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(length), str(path)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command, env=env)
+    while not path.exists() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(np.random.default_rng().uniform(0, 0.5))
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = len(train.checkpoints.read(path)[0]["losses"])
+    assert done > 0
+    options = {"batch_size": 32, "ema_decay": 0.9, "held_out": data(), "evaluate_every": 70}
+    options |= {"num_steps": done + 100, "patience": 10**6}
+    resumed = quiet(key, svi, data(), checkpoint=path, **options)
+    assert_equal(resumed, quiet(key, svi, data(), **options))
+
+
+def test_an_interrupt_saves_the_steps_done(key, svi, tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    chunks_of(monkeypatch, 4)
+
+    def interrupt(bar, run, start, stop):
+        if stop > 20:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_show", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            quiet(key, svi, data(), num_steps=60, batch_size=32, checkpoint=path)
+    assert 10 < len(train.checkpoints.read(path)[0]["losses"]) <= 20
+    resumed = quiet(key, svi, data(), num_steps=60, batch_size=32, checkpoint=path)
+    assert_equal(resumed, quiet(key, svi, data(), num_steps=60, batch_size=32))
+
+
+def test_a_run_continued_to_more_steps_is_the_longer_run(key, svi, tmp_path):
+    options = {"batch_size": 32, "held_out": data(), "evaluate_every": 20, "patience": 50}
+    long = quiet(key, svi, data(), num_steps=70, **options)
+    for num_steps in (25, 70, 70):
+        parts = quiet(key, svi, data(), num_steps=num_steps, checkpoint=tmp_path / "run", **options)
+    assert_equal(parts, long)
+
+
+def test_a_resumed_stream_skips_the_batches_it_has_seen(key, svi, tmp_path):
+    def stream():
+        return ((x[None], y[None]) for x, y in zip(*data(), strict=True))
+
+    whole = quiet(key, svi, stream(), num_steps=50)
+    for num_steps in (20, 50):
+        parts = quiet(key, svi, stream(), num_steps=num_steps, checkpoint=tmp_path / "run")
+    assert_equal(parts, whole)
+
+
+def test_a_stream_that_ends_too_soon_leaves_a_checkpoint(key, svi, tmp_path, monkeypatch):
+    chunks_of(monkeypatch, 4)
+    stream = ((x[None], y[None]) for x, y in zip(*data(), strict=True))
+    with pytest.raises(ValueError, match="ended after 100"):
+        quiet(key, svi, stream, num_steps=101, checkpoint=tmp_path / "run")
+    assert len(train.checkpoints.read(tmp_path / "run")[0]["losses"]) > 90
+
+
+def test_checkpoints_follow_the_clock(key, svi, tmp_path, monkeypatch):
+    saved = []
+    chunks_of(monkeypatch, 5)
+    monkeypatch.setattr(train._File, "save", lambda self, run, record: saved.append(record.step))
+    run = functools.partial(quiet, key, svi, data(), num_steps=20, batch_size=32)
+    run(checkpoint=tmp_path / "a", checkpoint_every=1e6)
+    assert saved == [20]
+    saved.clear()
+    run(checkpoint=tmp_path / "a", checkpoint_every=0.0)
+    assert saved == [1, 2, 7, 12, 17, 20]
+
+
+@pytest.fixture
+def saved(key, svi, tmp_path):
+    path = tmp_path / "run.safetensors"
+    quiet(key, svi, data(), num_steps=10, batch_size=32, ema_decay=0.9, checkpoint=path)
+    return path
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[:-9], lambda raw: raw[:-9] + b"123456789"])
+def test_a_damaged_checkpoint_is_refused_and_left(key, svi, saved, damage):
+    damaged = damage(saved.read_bytes())
+    saved.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"run\.safetensors (is not a whole|was altered)"):
+        quiet(key, svi, data(), num_steps=20, batch_size=32, ema_decay=0.9, checkpoint=saved)
+    assert saved.read_bytes() == damaged
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"batch_size": 16}, "batch_size is 32 there and 16 here"),
+        ({"ema_decay": 0.99}, "ema_decay is 0.9 there and 0.99 here"),
+        ({"ema_decay": None}, "ema_decay is 0.9 there and None here"),
+        ({"key": random.key(1)}, r"key is \[0, 0\] there and \[0, 1\] here"),
+        ({"evaluate_every": 7}, "evaluate_every is 1000 there and 7 here"),
+        ({"held_out": data()}, "held_out is None there"),
+        ({"data": data(seed=1)}, r"data \(SHA-256\) is"),
+        ({"data": tuple(leaf[:50] for leaf in data())}, r"data is .*100.* there and .*50.* here"),
+        ({"svi": make_svi(optax.sgd(0.01))}, r"holds another run: .* is there and not here"),
+        ({"num_steps": 9}, "num_steps must be at least the 10 steps in .*; got 9"),
+    ],
+)
+def test_the_checkpoint_of_another_run_is_refused_and_left(key, svi, saved, change, difference):
+    before = saved.read_bytes()
+    same = {"key": key, "svi": svi, "data": data(), "num_steps": 20, "batch_size": 32}
+    with pytest.raises(ValueError, match=difference):
+        quiet(**same | {"ema_decay": 0.9, "checkpoint": saved} | change)
+    assert saved.read_bytes() == before
+
+
+# Devices.
+
+DIVIDED = """
+    import jax, numpy as np
+    from jax import random
+    from regression import data, make_svi
+    from probdiff import fit
+
+    svi = make_svi()
+
+    def run(mesh, batch_size=32, **options):
+        return fit(random.key(0), svi, data(), num_steps=40, batch_size=batch_size,
+                   ema_decay=0.9, held_out=data(), evaluate_every=10, mesh=mesh,
+                   progress=False, **options)
+
+    one, path = run(None), {path!r}
+    for mesh in (jax.sharding.Mesh(jax.devices(), ("data",)), jax.make_mesh((4,), ("data",))):
+        four = run(mesh)
+        for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(four.params), strict=True):
+            assert len(b.sharding.device_set) == 4 and b.sharding.is_fully_replicated
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(one.losses, four.losses, rtol=1e-4)
+        np.testing.assert_allclose(one.held_out_losses, four.held_out_losses, rtol=1e-4)
+    again = run(mesh, checkpoint=path)
+    np.testing.assert_array_equal(again.losses, run(mesh, checkpoint=path).losses)
+    stream = lambda: (tuple(leaf[i % 3 * 32:][:32] for leaf in data()) for i in range(40))
+    one, four = (fit(random.key(0), svi, stream(), num_steps=40, mesh=m, progress=False)
+                 for m in (None, mesh))
+    np.testing.assert_allclose(one.losses, four.losses, rtol=1e-4)
+    try:
+        run(mesh, batch_size=30)
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_four_devices_give_what_one_gives(tmp_path):
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | flags | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    program = textwrap.dedent(DIVIDED).replace("{path!r}", repr(str(tmp_path / "run")))
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "batch_size must be a multiple of the 4 devices in mesh; got 30" in done.stdout
+
+
+# The bar.
+
+
+def test_the_bar_shows_steps_and_loss_per_example(key, svi, capsys):
+    fitted = fit(key, svi, data(), num_steps=1, batch_size=32)
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "1/1" in output.err
+    assert f"loss per example {fitted.losses[0] / 32:.4g}" in output.err
+
+
+def test_without_progress_nothing_is_written(key, svi, capsys):
+    fit(key, svi, data(), num_steps=5, batch_size=32, progress=False)
+    assert capsys.readouterr() == ("", "")
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_steps": 0}, "num_steps must be at least 1; got 0"),
+        ({"evaluate_every": 0}, "evaluate_every must be at least 1; got 0"),
+        ({"ema_decay": 1.0}, r"ema_decay must lie in \(0, 1\); got 1.0"),
+        ({"ema_decay": 0.0}, r"ema_decay must lie in \(0, 1\); got 0.0"),
+        ({"patience": 0, "held_out": data()}, "patience must be at least 1; got 0"),
+        ({"patience": 3}, "patience needs held_out, which must then be given; got 3"),
+        ({"batch_size": 512}, "batch_size must be at most the 100 examples in data; got 512"),
+        ({"held_out": [1.0]}, "held_out must be an array, or a tuple or dict of arrays; got list"),
+        ({"checkpoint": "no/such/folder"}, "checkpoint must lie in a folder that exists; got no/"),
+        (
+            {"mesh": jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("a", "b"))},
+            r"mesh must have one axis; got \('a', 'b'\)",
+        ),
+        (
+            {"mesh": jax.sharding.Mesh(jax.devices()[:1], ("a",)), "batch_size": None},
+            "batch_size must be given with a mesh",
+        ),
+    ],
+)
+def test_an_argument_that_does_not_fit_is_refused(key, svi, options, message):
+    with pytest.raises(ValueError, match=message):
+        quiet(key, svi, data(), **{"num_steps": 10, "batch_size": 32} | options)
+
+
+def test_a_latent_site_outside_every_plate_is_refused_in_minibatches(key):
+    def model(y):
+        w = numpyro.sample("slope", dist.Normal(0.0, 1.0))
+        with numpyro.plate("data", len(y)):
+            numpyro.sample("y", dist.Normal(w, 1.0), obs=y)
+
+    svi = SVI(model, AutoNormal(model), optax.adam(0.1), Trace_ELBO())
+    with pytest.raises(ValueError, match=r"batch_size must be None.*subsample_size.*'slope'"):
+        quiet(key, svi, jnp.ones(10), num_steps=3, batch_size=5)
+    assert quiet(key, svi, jnp.ones(10), num_steps=3).num_steps == 3
