@@ -20,7 +20,7 @@ data the chain it runs has variance .819, .961, .992 at T = 40, 200, 1000).
 
 The last step p(x_0 | x_1) is `Tied` to the forward kernel, T_π(x_0 | x_1; β_1), or `Learned`.
 
-Sources: Sohl-Dickstein et al. (2015), sections 2.2, 2.4 and appendices B.2, D.2.1; Ho et al. (2020);
+Sources: Sohl-Dickstein et al. (2015), sections 2.2, 2.4, appendices B.2, D.2.1; Ho et al. (2020);
 Salimans & Ho (2022) for the velocity.
 """
 

@@ -29,7 +29,7 @@ from probdiff.types import Step
 
 
 def harmonic(T: int) -> np.ndarray:
-    """Erase 1/T of the signal per step: β_t = 1 / (T − t + 1), so that ᾱ_t = 1 − t/T and β_T = 1."""
+    """Erase 1/T of the signal per step: β_t = 1 / (T − t + 1), hence ᾱ_t = 1 − t/T, β_T = 1."""
     _check_T(T)
     return 1 / (T - np.arange(1, T + 1) + 1.0)
 

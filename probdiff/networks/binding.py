@@ -108,7 +108,7 @@ def _bind_equinox(network: Any, equinox: Any) -> Binding:
     def apply(values: Any, *args: Any) -> Array:
         return jax.vmap(equinox.combine(values, static))(*_given(*args))
 
-    return Binding(values, apply)
+    return Binding(lambda _: values, apply)  # a bare module is callable: it would pass for an init
 
 
 def built_in_config(network: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ change smoothly with t while the number of parameters does not depend on T.
 Source of the bumps: Sohl-Dickstein et al. (2015), appendix D.2.1.
 """
 
+import itertools
 import math
 
 import jax
@@ -50,7 +51,7 @@ class Perceptron(nnx.Module):
         size = math.prod(event_shape)
         sizes = [size + context_size, *[width] * depth]
         self.layers = nnx.List(
-            nnx.Linear(n + bumps, m, rngs=rngs) for n, m in zip(sizes, sizes[1:], strict=False)
+            nnx.Linear(n + bumps, m, rngs=rngs) for n, m in itertools.pairwise(sizes)
         )
         self.readout = nnx.Linear(
             width + bumps, outputs * size, kernel_init=nnx.initializers.zeros, rngs=rngs

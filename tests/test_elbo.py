@@ -1,0 +1,320 @@
+"""`SampledTimeELBO` estimates what `Trace_ELBO` estimates, at a cost that does not grow with T."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from flax import nnx
+from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+
+from oracles import exact_gaussian, log_normal
+from probdiff import (
+    Diffusion,
+    GaussianKernel,
+    ImportanceTimes,
+    SampledTimeELBO,
+    StratifiedTimes,
+    UniformTimes,
+    networks,
+    readouts,
+    schedules,
+    track_kl,
+)
+
+TIMES = {
+    "uniform": UniformTimes(),
+    "stratified": StratifiedTimes(),
+    "importance": ImportanceTimes(),
+}
+MEMORY = "x_0_trajectory_mean_square_kl"
+
+
+@pytest.fixture(scope="module")
+def rough():
+    """An untrained model (far from exact, so every term counts) and data."""
+    network = networks.Perceptron((2,), 16, 1, 15, rngs=nnx.Rngs(3))
+    beta = schedules.log_snr_linear(15, beta_1=0.02, alpha_bar_T=0.02)
+    diffusion = Diffusion(GaussianKernel(), beta, network, event_shape=(2,))
+    x = jax.random.normal(jax.random.key(0), (12, 2)) * jnp.array([1.2, 0.6]) + 0.3
+    svi = SVI(diffusion.model, diffusion.guide, optax.adam(1e-2), SampledTimeELBO())
+    params = svi.get_params(svi.init(jax.random.key(1), x))
+    noise = jax.random.normal(jax.random.key(2), (1000,))
+    params = jax.tree.map(lambda p: p + 0.3 * noise[: p.size].reshape(p.shape), params)
+    return diffusion, params, x
+
+
+def draws(objective, params, model, guide, *args, n, key=4, **kwargs):
+    """n independent losses, nats."""
+    one = jax.jit(lambda k: objective.loss(k, params, model, guide, *args, **kwargs))
+    return np.asarray(jax.lax.map(one, jax.random.split(jax.random.key(key), n)), float)
+
+
+def agree(a, b):
+    """Two sets of draws have the same mean, two-sided within 4 standard errors."""
+    error = math.hypot(a.std() / math.sqrt(len(a)), b.std() / math.sqrt(len(b)))
+    assert abs(a.mean() - b.mean()) < 4 * error, (a.mean(), b.mean(), error)
+
+
+@pytest.mark.parametrize("name", TIMES)
+@pytest.mark.parametrize(("num_times", "num_particles"), [(1, 1), (3, 2)])
+def test_every_law_of_t_estimates_the_elbo_of_whole_trajectories(
+    rough, name, num_times, num_particles
+):
+    diffusion, params, x = rough
+    whole = draws(Trace_ELBO(), params, diffusion.model, diffusion.guide, x, n=3_000)
+    objective = SampledTimeELBO(num_particles, num_times=num_times, times=TIMES[name])
+    uneven = params | {MEMORY: jnp.linspace(0.1, 5, 14) ** 2}
+    guide = track_kl(diffusion.guide)
+    agree(whole, draws(objective, uneven, diffusion.model, guide, x, n=6_000))
+
+
+def test_gradients_agree_with_those_of_whole_trajectories(rough):
+    diffusion, params, x = rough
+
+    def gradients(objective, n):
+        def one(k):
+            g = jax.grad(lambda p: objective.loss(k, p, diffusion.model, diffusion.guide, x))(
+                params
+            )
+            return g["x_0_network$params"]["readout"]["bias"]
+
+        return np.asarray(jax.lax.map(one, jax.random.split(jax.random.key(6), n)), float)
+
+    a, b = gradients(Trace_ELBO(), 1_000), gradients(SampledTimeELBO(), 8_000)
+    error = np.hypot(a.std(0) / math.sqrt(len(a)), b.std(0) / math.sqrt(len(b)))
+    assert (np.abs(a.mean(0) - b.mean(0)) < 4 * error).all()
+    assert (np.abs(a.mean(0)) > 4 * error).any()
+
+
+def test_gradient_of_learned_rates_agrees_with_that_of_whole_trajectories():
+    mean, sd = np.array([0.4]), np.array([0.7])
+    fixed = exact_gaussian(mean, sd, T=6)
+    diffusion = Diffusion(
+        GaussianKernel(),
+        schedules.learned(schedules.log_snr_linear(6, beta_1=0.05, alpha_bar_T=0.05)),
+        fixed.network,
+        event_shape=(1,),
+        readout=fixed.readout,
+    )
+    x = jnp.array([[0.2], [1.1], [-0.4]])
+    svi = SVI(diffusion.model, diffusion.guide, optax.adam(1e-2), Trace_ELBO())
+    params = svi.get_params(svi.init(jax.random.key(1), x))
+
+    def gradients(objective, n):
+        def one(k):
+            loss = lambda p: objective.loss(k, p, diffusion.model, diffusion.guide, x)  # noqa: E731
+            return jax.grad(loss)(params)["x_0_beta"]
+
+        return np.asarray(jax.lax.map(one, jax.random.split(jax.random.key(6), n)), float)
+
+    a, b = gradients(Trace_ELBO(), 8_000), gradients(SampledTimeELBO(), 40_000)
+    error = np.hypot(a.std(0) / math.sqrt(len(a)), b.std(0) / math.sqrt(len(b)))
+    assert (np.abs(a.mean(0) - b.mean(0)) < 4 * error).all()
+    assert (np.abs(a.mean(0)) > 4 * error).any()
+
+
+def test_stratified_spreads_less_than_uniform_and_importance_least(rough):
+    _, _, x = rough
+    zero = Diffusion(  # no network: a KL that falls steeply with t
+        GaussianKernel(),
+        schedules.linear(40, beta_1=0.01, beta_T=0.3),
+        lambda x_t, t: jnp.zeros_like(x_t),
+        event_shape=(2,),
+        readout=readouts.Perturbation(readouts.ForwardVariance()),
+    )
+    diffusion, params = zero, {}
+    args = (diffusion.model, track_kl(diffusion.guide), x)
+    svi = SVI(*args[:2], optax.sgd(0.0), SampledTimeELBO(times=ImportanceTimes()))
+    state = svi.init(jax.random.key(0), x, init_params=params)
+    state = jax.lax.fori_loop(0, 300, lambda _, s: svi.update(s, x)[0], state)
+    params = params | state.mutable_state
+    spread = {
+        name: draws(SampledTimeELBO(times=times), params, *args, n=3_000).std()
+        for name, times in TIMES.items()
+    }
+    assert spread["importance"] < 0.9 * spread["stratified"] < 0.9 * spread["uniform"]
+
+
+def test_running_kl_is_the_root_mean_square_of_each_step(rough):
+    diffusion, params, x = rough
+    guide = track_kl(diffusion.guide)
+    objective = SampledTimeELBO(times=ImportanceTimes(), num_times=500)
+    svi = SVI(diffusion.model, guide, optax.sgd(0.0), objective)
+    state = svi.init(jax.random.key(0), x, init_params=params)
+    assert (state.mutable_state[MEMORY] == 0).all()
+    state = jax.lax.fori_loop(0, 400, lambda _, s: svi.update(s, x)[0], state)
+    # sgd(0.0) leaves the parameters alone, so the exact mean square can be drawn directly
+    from probdiff.elbo import step_kl
+
+    reverse, steps = diffusion.bind(params)
+    forward = diffusion.forward_trajectory(steps, x).broadcast_to((12,))
+    t = jnp.broadcast_to(jnp.arange(2, 16)[:, None, None], (14, 20_000, 12))
+    kl = step_kl(forward, reverse, forward.sample_at(jax.random.key(5), t), t)
+    # squares of a heavy-tailed KL: about 3 % noise in either root at these numbers of draws
+    expected = np.sqrt((kl**2).mean((1, 2)))
+    assert np.allclose(np.sqrt(state.mutable_state[MEMORY]), expected, rtol=0.12)
+
+
+def test_importance_times_without_the_running_kl_are_refused(rough):
+    diffusion, params, x = rough
+    objective = SampledTimeELBO(times=ImportanceTimes())
+    with pytest.raises(ValueError, match=r"track_kl\(guide\)"):
+        objective.loss(jax.random.key(0), params, diffusion.model, diffusion.guide, x)
+
+
+@pytest.mark.parametrize("arguments", [{"num_particles": 0}, {"num_times": 0}])
+def test_counts_below_one_are_refused(arguments):
+    with pytest.raises(ValueError, match="must be at least 1; got 0"):
+        SampledTimeELBO(**arguments)
+
+
+@pytest.mark.parametrize("n", [1, 7, 100])
+def test_stratified_times_visit_every_stratum_once(n):
+    u = np.asarray(StratifiedTimes().uniforms(jax.random.key(n), (n,)))
+    assert sorted(np.floor(u * n + 1e-4).astype(int) % n) == list(range(n))
+    t, probability = StratifiedTimes().draw(jax.random.key(n), (n,), jnp.zeros(50))
+    assert t.min() >= 2 and t.max() <= 51
+    assert np.allclose(probability, 1 / 50)
+
+
+def test_each_law_of_t_draws_its_own_probabilities():
+    mean_square = jnp.array([4.0, 1.0, 0.0, 0.25])
+    for times in TIMES.values():
+        law = np.asarray(times.law(mean_square))
+        assert law.sum() == pytest.approx(1, abs=1e-6)
+        t, probability = jax.vmap(lambda k, times=times: times.draw(k, (), mean_square))(
+            jax.random.split(jax.random.key(0), 20_000)
+        )
+        share = np.bincount(np.asarray(t), minlength=6)[2:] / 20_000
+        assert (np.abs(share - law) < 4 * np.sqrt(law * (1 - law) / 20_000)).all()
+        assert np.allclose(probability, law[np.asarray(t) - 2])
+    # root mean squares 2, 1, (unvisited: the largest, 2), 0.5, nine tenths of the whole
+    expected = 0.9 * np.array([2, 1, 2, 0.5]) / 5.5 + 0.1 / 4
+    assert np.allclose(ImportanceTimes().law(mean_square), expected)
+
+
+MEAN, SD = np.array([0.3, -0.5]), np.array([0.9, 0.6])
+
+
+def close_to(objective_draws, expected):
+    """Losses whose mean is −expected, within 4 standard errors."""
+    error = objective_draws.std() / math.sqrt(len(objective_draws))
+    assert abs(objective_draws.mean() + expected) < 4 * error
+
+
+def test_plates_masks_scales_and_missing_entries_count_as_in_trace_elbo():
+    diffusion = exact_gaussian(MEAN, SD)
+    x = MEAN + SD * np.array([[0.1, 1.2], [-0.7, 0.4], [1.5, -0.2], [0.3, 0.6]])
+    log_p = log_normal(x, MEAN, SD)
+    x = jnp.asarray(x, jnp.float32)
+    keep, observed = jnp.array([True, False, True, True]), np.ones((4, 2), bool)
+    observed[0, 1] = observed[2, 0] = False
+
+    def nested(statement):
+        def program(x):
+            with numpyro.plate("a", 2, dim=-2), numpyro.plate("b", 2, dim=-1):
+                statement(x.reshape(2, 2, 2))
+
+        return program
+
+    def subsampled(statement):
+        def program(x):
+            with numpyro.plate("a", 4, subsample_size=1):
+                statement(numpyro.subsample(x, event_dim=1))
+
+        return program
+
+    def both(wrap):
+        return wrap(diffusion.model), wrap(diffusion.guide)
+
+    cases = {
+        "mask": (*both(lambda p: numpyro.handlers.mask(p, mask=keep)), {}, log_p[keep].sum()),
+        "scale": (*both(lambda p: numpyro.handlers.scale(p, scale=3.0)), {}, 3 * log_p.sum()),
+        "nested": (nested(diffusion.reverse), nested(diffusion.forward), {}, log_p.sum()),
+        "part": (subsampled(diffusion.reverse), subsampled(diffusion.forward), {}, log_p.sum()),
+        "missing": (
+            diffusion.model,
+            diffusion.guide,
+            {"mask": jnp.asarray(observed)},
+            log_p[observed].sum(),
+        ),
+    }
+    for model, guide, kwargs, expected in cases.values():
+        close_to(draws(SampledTimeELBO(), {}, model, guide, x, n=20_000, **kwargs), expected)
+
+
+def test_other_latents_are_scored_as_mean_field_does():
+    """A chain beside a latent with a closed-form KL: the KL is exact, not sampled."""
+    diffusion = exact_gaussian(MEAN, SD)
+    x = jnp.asarray(MEAN + SD * 0.5)[None]
+
+    def model(x):
+        numpyro.sample("w", dist.Normal(0.0, 1.0))
+        diffusion.model(x)
+
+    def guide(x):
+        numpyro.sample("w", dist.Normal(0.7, 0.3))
+        diffusion.guide(x)
+
+    w = dist.kl_divergence(dist.Normal(0.7, 0.3), dist.Normal(0.0, 1.0))
+    stock = TraceMeanField_ELBO().loss(
+        jax.random.key(0),
+        {},
+        lambda: numpyro.sample("w", dist.Normal(0.0, 1.0)),
+        lambda: numpyro.sample("w", dist.Normal(0.7, 0.3)),
+    )
+    assert float(stock) == pytest.approx(float(w), rel=1e-6)
+    with_w = draws(SampledTimeELBO(), {}, model, guide, x, n=200)
+    without = draws(SampledTimeELBO(), {}, diffusion.model, diffusion.guide, x, n=200)
+    close_to(
+        draws(SampledTimeELBO(), {}, model, guide, x, n=20_000),
+        log_normal(np.asarray(x), MEAN, SD).sum() - float(w),
+    )
+    assert with_w.std() < 1.5 * without.std()
+
+
+def test_svi_trains_evaluates_and_runs_with_it(rough):
+    diffusion, _, x = rough
+    svi = SVI(diffusion.model, diffusion.guide, optax.adam(1e-2), SampledTimeELBO(num_times=4))
+    result = svi.run(jax.random.key(0), 400, x, progress_bar=False)
+    before = draws(
+        SampledTimeELBO(),
+        svi.get_params(svi.init(jax.random.key(0), x)),
+        diffusion.model,
+        diffusion.guide,
+        x,
+        n=500,
+    ).mean()
+    after = draws(SampledTimeELBO(), result.params, diffusion.model, diffusion.guide, x, n=500)
+    assert after.mean() < before - 4 * after.std() / math.sqrt(500)
+    assert np.isfinite(svi.evaluate(result.state, x))
+
+
+def test_model_without_its_guide_statement_is_refused(rough):
+    diffusion, params, x = rough
+    with pytest.raises(ValueError, match=r"diffusion\.forward"), pytest.warns(UserWarning):
+        SampledTimeELBO().loss(jax.random.key(0), params, diffusion.model, lambda x: None, x)
+
+
+def test_compiled_step_does_not_grow_with_T():
+    """Temporary memory and arithmetic of one step, as XLA counts them: T = 1000 over T = 40."""
+
+    def cost(T):
+        network = networks.Perceptron((2,), 32, 2, T, rngs=nnx.Rngs(0))
+        beta = schedules.log_snr_linear(T, beta_1=1e-4, alpha_bar_T=1e-3)
+        diffusion = Diffusion(GaussianKernel(), beta, network, event_shape=(2,))
+        svi = SVI(diffusion.model, diffusion.guide, optax.adam(1e-3), SampledTimeELBO())
+        x = jax.random.normal(jax.random.key(0), (256, 2))
+        state = svi.init(jax.random.key(0), x)
+        compiled = jax.jit(svi.update).lower(state, x).compile()
+        memory = compiled.memory_analysis().temp_size_in_bytes
+        return memory, compiled.cost_analysis()["flops"]
+
+    (memory_40, flops_40), (memory_1000, flops_1000) = cost(40), cost(1000)
+    assert memory_1000 <= 1.1 * memory_40
+    assert flops_1000 <= 1.1 * flops_40
