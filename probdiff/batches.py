@@ -273,8 +273,10 @@ def identity(data: Any, name: str) -> dict[str, str]:
 def _block(words: list[int], N: int, block: int) -> Int32[np.ndarray, "rows"]:
     """A whole number of permutations of 0..N−1, one after another."""
     epochs = max(1, _BLOCK // N)
-    rows = np.tile(np.arange(N, dtype=np.int32), (epochs, 1))
-    return np.random.default_rng([*words, block]).permuted(rows, axis=1).ravel()
+    # NumPy permutes words of 64 bits two to three times as fast as those of 32.
+    rows = np.tile(np.arange(N, dtype=np.int64), (epochs, 1))
+    np.random.default_rng([*words, block]).permuted(rows, axis=1, out=rows)
+    return rows.astype(np.int32).ravel()
 
 
 def _shared_length(data: Any, name: str) -> int:

@@ -92,6 +92,13 @@ def test_a_write_that_fails_leaves_the_old_file(path, monkeypatch):
     assert path.read_bytes() == before
 
 
+def test_a_file_being_read_is_replaced_and_not_written_into(path):
+    with open(path, "rb") as old:
+        checkpoint.write(path, {"x": np.zeros(3)}, {})
+        assert "['bits']" in old.read().decode(errors="ignore")
+    assert list(checkpoint.read(path)[0]) == ["x"]
+
+
 @pytest.mark.parametrize(
     ("other", "difference"),
     [
