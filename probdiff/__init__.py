@@ -16,11 +16,14 @@ from probdiff.elbo import (
     UniformTimes,
     track_kl,
 )
-from probdiff.kernels import GaussianKernel
+from probdiff.kernels import AbsorbingKernel, BernoulliKernel, CategoricalKernel, GaussianKernel
 from probdiff.storage import load, save
 from probdiff.train import Fit, fit
 
 __all__ = [
+    "AbsorbingKernel",
+    "BernoulliKernel",
+    "CategoricalKernel",
     "Diffusion",
     "Fit",
     "GaussianKernel",

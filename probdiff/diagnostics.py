@@ -149,9 +149,12 @@ def entropy_form(
     """The paper's eq. 14 for every example, and the correction that makes it a bound.
 
     K_14 = −Σ_{t ≥ 2} KL_t + H(X_T | X_0) − H(X_1 | X_0) − H_π takes −E log π(x_t) for the same at
-    every level, which holds on average where the data have unit second moment. The correction is
+    every level. That holds for Gaussian data with unit second moment and for bits whose mean
+    activity is the kernel's rate. The correction is what it leaves out,
 
-        −½ (ᾱ_T + β_1) Σ_i (x_i² − 1),    x on the scale of the chain.
+        E[log π(x_T)] + H_π + log π(x_0) − E[log π(x_1)];
+
+    for the Gaussian −½ (ᾱ_T + β_1) Σ_i (x_i² − 1), x on the scale of the chain.
 
     Args:
         diffusion: The model; its last step must be tied, as eq. 14 assumes.
@@ -168,13 +171,19 @@ def entropy_form(
     if not isinstance(diffusion.last_step, Tied):
         raise ValueError(f"last_step must be Tied() for eq. 14; got {diffusion.last_step}")
     _, steps = diffusion.bind(params)
-    size = math.prod(diffusion.event_shape)
-    entropy_1 = 0.5 * jnp.log(2 * math.pi * math.e * steps.noise_t[0])
-    entropy_T = 0.5 * jnp.log(2 * math.pi * math.e * steps.noise_t[-1])
-    entropy_pi = 0.5 * math.log(2 * math.pi * math.e)
-    log_scale = jnp.sum(jnp.broadcast_to(jnp.log(diffusion.scale), diffusion.event_shape))
-    edges = size * (entropy_T - entropy_1 - entropy_pi) - log_scale
-    x = diffusion.to_chain(jnp.asarray(x_0)).reshape(len(x_0), -1)
-    excess = jnp.sum(x**2 - 1, axis=1)
-    correction = -0.5 * (steps.alpha_bar_t[-1] + steps.beta[0]) * excess
-    return edges - jnp.sum(jnp.asarray(kl), 1), correction
+    kernel, event_dim = diffusion.kernel, len(diffusion.event_shape)
+    x = diffusion.to_chain(jnp.asarray(x_0))
+    q_1 = kernel.marginal(x, steps.at(1, event_dim))
+    q_T = kernel.marginal(x, steps.at(diffusion.T, event_dim))
+    pi = kernel.stationary(x.shape)
+    edges = q_T.entropy() - q_1.entropy() - pi.entropy()
+    if diffusion.scale is not None:
+        edges -= jnp.log(diffusion.scale)
+    correction = (
+        kernel.expected_log_stationary(q_T)
+        + pi.entropy()
+        + pi.log_prob(x)
+        - kernel.expected_log_stationary(q_1)
+    )
+    axes = tuple(range(1, 1 + event_dim))
+    return jnp.sum(edges, axes) - jnp.sum(jnp.asarray(kl), 1), jnp.sum(correction, axes)

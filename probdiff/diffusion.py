@@ -27,16 +27,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Shaped
 
 from probdiff import readouts, schedules
-from probdiff.kernels import GaussianKernel
+from probdiff.kernels import AbsorbingKernel, CategoricalKernel, DiscreteKernel, GaussianKernel
 from probdiff.networks.binding import bind, example_inputs
 from probdiff.networks.radial_basis import output_shape
 from probdiff.trajectories import DataGivenFirst, ForwardTrajectory, ReverseTrajectory, first
 from probdiff.types import Network, Params, Step
 
-Data = Float[Array | np.ndarray, "..."]
+Data = Shaped[Array | np.ndarray, "..."]
 Mask = Bool[Array | np.ndarray, "..."]
 
 
@@ -45,12 +45,12 @@ class Diffusion:
 
     def __init__(
         self,
-        kernel: GaussianKernel,
+        kernel: GaussianKernel | DiscreteKernel,
         beta: np.ndarray | schedules.Learned | Any,
         network: Network,
         *,
         event_shape: tuple[int, ...],
-        readout: readouts.GaussianReadout | None = None,
+        readout: readouts.GaussianReadout | readouts.DiscreteReadout | None = None,
         last_step: readouts.LastStep | None = None,
         loc: Any = 0.0,
         scale: Any = 1.0,
@@ -82,21 +82,20 @@ class Diffusion:
         self.kernel, self.network, self.name = kernel, network, name
         self.event_shape = tuple(event_shape)
         self.context_shape = None if context_shape is None else tuple(context_shape)
-        self.readout = readouts.Perturbation() if readout is None else readout
-        self.last_step = readouts.Tied() if last_step is None else last_step
+        self.readout = _default_readout(kernel) if readout is None else readout
+        self.last_step = _default_last_step(kernel) if last_step is None else last_step
         is_learned = isinstance(beta, schedules.Learned)
         self.schedule = beta if is_learned else schedules.check_beta(beta)
-        self.loc, self.scale = self._check_units("loc", loc), self._check_units("scale", scale)
-        if not np.all(self.scale > 0):
-            raise ValueError(f"scale must be positive; got {scale}")
+        self.loc, self.scale = self._check_units(loc, scale)
         rates = beta.beta if is_learned else self.schedule
+        self._check_symbols(is_learned, rates)
         if self.readout.needs_signal and rates[-1] == 1:
             raise ValueError(
                 f"readout {type(self.readout).__name__} divides by sqrt(alpha_bar_T); got a "
                 "schedule with beta_T = 1. Use Data, Velocity or Perturbation"
             )
         self._fixed_steps = None if is_learned else schedules.steps(self.schedule)
-        self._binding = bind(network, self.event_shape, self.context_shape)
+        self._binding = bind(network, self.event_shape, self.context_shape, kernel.dtype)
         self._check_network()
 
     def __repr__(self) -> str:
@@ -191,7 +190,7 @@ class Diffusion:
             raise ValueError("x_0 must be given to the guide, which starts at data; got None")
         self._check_data(x_0, None)
         event_dim, steps = len(self.event_shape), self._steps()
-        x_0_scaled = self.to_chain(x_0)
+        x_0_scaled = self.to_chain(jnp.asarray(x_0))
         with self._plate(x_0, context):
             q = self.kernel.marginal(x_0_scaled, steps.at(self.T, event_dim))
             x = numpyro.sample(f"{self.trajectory_name}_{self.T}", q.to_event(event_dim))
@@ -223,7 +222,7 @@ class Diffusion:
 
     def forward_trajectory(self, steps: Step, x_0: Data, mask: Any = None) -> ForwardTrajectory:
         """q(x_1..x_T | x_0) for data in the user's units."""
-        x_0 = jnp.asarray(x_0) if mask is None else jnp.where(mask, x_0, self.loc)
+        x_0 = jnp.asarray(x_0) if mask is None else jnp.where(mask, x_0, jnp.zeros_like(x_0))
         return ForwardTrajectory(
             self.kernel, steps, self.to_chain(x_0), len(self.event_shape), mask
         )
@@ -248,12 +247,8 @@ class Diffusion:
         return DataGivenFirst(base, self.kernel.support, event_dim, self.loc, self.scale, mask)
 
     def to_chain(self, x_0: Any) -> Any:
-        """(x_0 − loc) / scale."""
-        return (x_0 - self.loc) / self.scale
-
-    def from_chain(self, x: Any) -> Any:
-        """loc + scale · x."""
-        return x * self.scale + self.loc
+        """Data as the chain holds them: (x_0 − loc)/scale, or symbols as int32."""
+        return self.kernel.to_state(x_0 if self.scale is None else (x_0 - self.loc) / self.scale)
 
     @functools.cached_property
     def params_template(self) -> Params:
@@ -317,6 +312,8 @@ class Diffusion:
         return numpyro.sample(self.name, self.data_given_first(trajectory, x_1, mask), obs=x_0)
 
     def _plate(self, x_0: Any, context: Any) -> Any:
+        if context is not None:
+            self._check_context(context)
         shapes = {"x_0": (x_0, self.event_shape), "context": (context, self.context_shape)}
         sizes = {}
         for argument, (array, event_shape) in shapes.items():
@@ -334,32 +331,63 @@ class Diffusion:
         batch = next(iter(sizes.values()), ())
         return numpyro.plate("data", batch[0]) if batch else contextlib.nullcontext()
 
-    def _check_units(self, argument: str, value: Any) -> np.ndarray:
-        value = np.asarray(value, np.float64)
-        try:
-            np.broadcast_to(value, self.event_shape)
-        except ValueError:
+    def _check_units(self, loc: Any, scale: Any) -> tuple[Any, Any]:
+        """loc and scale as arrays of JAX's float type; None for symbols, which have no units."""
+        if isinstance(self.kernel, DiscreteKernel):
+            if np.any(np.asarray(loc) != 0) or np.any(np.asarray(scale) != 1):
+                raise ValueError(f"loc and scale must be 0 and 1 for symbols; got {loc}, {scale}")
+            return None, None
+        units = {"loc": np.asarray(loc, np.float64), "scale": np.asarray(scale, np.float64)}
+        for argument, value in units.items():
+            try:
+                np.broadcast_to(value, self.event_shape)
+            except ValueError:
+                raise ValueError(
+                    f"{argument} must be broadcastable to event_shape {self.event_shape}; "
+                    f"got shape {value.shape}"
+                ) from None
+            if not np.isfinite(value).all():
+                raise ValueError(f"{argument} must be finite; got {value}")
+        if not np.all(units["scale"] > 0):
+            raise ValueError(f"scale must be positive; got {scale}")
+        return tuple(value.astype(self.kernel.dtype) for value in units.values())
+
+    def _check_symbols(self, is_learned: bool, rates: np.ndarray) -> None:
+        """What chains of symbols cannot do."""
+        if not isinstance(self.kernel, DiscreteKernel):
+            return
+        if is_learned:
             raise ValueError(
-                f"{argument} must be broadcastable to event_shape {self.event_shape}; "
-                f"got shape {value.shape}"
-            ) from None
-        if not np.isfinite(value).all():
-            raise ValueError(f"{argument} must be finite; got {value}")
-        return value.astype(np.float32) if not jax.config.jax_enable_x64 else value
+                "beta must be fixed for symbols, which cannot be differentiated by it; got a "
+                "learned schedule"
+            )
+        if not isinstance(self.kernel, AbsorbingKernel):
+            return
+        if isinstance(self.last_step, readouts.Tied):
+            raise ValueError(
+                "last_step must be Learned() for AbsorbingKernel, whose stationary law has no mass "
+                "on data; got Tied()"
+            )
+        if rates[-1] != 1:
+            raise ValueError(
+                f"beta_T must be 1 for AbsorbingKernel, or data would not all be absorbed; "
+                f"got {rates[-1]}. Use schedules.harmonic"
+            )
 
     def _check_network(self) -> None:
         """Run the network on shapes alone and compare what comes with what the readout needs."""
         T = getattr(self.network, "T", self.T)
         if T != self.T:
             raise ValueError(f"network must be made for T = {self.T} steps; got one for T = {T}")
-        inputs = example_inputs(self.event_shape, self.context_shape)
+        inputs = example_inputs(self.event_shape, self.context_shape, self.kernel.dtype)
 
         def call(key: Array) -> Any:
             with numpyro.handlers.block(), numpyro.handlers.seed(rng_seed=key):
                 return self._bound()(*inputs)
 
         out = jax.eval_shape(call, jax.random.key(0))
-        expected = (2, *output_shape(self.event_shape, self.readout.num_outputs))
+        count = self.readout.num_outputs(self.kernel)
+        expected = (2, *output_shape(self.event_shape, count))
         if out.shape != expected:
             raise ValueError(
                 f"network must return shape (B, {', '.join(map(str, expected[1:]))}) for "
@@ -373,7 +401,8 @@ class Diffusion:
         shape, event_dim = np.shape(x_0), len(self.event_shape)
         if len(shape) < event_dim or shape[len(shape) - event_dim :] != self.event_shape:
             raise ValueError(f"x_0 must have shape (..., *{self.event_shape}); got {shape}")
-        if not jnp.issubdtype(x_0.dtype, jnp.floating):
+        is_real = isinstance(self.kernel, GaussianKernel)
+        if is_real and not jnp.issubdtype(x_0.dtype, jnp.floating):
             raise ValueError(f"x_0 must hold real numbers; got dtype {x_0.dtype}")
         if mask is not None and np.shape(mask) != shape:
             raise ValueError(f"mask must have the shape of x_0, {shape}; got {np.shape(mask)}")
@@ -381,12 +410,9 @@ class Diffusion:
             return
         values = np.asarray(x_0)
         kept = values if mask is None else values[np.asarray(mask)]
-        if not np.isfinite(kept).all():
-            where = "" if mask is None else " where mask is True"
-            raise ValueError(
-                f"x_0 must be finite{where}; got {np.sum(~np.isfinite(kept))} values that are not"
-            )
-        self._warn_about_scale(values, mask)
+        self.kernel.check_values(kept)
+        if is_real:
+            self._warn_about_scale(values, mask)
 
     def _warn_about_scale(self, values: np.ndarray, mask: Any) -> None:
         """Warn where the data are far from the law N(0, 1) that the chain ends in."""
@@ -433,6 +459,20 @@ class Prior:
         """Draw x_0 through its trajectory: sites `name_trajectory` and `name`, no parameters."""
         trajectory, _ = self.diffusion.bind(self.params, context=context)
         return self.diffusion._reverse(trajectory, None, None)
+
+
+def _default_readout(kernel: Any) -> Any:
+    """2015 for numbers and bits; for classes the law of x_0."""
+    if isinstance(kernel, GaussianKernel):
+        return readouts.Perturbation()
+    is_bits = not isinstance(kernel, CategoricalKernel | AbsorbingKernel)
+    return readouts.Logits() if is_bits else readouts.DataLogits()
+
+
+def _default_last_step(kernel: Any) -> readouts.LastStep:
+    """2015 for numbers and bits; classes learn it, as an absorbing chain must."""
+    is_classes = isinstance(kernel, CategoricalKernel | AbsorbingKernel)
+    return readouts.Learned() if is_classes else readouts.Tied()
 
 
 def _leaves(tree: Any) -> dict[str, Any]:

@@ -30,10 +30,15 @@ NETWORKS = {name: getattr(networks, name) for name in networks.__all__}
 PARTS = {
     cls.__name__: cls
     for cls in (
+        kernels.AbsorbingKernel,
+        kernels.BernoulliKernel,
+        kernels.CategoricalKernel,
         kernels.GaussianKernel,
         readouts.Perturbation,
         readouts.Epsilon,
         readouts.Data,
+        readouts.DataLogits,
+        readouts.Logits,
         readouts.Velocity,
         readouts.Score,
         readouts.LearnedVariance,
@@ -112,10 +117,14 @@ def _config(diffusion: Diffusion) -> dict[str, Any]:
         "last_step": _describe(diffusion.last_step),
         "event_shape": diffusion.event_shape,
         "context_shape": diffusion.context_shape,
-        "loc": np.asarray(diffusion.loc, np.float64).tolist(),
-        "scale": np.asarray(diffusion.scale, np.float64).tolist(),
+        "loc": _as_list(diffusion.loc, 0.0),
+        "scale": _as_list(diffusion.scale, 1.0),
         "name": diffusion.name,
     }
+
+
+def _as_list(value: Any, default: float) -> Any:
+    return np.asarray(default if value is None else value, np.float64).tolist()
 
 
 def _describe(part: Any) -> dict[str, Any]:
@@ -170,8 +179,9 @@ def _read_config(file: Path) -> dict[str, Any]:
         config = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} must be JSON as saved; {error}") from None
-    if config.get("format") != FORMAT:
-        raise ValueError(f"{file} must have format {FORMAT}; got {config.get('format')}")
+    found = config.get("format") if isinstance(config, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"{file} must have format {FORMAT}; got {found}")
     return config
 
 

@@ -57,7 +57,7 @@ class _Trajectory(dist.Distribution):
 
     pytree_data_fields = ("steps", "observed")
     pytree_aux_fields = ("kernel",)
-    has_rsample = True
+    has_rsample = True  # for symbols too: the guide has no parameters to differentiate by
 
     def __init__(self, kernel: Any, steps: Step, mask: Any, batch_shape: Any, x_shape: Any):
         self.kernel, self.steps, self.observed = kernel, steps, mask
@@ -188,18 +188,19 @@ class ReverseTrajectory(_Trajectory):
             shape = context.shape[context.ndim - self.context_dim :]
             context = jnp.broadcast_to(context, (*lead, *shape)).reshape(-1, *shape)
         out = self.network(flat_x, t.reshape(-1), context)
-        count = self.readout.num_outputs
+        count = self.readout.num_outputs(self.kernel)
         if self.x_dim == 0 and count > 1:
             return tuple(out[:, i].reshape(lead) for i in range(count))
         return tuple(o.reshape(x_t.shape) for o in jnp.split(out, count, axis=-1))
 
     def reverse_step(self, x_t: Any, t: Int[Array, "..."]) -> dist.Distribution:
         """p(x_s | x_t) as the network says it, elementwise; x_t of shape `(*t.shape, *event)`."""
-        return self.readout(self.outputs(x_t, t), x_t, self.step_at(t))
+        return self.readout(self.kernel, self.outputs(x_t, t), x_t, self.step_at(t))
 
     def x_0_hat(self, x_t: Any, t: Int[Array, "..."]) -> Any:
         """Denoised point E[x_0 | x_t] on the scale of the chain."""
-        return self.readout.x_0_hat(self.outputs(x_t, t)[0], x_t, self.step_at(t))
+        outputs = self.outputs(x_t, t)
+        return self.readout.x_0_hat(self.kernel, outputs, x_t, self.step_at(t))
 
     def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Any:
         x_T, x = self._walk(key, (*sample_shape, *self.batch_shape), keep=True)
@@ -252,29 +253,34 @@ def _times(start: int, stop: int, lead_dim: int) -> Int[Array, "..."]:
 class DataGivenFirst(dist.Distribution):
     """Last reverse step p(x_0 | x_1) in the user's units, loc + scale · the chain's.
 
-    Entries whose mask is False do not enter `log_prob`.
+    Symbols have no units: for them `loc` and `scale` are None. Entries whose mask is False do not
+    enter `log_prob`.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
     pytree_data_fields = ("base", "loc", "scale", "observed")
-    pytree_aux_fields = ("real_support",)
+    pytree_aux_fields = ("data_support",)
     has_rsample = True
 
     def __init__(self, base: dist.Distribution, support: Any, x_dim: int, loc, scale, mask=None):
         self.base, self.loc, self.scale, self.observed = base, loc, scale, mask
-        self.real_support = support
+        self.data_support = support
         split = len(base.batch_shape) - x_dim
         super().__init__(base.batch_shape[:split], base.batch_shape[split:])
 
     @property
     def support(self) -> constraints.Constraint:
-        return constraints.independent(self.real_support, self.event_dim)
+        return constraints.independent(self.data_support, self.event_dim)
 
     def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Any:
-        return self.base.sample(key, sample_shape) * self.scale + self.loc
+        x_0 = self.base.sample(key, sample_shape)
+        return x_0 if self.scale is None else x_0 * self.scale + self.loc
 
     def log_prob(self, value: Any, intermediates: Any = None) -> Float[Array, "..."]:
-        value = _where(self.observed, value, self.loc)  # what is missing may be NaN
-        terms = self.base.log_prob((value - self.loc) / self.scale) - jnp.log(jnp.abs(self.scale))
-        terms = _where(self.observed, terms, 0.0)
+        value = _where(self.observed, value, jnp.zeros((), jnp.asarray(value).dtype))
+        if self.scale is None:
+            terms = self.base.log_prob(value)
+        else:
+            terms = self.base.log_prob((value - self.loc) / self.scale) - jnp.log(self.scale)
+        terms = _where(self.observed, terms, 0.0)  # a missing entry may be NaN
         return jnp.sum(terms, axis=tuple(range(-self.event_dim, 0)))

@@ -37,7 +37,12 @@ class Binding(NamedTuple):
     """`apply(params, x_t, t, context)`."""
 
 
-def bind(network: Any, event_shape: tuple[int, ...], context_shape: tuple[int, ...] | None):
+def bind(
+    network: Any,
+    event_shape: tuple[int, ...],
+    context_shape: tuple[int, ...] | None,
+    dtype: Any = float,
+) -> Binding:
     """Split any supported network into a `Binding`.
 
     Raises:
@@ -46,7 +51,7 @@ def bind(network: Any, event_shape: tuple[int, ...], context_shape: tuple[int, .
     if isinstance(network, nnx.Module):
         return _bind_nnx(network)
     if isinstance(network, linen.Module):
-        return _bind_linen(network, event_shape, context_shape)
+        return _bind_linen(network, example_inputs(event_shape, context_shape, dtype))
     equinox = sys.modules.get("equinox")
     if equinox is not None and isinstance(network, equinox.Module):
         return _bind_equinox(network, equinox)
@@ -56,12 +61,12 @@ def bind(network: Any, event_shape: tuple[int, ...], context_shape: tuple[int, .
 
 
 def example_inputs(
-    event_shape: tuple[int, ...], context_shape: tuple[int, ...] | None, size: int = 2
+    event_shape: tuple[int, ...], context_shape: tuple[int, ...] | None, dtype: Any = float
 ) -> tuple[Any, ...]:
-    """Zeros of the shapes a network is called with: x_t, t and, where there is one, context."""
-    x_t = jnp.zeros((size, *event_shape))
-    t = jnp.ones((size,), jnp.int32)
-    context = None if context_shape is None else jnp.zeros((size, *context_shape))
+    """Zeros as a network is called with, two rows: x_t, t and, where there is one, context."""
+    x_t = jnp.zeros((2, *event_shape), dtype)
+    t = jnp.ones((2,), jnp.int32)
+    context = None if context_shape is None else jnp.zeros((2, *context_shape))
     return x_t, t, context
 
 
@@ -85,10 +90,8 @@ def _bind_nnx(network: nnx.Module) -> Binding:
     return Binding(nnx.to_pure_dict(params), apply)
 
 
-def _bind_linen(
-    network: linen.Module, event_shape: tuple[int, ...], context_shape: tuple[int, ...] | None
-) -> Binding:
-    inputs = _given(*example_inputs(event_shape, context_shape))
+def _bind_linen(network: linen.Module, example: tuple[Any, ...]) -> Binding:
+    inputs = _given(*example)
     shapes = jax.eval_shape(network.init, jax.random.key(0), *inputs)
     kept = sorted(set(shapes) - {"params"})
     if kept:

@@ -14,7 +14,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from probdiff.networks.radial_basis import output_shape
 
@@ -32,6 +32,7 @@ class Perceptron(nnx.Module):
         bumps: int = 10,
         outputs: int = 2,
         context_size: int = 0,
+        states: int = 0,
         rngs: nnx.Rngs,
     ):
         """Make the network.
@@ -44,12 +45,14 @@ class Perceptron(nnx.Module):
             bumps: Number of bump functions.
             outputs: 2 for a readout with learned variance, 1 for one without.
             context_size: Numbers in one example's context; 0 where there is none.
+            states: States of a symbol, to be coded one-hot; 0 takes x as the numbers they are.
             rngs: Draws the initial weights.
         """
         self.event_shape, self.width, self.depth, self.T = tuple(event_shape), width, depth, T
-        self.bumps, self.outputs, self.context_size = bumps, outputs, context_size
+        self.bumps, self.outputs = bumps, outputs
+        self.context_size, self.states = context_size, states
         size = math.prod(event_shape)
-        sizes = [size + context_size, *[width] * depth]
+        sizes = [size * max(states, 1) + context_size, *[width] * depth]
         self.layers = nnx.List(
             nnx.Linear(n + bumps, m, rngs=rngs) for n, m in itertools.pairwise(sizes)
         )
@@ -59,20 +62,28 @@ class Perceptron(nnx.Module):
 
     def __call__(
         self,
-        x_t: Float[Array, "B ..."],
+        x_t: Num[Array, "B ..."],
         t: Int[Array, " B"],
         context: Float[Array, "B ..."] | None = None,
     ) -> Float[Array, "B ..."]:
         """Outputs `(B, *event_shape)`, the last axis `outputs` times as long."""
         size = x_t.shape[0]
-        g = bump_functions(t, self.T, self.bumps).astype(x_t.dtype)
-        h = x_t.reshape(size, -1)
+        x = as_numbers(x_t, self.states)
+        g = bump_functions(t, self.T, self.bumps).astype(x.dtype)
+        h = x.reshape(size, -1)
         if context is not None:
             h = jnp.concatenate([h, context.reshape(size, -1).astype(h.dtype)], -1)
         for layer in self.layers:
             h = jax.nn.silu(layer(jnp.concatenate([h, g], -1)))
         out = self.readout(jnp.concatenate([h, g], -1))
         return out.reshape(size, *output_shape(self.event_shape, self.outputs))
+
+
+def as_numbers(x_t: Num[Array, "..."], states: int) -> Float[Array, "..."]:
+    """x_t as floats: symbols one-hot on a new last axis where `states` is given."""
+    if states:
+        return jax.nn.one_hot(x_t, states, dtype=jnp.result_type(float))
+    return x_t if jnp.issubdtype(x_t.dtype, jnp.floating) else x_t.astype(jnp.result_type(float))
 
 
 def bump_functions(t: Int[Array, " B"], T: int, bumps: int) -> Float[Array, "B bumps"]:

@@ -1,22 +1,16 @@
-"""Diffusion kernels: what one forward step does to one number.
+"""Gaussian diffusion: shrink, then add noise, so that N(0, 1) stays N(0, 1).
 
-A kernel T_π(x_t | x_s; β) mixes x_s with its stationary law π and keeps π as it is:
+    T(x_t | x_s; β) = N(√(1−β) x_s, β),    q(x_t | x_0) = N(√ᾱ_t x_0, 1 − ᾱ_t)
 
-    ∫ T_π(x_t | x_s; β) π(x_s) dx_s = π(x_t).
-
-From it follow the marginal q(x_t | x_0), which jumps over steps 1..t at once, and the bridge
-q(x_s | x_t, x_0), the chain pinned at both ends, which the learned reverse step has to imitate.
-A kernel acts on each number alone: coefficients arrive broadcastable to x and every method returns
-an elementwise NumPyro distribution (batch shape that of x, no event dims). All kernels here are
-reversible, π(x_s) T(x_t | x_s) = π(x_t) T(x_s | x_t), so the same kernel runs both ways at
-stationarity; that is what a tied last step uses.
-
-Source: Sohl-Dickstein et al. (2015), sections 2.1 to 2.3 and table App. 1.
+Source: Sohl-Dickstein et al. (2015), section 2.1 and table App. 1.
 """
 
 import dataclasses
+import math
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array, Float
 from numpyro.distributions import constraints
@@ -32,6 +26,27 @@ class GaussianKernel:
     def support(self) -> constraints.Constraint:
         """Values one number may take: the real line."""
         return constraints.real
+
+    @property
+    def dtype(self) -> Any:
+        """Type of a level's numbers: JAX's default float."""
+        return jnp.result_type(float)
+
+    def to_state(self, x_0: Any) -> Any:
+        """Data as the chain holds them: unchanged."""
+        return x_0
+
+    def check_values(self, values: np.ndarray) -> None:
+        """Raise a `ValueError` unless the values are finite real numbers."""
+        if not np.isfinite(values).all():
+            raise ValueError(
+                f"x_0 must be finite where it is observed; got {np.sum(~np.isfinite(values))} "
+                "values that are not"
+            )
+
+    def expected_log_stationary(self, law: dist.Normal) -> Float[Array, "..."]:
+        """E[log π(x)] under an elementwise Normal, nats; eq. 14 takes it for a constant."""
+        return -0.5 * (math.log(2 * math.pi) + law.loc**2 + law.scale**2)
 
     def stationary(self, shape: tuple[int, ...]) -> dist.Distribution:
         """Law the chain ends in, π = N(0, 1), for each of `shape` numbers."""

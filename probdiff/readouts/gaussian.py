@@ -1,4 +1,4 @@
-"""Readouts: how a network's output becomes the reverse step p(x_s | x_t), with s = t − 1.
+"""Readouts of a Gaussian chain: a network's output as p(x_s | x_t), with s = t − 1.
 
 The reverse step of a Gaussian chain is N(mean, variance), elementwise. A readout says what the
 network's first output z stands for; each also gives x̂_0 = E[x_0 | x_t], since mean and x̂_0 are
@@ -18,15 +18,12 @@ two ends between which the true one lies when the data have unit variance (eq. 2
 (`ForwardVariance`), or the bridge's β_t (1−ᾱ_s)/(1−ᾱ_t) (`BridgeVariance`, too narrow: on N(0, 1)
 data the chain it runs has variance .819, .961, .992 at T = 40, 200, 1000).
 
-The last step p(x_0 | x_1) is `Tied` to the forward kernel, T_π(x_0 | x_1; β_1), or `Learned`.
-
-Sources: Sohl-Dickstein et al. (2015), sections 2.2, 2.4, appendices B.2, D.2.1; Ho et al. (2020);
+Sources: Sohl-Dickstein et al. (2015), section 2.2, appendix D.2.1; Ho et al. (2020);
 Salimans & Ho (2022) for the velocity.
 """
 
 import abc
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,7 +31,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jaxtyping import Array, Float
 
-from probdiff.kernels import bridge_mean, bridge_weights
+from probdiff.kernels import GaussianKernel, bridge_mean, bridge_weights
 from probdiff.types import Step
 
 Output = Float[Array, "*shape"]
@@ -91,23 +88,35 @@ class GaussianReadout(abc.ABC):
     needs_signal: bool = False
     """Whether x̂_0 divides by √ᾱ_t, which rules out ᾱ_T = 0."""
 
-    @property
-    def num_outputs(self) -> int:
-        """Numbers the network gives per number of x."""
+    def num_outputs(self, kernel: GaussianKernel) -> int:
+        """Numbers the network gives per number of x: 2 with a learned variance, else 1."""
+        if not isinstance(kernel, GaussianKernel):
+            raise ValueError(
+                f"readout {type(self).__name__} is for GaussianKernel; got {kernel}. Use Logits "
+                "or DataLogits"
+            )
         return 1 + self.variance.num_outputs
 
-    def __call__(self, outputs: tuple[Any, ...], x_t: State, step: Step) -> dist.Distribution:
-        """Reverse step p(x_s | x_t), elementwise; `outputs` as many as `num_outputs`."""
+    def __call__(
+        self, kernel: GaussianKernel, outputs: tuple[Any, ...], x_t: State, step: Step
+    ) -> dist.Distribution:
+        """Reverse step p(x_s | x_t), elementwise; as many outputs as `num_outputs`."""
         variance = self.variance(outputs[1] if len(outputs) > 1 else None, step)
         return dist.Normal(self.mean(outputs[0], x_t, step), jnp.sqrt(variance))
 
+    def x_0_hat(
+        self, kernel: GaussianKernel, outputs: tuple[Any, ...], x_t: State, step: Step
+    ) -> Output:
+        """Denoised point x̂_0 = E[x_0 | x_t]."""
+        return self.denoise(outputs[0], x_t, step)
+
     def mean(self, z: Output, x_t: State, step: Step) -> Output:
         """Mean of the reverse step: the bridge's at x_0 = x̂_0."""
-        return bridge_mean(x_t, self.x_0_hat(z, x_t, step), step)
+        return bridge_mean(x_t, self.denoise(z, x_t, step), step)
 
     @abc.abstractmethod
-    def x_0_hat(self, z: Output, x_t: State, step: Step) -> Output:
-        """Denoised point x̂_0 = E[x_0 | x_t]."""
+    def denoise(self, z: Output, x_t: State, step: Step) -> Output:
+        """x̂_0 by what the network's first output z stands for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +129,7 @@ class Perturbation(GaussianReadout):
         """Mean √(1−β_t) x_t + √β_t z."""
         return jnp.sqrt(1 - step.beta) * x_t + jnp.sqrt(step.beta) * z
 
-    def x_0_hat(self, z: Output, x_t: State, step: Step) -> Output:
+    def denoise(self, z: Output, x_t: State, step: Step) -> Output:
         """The x_0 at which the bridge has this mean."""
         weight_0, weight_t = bridge_weights(step)
         return (self.mean(z, x_t, step) - weight_t * x_t) / weight_0
@@ -133,7 +142,7 @@ class Epsilon(GaussianReadout):
     variance: Variance = LearnedVariance()
     needs_signal = True
 
-    def x_0_hat(self, z: Output, x_t: State, step: Step) -> Output:
+    def denoise(self, z: Output, x_t: State, step: Step) -> Output:
         """(x_t − √(1−ᾱ_t) z) / √ᾱ_t."""
         return (x_t - jnp.sqrt(step.noise_t) * z) / jnp.sqrt(step.alpha_bar_t)
 
@@ -144,7 +153,7 @@ class Data(GaussianReadout):
 
     variance: Variance = LearnedVariance()
 
-    def x_0_hat(self, z: Output, x_t: State, step: Step) -> Output:
+    def denoise(self, z: Output, x_t: State, step: Step) -> Output:
         """z."""
         return z
 
@@ -155,7 +164,7 @@ class Velocity(GaussianReadout):
 
     variance: Variance = LearnedVariance()
 
-    def x_0_hat(self, z: Output, x_t: State, step: Step) -> Output:
+    def denoise(self, z: Output, x_t: State, step: Step) -> Output:
         """√ᾱ_t x_t − √(1−ᾱ_t) z."""
         return jnp.sqrt(step.alpha_bar_t) * x_t - jnp.sqrt(step.noise_t) * z
 
@@ -167,50 +176,6 @@ class Score(GaussianReadout):
     variance: Variance = LearnedVariance()
     needs_signal = True
 
-    def x_0_hat(self, z: Output, x_t: State, step: Step) -> Output:
+    def denoise(self, z: Output, x_t: State, step: Step) -> Output:
         """(x_t + (1−ᾱ_t) z) / √ᾱ_t."""
         return (x_t + step.noise_t * z) / jnp.sqrt(step.alpha_bar_t)
-
-
-class LastStep(abc.ABC):
-    """How x_0 follows from x_1."""
-
-    @abc.abstractmethod
-    def __call__(
-        self,
-        kernel: Any,
-        reverse_step: Callable[[Any, Step], dist.Distribution],
-        x_1: State,
-        step: Step,
-    ) -> dist.Distribution:
-        """p(x_0 | x_1), elementwise; `reverse_step(x_1, step)` is what the network says."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Tied(LastStep):
-    """p(x_0 | x_1) = T_π(x_0 | x_1; β_1): no network, and K is at most −H(X_1) (2015, app. B.2)."""
-
-    def __call__(
-        self,
-        kernel: Any,
-        reverse_step: Callable[[Any, Step], dist.Distribution],
-        x_1: State,
-        step: Step,
-    ) -> dist.Distribution:
-        """Forward kernel with its arguments exchanged (detailed balance)."""
-        return kernel.transition(x_1, step)
-
-
-@dataclasses.dataclass(frozen=True)
-class Learned(LastStep):
-    """p(x_0 | x_1) from the network, like every other step; K is at most −H(X_0)."""
-
-    def __call__(
-        self,
-        kernel: Any,
-        reverse_step: Callable[[Any, Step], dist.Distribution],
-        x_1: State,
-        step: Step,
-    ) -> dist.Distribution:
-        """What the network says at t = 1."""
-        return reverse_step(x_1, step)

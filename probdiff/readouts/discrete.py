@@ -1,0 +1,118 @@
+"""Readouts of bits and classes: a network's output as p(x_s | x_t), with s = t − 1.
+
+    Logits       bits only: p(x_s = 1 | x_t) = f_b = sigmoid(z + logit T_π(1 | x_t; β_t))
+    DataLogits   p(x_0 | x_t) = softmax(z), and the bridge averaged over it:
+                 p(x_s | x_t) = Σ_j p(x_0 = j | x_t) q(x_s | x_t, x_0 = j)
+
+`Logits` is the paper's f_b with the forward kernel's own logit taken out, as the Gaussian readout
+perturbs the Gaussian kernel: z = 0 is the exact reverse chain of π, and any f_b can be reached.
+`DataLogits` says what the data are and leaves the steps to the bridge (Austin et al. 2021); for bits
+the network gives one number, the logit of 1, for K classes K numbers on the last axis.
+
+Sources: Sohl-Dickstein et al. (2015), table App. 1; Austin et al. (2021), equation 4.
+"""
+
+import abc
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from probdiff.kernels import BernoulliKernel, DiscreteKernel, States
+from probdiff.types import Step
+
+
+class DiscreteReadout(abc.ABC):
+    """Reverse step of a chain of symbols, read from a network's output."""
+
+    needs_signal = False
+
+    @abc.abstractmethod
+    def num_outputs(self, kernel: DiscreteKernel) -> int:
+        """Numbers the network gives per symbol of x."""
+
+    @abc.abstractmethod
+    def __call__(
+        self, kernel: DiscreteKernel, outputs: tuple[Any, ...], x_t: Any, step: Step
+    ) -> States:
+        """Reverse step p(x_s | x_t), elementwise; as many outputs as `num_outputs`."""
+
+    @abc.abstractmethod
+    def x_0_given(
+        self, kernel: DiscreteKernel, outputs: tuple[Any, ...], x_t: Any, step: Step
+    ) -> States:
+        """Law p(x_0 | x_t), elementwise."""
+
+    def x_0_hat(
+        self, kernel: DiscreteKernel, outputs: tuple[Any, ...], x_t: Any, step: Step
+    ) -> Float[Array, "..."]:
+        """E[x_0 | x_t]: for bits, the probability of 1."""
+        return self.x_0_given(kernel, outputs, x_t, step).mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Logits(DiscreteReadout):
+    """Bits: p(x_s = 1 | x_t) by its logit, relative to the forward kernel's."""
+
+    def num_outputs(self, kernel: DiscreteKernel) -> int:
+        """1."""
+        if not isinstance(kernel, BernoulliKernel):
+            raise ValueError(f"readout Logits is for bits; got {kernel}. Use DataLogits")
+        return 1
+
+    def __call__(
+        self, kernel: DiscreteKernel, outputs: tuple[Any, ...], x_t: Any, step: Step
+    ) -> States:
+        """B(sigmoid(z + logit T_π(1 | x_t; β_t)))."""
+        log_forward = kernel.transition(x_t, step).log_probs
+        logit = outputs[0] + log_forward[..., 1] - log_forward[..., 0]
+        return _bits(logit)
+
+    def x_0_given(
+        self, kernel: DiscreteKernel, outputs: tuple[Any, ...], x_t: Any, step: Step
+    ) -> States:
+        """The p(x_0 = 1 | x_t) whose averaged bridge is f_b, held to [0, 1].
+
+        f_b is a mixture of two bridges, b_0 + (b_1 − b_0) p; a network far from any posterior may
+        leave the range that mixtures have, hence the limits.
+        """
+        f_b = self(kernel, outputs, x_t, step).probs[..., 1]
+        b_0, b_1 = (
+            kernel.bridge(x_t, jnp.full_like(x_t, bit), step).probs[..., 1] for bit in (0, 1)
+        )
+        p = jnp.clip((f_b - b_0) / (b_1 - b_0), 0.0, 1.0)
+        return States(jnp.log(jnp.stack([1 - p, p], -1)))
+
+
+@dataclasses.dataclass(frozen=True)
+class DataLogits(DiscreteReadout):
+    """p(x_0 | x_t) by its logits; the reverse step is the bridge averaged over it."""
+
+    def num_outputs(self, kernel: DiscreteKernel) -> int:
+        """1 for bits, K for K classes."""
+        return 1 if isinstance(kernel, BernoulliKernel) else kernel.num_data_states
+
+    def __call__(
+        self, kernel: DiscreteKernel, outputs: tuple[Any, ...], x_t: Any, step: Step
+    ) -> States:
+        """Σ_j p(x_0 = j | x_t) q(x_s | x_t, x_0 = j)."""
+        return kernel.bridge_given(self._log_p_0(kernel, outputs), x_t, step)
+
+    def x_0_given(
+        self, kernel: DiscreteKernel, outputs: tuple[Any, ...], x_t: Any, step: Step
+    ) -> States:
+        """softmax(z) over the states of the data."""
+        return States(self._log_p_0(kernel, outputs))
+
+    def _log_p_0(self, kernel: DiscreteKernel, outputs: tuple[Any, ...]) -> Float[Array, "..."]:
+        if isinstance(kernel, BernoulliKernel):
+            return _bits(outputs[0]).log_probs
+        log_p = jax.nn.log_softmax(jnp.stack(outputs, -1), -1)
+        extra = kernel.num_states - kernel.num_data_states
+        return jnp.pad(log_p, [(0, 0)] * (log_p.ndim - 1) + [(0, extra)], constant_values=-jnp.inf)
+
+
+def _bits(logit: Float[Array, "..."]) -> States:
+    return States(jnp.stack([jax.nn.log_sigmoid(-logit), jax.nn.log_sigmoid(logit)], -1))
