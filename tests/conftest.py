@@ -7,6 +7,7 @@ that is set after this file is read (`--jaxtyping-packages` in pyproject.toml).
 from collections.abc import Iterator
 
 import jax
+import jaxtyping
 import matplotlib
 import numpyro
 import pytest
@@ -29,3 +30,11 @@ def x64() -> Iterator[None]:
 def key() -> PRNGKeyArray:
     """A fixed key, the same in every test."""
     return jax.random.key(0)
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Annotations unchecked within one test, as in use: what is refused then is our own doing."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
