@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import load as read_tensors
-from safetensors.numpy import save as write_tensors
+from safetensors.flax import load as read_tensors
+from safetensors.flax import save as write_tensors
 
 from probdiff import kernels, networks, readouts, schedules
 from probdiff.diffusion import Diffusion
@@ -57,7 +57,7 @@ def save(path: str | Path, diffusion: Diffusion, params: Params) -> None:
         ValueError: if the parameters do not fit the model.
     """
     diffusion.check_params(params)
-    tensors = {name: np.asarray(leaf) for name, leaf in _named_leaves(params)}
+    tensors = {name: jnp.asarray(leaf) for name, leaf in _named_leaves(params)}
     data = write_tensors(tensors)
     config = _config(diffusion) | {"params_sha256": hashlib.sha256(data).hexdigest()}
     folder = Path(path)
@@ -90,7 +90,7 @@ def load(path: str | Path, *, network: Network | None = None) -> tuple[Diffusion
     names = [name for name, _ in _named_leaves(diffusion.params_template)]
     if sorted(names) != sorted(tensors):
         raise ValueError(f"{file} must hold the parameters {sorted(names)}; got {sorted(tensors)}")
-    leaves = [jnp.asarray(tensors[name]) for name in names]
+    leaves = [tensors[name] for name in names]
     params = jax.tree_util.tree_unflatten(tree, leaves)
     diffusion.check_params(params)
     return diffusion, params

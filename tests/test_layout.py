@@ -22,6 +22,7 @@ ORDER = [
     "elbo",
     "checkpoint",
     "batches",
+    "steps",
     "train",
     "sample",
     "infer",

@@ -228,7 +228,7 @@ class DiscreteKernel(abc.ABC):
 class BernoulliKernel(DiscreteKernel):
     """Binomial diffusion of bits, x_t ~ B((1−β) x_s + rate · β), with stationary law B(rate)."""
 
-    rate: float | tuple[Any, ...] = 0.5
+    rate: float | tuple[Any, ...] | np.ndarray = 0.5
     """Mean activity of a bit at the end of the chain, in (0, 1): a number, or one for each bit of
     an example as nested tuples (an array is turned into them)."""
 

@@ -30,7 +30,7 @@ class DiscreteReadout(abc.ABC):
     needs_signal = False
 
     @abc.abstractmethod
-    def num_outputs(self, kernel: DiscreteKernel) -> int:
+    def num_outputs(self, kernel: Any) -> int:
         """Numbers the network gives per symbol of x."""
 
     @abc.abstractmethod
@@ -56,7 +56,7 @@ class DiscreteReadout(abc.ABC):
 class Logits(DiscreteReadout):
     """Bits: p(x_s = 1 | x_t) by its logit, relative to the forward kernel's."""
 
-    def num_outputs(self, kernel: DiscreteKernel) -> int:
+    def num_outputs(self, kernel: Any) -> int:
         """1."""
         if not isinstance(kernel, BernoulliKernel):
             raise ValueError(f"readout Logits is for bits; got {kernel}. Use DataLogits")
@@ -90,8 +90,10 @@ class Logits(DiscreteReadout):
 class DataLogits(DiscreteReadout):
     """p(x_0 | x_t) by its logits; the reverse step is the bridge averaged over it."""
 
-    def num_outputs(self, kernel: DiscreteKernel) -> int:
+    def num_outputs(self, kernel: Any) -> int:
         """1 for bits, K for K classes."""
+        if not isinstance(kernel, DiscreteKernel):
+            raise ValueError(f"readout DataLogits is for symbols; got {kernel}. Use Data")
         return 1 if isinstance(kernel, BernoulliKernel) else kernel.num_data_states
 
     def __call__(

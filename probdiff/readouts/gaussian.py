@@ -88,7 +88,7 @@ class GaussianReadout(abc.ABC):
     needs_signal: bool = False
     """Whether x̂_0 divides by √ᾱ_t, which rules out ᾱ_T = 0."""
 
-    def num_outputs(self, kernel: GaussianKernel) -> int:
+    def num_outputs(self, kernel: Any) -> int:
         """Numbers the network gives per number of x: 2 with a learned variance, else 1."""
         if not isinstance(kernel, GaussianKernel):
             raise ValueError(
