@@ -2,5 +2,6 @@
 
 from probdiff.networks.perceptron import Perceptron
 from probdiff.networks.radial_basis import RadialBasis
+from probdiff.networks.shared_head import SharedHead
 
-__all__ = ["Perceptron", "RadialBasis"]
+__all__ = ["Perceptron", "RadialBasis", "SharedHead"]
