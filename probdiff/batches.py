@@ -112,7 +112,7 @@ class Whole:
 
     def __init__(self, data: Any):
         leaves = jax.tree.leaves(data)
-        self.first = self._data = data
+        self.first = self.known = self._data = data
         self.examples = leaves[0].shape[0] if leaves and leaves[0].ndim else 1
 
     def take(self, start: int, n: int) -> tuple[Any, None]:
@@ -155,6 +155,7 @@ class Minibatches:
         words = np.asarray(jax.random.key_data(key)).ravel().tolist()
         # Two blocks: a chunk may end one and begin the next.
         self._block = functools.lru_cache(maxsize=2)(functools.partial(_block, words, self._N))
+        self.known = data
         self.first = jax.tree.map(lambda leaf: leaf[self.rows(0, 1)[0]], data)
 
     def rows(self, start: int, n: int) -> Int32[np.ndarray, "n B"]:
@@ -200,7 +201,7 @@ class Stream:
             raise ValueError(
                 "data must yield at least one batch; got an iterator that is at its end"
             )
-        self.first = as_arrays(first, "a batch of data")
+        self.first = self.known = as_arrays(first, "a batch of data")
         self.examples = _shared_length(self.first, "a batch of data")
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(self.first))
         self.capacity = max(1, min(_MAX_STEPS, _MAX_STREAM_BYTES // max(size, 1)))

@@ -123,13 +123,17 @@ class Steps:
         ]
         return faults or ["no site by itself at this draw"]
 
-    def global_latents(self, state: SVIState, batch: Any) -> list[str]:
-        """Names of the guide's latent sites outside every plate; nothing is computed."""
+    def global_latents(self, state: SVIState, data: Any) -> list[str]:
+        """Names of the guide's latent sites outside every plate; nothing is computed.
+
+        Data stay concrete, so that a program's own checks of their values run here, on all of them:
+        under `jit`, later, they cannot.
+        """
         svi, found = self._svi(), []
 
         def look(state):
             params = {**svi.get_params(state), **(state.mutable_state or {})}
-            sites = _trace(svi, svi.guide, state.rng_key, params, batch).values()
+            sites = _trace(svi, svi.guide, state.rng_key, params, data).values()
             latent = [s for s in sites if s["type"] == "sample" and not s["is_observed"]]
             found.extend(site["name"] for site in latent if not site["cond_indep_stack"])
 

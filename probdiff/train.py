@@ -159,8 +159,13 @@ def fit(
     held_out = None if held_out is None else batches.as_arrays(held_out, "held_out")
     steps = steps_of(svi)
     state = steps.init(key_init, source.first)
-    if batch_size is not None:
-        _refuse_global_latents(steps, state, source.first)
+    global_latents = steps.global_latents(state, source.known)
+    if batch_size is not None and global_latents:
+        raise ValueError(
+            "batch_size must be None where a latent site is outside every plate, since each "
+            "minibatch would count it in full: use a subsampling plate instead, "
+            f"numpyro.plate(..., subsample_size=); got the site {global_latents[0]!r}"
+        )
     run = _Run(
         steps=steps,
         source=source,
@@ -198,16 +203,6 @@ def _check(
         raise ValueError(f"patience needs held_out, which must then be given; got {patience}")
     if mesh is not None and len(mesh.axis_names) != 1:
         raise ValueError(f"mesh must have one axis; got {mesh.axis_names}")
-
-
-def _refuse_global_latents(steps: Steps, state: SVIState, batch: Any) -> None:
-    """Refuse latent sites that each minibatch would count in full, as if it were the data."""
-    if names := steps.global_latents(state, batch):
-        raise ValueError(
-            "batch_size must be None where a latent site is outside every plate, since each "
-            "minibatch would count it in full: use a subsampling plate instead, "
-            f"numpyro.plate(..., subsample_size=); got the site {names[0]!r}"
-        )
 
 
 def _start(run: _Run, state: SVIState) -> _Record:

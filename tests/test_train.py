@@ -25,7 +25,15 @@ from numpyro.distributions import constraints
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
-from probdiff import batches, train
+from probdiff import (
+    Diffusion,
+    GaussianKernel,
+    SampledTimeELBO,
+    batches,
+    networks,
+    schedules,
+    train,
+)
 from probdiff.train import fit
 from regression import data, loop, make_svi
 
@@ -595,3 +603,24 @@ def test_a_latent_site_outside_every_plate_is_refused_in_minibatches(key):
     with pytest.raises(ValueError, match=r"batch_size must be None.*subsample_size.*'slope'"):
         quiet(key, svi, jnp.ones(10), num_steps=3, batch_size=5)
     assert quiet(key, svi, jnp.ones(10), num_steps=3).num_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda x: x.at[70, 1].set(jnp.nan), "x_0 must be finite"),
+        (lambda x: x[:, :1], r"x_0 must have shape"),
+        (lambda x: x.astype(int), "x_0 must hold real numbers"),
+    ],
+)
+def test_data_that_a_diffusion_cannot_take_are_refused_before_training(spoil, message):
+    diffusion = Diffusion(
+        GaussianKernel(),
+        schedules.linear(5, beta_1=0.1, beta_T=0.5),
+        networks.Perceptron((2,), 4, 1, 5, rngs=nnx.Rngs(0)),
+        event_shape=(2,),
+    )
+    svi = SVI(diffusion.model, diffusion.guide, optax.adam(1e-3), SampledTimeELBO())
+    x = random.normal(random.key(0), (80, 2))
+    with pytest.raises(ValueError, match=message):
+        fit(random.key(1), svi, spoil(x), num_steps=3, batch_size=8, progress=False)
