@@ -18,7 +18,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, SupportsFloat
 
+import numpy as np
+from jaxtyping import Num
 from matplotlib.figure import Figure
+
+QUICK = "This was a quick run of a few steps, to see that all works: its numbers mean nothing."
 
 _ABSENT = "–"
 
@@ -59,6 +63,12 @@ def format_table(rows: Sequence[Row]) -> str:
     texts = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([texts[0], rule, *texts[1:]])
+
+
+def mean_and_se(values: Num[np.ndarray, " examples"]) -> tuple[float, float]:
+    """Mean over independent examples and its standard error."""
+    values = np.asarray(values, np.float64)
+    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
 
 
 def write_report(

@@ -1,0 +1,148 @@
+"""Command line: `probdiff list`, `probdiff run NAME`, `probdiff bound MODEL_DIR DATA.npy`.
+
+A run prints its table to standard output and what it is doing to standard error. What a user got
+wrong (an unknown name, a file that is not there) is said in one line, with exit status 2.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from probdiff import diagnostics, load
+from probdiff.experiments import digits, swiss_roll
+from probdiff.experiments.report import format_table
+
+EXPERIMENTS = {"digits": digits, "swiss-roll": swiss_roll}
+
+
+class UsageError(Exception):
+    """What the user can mend; its text is the whole message."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status.
+
+    Args:
+        argv: Arguments after the program's name; those of the process if absent.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        args.command(args)
+    except UsageError as error:
+        print(f"probdiff: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="probdiff", description="Diffusion probabilistic models: run experiments, bound data."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    listing = commands.add_parser("list", help="say which experiments there are")
+    listing.set_defaults(command=_list)
+
+    run = commands.add_parser(
+        "run",
+        help="run an experiment",
+        description="Train, sample and bound; print one table and leave report.md, table.json, "
+        "figures, bounds.nc and the trained model in a folder.",
+        epilog="experiments: " + ", ".join(EXPERIMENTS),
+    )
+    run.add_argument("name", metavar="NAME", help="name of the experiment, see `probdiff list`")
+    run.add_argument("--out", metavar="DIR", help="folder for the results (default: runs/NAME)")
+    run.add_argument("--seed", type=_seed, default=0, help="same seed, same table (default: 0)")
+    run.add_argument(
+        "--quick",
+        action="store_true",
+        help="a few steps, to see that it runs; numbers mean nothing",
+    )
+    run.set_defaults(command=_run)
+
+    bound = commands.add_parser(
+        "bound",
+        help="bound the log density of data under a trained model",
+        description="Print the mean bound K on log p(x), and its standard error over examples.",
+    )
+    bound.add_argument("model", metavar="MODEL_DIR", help="folder of a run or of probdiff.save")
+    bound.add_argument("data", metavar="DATA.npy", help="examples along axis 0, the data's units")
+    bound.add_argument("--out", metavar="FILE", help="bounds (default: MODEL_DIR/bounds.nc)")
+    bound.add_argument("--seed", type=_seed, default=0, help="seeds the noise (default: 0)")
+    bound.set_defaults(command=_bound)
+    return parser
+
+
+def _seed(text: str) -> int:
+    seed = int(text)
+    if not 0 <= seed < 2**32:
+        raise argparse.ArgumentTypeError(f"must lie in 0..2**32 - 1; got {seed}")
+    return seed
+
+
+def _list(args: argparse.Namespace) -> None:
+    width = max(map(len, EXPERIMENTS))
+    for name, experiment in EXPERIMENTS.items():
+        print(f"{name:{width}}  {experiment.SUMMARY} ({experiment.DURATION})")
+
+
+def _run(args: argparse.Namespace) -> None:
+    if args.name not in EXPERIMENTS:
+        raise UsageError(f"no experiment {args.name!r}; there are {', '.join(EXPERIMENTS)}")
+    experiment = EXPERIMENTS[args.name]
+    out = Path(args.out or Path("runs") / args.name)
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out must be a folder; {out} is a file")
+    _say(f"{args.name}: {experiment.SUMMARY}")
+    _say("quick run, numbers mean nothing" if args.quick else f"takes {experiment.DURATION}")
+    began = time.monotonic()
+    rows = experiment.run(out, seed=args.seed, quick=args.quick, progress=True, say=_say)
+    print(format_table(rows))
+    _say(f"done in {time.monotonic() - began:.0f} s; {out} holds:")
+    for file in sorted(out.iterdir()):
+        _say(f"  {file.name}")
+
+
+def _bound(args: argparse.Namespace) -> None:
+    x_0 = _read_array(Path(args.data))
+    try:
+        diffusion, params = load(args.model)
+    except ValueError as error:
+        raise UsageError(error) from error
+    out = Path(args.out or Path(args.model) / "bounds.nc")
+    if not out.parent.is_dir():
+        raise UsageError(f"--out must lie in a folder that exists; got {out}")
+    key = jax.random.key(args.seed)
+    try:
+        tree = diagnostics.bound(key, diffusion, params, x_0, progress=True)
+    except ValueError as error:
+        raise UsageError(f"{args.data}: {error}") from error
+    tree.to_netcdf(out, engine="h5netcdf")
+    k = tree["bound"].attrs
+    print(
+        f"K = {k['mean']:.6g} ± {k['se']:.2g} nats = {k['mean_bits']:.6g} ± {k['se_bits']:.2g} bits"
+    )
+    print(f"per example, mean and standard error over {len(x_0)} examples; each example in {out}")
+
+
+def _read_array(path: Path) -> np.ndarray:
+    if not path.is_file():
+        raise UsageError(f"no such file: {path}")
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise UsageError(f"{path} must be an array saved by numpy.save: {error}") from error
+    if not isinstance(array, np.ndarray):
+        raise UsageError(f"{path} must hold one array; it is an archive of several")
+    if not (np.issubdtype(array.dtype, np.number) and np.isrealobj(array)):
+        raise UsageError(f"{path} must hold real numbers; got dtype {array.dtype}")
+    return array.astype(np.float32)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,143 @@
+"""The command line: exit status, and what is said where."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import xarray as xr
+from flax import nnx
+
+from probdiff import Diffusion, GaussianKernel, cli, diagnostics, networks, save, schedules
+from probdiff.experiments.report import Row
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A saved model with nothing learned: the reverse chain of N(0, I)."""
+    network = networks.Perceptron((2,), width=4, depth=1, T=5, rngs=nnx.Rngs(0))
+    beta = schedules.log_snr_linear(5, beta_1=0.1, alpha_bar_T=0.01)
+    diffusion = Diffusion(GaussianKernel(), beta, network, event_shape=(2,))
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), diffusion.params_template)
+    save(tmp_path / "model", diffusion, params)
+    return tmp_path / "model", diffusion, params
+
+
+@pytest.fixture
+def data(tmp_path):
+    x = np.random.default_rng(0).normal(size=(100, 2))
+    np.save(tmp_path / "x.npy", x)
+    return tmp_path / "x.npy"
+
+
+def test_list_names_every_experiment_on_a_line(capsys):
+    assert cli.main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(cli.EXPERIMENTS)
+    assert all("minutes" in line for line in lines)
+
+
+def test_run_hands_over_its_options_and_prints_the_table(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    class Experiment:
+        SUMMARY, DURATION = "a summary", "about a second"
+
+        @staticmethod
+        def run(out, **options):
+            calls.append((out, options))
+            out.mkdir(parents=True)
+            (out / "report.md").write_text("")
+            return [Row("some row", 1.5, 0.25)]
+
+    monkeypatch.setitem(cli.EXPERIMENTS, "fake", Experiment)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["run", "fake", "--seed", "7"]) == 0
+    out, options = calls[0]
+    assert out.as_posix() == "runs/fake"
+    assert (options["seed"], options["quick"], options["progress"]) == (7, False, True)
+    said = capsys.readouterr()
+    assert "| some row | 1.50 ± 0.25 |" in said.out
+    assert "a summary" in said.err and "about a second" in said.err and "report.md" in said.err
+    assert cli.main(["run", "fake", "--quick", "--out", "elsewhere/deep"]) == 0
+    assert calls[1][0].as_posix() == "elsewhere/deep"
+    assert calls[1][1]["quick"]
+    assert "numbers mean nothing" in capsys.readouterr().err
+
+
+def test_bound_prints_what_diagnostics_say_and_writes_it(model, data, capsys):
+    folder, diffusion, params = model
+    assert cli.main(["bound", str(folder), str(data), "--seed", "4"]) == 0
+    x = np.load(data).astype(np.float32)
+    expected = diagnostics.bound(jax.random.key(4), diffusion, params, x)["bound"]
+    k = expected.attrs
+    said = capsys.readouterr().out
+    assert f"K = {k['mean']:.6g} ± {k['se']:.2g} nats" in said
+    assert f"{k['mean_bits']:.6g} ± {k['se_bits']:.2g} bits" in said
+    assert "100 examples" in said
+    with xr.open_datatree(folder / "bounds.nc", engine="h5netcdf") as tree:
+        np.testing.assert_allclose(tree["bound"]["bound"], expected["bound"], rtol=1e-6)
+
+
+def test_bound_writes_where_it_is_told(model, data, tmp_path):
+    assert cli.main(["bound", str(model[0]), str(data), "--out", str(tmp_path / "b.nc")]) == 0
+    assert (tmp_path / "b.nc").is_file()
+    assert not (model[0] / "bounds.nc").exists()
+
+
+def wrong(tmp_path, model, data):
+    """Arguments that are wrong, with a part of what is said about them."""
+    folder = str(model[0])
+    np.save(tmp_path / "wide.npy", np.zeros((10, 3)))
+    np.save(tmp_path / "words.npy", np.array(["a"]))
+    np.savez(tmp_path / "two.npz", a=np.zeros(2), b=np.zeros(2))
+    (tmp_path / "text.npy").write_text("no array")
+    return {
+        "unknown experiment": (
+            ["run", "rolls"],
+            "no experiment 'rolls'; there are digits, swiss-roll",
+        ),
+        "out is a file": (["run", "digits", "--out", str(data)], "is a file"),
+        "no model": (["bound", str(tmp_path / "none"), str(data)], "config.json is not there"),
+        "no data": (["bound", folder, "none.npy"], "no such file: none.npy"),
+        "no array": (["bound", folder, str(tmp_path / "text.npy")], "saved by numpy.save"),
+        "two arrays": (["bound", folder, str(tmp_path / "two.npz")], "must hold one array"),
+        "no numbers": (["bound", folder, str(tmp_path / "words.npy")], "must hold real numbers"),
+        "other shape": (
+            ["bound", folder, str(tmp_path / "wide.npy")],
+            "must have shape (..., *(2,))",
+        ),
+        "no folder": (["bound", folder, str(data), "--out", "no/such/b.nc"], "folder that exists"),
+    }
+
+
+@pytest.mark.parametrize("case", [
+    "unknown experiment", "out is a file", "no model", "no data", "no array", "two arrays",
+    "no numbers", "other shape", "no folder",
+])  # fmt: skip
+def test_what_is_wrong_is_said_in_one_line_with_status_2(case, tmp_path, model, data, capsys):
+    argv, message = wrong(tmp_path, model, data)[case]
+    assert cli.main(argv) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert message in said.err
+    assert said.err.startswith("probdiff: ") and said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv", [[], ["fly"], ["run"], ["run", "digits", "--seed", "-1"]])
+def test_a_command_that_cannot_be_parsed_has_status_2(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2
+    assert "usage: probdiff" in capsys.readouterr().err
+
+
+def test_help_names_the_experiments():
+    out = subprocess.run(
+        [sys.executable, "-c", "from probdiff.cli import main; main(['run', '--help'])"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert "digits, swiss-roll" in out
+    assert "default: runs/NAME" in out

@@ -1,0 +1,138 @@
+"""Experiments run from end to end in a few steps: what they leave, and that a seed fixes it."""
+
+import json
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import xarray as xr
+
+from probdiff import datasets, diagnostics, load
+from probdiff.experiments import digits, swiss_roll
+from probdiff.experiments.report import QUICK, Row, mean_and_se
+
+FILES = {"report.md", "table.json", "bounds.nc", "params.safetensors", "config.json"}
+FIGURES = {
+    swiss_roll: {"figure_1.png", "samples.png", "bound_per_step.png", "losses.png"},
+    digits: {"samples.png", "bound_per_step.png", "losses.png"},
+}
+
+
+@pytest.fixture(scope="module", params=[swiss_roll, digits], ids=["swiss-roll", "digits"])
+def finished(request, tmp_path_factory):
+    """An experiment, the folder it filled, its rows and what it said."""
+    folder, said = tmp_path_factory.mktemp("run"), []
+    rows = request.param.run(folder, seed=3, quick=True, progress=False, say=said.append)
+    return request.param, folder, rows, said
+
+
+def test_a_run_leaves_its_files(finished):
+    experiment, folder, _, said = finished
+    assert {file.name for file in folder.iterdir()} == FILES | FIGURES[experiment]
+    assert said
+
+
+def test_the_table_holds_the_rows(finished):
+    _, folder, rows, _ = finished
+    table = json.loads((folder / "table.json").read_text(encoding="utf-8"))
+    assert [set(line) for line in table] == [set(Row._fields)] * len(rows)
+    assert [line["row"] for line in table] == [row.row for row in rows]
+    assert all(np.isfinite(line["value"]) for line in table)
+
+
+def test_the_report_says_that_a_quick_run_means_nothing(finished):
+    assert QUICK in (finished[1] / "report.md").read_text(encoding="utf-8")
+
+
+def test_the_saved_bounds_are_those_of_the_table(finished):
+    _, folder, rows, _ = finished
+    with xr.open_datatree(folder / "bounds.nc", engine="h5netcdf") as tree:
+        attrs, values = tree["bound"].attrs, tree["bound"]["bound"].values
+    assert rows[0].value == pytest.approx(
+        attrs["mean_bits" if rows[0].unit.startswith("bits") else "mean"], rel=1e-5
+    )
+    assert attrs["mean"] == pytest.approx(values.mean(), rel=1e-5)
+
+
+def test_the_saved_model_bounds_data_as_before(finished):
+    """The bound of the saved model on fresh data is near the one that was reported."""
+    experiment, folder, rows, _ = finished
+    diffusion, params = load(folder)
+    if experiment is digits:
+        x = digits.copies(jax.random.key(5), datasets.digits().test[:50], 1)
+        reported, se = rows[0].value, rows[0].se
+    else:
+        x = datasets.swiss_roll(jax.random.key(5), 300, noise=swiss_roll.NOISE)
+        reported, se = rows[0].value * np.log(2), rows[0].se * np.log(2)
+    again = diagnostics.bound(jax.random.key(6), diffusion, params, x)["bound"].attrs
+    assert abs(again["mean"] - reported) < 4 * np.hypot(again["se"], se)
+
+
+def test_figures_are_closed(finished):
+    assert plt.get_fignums() == []
+
+
+@pytest.mark.parametrize("finished", [digits], ids=["digits"], indirect=True)
+def test_the_same_seed_gives_the_same_table(finished, tmp_path):
+    experiment, folder, _, _ = finished
+    experiment.run(tmp_path, seed=3, quick=True, progress=False)
+    for name in ("table.json", "report.md"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_ceilings_of_the_roll():
+    """Figures computed by another program, good to 0.02."""
+    for beta, expected in ((1e-4, 0.10), (1e-3, -0.87), (0.0, 0.38)):
+        value, se = swiss_roll.ceiling(jax.random.key(0), 4000, beta)
+        assert abs(value - expected) < 4 * se + 0.02
+
+
+def test_a_row_above_its_ceiling_is_named():
+    rows = [
+        Row("fine", 0.12, 0.01, "bits", 0.1),
+        Row("too high", 0.16, 0.01, "bits", 0.1),
+        Row("no ceiling", 9.0, 0.01),
+    ]
+    assert swiss_roll.above_ceiling(rows, 0.001) == ["too high"]
+    assert swiss_roll.above_ceiling(rows, 0.02) == []
+
+
+def test_data_are_as_often_off_the_roll_as_they_should_be():
+    """Draws of a perfect model: data, noisy as a tied last step leaves them."""
+    keys = jax.random.split(jax.random.key(1), 4)
+    held_out, x = (datasets.swiss_roll(k, 4000, noise=swiss_roll.NOISE) for k in keys[:2])
+    noise = swiss_roll.BETA_1 * (2 - swiss_roll.BETA_1)
+    perfect = np.sqrt(1 - noise) * x + np.sqrt(noise) * jax.random.normal(keys[2], x.shape)
+    share, se = swiss_roll.share_off_roll(keys[3], perfect, held_out)
+    # the edge is a quantile of 4000 points and errs by as much as the share
+    assert abs(share - 1) < 4 * np.sqrt(2) * se
+
+
+def test_drift_of_an_untrained_model_shrinks_towards_zero():
+    """A perturbation of 0 is the chain of N(0, I), whose reverse step is √(1−β) x."""
+    diffusion = swiss_roll.define(40)
+    svi_params = jax.tree.map(
+        lambda leaf: np.zeros(leaf.shape, leaf.dtype), diffusion.params_template
+    )
+    grid, (drift,) = swiss_roll.drift_fields(diffusion, svi_params, [30])
+    shrink = np.sqrt(1 - diffusion.schedule[29]) - 1
+    np.testing.assert_allclose(drift, shrink * grid, atol=1e-5)
+
+
+def test_densities_of_digits_are_averaged_over_copies_and_turned_into_bits():
+    copies = digits.HELD_OUT_COPIES
+    diffusion = np.repeat([-64 * np.log(2), -128 * np.log(2)], copies)
+    rows = digits._density_rows({"a": diffusion, "b": 2 * diffusion, "c": diffusion})
+    by_name = {(row.row, row.unit): row for row in rows}
+    bits = by_name["a, test", digits.BITS]
+    assert bits.value == pytest.approx(1.5)
+    assert bits.se == pytest.approx(0.5)  # two images, not ten
+    assert by_name["diffusion − mixture, paired", digits.BITS].value == pytest.approx(-1.5)
+    assert by_name["diffusion − mixture, paired", digits.NATS].value == pytest.approx(
+        96 * np.log(2)
+    )
+
+
+def test_standard_error_of_a_mean():
+    assert mean_and_se(np.array([1.0, 3.0])) == (2.0, 1.0)
