@@ -120,18 +120,31 @@ def test_drift_of_an_untrained_model_shrinks_towards_zero():
     np.testing.assert_allclose(drift, shrink * grid, atol=1e-5)
 
 
-def test_densities_of_digits_are_averaged_over_copies_and_turned_into_bits():
+def test_copies_of_an_image_are_one_example():
     copies = digits.HELD_OUT_COPIES
-    diffusion = np.repeat([-64 * np.log(2), -128 * np.log(2)], copies)
+    values = np.r_[np.arange(copies), 10 + np.arange(copies)].astype(float)
+    group = xr.Dataset(
+        {"bound": ("example", values), "kl": (("example", "step"), np.outer(values, [1, 2]))},
+        coords={"example": np.arange(2 * copies), "step": [2, 3]},
+        attrs={"T": 3, "se": 0.0},
+    )
+    group = digits.per_image(xr.DataTree.from_dict({"bound": group}))["bound"]
+    middle = (copies - 1) / 2
+    np.testing.assert_allclose(group["bound"], [middle, 10 + middle])
+    np.testing.assert_allclose(group["kl"], np.outer([middle, 10 + middle], [1, 2]))
+    assert (group.attrs["mean"], group.attrs["se"], group.attrs["T"]) == (5 + middle, 5, 3)
+    np.testing.assert_array_equal(group["step"], [2, 3])
+
+
+def test_densities_of_digits_are_turned_into_bits():
+    diffusion = np.array([-64.0, -128.0]) * np.log(2)
     rows = digits._density_rows({"a": diffusion, "b": 2 * diffusion, "c": diffusion})
     by_name = {(row.row, row.unit): row for row in rows}
     bits = by_name["a, test", digits.BITS]
-    assert bits.value == pytest.approx(1.5)
-    assert bits.se == pytest.approx(0.5)  # two images, not ten
-    assert by_name["diffusion − mixture, paired", digits.BITS].value == pytest.approx(-1.5)
-    assert by_name["diffusion − mixture, paired", digits.NATS].value == pytest.approx(
-        96 * np.log(2)
-    )
+    assert (bits.value, bits.se) == (pytest.approx(1.5), pytest.approx(0.5))
+    gain = "diffusion − mixture, paired"
+    assert by_name[gain, digits.BITS].value == pytest.approx(-1.5)
+    assert by_name[gain, digits.NATS].value == pytest.approx(96 * np.log(2))
 
 
 def test_standard_error_of_a_mean():
