@@ -5,8 +5,8 @@ The bound of one example is a sum whose terms say where the nats go (Appendix B)
     K(x_0) = log p(x_0 | x_1) − Σ_{t=2}^{T} KL_t − KL_T^prior,
     KL_t = KL( q(x_s | x_t, x_0) ‖ p(x_s | x_t) ),    KL_T^prior = KL( q(x_T | x_0) ‖ π ),
 
-each estimated at one draw of x_1 and of every x_t. It is a bound on log p(x_0) in expectation over
-those draws. `entropy_form` is the paper's eq. 14, in which the first and last terms have been
+each estimated at draws of x_1 and of every x_t; under a tied last step the first is in closed form.
+It is a bound on log p(x_0) in expectation over those draws. `entropy_form` is the paper's eq. 14, in which the first and last terms have been
 replaced by entropies; it needs unit second moment, and the correction without which it is no bound
 otherwise is returned beside it.
 
@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from probdiff.diffusion import Data, Diffusion, Mask
 from probdiff.elbo import prior_kl, step_kl
 from probdiff.readouts import Tied
+from probdiff.trajectories import ForwardTrajectory
 from probdiff.types import Params
 
 BITS_PER_NAT = 1 / math.log(2)
@@ -110,9 +111,30 @@ def _bound_block(
 
     keys = jax.random.split(key_steps, steps.T - 1)
     kl = jax.lax.map(kl_at, (jnp.arange(2, steps.T + 1), keys))
-    x_1 = forward.sample_at(key_first, jnp.ones(lead, jnp.int32))
-    last = diffusion.data_given_first(reverse, x_1, mask)
-    return jnp.mean(last.log_prob(x_0), 0), kl.T, prior_kl(forward)
+    if isinstance(diffusion.last_step, Tied):
+        reconstruction = _tied_reconstruction(diffusion, forward)
+    else:
+        x_1 = forward.sample_at(key_first, jnp.ones(lead, jnp.int32))
+        last = diffusion.data_given_first(reverse, x_1, mask)
+        reconstruction = jnp.mean(last.log_prob(x_0), 0)
+    return reconstruction, kl.T, prior_kl(forward)
+
+
+def _tied_reconstruction(diffusion: Diffusion, forward: ForwardTrajectory) -> Float[Array, " N"]:
+    """E log p(x_0 | x_1) in closed form, in the user's units.
+
+    By detailed balance log T(x_0 | x_1) = log T(x_1 | x_0) + log π(x_0) − log π(x_1), and the mean
+    of the first over x_1 is −H(X_1 | X_0).
+    """
+    kernel = forward.kernel
+    q_1 = kernel.marginal(forward.x_0, forward.step_at(jnp.array(1)))
+    log_pi_0 = kernel.stationary(forward.x_0.shape).log_prob(forward.x_0)
+    terms = log_pi_0 - q_1.entropy() - kernel.expected_log_stationary(q_1)
+    if diffusion.scale is not None:
+        terms -= jnp.log(diffusion.scale)
+    if forward.observed is not None:
+        terms = jnp.where(forward.observed, terms, 0.0)
+    return forward.sum_event(terms)
 
 
 def _tree(

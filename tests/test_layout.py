@@ -77,7 +77,7 @@ def breach_of_order(path, source):
         return None
     if place not in ORDER:
         return f"{place} has no place in ORDER"
-    if place == "datasets" and imported:
+    if place == "datasets" and imported - {"datasets"}:
         return "datasets imports nothing of ours"
     if "" in imported and place not in USERS:
         return "imports the package instead of the module it needs"

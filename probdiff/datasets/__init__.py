@@ -1,0 +1,23 @@
+"""Data: generators with known laws, and real images.
+
+Real images come from scikit-learn, or are downloaded once and checked by their checksums; where the
+folder named by `PROBDIFF_DATA` holds the files, nothing is downloaded.
+"""
+
+from probdiff.datasets.digits import Digits, dequantise, digits
+from probdiff.datasets.gaussian import gaussian, gaussian_mixture, gaussian_mixture_distribution
+from probdiff.datasets.heartbeat import heartbeat, heartbeat_sequences
+from probdiff.datasets.swiss_roll import swiss_roll, swiss_roll_log_density
+
+__all__ = [
+    "Digits",
+    "dequantise",
+    "digits",
+    "gaussian",
+    "gaussian_mixture",
+    "gaussian_mixture_distribution",
+    "heartbeat",
+    "heartbeat_sequences",
+    "swiss_roll",
+    "swiss_roll_log_density",
+]

@@ -1,0 +1,96 @@
+"""Gaussian data and Gaussian mixtures, on which diffusion models can be checked exactly."""
+
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from probdiff.datasets.checks import check_count
+
+
+def gaussian(
+    key: PRNGKeyArray,
+    n: int,
+    *,
+    covariance: Float[Array | np.ndarray, "d d"],
+    mean: Float[Array | np.ndarray, "d"] | None = None,
+) -> Float[Array, "{n} d"]:
+    """Draws from N(mean, covariance).
+
+    Args:
+        key: Random key.
+        n: Number of points, at least 1.
+        covariance: Symmetric and positive definite.
+        mean: Mean; zero if absent.
+
+    Raises:
+        ValueError: If `n` is out of range or `covariance` is not a covariance.
+    """
+    check_count(n)
+    _check_covariance("covariance", covariance)
+    mean = jnp.zeros(len(covariance)) if mean is None else jnp.asarray(mean)
+    return dist.MultivariateNormal(mean, jnp.asarray(covariance)).sample(key, (n,))
+
+
+def gaussian_mixture(
+    key: PRNGKeyArray,
+    n: int,
+    *,
+    means: Float[Array | np.ndarray, "k d"],
+    covariances: Float[Array | np.ndarray, "k d d"],
+    weights: Float[Array | np.ndarray, "k"] | None = None,
+) -> Float[Array, "{n} d"]:
+    """Draws from Σ_k weights_k N(means_k, covariances_k).
+
+    Args:
+        key: Random key.
+        n: Number of points, at least 1.
+        means: Means of the components.
+        covariances: Covariances of the components, each symmetric and positive definite.
+        weights: Probabilities of the components; equal if absent.
+
+    Raises:
+        ValueError: If `n`, a covariance or a weight is out of range.
+    """
+    check_count(n)
+    mixture = gaussian_mixture_distribution(means=means, covariances=covariances, weights=weights)
+    return mixture.sample(key, (n,))
+
+
+def gaussian_mixture_distribution(
+    *,
+    means: Float[Array | np.ndarray, "k d"],
+    covariances: Float[Array | np.ndarray, "k d d"],
+    weights: Float[Array | np.ndarray, "k"] | None = None,
+) -> dist.MixtureSameFamily:
+    """The law that `gaussian_mixture` draws from, with its exact log density.
+
+    Args:
+        means: Means of the components.
+        covariances: Covariances of the components, each symmetric and positive definite.
+        weights: Probabilities of the components; equal if absent.
+
+    Returns:
+        Mixture over points: batch shape (), event shape (d,).
+
+    Raises:
+        ValueError: If a covariance or a weight is out of range.
+    """
+    for k, covariance in enumerate(covariances):
+        _check_covariance(f"covariances[{k}]", covariance)
+    if weights is None:
+        weights = np.full(len(means), 1 / len(means))
+    if np.any(np.asarray(weights) < 0) or abs(np.sum(weights) - 1) > 1e-5:
+        raise ValueError(f"weights must be probabilities with sum 1; got {weights}")
+    return dist.MixtureSameFamily(
+        dist.Categorical(jnp.asarray(weights)),
+        dist.MultivariateNormal(jnp.asarray(means), jnp.asarray(covariances)),
+    )
+
+
+def _check_covariance(name: str, covariance: Float[Array | np.ndarray, "d d"]) -> None:
+    covariance = np.asarray(covariance)
+    # The tolerance is float32 rounding of a product of matrices.
+    symmetric = np.allclose(covariance, covariance.T, rtol=1e-5, atol=1e-6)
+    if not symmetric or np.linalg.eigvalsh(covariance).min() <= 0:
+        raise ValueError(f"{name} must be symmetric and positive definite; got {covariance}")

@@ -1,0 +1,41 @@
+"""The binary heartbeat: sequences of bits with a 1 in every fifth bin.
+
+The phase is uniform, so there are exactly five sequences of 20 bits, and the log-likelihood of none
+can be above log2(1/5) = −2.3219 bits.
+
+Source: Sohl-Dickstein et al. (2015), section 3.1.2.
+"""
+
+import jax
+import numpy as np
+from jaxtyping import Int, PRNGKeyArray
+
+from probdiff.datasets.checks import check_count
+
+
+def heartbeat_sequences(*, length: int = 20, period: int = 5) -> Int[np.ndarray, "period length"]:
+    """The binary heartbeat's sequences: a 1 in every `period`-th bin, one row for each phase.
+
+    Raises:
+        ValueError: if `length` is not a multiple of `period`, or `period` is below 2.
+    """
+    if period < 2:
+        raise ValueError(f"period must be at least 2; got {period}")
+    if length < period or length % period:
+        raise ValueError(f"length must be a multiple of period {period}; got {length}")
+    return np.stack([np.arange(length) % period == phase for phase in range(period)]).astype(
+        np.int32
+    )
+
+
+def heartbeat(
+    key: PRNGKeyArray, n: int, *, length: int = 20, period: int = 5
+) -> Int[np.ndarray, "n length"]:
+    """Draw n heartbeats, the phase uniform: entropy log2(period) bits each.
+
+    Raises:
+        ValueError: as `heartbeat_sequences`, or if n is below 1.
+    """
+    check_count(n)
+    sequences = heartbeat_sequences(length=length, period=period)
+    return sequences[np.asarray(jax.random.randint(key, (n,), 0, period))]
