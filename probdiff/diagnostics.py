@@ -6,9 +6,9 @@ The bound of one example is a sum whose terms say where the nats go (Appendix B)
     KL_t = KL( q(x_s | x_t, x_0) ‖ p(x_s | x_t) ),    KL_T^prior = KL( q(x_T | x_0) ‖ π ),
 
 each estimated at draws of x_1 and of every x_t; under a tied last step the first is in closed form.
-It is a bound on log p(x_0) in expectation over those draws. `entropy_form` is the paper's eq. 14, in which the first and last terms have been
-replaced by entropies; it needs unit second moment, and the correction without which it is no bound
-otherwise is returned beside it.
+It is a bound on log p(x_0) in expectation over those draws. `entropy_form` is the paper's eq. 14,
+in which the first and last terms have been replaced by entropies; where the data do not have the
+stationary law's moments it is no bound, and the correction it then needs is returned beside it.
 
 A bound has dim `example` and no chain or draw: `loo` is not for it and refuses it.
 

@@ -7,10 +7,15 @@ folder named by `PROBDIFF_DATA` holds the files, nothing is downloaded.
 from probdiff.datasets.digits import Digits, dequantise, digits
 from probdiff.datasets.gaussian import gaussian, gaussian_mixture, gaussian_mixture_distribution
 from probdiff.datasets.heartbeat import heartbeat, heartbeat_sequences
+from probdiff.datasets.mnist import BinarisedMnist, Mnist, binarise, binarised_mnist, mnist
 from probdiff.datasets.swiss_roll import swiss_roll, swiss_roll_log_density
 
 __all__ = [
+    "BinarisedMnist",
     "Digits",
+    "Mnist",
+    "binarise",
+    "binarised_mnist",
     "dequantise",
     "digits",
     "gaussian",
@@ -18,6 +23,7 @@ __all__ = [
     "gaussian_mixture_distribution",
     "heartbeat",
     "heartbeat_sequences",
+    "mnist",
     "swiss_roll",
     "swiss_roll_log_density",
 ]

@@ -1,7 +1,8 @@
 """Networks `network(x_t, t, context=None)`: flax.nnx modules that hold no probability."""
 
+from probdiff.networks.convolution import ConvolutionalNetwork
 from probdiff.networks.perceptron import Perceptron
 from probdiff.networks.radial_basis import RadialBasis
 from probdiff.networks.shared_head import SharedHead
 
-__all__ = ["Perceptron", "RadialBasis", "SharedHead"]
+__all__ = ["ConvolutionalNetwork", "Perceptron", "RadialBasis", "SharedHead"]

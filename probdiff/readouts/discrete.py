@@ -6,8 +6,8 @@
 
 `Logits` is the paper's f_b with the forward kernel's own logit taken out, as the Gaussian readout
 perturbs the Gaussian kernel: z = 0 is the exact reverse chain of π, and any f_b can be reached.
-`DataLogits` says what the data are and leaves the steps to the bridge (Austin et al. 2021); for bits
-the network gives one number, the logit of 1, for K classes K numbers on the last axis.
+`DataLogits` says what the data are and leaves the steps to the bridge (Austin et al. 2021); the
+network gives one number for a bit, the logit of 1, and K numbers on the last axis for K classes.
 
 Sources: Sohl-Dickstein et al. (2015), table App. 1; Austin et al. (2021), equation 4.
 """

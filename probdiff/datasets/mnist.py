@@ -1,0 +1,116 @@
+"""MNIST: grey images, and their two binarisations.
+
+    fixed      every image binarised once and for all (Larochelle & Murray 2011): the split that
+               static-binarisation likelihoods are quoted on
+    dynamic    bits drawn anew whenever an image is used, P(1) = grey level / 255 (`binarise`)
+
+The two are different data; likelihoods on them are not comparable. Files are the published ones.
+They are looked for in the folder named by `PROBDIFF_DATA`, else downloaded once into the user's
+cache; either way their SHA-256 must be the published one.
+"""
+
+import gzip
+import hashlib
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pooch
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+
+MNIST = {
+    "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",  # noqa: E501
+    "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",  # noqa: E501
+    "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+    "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+}
+MNIST_URL = "https://storage.googleapis.com/cvdf-datasets/mnist/"
+BINARISED = {
+    "binarized_mnist_train.amat": "ad693b29f94c14277b095f5238ddefbbdaaae0939789dd2f4f0205278cee3e4d",  # noqa: E501
+    "binarized_mnist_valid.amat": "1de3d397c40fe8eeb33dafd4099a1f665ec01e96d9be234aaeeac8a34930e2e2",  # noqa: E501
+    "binarized_mnist_test.amat": "e6687bfea3f820c174f33b7865140b2a2dd2930ef786f35d45795fc193b5ab2c",
+}
+BINARISED_URL = "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/"
+
+
+class Mnist(NamedTuple):
+    """Grey images 0..255 and labels, training and test."""
+
+    train: UInt8[np.ndarray, "60000 28 28"]
+    test: UInt8[np.ndarray, "10000 28 28"]
+    train_labels: UInt8[np.ndarray, " 60000"]
+    test_labels: UInt8[np.ndarray, " 10000"]
+
+
+class BinarisedMnist(NamedTuple):
+    """Bits in the fixed binarisation; no labels were published with it."""
+
+    train: UInt8[np.ndarray, "50000 28 28"]
+    validation: UInt8[np.ndarray, "10000 28 28"]
+    test: UInt8[np.ndarray, "10000 28 28"]
+
+
+def mnist() -> Mnist:
+    """Load MNIST's four files.
+
+    Raises:
+        ValueError: if a file's checksum is not the published one.
+    """
+    images, labels = (
+        [_idx(fetch(f"{part}-{kind}-ubyte.gz", MNIST, MNIST_URL)) for part in ("train", "t10k")]
+        for kind in ("images-idx3", "labels-idx1")
+    )
+    return Mnist(*images, *labels)
+
+
+def binarised_mnist() -> BinarisedMnist:
+    """Load the fixed binarisation.
+
+    Raises:
+        ValueError: if a file's checksum is not the published one.
+    """
+    return BinarisedMnist(*(_amat(fetch(name, BINARISED, BINARISED_URL)) for name in BINARISED))
+
+
+def binarise(
+    key: PRNGKeyArray, images: UInt8[Array | np.ndarray, "*shape"]
+) -> Int[Array, "*shape"]:
+    """Draw bits with P(1) = grey level / 255."""
+    probability: Float[Array, ...] = jnp.asarray(images) / 255.0
+    return jax.random.bernoulli(key, probability).astype(jnp.int32)
+
+
+def fetch(name: str, checksums: dict[str, str], url: str) -> Path:
+    """Path of a published file: from the folder `PROBDIFF_DATA`, or downloaded and kept.
+
+    Raises:
+        ValueError: if the file in `PROBDIFF_DATA` has another checksum.
+    """
+    folder = os.environ.get("PROBDIFF_DATA")
+    if folder is None or not (Path(folder) / name).is_file():
+        return Path(
+            pooch.retrieve(url + name, known_hash=checksums[name], fname=name, progressbar=True)
+        )
+    file = Path(folder) / name
+    with open(file, "rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != checksums[name]:
+        raise ValueError(f"{file} must have the SHA-256 {checksums[name]}; got {found}")
+    return file
+
+
+def _idx(file: Path) -> np.ndarray:
+    """An IDX file of bytes: two zero bytes, type 8, the number of axes, their lengths, the data."""
+    data = gzip.decompress(file.read_bytes())
+    axes = data[3]
+    shape = np.frombuffer(data, ">i4", axes, offset=4)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape)
+
+
+def _amat(file: Path) -> np.ndarray:
+    """A text file of bits, 784 a line, one space or newline behind each."""
+    text = np.frombuffer(file.read_bytes(), np.uint8)
+    return (text[::2] - ord("0")).reshape(-1, 28, 28)

@@ -1,0 +1,120 @@
+"""Bounds per example and step: what they add up to, in which units, and how they are kept."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import xarray as xr
+from flax import nnx
+
+from oracles import exact_gaussian, log_normal
+from probdiff import (
+    BernoulliKernel,
+    Diffusion,
+    GaussianKernel,
+    diagnostics,
+    networks,
+    readouts,
+    schedules,
+)
+
+MEAN, SD = np.array([0.3, -0.5]), np.array([0.9, 0.6])
+
+
+@pytest.fixture(scope="module")
+def data():
+    return jnp.asarray(MEAN + SD * np.random.default_rng(0).standard_normal((50, 2)), jnp.float32)
+
+
+def test_bound_of_the_exact_chain_is_the_log_density(data):
+    diffusion = exact_gaussian(MEAN, SD)
+    tree = diagnostics.bound(jax.random.key(0), diffusion, {}, data, num_draws=4_000)
+    gap = tree["bound"]["bound"].values - log_normal(np.asarray(data), MEAN, SD).sum(1)
+    one = diagnostics.bound(jax.random.key(1), diffusion, {}, jnp.tile(data, (40, 1)))
+    spread = one["bound"]["bound"].values.reshape(40, 50).std(0).mean()
+    assert abs(gap.mean()) < 4 * spread / math.sqrt(4_000 * 50)
+    assert np.abs(gap).max() < 6 * spread / math.sqrt(4_000)
+
+
+def test_parts_add_up_and_carry_their_names(data):
+    tree = diagnostics.bound(jax.random.key(0), exact_gaussian(MEAN, SD, T=5), {}, data)
+    group = tree["bound"]
+    assert dict(group.sizes) == {"example": 50, "step": 4}
+    assert group["step"].values.tolist() == [2, 3, 4, 5]
+    total = group["reconstruction"] - group["kl"].sum("step") - group["prior_kl"]
+    np.testing.assert_allclose(group["bound"], total, atol=1e-5)
+    assert group.attrs["mean"] == pytest.approx(float(group["bound"].mean()), abs=1e-6)
+    se = float(group["bound"].std(ddof=1)) / math.sqrt(50)
+    assert group.attrs["se"] == pytest.approx(se, rel=1e-5)
+    assert group.attrs["mean_bits"] == pytest.approx(group.attrs["mean"] / math.log(2))
+
+
+KERNELS = {
+    "numbers": (GaussianKernel(), readouts.Perturbation(), 2, {"loc": 0.2, "scale": 1.7}),
+    "bits": (BernoulliKernel(0.3), readouts.Logits(), 1, {}),
+}
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+def test_closed_form_of_the_tied_step_is_the_mean_of_its_draws(kind):
+    kernel, readout, outputs, units = KERNELS[kind]
+    network = networks.Perceptron((3,), 8, 1, 4, outputs=outputs, rngs=nnx.Rngs(0))
+    beta = schedules.log_snr_linear(4, beta_1=0.1, alpha_bar_T=0.05)
+    diffusion = Diffusion(kernel, beta, network, event_shape=(3,), readout=readout, **units)
+    params = jax.tree.map(lambda p: jnp.full(p.shape, 0.1), diffusion.params_template)
+    rng = np.random.default_rng(1)
+    x = rng.integers(0, 2, (6, 3)) if kind == "bits" else 2 * rng.standard_normal((6, 3))
+    x = jnp.asarray(x, jnp.int32 if kind == "bits" else jnp.float32)
+    mask = jnp.asarray(rng.random((6, 3)) < 0.7)
+    for given in (None, mask):
+        tree = diagnostics.bound(jax.random.key(0), diffusion, params, x, mask=given)
+        reverse, steps = diffusion.bind(params, mask=given)
+        forward = diffusion.forward_trajectory(steps, x, given)
+        n = 20_000
+        x_1 = forward.sample_at(jax.random.key(1), jnp.ones((n, 6), jnp.int32))
+        draws = np.asarray(diffusion.data_given_first(reverse, x_1, given).log_prob(x))
+        error = draws.std(0) / math.sqrt(n)
+        found = tree["bound"]["reconstruction"].values
+        assert (np.abs(found - draws.mean(0)) < 4.5 * error + 1e-5).all()
+
+
+def test_result_survives_a_file(data, tmp_path):
+    tree = diagnostics.bound(jax.random.key(0), exact_gaussian(MEAN, SD, T=5), {}, data)
+    tree.to_netcdf(tmp_path / "bounds.nc", engine="h5netcdf")
+    again = xr.open_datatree(tmp_path / "bounds.nc", engine="h5netcdf")
+    xr.testing.assert_identical(again["bound"].to_dataset(), tree["bound"].to_dataset())
+    again.close()
+
+
+def test_blocks_do_not_change_what_is_estimated(data):
+    diffusion = exact_gaussian(MEAN, SD)
+    whole = diagnostics.bound(jax.random.key(0), diffusion, {}, data, num_draws=500)
+    blocks = diagnostics.bound(jax.random.key(1), diffusion, {}, data, num_draws=500, block_size=20)
+    gap = whole["bound"]["bound"].values - blocks["bound"]["bound"].values
+    assert abs(gap.mean()) < 4 * gap.std() / math.sqrt(50)
+    assert len(gap) == 50
+
+
+BAD = {
+    r"x_0 must have shape \(N": lambda d: diagnostics.bound(jax.random.key(0), d, {}, jnp.zeros(2)),
+    "num_draws and block_size must be positive": lambda d: diagnostics.bound(
+        jax.random.key(0), d, {}, jnp.zeros((3, 2)), num_draws=0
+    ),
+    "x_0 must be finite": lambda d: diagnostics.bound(
+        jax.random.key(0), d, {}, jnp.full((3, 2), jnp.nan)
+    ),
+    "params must hold exactly": lambda d: diagnostics.bound(
+        jax.random.key(0), d, {"a": 1.0}, jnp.zeros((3, 2))
+    ),
+    r"last_step must be Tied\(\)": lambda d: diagnostics.entropy_form(
+        d, {}, jnp.zeros((3, 2)), np.zeros((3, 19))
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_refused_by_name(message):
+    with pytest.raises(ValueError, match=message):
+        BAD[message](exact_gaussian(MEAN, SD))
