@@ -17,6 +17,7 @@ Source: Sohl-Dickstein et al. (2015), eqs. 10 to 14 and appendix B.
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -27,9 +28,9 @@ from jaxtyping import Array, Float
 from tqdm.auto import tqdm
 
 from probdiff.diffusion import Data, Diffusion, Mask
-from probdiff.elbo import prior_kl, step_kl
+from probdiff.elbo import StratifiedTimes, prior_kl, step_kl
 from probdiff.readouts import Tied
-from probdiff.trajectories import ForwardTrajectory
+from probdiff.trajectories import ForwardTrajectory, ReverseTrajectory
 from probdiff.types import Params
 
 BITS_PER_NAT = 1 / math.log(2)
@@ -68,25 +69,87 @@ def bound(
     Raises:
         ValueError: if data, context, mask or parameters do not fit.
     """
+    _check(diffusion, params, x_0, context, mask, num_draws=num_draws, block_size=block_size)
+    blocks = _blocks(key, x_0, context, mask, block_size, progress)
+    parts = [_bound_block(k, params, *given, diffusion, num_draws) for k, given in blocks]
+    reconstruction, kl, prior = (np.concatenate(part) for part in zip(*parts, strict=True))
+    tree = _tree(reconstruction - kl.sum(1) - prior, reconstruction, prior)
+    tree["bound"]["kl"] = xr.DataArray(
+        kl, dims=("example", "step"), coords={"step": np.arange(2, diffusion.T + 1)}
+    )
+    tree["bound"].attrs |= {"T": diffusion.T, "num_draws": num_draws}
+    return tree
+
+
+def sampled_bound(
+    key: Array,
+    diffusion: Diffusion,
+    params: Params,
+    x_0: Data,
+    *,
+    context: Any = None,
+    mask: Mask | None = None,
+    num_times: int = 10,
+    block_size: int = 500,
+    progress: bool = False,
+) -> xr.DataTree:
+    """Bound K for every example at a few random steps: unbiased, at a cost that T does not enter.
+
+    The sum over t of KL_t is estimated at `num_times` steps per example, stratified over 2..T as in
+    `SampledTimeELBO`. For many examples and a large T; `bound` gives every step.
+
+    Args:
+        key: Randomness; block b of examples uses `fold_in(key, b)`.
+        diffusion: The model.
+        params: Its parameters.
+        x_0: Examples in the user's units, `(N, *event_shape)`.
+        context: One context per example, `(N, *context_shape)`.
+        mask: True where x_0 is observed; the bound is then of the observed part.
+        num_times: Steps at which each example's KL is drawn.
+        block_size: Examples handled at once.
+        progress: Show a bar over the blocks.
+
+    Returns:
+        DataTree with group `bound`, nats: `bound`, `reconstruction`, `prior_kl` per `example`.
+        Attributes as those of `bound`, with `num_times`.
+
+    Raises:
+        ValueError: if data, context, mask or parameters do not fit.
+    """
+    _check(diffusion, params, x_0, context, mask, num_times=num_times, block_size=block_size)
+    blocks = _blocks(key, x_0, context, mask, block_size, progress)
+    parts = [_sampled_block(k, params, *given, diffusion, num_times) for k, given in blocks]
+    reconstruction, kl, prior = (np.concatenate(part) for part in zip(*parts, strict=True))
+    tree = _tree(reconstruction - kl - prior, reconstruction, prior)
+    tree["bound"].attrs |= {"T": diffusion.T, "num_times": num_times}
+    return tree
+
+
+def _check(
+    diffusion: Diffusion, params: Params, x_0: Any, context: Any, mask: Any, **counts: int
+) -> None:
     if np.ndim(x_0) != len(diffusion.event_shape) + 1 or np.shape(x_0)[0] < 1:
         raise ValueError(
             f"x_0 must have shape (N, *{diffusion.event_shape}) with N at least 1; "
             f"got {np.shape(x_0)}"
         )
-    if num_draws < 1 or block_size < 1:
-        raise ValueError(f"num_draws and block_size must be positive; got {num_draws, block_size}")
-    diffusion._check_data(x_0, mask)
-    diffusion.bind(params, context=context)
-    blocks = []
-    for block, start in enumerate(
-        tqdm(range(0, len(x_0), block_size), desc="bound", disable=not progress)
-    ):
+    for argument, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{argument} must be at least 1; got {count}")
+    diffusion.check_params(params)
+    diffusion.check_data(x_0, mask)
+    diffusion.check_context(context)
+
+
+def _blocks(
+    key: Array, x_0: Any, context: Any, mask: Any, block_size: int, progress: bool
+) -> Iterator[tuple[Array, list[Any]]]:
+    """A key and the rows of each block of examples."""
+    starts = range(0, len(x_0), block_size)
+    for block, start in enumerate(tqdm(starts, desc="bound", disable=not progress)):
         rows = slice(start, start + block_size)
-        given = (None if a is None else jnp.asarray(a[rows]) for a in (x_0, context, mask))
-        key_block = jax.random.fold_in(key, block)
-        blocks.append(_bound_block(key_block, params, *given, diffusion, num_draws))
-    reconstruction, kl, prior = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
-    return _tree(diffusion, reconstruction, kl, prior, num_draws)
+        given = [None if a is None else jnp.asarray(a[rows]) for a in (x_0, context, mask)]
+        yield jax.random.fold_in(key, block), given
 
 
 @functools.partial(jax.jit, static_argnames=("diffusion", "num_draws"))
@@ -111,13 +174,52 @@ def _bound_block(
 
     keys = jax.random.split(key_steps, steps.T - 1)
     kl = jax.lax.map(kl_at, (jnp.arange(2, steps.T + 1), keys))
-    if isinstance(diffusion.last_step, Tied):
-        reconstruction = _tied_reconstruction(diffusion, forward)
-    else:
-        x_1 = forward.sample_at(key_first, jnp.ones(lead, jnp.int32))
-        last = diffusion.data_given_first(reverse, x_1, mask)
-        reconstruction = jnp.mean(last.log_prob(x_0), 0)
+    reconstruction = _reconstruction(key_first, diffusion, forward, reverse, x_0, num_draws)
     return reconstruction, kl.T, prior_kl(forward)
+
+
+@functools.partial(jax.jit, static_argnames=("diffusion", "num_times"))
+def _sampled_block(
+    key: Array,
+    params: Params,
+    x_0: Any,
+    context: Any,
+    mask: Any,
+    diffusion: Diffusion,
+    num_times: int,
+) -> tuple[Any, Any, Any]:
+    key_first, key_t, key_x = jax.random.split(key, 3)
+    reverse, steps = diffusion.bind(params, context=context, mask=mask)
+    forward = diffusion.forward_trajectory(steps, x_0, mask)
+    lead = (num_times, *forward.batch_shape)
+    t, law = StratifiedTimes().draw(key_t, lead, jnp.zeros(steps.T - 1))
+
+    def kl_at(inputs: Any) -> Any:
+        t, key = inputs
+        return step_kl(forward, reverse, forward.sample_at(key, t), t)
+
+    kl = jax.lax.map(kl_at, (t, jax.random.split(key_x, num_times)))
+    reconstruction = _reconstruction(key_first, diffusion, forward, reverse, x_0, num_times)
+    return reconstruction, jnp.mean(kl / law, 0), prior_kl(forward)
+
+
+def _reconstruction(
+    key: Array,
+    diffusion: Diffusion,
+    forward: ForwardTrajectory,
+    reverse: ReverseTrajectory,
+    x_0: Any,
+    num_draws: int,
+) -> Float[Array, " N"]:
+    """E log p(x_0 | x_1): in closed form under a tied last step, else the mean of draws of x_1."""
+    if isinstance(diffusion.last_step, Tied):
+        return _tied_reconstruction(diffusion, forward)
+
+    def one(key: Array) -> Any:
+        x_1 = forward.sample_at(key, jnp.ones(forward.batch_shape, jnp.int32))
+        return diffusion.data_given_first(reverse, x_1, forward.observed).log_prob(x_0)
+
+    return jnp.mean(jax.lax.map(one, jax.random.split(key, num_draws)), 0)
 
 
 def _tied_reconstruction(diffusion: Diffusion, forward: ForwardTrajectory) -> Float[Array, " N"]:
@@ -137,29 +239,22 @@ def _tied_reconstruction(diffusion: Diffusion, forward: ForwardTrajectory) -> Fl
     return forward.sum_event(terms)
 
 
-def _tree(
-    diffusion: Diffusion, reconstruction: Any, kl: Any, prior: Any, num_draws: int
-) -> xr.DataTree:
-    total = reconstruction - kl.sum(1) - prior
-    n = len(total)
-    mean = float(total.mean())
+def _tree(total: Any, reconstruction: Any, prior: Any) -> xr.DataTree:
+    n, mean = len(total), float(total.mean())
     se = float(total.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
     group = xr.Dataset(
         {
             "bound": ("example", total),
             "reconstruction": ("example", reconstruction),
-            "kl": (("example", "step"), kl),
             "prior_kl": ("example", prior),
         },
-        coords={"example": np.arange(n), "step": np.arange(2, diffusion.T + 1)},
+        coords={"example": np.arange(n)},
         attrs={
             "units": "nats",
             "mean": mean,
             "se": se,
             "mean_bits": mean * BITS_PER_NAT,
             "se_bits": se * BITS_PER_NAT,
-            "T": diffusion.T,
-            "num_draws": num_draws,
         },
     )
     return xr.DataTree.from_dict({"bound": group})

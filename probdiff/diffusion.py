@@ -127,7 +127,7 @@ class Diffusion:
         Returns:
             The trajectory, `(*plates, T, *event_shape)`, on the scale of the chain.
         """
-        self._check_data(x_0, mask)
+        self.check_data(x_0, mask)
         return self._forward(self._steps(), x_0, mask)
 
     def reverse(
@@ -143,8 +143,8 @@ class Diffusion:
         Returns:
             x_0, `(*plates, *event_shape)`, in the user's units.
         """
-        self._check_data(x_0, mask)
-        self._check_context(context)
+        self.check_data(x_0, mask)
+        self.check_context(context)
         trajectory = self.reverse_trajectory(self._bound(), self._steps(), context, mask)
         return self._reverse(trajectory, x_0, mask)
 
@@ -171,8 +171,8 @@ class Diffusion:
 
     def model_by_step(self, x_0: Data | None = None, *, context: Any = None) -> Any:
         """`model` with a site for every level, from x_T down; sites `name_trajectory_t`."""
-        self._check_data(x_0, None)
-        self._check_context(context)
+        self.check_data(x_0, None)
+        self.check_context(context)
         trajectory = self.reverse_trajectory(self._bound(), self._steps(), context)
         event_dim = len(self.event_shape)
         with self._plate(x_0, context):
@@ -188,7 +188,7 @@ class Diffusion:
         """`guide` with a site for every level: q(x_T | x_0), then the bridge down to x_1."""
         if x_0 is None:
             raise ValueError("x_0 must be given to the guide, which starts at data; got None")
-        self._check_data(x_0, None)
+        self.check_data(x_0, None)
         event_dim, steps = len(self.event_shape), self._steps()
         x_0_scaled = self.to_chain(jnp.asarray(x_0))
         with self._plate(x_0, context):
@@ -215,7 +215,7 @@ class Diffusion:
             ValueError: if parameters are missing, unknown or of another shape.
         """
         self.check_params(params)
-        self._check_context(context)
+        self.check_context(context)
         with numpyro.handlers.block(), numpyro.handlers.substitute(data=params):
             network, steps = self._bound(), self._steps()
         return self.reverse_trajectory(network, steps, context, mask), steps
@@ -282,6 +282,40 @@ class Diffusion:
                     f"params{path} must have shape {leaf.shape}; got {np.shape(given[path])}"
                 )
 
+    def check_data(self, x_0: Any, mask: Any) -> None:
+        """Check what can be known before tracing: shapes always, values where they are concrete."""
+        if x_0 is None:
+            return
+        shape, event_dim = np.shape(x_0), len(self.event_shape)
+        if len(shape) < event_dim or shape[len(shape) - event_dim :] != self.event_shape:
+            raise ValueError(f"x_0 must have shape (..., *{self.event_shape}); got {shape}")
+        is_real = isinstance(self.kernel, GaussianKernel)
+        if is_real and not jnp.issubdtype(x_0.dtype, jnp.floating):
+            raise ValueError(f"x_0 must hold real numbers; got dtype {x_0.dtype}")
+        if mask is not None and np.shape(mask) != shape:
+            raise ValueError(f"mask must have the shape of x_0, {shape}; got {np.shape(mask)}")
+        if isinstance(x_0, jax.core.Tracer) or isinstance(mask, jax.core.Tracer):
+            return
+        values = np.asarray(x_0)
+        kept = values if mask is None else values[np.asarray(mask)]
+        self.kernel.check_values(kept)
+        if is_real:
+            self._warn_about_scale(values, mask)
+
+    def check_context(self, context: Any) -> None:
+        """Raise a `ValueError` unless context is given as `context_shape` says."""
+        if (context is None) != (self.context_shape is None):
+            raise ValueError(
+                f"context must be given exactly where context_shape is; got context "
+                f"{'None' if context is None else np.shape(context)} with context_shape "
+                f"{self.context_shape}"
+            )
+        if context is None:
+            return
+        shape, dim = np.shape(context), len(self.context_shape)
+        if len(shape) < dim or shape[len(shape) - dim :] != self.context_shape:
+            raise ValueError(f"context must have shape (..., *{self.context_shape}); got {shape}")
+
     # private
 
     def _bound(self) -> Any:
@@ -313,7 +347,7 @@ class Diffusion:
 
     def _plate(self, x_0: Any, context: Any) -> Any:
         if context is not None:
-            self._check_context(context)
+            self.check_context(context)
         shapes = {"x_0": (x_0, self.event_shape), "context": (context, self.context_shape)}
         sizes = {}
         for argument, (array, event_shape) in shapes.items():
@@ -394,26 +428,6 @@ class Diffusion:
                 f"{self.readout}; got (B, {', '.join(map(str, out.shape[1:]))})"
             )
 
-    def _check_data(self, x_0: Any, mask: Any) -> None:
-        """Check what can be known before tracing: shapes always, values where they are concrete."""
-        if x_0 is None:
-            return
-        shape, event_dim = np.shape(x_0), len(self.event_shape)
-        if len(shape) < event_dim or shape[len(shape) - event_dim :] != self.event_shape:
-            raise ValueError(f"x_0 must have shape (..., *{self.event_shape}); got {shape}")
-        is_real = isinstance(self.kernel, GaussianKernel)
-        if is_real and not jnp.issubdtype(x_0.dtype, jnp.floating):
-            raise ValueError(f"x_0 must hold real numbers; got dtype {x_0.dtype}")
-        if mask is not None and np.shape(mask) != shape:
-            raise ValueError(f"mask must have the shape of x_0, {shape}; got {np.shape(mask)}")
-        if isinstance(x_0, jax.core.Tracer) or isinstance(mask, jax.core.Tracer):
-            return
-        values = np.asarray(x_0)
-        kept = values if mask is None else values[np.asarray(mask)]
-        self.kernel.check_values(kept)
-        if is_real:
-            self._warn_about_scale(values, mask)
-
     def _warn_about_scale(self, values: np.ndarray, mask: Any) -> None:
         """Warn where the data are far from the law N(0, 1) that the chain ends in."""
         scaled = np.asarray(self.to_chain(values), np.float64)
@@ -433,19 +447,6 @@ class Diffusion:
             "and sampling starts from another law than the chain reaches. Pass loc= and scale=",
             stacklevel=5,
         )
-
-    def _check_context(self, context: Any) -> None:
-        if (context is None) != (self.context_shape is None):
-            raise ValueError(
-                f"context must be given exactly where context_shape is; got context "
-                f"{'None' if context is None else np.shape(context)} with context_shape "
-                f"{self.context_shape}"
-            )
-        if context is None:
-            return
-        shape, dim = np.shape(context), len(self.context_shape)
-        if len(shape) < dim or shape[len(shape) - dim :] != self.context_shape:
-            raise ValueError(f"context must have shape (..., *{self.context_shape}); got {shape}")
 
 
 class Prior:

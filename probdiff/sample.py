@@ -56,7 +56,8 @@ def ancestral(
         raise ValueError(
             f"context must have {num_samples} rows, one per draw; got shape {np.shape(context)}"
         )
-    diffusion.bind(params, context=context)  # refuses what does not fit before anything compiles
+    diffusion.check_params(params)
+    diffusion.check_context(context)
     draws, trajectories = [], []
     starts = range(0, num_samples, block_size)
     for block, start in enumerate(tqdm(starts, desc="sample", disable=not progress)):

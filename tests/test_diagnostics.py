@@ -99,7 +99,7 @@ def test_blocks_do_not_change_what_is_estimated(data):
 
 BAD = {
     r"x_0 must have shape \(N": lambda d: diagnostics.bound(jax.random.key(0), d, {}, jnp.zeros(2)),
-    "num_draws and block_size must be positive": lambda d: diagnostics.bound(
+    "num_draws must be at least 1; got 0": lambda d: diagnostics.bound(
         jax.random.key(0), d, {}, jnp.zeros((3, 2)), num_draws=0
     ),
     "x_0 must be finite": lambda d: diagnostics.bound(
@@ -118,3 +118,21 @@ BAD = {
 def test_bad_input_is_refused_by_name(message):
     with pytest.raises(ValueError, match=message):
         BAD[message](exact_gaussian(MEAN, SD))
+
+
+@pytest.mark.parametrize("last_step", [readouts.Tied(), readouts.Learned()])
+def test_sampled_steps_estimate_the_bound_of_all_steps(data, last_step):
+    network = networks.Perceptron((2,), 8, 1, 12, rngs=nnx.Rngs(0))
+    beta = schedules.log_snr_linear(12, beta_1=0.02, alpha_bar_T=0.05)
+    diffusion = Diffusion(
+        GaussianKernel(), beta, network, event_shape=(2,), last_step=last_step, scale=0.8
+    )
+    params = jax.tree.map(lambda p: jnp.full(p.shape, 0.2), diffusion.params_template)
+    x = jnp.tile(data, (40, 1))
+    every = diagnostics.bound(jax.random.key(0), diffusion, params, x, num_draws=20)
+    some = diagnostics.sampled_bound(jax.random.key(1), diffusion, params, x, num_times=3)
+    gap = some["bound"]["bound"].values - every["bound"]["bound"].values
+    per_example = gap.reshape(40, 50)
+    error = per_example.std(0, ddof=1) / math.sqrt(40)
+    assert (np.abs(per_example.mean(0)) < 4.5 * error).all()
+    assert abs(gap.mean()) < 4 * gap.std() / math.sqrt(len(gap))
