@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 from jaxtyping import Array, Float
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from probdiff.diffusion import Data, Diffusion, Mask
 from probdiff.elbo import StratifiedTimes, prior_kl, step_kl

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Array
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from probdiff.diffusion import Diffusion
 from probdiff.types import Params

@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int, PRNGKeyArray
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from probdiff import batches
 from probdiff import checkpoint as checkpoints

@@ -1,0 +1,37 @@
+"""The README's program runs as written, and its commands are those of the package."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_program_runs_and_says_what_it_should(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert program.count("num_steps=2_000") == 1
+    names = {}
+    exec(compile(program.replace("num_steps=2_000", "num_steps=300"), "README.md", "exec"), names)
+    assert names["draws"].shape == (100, 2)
+    assert names["y"].shape == (1, 20, 2)
+    mean, se = re.search(r"(-?[\d.]+) ± ([\d.]+) bits per point", capsys.readouterr().out).groups()
+    assert float(mean) > -4.09 + 4 * float(se)  # better than N(0, I) already
+    assert sorted(p.name for p in Path("roll").iterdir()) == ["config.json", "params.safetensors"]
+    assert np.isfinite(names["result"].losses).all()
+
+
+def test_commands_are_those_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "pip install . && probdiff run digits" in README
+    assert "pip install '.[test]' && pytest" in README
+    assert "probdiff" in project["scripts"]
+    assert "test" in project["optional-dependencies"]
+
+
+def test_readme_is_short():
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    assert len(prose.split()) < 700
