@@ -20,7 +20,6 @@ Source: Sohl-Dickstein et al. (2015), sections 2.2 to 2.4.
 
 import contextlib
 import functools
-import warnings
 from typing import Any
 
 import jax
@@ -29,7 +28,7 @@ import numpy as np
 import numpyro
 from jaxtyping import Array, Bool, Shaped
 
-from probdiff import readouts, schedules
+from probdiff import readouts, schedules, validation
 from probdiff.kernels import AbsorbingKernel, CategoricalKernel, DiscreteKernel, GaussianKernel
 from probdiff.networks.binding import bind, example_inputs
 from probdiff.networks.radial_basis import output_shape
@@ -86,14 +85,10 @@ class Diffusion:
         self.last_step = _default_last_step(kernel) if last_step is None else last_step
         is_learned = isinstance(beta, schedules.Learned)
         self.schedule = beta if is_learned else schedules.check_beta(beta)
-        self.loc, self.scale = self._check_units(loc, scale)
-        rates = beta.beta if is_learned else self.schedule
-        self._check_symbols(is_learned, rates)
-        if self.readout.needs_signal and rates[-1] == 1:
-            raise ValueError(
-                f"readout {type(self.readout).__name__} divides by sqrt(alpha_bar_T); got a "
-                "schedule with beta_T = 1. Use Data, Velocity or Perturbation"
-            )
+        self.loc, self.scale = validation.check_units(kernel, self.event_shape, loc, scale)
+        validation.check_schedule(
+            kernel, self.readout, self.last_step, self.rates, is_learned=is_learned
+        )
         self._fixed_steps = None if is_learned else schedules.steps(self.schedule)
         self._binding = bind(network, self.event_shape, self.context_shape, kernel.dtype)
         self._check_network()
@@ -107,8 +102,13 @@ class Diffusion:
     @property
     def T(self) -> int:
         """Number of steps."""
-        learned = isinstance(self.schedule, schedules.Learned)
-        return len(self.schedule.beta if learned else self.schedule)
+        return len(self.rates)
+
+    @property
+    def rates(self) -> np.ndarray:
+        """β_1..β_T; of a learned schedule, those it starts from."""
+        is_learned = isinstance(self.schedule, schedules.Learned)
+        return self.schedule.beta if is_learned else self.schedule
 
     @property
     def trajectory_name(self) -> str:
@@ -263,58 +263,20 @@ class Diffusion:
 
     def check_params(self, params: Params) -> None:
         """Raise a `ValueError` that names what is missing, unknown or of another shape."""
-        if not isinstance(params, dict):
-            raise ValueError(f"params must be a dict by site name; got {type(params).__name__}")
-        expected = _leaves(self.params_template)
-        given = _leaves(params)
-        missing, unknown = (
-            sorted(expected.keys() - given.keys()),
-            sorted(given.keys() - expected.keys()),
-        )
-        if missing or unknown:
-            raise ValueError(
-                f"params must hold exactly the parameters of {self.name!r}; "
-                f"missing: {missing or 'none'}, unknown: {unknown or 'none'}"
-            )
-        for path, leaf in expected.items():
-            if np.shape(given[path]) != leaf.shape:
-                raise ValueError(
-                    f"params{path} must have shape {leaf.shape}; got {np.shape(given[path])}"
-                )
+        validation.check_params(self.params_template, params, self.name)
 
-    def check_data(self, x_0: Any, mask: Any) -> None:
-        """Check what can be known before tracing: shapes always, values where they are concrete."""
+    def check_data(self, x_0: Any, mask: Any = None) -> None:
+        """Raise a `ValueError` unless data and mask fit; warn of a second moment far from 1."""
         if x_0 is None:
             return
-        shape, event_dim = np.shape(x_0), len(self.event_shape)
-        if len(shape) < event_dim or shape[len(shape) - event_dim :] != self.event_shape:
-            raise ValueError(f"x_0 must have shape (..., *{self.event_shape}); got {shape}")
-        is_real = isinstance(self.kernel, GaussianKernel)
-        if is_real and not jnp.issubdtype(x_0.dtype, jnp.floating):
-            raise ValueError(f"x_0 must hold real numbers; got dtype {x_0.dtype}")
-        if mask is not None and np.shape(mask) != shape:
-            raise ValueError(f"mask must have the shape of x_0, {shape}; got {np.shape(mask)}")
-        if isinstance(x_0, jax.core.Tracer) or isinstance(mask, jax.core.Tracer):
-            return
-        values = np.asarray(x_0)
-        kept = values if mask is None else values[np.asarray(mask)]
-        self.kernel.check_values(kept)
-        if is_real:
-            self._warn_about_scale(values, mask)
+        validation.check_data(self.kernel, self.event_shape, x_0, mask)
+        if self.scale is not None and not isinstance(x_0, jax.core.Tracer):
+            x = (np.asarray(x_0) - self.loc) / self.scale
+            validation.warn_about_moment(self.kernel, self.event_shape, self.rates, x, mask)
 
     def check_context(self, context: Any) -> None:
         """Raise a `ValueError` unless context is given as `context_shape` says."""
-        if (context is None) != (self.context_shape is None):
-            raise ValueError(
-                f"context must be given exactly where context_shape is; got context "
-                f"{'None' if context is None else np.shape(context)} with context_shape "
-                f"{self.context_shape}"
-            )
-        if context is None:
-            return
-        shape, dim = np.shape(context), len(self.context_shape)
-        if len(shape) < dim or shape[len(shape) - dim :] != self.context_shape:
-            raise ValueError(f"context must have shape (..., *{self.context_shape}); got {shape}")
+        validation.check_context(context, self.context_shape)
 
     # private
 
@@ -365,49 +327,6 @@ class Diffusion:
         batch = next(iter(sizes.values()), ())
         return numpyro.plate("data", batch[0]) if batch else contextlib.nullcontext()
 
-    def _check_units(self, loc: Any, scale: Any) -> tuple[Any, Any]:
-        """loc and scale as arrays of JAX's float type; None for symbols, which have no units."""
-        if isinstance(self.kernel, DiscreteKernel):
-            if np.any(np.asarray(loc) != 0) or np.any(np.asarray(scale) != 1):
-                raise ValueError(f"loc and scale must be 0 and 1 for symbols; got {loc}, {scale}")
-            return None, None
-        units = {"loc": np.asarray(loc, np.float64), "scale": np.asarray(scale, np.float64)}
-        for argument, value in units.items():
-            try:
-                np.broadcast_to(value, self.event_shape)
-            except ValueError:
-                raise ValueError(
-                    f"{argument} must be broadcastable to event_shape {self.event_shape}; "
-                    f"got shape {value.shape}"
-                ) from None
-            if not np.isfinite(value).all():
-                raise ValueError(f"{argument} must be finite; got {value}")
-        if not np.all(units["scale"] > 0):
-            raise ValueError(f"scale must be positive; got {scale}")
-        return tuple(value.astype(self.kernel.dtype) for value in units.values())
-
-    def _check_symbols(self, is_learned: bool, rates: np.ndarray) -> None:
-        """What chains of symbols cannot do."""
-        if not isinstance(self.kernel, DiscreteKernel):
-            return
-        if is_learned:
-            raise ValueError(
-                "beta must be fixed for symbols, which cannot be differentiated by it; got a "
-                "learned schedule"
-            )
-        if not isinstance(self.kernel, AbsorbingKernel):
-            return
-        if isinstance(self.last_step, readouts.Tied):
-            raise ValueError(
-                "last_step must be Learned() for AbsorbingKernel, whose stationary law has no mass "
-                "on data; got Tied()"
-            )
-        if rates[-1] != 1:
-            raise ValueError(
-                f"beta_T must be 1 for AbsorbingKernel, or data would not all be absorbed; "
-                f"got {rates[-1]}. Use schedules.harmonic"
-            )
-
     def _check_network(self) -> None:
         """Run the network on shapes alone and compare what comes with what the readout needs."""
         T = getattr(self.network, "T", self.T)
@@ -427,26 +346,6 @@ class Diffusion:
                 f"network must return shape (B, {', '.join(map(str, expected[1:]))}) for "
                 f"{self.readout}; got (B, {', '.join(map(str, out.shape[1:]))})"
             )
-
-    def _warn_about_scale(self, values: np.ndarray, mask: Any) -> None:
-        """Warn where the data are far from the law N(0, 1) that the chain ends in."""
-        scaled = np.asarray(self.to_chain(values), np.float64)
-        scaled = scaled if mask is None else scaled[np.asarray(mask)]
-        rows = values.size // max(int(np.prod(self.event_shape)), 1)
-        if rows < 32:  # too few to speak of a moment
-            return
-        moment = float(np.mean(scaled**2))
-        if 0.5 <= moment <= 2:
-            return
-        rates = self.schedule.beta if self._fixed_steps is None else self.schedule
-        edges = float(np.prod(1 - rates) + rates[0])
-        correction = -0.5 * int(np.prod(self.event_shape)) * (moment - 1) * edges
-        warnings.warn(
-            f"x_0 has second moment {moment:.3g} after loc and scale, where the chain ends in 1: "
-            f"the entropy form of the bound (eq. 14) is off by {correction:.3g} nats per example, "
-            "and sampling starts from another law than the chain reaches. Pass loc= and scale=",
-            stacklevel=5,
-        )
 
 
 class Prior:
@@ -474,9 +373,3 @@ def _default_last_step(kernel: Any) -> readouts.LastStep:
     """2015 for numbers and bits; classes learn it, as an absorbing chain must."""
     is_classes = isinstance(kernel, CategoricalKernel | AbsorbingKernel)
     return readouts.Learned() if is_classes else readouts.Tied()
-
-
-def _leaves(tree: Any) -> dict[str, Any]:
-    """Leaves by their path, as text."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}

@@ -60,6 +60,7 @@ def save(path: str | Path, diffusion: Diffusion, params: Params) -> None:
     tensors = {name: jnp.asarray(leaf) for name, leaf in _named_leaves(params)}
     data = write_tensors(tensors)
     config = _config(diffusion) | {"params_sha256": hashlib.sha256(data).hexdigest()}
+    config |= {"config_sha256": _digest(config)}
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / "params.safetensors", data)
@@ -102,16 +103,14 @@ def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
 
 
 def _config(diffusion: Diffusion) -> dict[str, Any]:
-    is_learned = isinstance(diffusion.schedule, schedules.Learned)
-    beta = diffusion.schedule.beta if is_learned else diffusion.schedule
     kind = type(diffusion.network).__name__
     built_in = NETWORKS.get(kind) is type(diffusion.network)
     settings = built_in_config(diffusion.network) if built_in else None
     return {
         "format": FORMAT,
         "kernel": _describe(diffusion.kernel),
-        "beta": beta.tolist(),
-        "beta_learned": is_learned,
+        "beta": diffusion.rates.tolist(),
+        "beta_learned": isinstance(diffusion.schedule, schedules.Learned),
         "network": {"type": kind, "settings": settings},
         "readout": _describe(diffusion.readout),
         "last_step": _describe(diffusion.last_step),
@@ -182,7 +181,13 @@ def _read_config(file: Path) -> dict[str, Any]:
     found = config.get("format") if isinstance(config, dict) else None
     if found != FORMAT:
         raise ValueError(f"{file} must have format {FORMAT}; got {found}")
+    if config.pop("config_sha256", None) != _digest(config):
+        raise ValueError(f"{file} must be as it was saved; its checksum is another")
     return config
+
+
+def _digest(config: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def _replace(file: Path, data: bytes) -> None:

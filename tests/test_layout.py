@@ -17,6 +17,7 @@ ORDER = [
     "readouts",
     "networks",
     "trajectories",
+    "validation",
     "diffusion",
     "storage",
     "elbo",

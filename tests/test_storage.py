@@ -1,5 +1,6 @@
 """Saved models come back as they were, and what is not a saved model is refused by name."""
 
+import hashlib
 import json
 
 import jax
@@ -165,10 +166,21 @@ def alter(file):
 
 
 def set_field(**fields):
+    """An edit by somebody who knows of the checksum."""
+
     def change(file):
-        file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+        config = json.loads(file.read_text()) | fields
+        del config["config_sha256"]
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+        file.write_text(json.dumps(config | {"config_sha256": digest}))
 
     return change
+
+
+def edit_a_rate(file):
+    config = json.loads(file.read_text())
+    config["beta"][0] *= 2
+    file.write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(
@@ -188,6 +200,7 @@ def set_field(**fields):
             set_field(network={"type": "system", "settings": {}}),
             "network must be given: 'system' is not one of the built-in",
         ),
+        ("config.json", edit_a_rate, "config.json must be as it was saved"),
         ("config.json", set_field(beta_learned=True), "must hold the parameters .*x_0_beta"),
     ],
     ids=lambda value: value if isinstance(value, str) and "." in value else "",

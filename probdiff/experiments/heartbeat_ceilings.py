@@ -2,9 +2,9 @@
 
 A heartbeat is one of `period` sequences: a 1 in every `period`-th bin, the phase uniform. Given x_t
 the posterior over phases depends on x_t only through n_j, the number of ones among the bins of
-phase j, and the n_j are independent binomials, with success rate u_1 = ᾱ_t + m (1−ᾱ_t) for the true phase
-and u_0 = m (1−ᾱ_t) for the others. So every expectation is a finite sum over counts, where the
-counts of the wrong phases are exchangeable and only their multiset matters.
+phase j, and the n_j are independent binomials, with success rate u_1 = ᾱ_t + m (1−ᾱ_t) for the
+true phase and u_0 = m (1−ᾱ_t) for the others. So every expectation is a finite sum over counts,
+where the counts of the wrong phases are exchangeable and only their multiset matters.
 
 The best reverse step that treats bins alone is the bridge averaged over P(phase | x_t); its KL to
 the bridge of the true x_0 is what each step costs. All results in bits per sequence.

@@ -1,0 +1,155 @@
+"""Checks of what a user hands in: each raises a `ValueError` with name, expectation and value.
+
+NumPyro and JAX accept a missing plate, data that broadcast, missing weights or a NaN without a
+word, and inside `jit` values cannot be looked at. So all that can be known is checked before
+tracing: shapes and dtypes always, values where they are concrete.
+"""
+
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from probdiff import readouts
+from probdiff.kernels import AbsorbingKernel, DiscreteKernel, GaussianKernel
+
+FEW_ROWS = 32
+"""Fewer examples say nothing of a second moment."""
+
+
+def check_units(
+    kernel: Any, event_shape: tuple[int, ...], loc: Any, scale: Any
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """loc and scale in JAX's float type; None for symbols, which have no units."""
+    if isinstance(kernel, DiscreteKernel):
+        if np.any(np.asarray(loc) != 0) or np.any(np.asarray(scale) != 1):
+            raise ValueError(f"loc and scale must be 0 and 1 for symbols; got {loc}, {scale}")
+        return None, None
+    units = {"loc": np.asarray(loc, np.float64), "scale": np.asarray(scale, np.float64)}
+    for argument, value in units.items():
+        try:
+            np.broadcast_to(value, event_shape)
+        except ValueError:
+            raise ValueError(
+                f"{argument} must be broadcastable to event_shape {event_shape}; "
+                f"got shape {value.shape}"
+            ) from None
+        if not np.isfinite(value).all():
+            raise ValueError(f"{argument} must be finite; got {value}")
+    if not np.all(units["scale"] > 0):
+        raise ValueError(f"scale must be positive; got {scale}")
+    return units["loc"].astype(kernel.dtype), units["scale"].astype(kernel.dtype)
+
+
+def check_schedule(
+    kernel: Any, readout: Any, last_step: Any, rates: np.ndarray, *, is_learned: bool
+) -> None:
+    """What a readout or a chain of symbols asks of the rates and the last step."""
+    if readout.needs_signal and rates[-1] == 1:
+        raise ValueError(
+            f"readout {type(readout).__name__} divides by sqrt(alpha_bar_T); got a schedule with "
+            "beta_T = 1. Use Data, Velocity or Perturbation"
+        )
+    if isinstance(kernel, DiscreteKernel) and is_learned:
+        raise ValueError(
+            "beta must be fixed for symbols, which cannot be differentiated by it; got a learned "
+            "schedule"
+        )
+    if not isinstance(kernel, AbsorbingKernel):
+        return
+    if isinstance(last_step, readouts.Tied):
+        raise ValueError(
+            "last_step must be Learned() for AbsorbingKernel, whose stationary law has no mass on "
+            "data; got Tied()"
+        )
+    if rates[-1] != 1:
+        raise ValueError(
+            "beta_T must be 1 for AbsorbingKernel, or data would not all be absorbed; "
+            f"got {rates[-1]}. Use schedules.harmonic"
+        )
+
+
+def check_data(kernel: Any, event_shape: tuple[int, ...], x_0: Any, mask: Any) -> None:
+    """Shape and dtype of data and mask; their values where they are concrete."""
+    shape, dim = np.shape(x_0), len(event_shape)
+    if len(shape) < dim or shape[len(shape) - dim :] != event_shape:
+        raise ValueError(f"x_0 must have shape (..., *{event_shape}); got {shape}")
+    dtype = jnp.result_type(x_0) if isinstance(x_0, jax.Array) else np.asarray(x_0).dtype
+    if isinstance(kernel, GaussianKernel) and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"x_0 must hold real numbers; got dtype {dtype}")
+    if mask is not None and np.shape(mask) != shape:
+        raise ValueError(f"mask must have the shape of x_0, {shape}; got {np.shape(mask)}")
+    if _is_concrete(x_0, mask):
+        kernel.check_values(_observed(x_0, mask))
+
+
+def warn_about_moment(
+    kernel: Any, event_shape: tuple[int, ...], rates: np.ndarray, x: Any, mask: Any
+) -> None:
+    """Warn where data, on the scale of the chain, are far from the law N(0, 1) that it ends in."""
+    if not isinstance(kernel, GaussianKernel) or not _is_concrete(x, mask):
+        return
+    size = int(np.prod(event_shape))
+    if np.size(x) < FEW_ROWS * size:
+        return
+    moment = float(np.mean(np.square(_observed(x, mask), dtype=np.float64)))
+    if 0.5 <= moment <= 2:
+        return
+    correction = -0.5 * size * (moment - 1) * float(np.prod(1 - rates) + rates[0])
+    warnings.warn(
+        f"x_0 has second moment {moment:.3g} after loc and scale, where the chain ends in 1: the "
+        f"entropy form of the bound (eq. 14) is off by {correction:.3g} nats per example, and "
+        "sampling starts from another law than the chain reaches. Pass loc= and scale=",
+        stacklevel=5,
+    )
+
+
+def check_context(context: Any, context_shape: tuple[int, ...] | None) -> None:
+    """Context is given exactly where it is expected, with the expected shape."""
+    if (context is None) != (context_shape is None):
+        given = "None" if context is None else np.shape(context)
+        raise ValueError(
+            f"context must be given exactly where context_shape is; got context {given} with "
+            f"context_shape {context_shape}"
+        )
+    if context is None:
+        return
+    shape, dim = np.shape(context), len(context_shape)
+    if len(shape) < dim or shape[len(shape) - dim :] != context_shape:
+        raise ValueError(f"context must have shape (..., *{context_shape}); got {shape}")
+
+
+def check_params(template: Any, params: Any, name: str) -> None:
+    """Parameters are those of the template: names, tree and shapes."""
+    if not isinstance(params, dict):
+        raise ValueError(f"params must be a dict by site name; got {type(params).__name__}")
+    expected, given = _leaves(template), _leaves(params)
+    missing = sorted(expected.keys() - given.keys())
+    unknown = sorted(given.keys() - expected.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"params must hold exactly the parameters of {name!r}; "
+            f"missing: {missing or 'none'}, unknown: {unknown or 'none'}"
+        )
+    for path, leaf in expected.items():
+        if np.shape(given[path]) != leaf.shape:
+            raise ValueError(
+                f"params{path} must have shape {leaf.shape}; got {np.shape(given[path])}"
+            )
+
+
+def _is_concrete(*arrays: Any) -> bool:
+    return not any(isinstance(array, jax.core.Tracer) for array in arrays)
+
+
+def _observed(x: Any, mask: Any) -> np.ndarray:
+    values = np.asarray(x)
+    return values if mask is None else values[np.asarray(mask)]
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """Leaves by their path, as text."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
