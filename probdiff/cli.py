@@ -14,10 +14,15 @@ import jax
 import numpy as np
 
 from probdiff import diagnostics, load
-from probdiff.experiments import digits, swiss_roll
+from probdiff.experiments import digits, heartbeat, swiss_roll, toy_language
 from probdiff.experiments.report import format_table
 
-EXPERIMENTS = {"digits": digits, "swiss-roll": swiss_roll}
+EXPERIMENTS = {
+    "digits": digits,
+    "swiss-roll": swiss_roll,
+    "heartbeat": heartbeat,
+    "toy-language": toy_language,
+}
 
 
 class UsageError(Exception):

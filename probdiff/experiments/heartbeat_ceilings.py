@@ -141,7 +141,7 @@ def _kl(
     return float(_law_of_counts(counts, weights, alpha_bar[t], rate, repeats) @ total)
 
 
-def _binary_kl(q: float, p: np.ndarray) -> np.ndarray:
+def _binary_kl(q: float, p: float | np.ndarray) -> float | np.ndarray:
     return q * np.log(q / p) + (1 - q) * np.log((1 - q) / (1 - p))
 
 

@@ -4,5 +4,6 @@ from probdiff.networks.convolution import ConvolutionalNetwork
 from probdiff.networks.perceptron import Perceptron
 from probdiff.networks.radial_basis import RadialBasis
 from probdiff.networks.shared_head import SharedHead
+from probdiff.networks.sigmoid_perceptron import SigmoidPerceptron
 
-__all__ = ["ConvolutionalNetwork", "Perceptron", "RadialBasis", "SharedHead"]
+__all__ = ["ConvolutionalNetwork", "Perceptron", "RadialBasis", "SharedHead", "SigmoidPerceptron"]

@@ -1,0 +1,66 @@
+"""The 2015 network for bits: sigmoid layers shared by all steps, a linear read-out per step.
+
+    h_1 = σ(W_1 x + b_1),  h_{k+1} = σ(W_{k+1} h_k + b_{k+1}),    output_t = A_t h + c_t
+
+The hidden layers do not know the step; A_t and c_t belong to step t. The paper's f_b puts a sigmoid
+on the output, which is the readout's part here.
+
+Source: Sohl-Dickstein et al. (2015), appendix D.1.2.
+"""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Num
+
+from probdiff.networks.perceptron import as_numbers
+from probdiff.networks.radial_basis import output_shape
+
+
+class SigmoidPerceptron(nnx.Module):
+    """Sigmoid layers on the flattened example, with a linear read-out per step."""
+
+    def __init__(
+        self,
+        event_shape: tuple[int, ...],
+        width: int,
+        depth: int,
+        T: int,
+        *,
+        outputs: int = 1,
+        rngs: nnx.Rngs,
+    ):
+        """Make the network.
+
+        Args:
+            event_shape: Shape of one example.
+            width: Units per hidden layer.
+            depth: Number of hidden layers, at least 1.
+            T: Number of steps; the network serves no other T.
+            outputs: 1 for bits, 2 for a readout with learned variance.
+            rngs: Draws the initial weights of the hidden layers; the read-outs start at 0.
+        """
+        self.event_shape, self.width, self.depth, self.T = tuple(event_shape), width, depth, T
+        self.outputs = outputs
+        size = math.prod(event_shape)
+        # Glorot's range four times as wide is his own for this sigmoid: its slope at 0 is 1/4.
+        init = nnx.initializers.variance_scaling(16.0, "fan_avg", "uniform")
+        sizes = [size, *[width] * depth]
+        self.layers = nnx.List(
+            nnx.Linear(n, m, kernel_init=init, rngs=rngs) for n, m in itertools.pairwise(sizes)
+        )
+        self.weights = nnx.Param(jnp.zeros((T, width, outputs * size)))
+        self.biases = nnx.Param(jnp.zeros((T, outputs * size)))
+
+    def __call__(
+        self, x_t: Num[Array, "B ..."], t: Int[Array, " B"], context: None = None
+    ) -> Float[Array, "B ..."]:
+        """Outputs `(B, *event_shape)`, the last axis `outputs` times as long."""
+        h = as_numbers(x_t, 0).reshape(x_t.shape[0], -1)
+        for layer in self.layers:
+            h = jax.nn.sigmoid(layer(h))
+        out = jnp.einsum("bw,bwo->bo", h, self.weights[...][t - 1]) + self.biases[...][t - 1]
+        return out.reshape(x_t.shape[0], *output_shape(self.event_shape, self.outputs))
