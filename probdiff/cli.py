@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from probdiff import diagnostics, load
+from probdiff import GaussianKernel, diagnostics, load
 from probdiff.experiments import digits, heartbeat, swiss_roll, toy_language
 from probdiff.experiments.report import format_table
 
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     bound.add_argument("model", metavar="MODEL_DIR", help="folder of a run or of probdiff.save")
     bound.add_argument("data", metavar="DATA.npy", help="examples along axis 0, the data's units")
-    bound.add_argument("--out", metavar="FILE", help="bounds (default: MODEL_DIR/bounds.nc)")
+    bound.add_argument("--out", metavar="FILE", help="bounds (default: MODEL_DIR/bounds-DATA.nc)")
     bound.add_argument("--seed", type=_seed, default=0, help="seeds the noise (default: 0)")
     bound.set_defaults(command=_bound)
     return parser
@@ -119,7 +119,9 @@ def _bound(args: argparse.Namespace) -> None:
         diffusion, params = load(args.model)
     except ValueError as error:
         raise UsageError(error) from error
-    out = Path(args.out or Path(args.model) / "bounds.nc")
+    if isinstance(diffusion.kernel, GaussianKernel):
+        x_0 = x_0.astype(np.float32)
+    out = Path(args.out or Path(args.model) / f"bounds-{Path(args.data).stem}.nc")
     if not out.parent.is_dir():
         raise UsageError(f"--out must lie in a folder that exists; got {out}")
     key = jax.random.key(args.seed)
@@ -144,9 +146,10 @@ def _read_array(path: Path) -> np.ndarray:
         raise UsageError(f"{path} must be an array saved by numpy.save: {error}") from error
     if not isinstance(array, np.ndarray):
         raise UsageError(f"{path} must hold one array; it is an archive of several")
-    if not (np.issubdtype(array.dtype, np.number) and np.isrealobj(array)):
+    is_number = np.issubdtype(array.dtype, np.number) or array.dtype == bool
+    if not (is_number and np.isrealobj(array)):
         raise UsageError(f"{path} must hold real numbers; got dtype {array.dtype}")
-    return array.astype(np.float32)
+    return array
 
 
 def _say(text: str) -> None:

@@ -56,7 +56,8 @@ def bound(
         params: Its parameters.
         x_0: Examples in the user's units, `(N, *event_shape)`.
         context: One context per example, `(N, *context_shape)`.
-        mask: True where x_0 is observed; the bound is then of the observed part.
+        mask: True where x_0 is observed. K then bounds the density of the observed part under the
+            program that sees noise in place of the rest, not the marginal of the whole model.
         num_draws: Trajectory levels drawn per example and step, averaged.
         block_size: Examples handled at once.
         progress: Show a bar over the blocks.
@@ -104,7 +105,8 @@ def sampled_bound(
         params: Its parameters.
         x_0: Examples in the user's units, `(N, *event_shape)`.
         context: One context per example, `(N, *context_shape)`.
-        mask: True where x_0 is observed; the bound is then of the observed part.
+        mask: True where x_0 is observed. K then bounds the density of the observed part under the
+            program that sees noise in place of the rest, not the marginal of the whole model.
         num_times: Steps at which each example's KL is drawn.
         block_size: Examples handled at once.
         progress: Show a bar over the blocks.
@@ -138,7 +140,7 @@ def _check(
             raise ValueError(f"{argument} must be at least 1; got {count}")
     diffusion.check_params(params)
     diffusion.check_data(x_0, mask)
-    diffusion.check_context(context)
+    diffusion.check_context_rows(context, len(x_0))
 
 
 def _blocks(
@@ -287,7 +289,12 @@ def entropy_form(
     """
     if not isinstance(diffusion.last_step, Tied):
         raise ValueError(f"last_step must be Tied() for eq. 14; got {diffusion.last_step}")
-    _, steps = diffusion.bind(params)
+    if np.ndim(x_0) != len(diffusion.event_shape) + 1:
+        raise ValueError(f"x_0 must have shape (N, *{diffusion.event_shape}); got {np.shape(x_0)}")
+    diffusion.check_data(x_0)
+    if np.shape(kl) != (len(x_0), diffusion.T - 1):
+        raise ValueError(f"kl must have shape {(len(x_0), diffusion.T - 1)}; got {np.shape(kl)}")
+    steps = diffusion.bound_steps(params)
     kernel, event_dim = diffusion.kernel, len(diffusion.event_shape)
     x = diffusion.to_chain(jnp.asarray(x_0))
     q_1 = kernel.marginal(x, steps.at(1, event_dim))

@@ -20,6 +20,7 @@ Source: Sohl-Dickstein et al. (2015), sections 2.2 to 2.4.
 
 import contextlib
 import functools
+import inspect
 from typing import Any
 
 import jax
@@ -62,11 +63,13 @@ class Diffusion:
             kernel: What one forward step does to one number.
             beta: Rates β_1..β_T in (0, 1), shape `(T,)`, or `schedules.learned(beta)`.
             network: `network(x_t, t)`, with x_t `(B, *event_shape)` and t int32 `(B,)` in 1..T,
-                returning `(B, *event_shape)`, the last axis doubled where the readout learns a
-                variance; `network(x_t, t, context)` where there is a `context_shape`.
+                returning `(B, *event_shape)`, the last axis as many times as long as the readout
+                needs outputs (2 with a learned variance, K for K classes);
+                `network(x_t, t, context)` where there is a `context_shape`.
             event_shape: Shape of one example; `()` for a number.
-            readout: How the network's output becomes p(x_s | x_t); `Perturbation()` by default.
-            last_step: p(x_0 | x_1): `Tied()` by default, or `Learned()`.
+            readout: How the network's output becomes p(x_s | x_t); by default `Perturbation()` for
+                numbers, `Logits()` for bits, `DataLogits()` for classes.
+            last_step: p(x_0 | x_1): `Tied()` or `Learned()`; tied by default, learned for classes.
             loc: Subtracted from the data, broadcastable to `event_shape`.
             scale: Then divided by; the chain runs on (x − loc)/scale, which should have second
                 moment near 1. `x_0` and every density stay in the user's units.
@@ -138,7 +141,8 @@ class Diffusion:
         Args:
             x_0: Observed data in the user's units, or None where x_0 is to be drawn.
             context: Handed to the network, `(*plates, *context_shape)`.
-            mask: True where x_0 is observed, shape of x_0; the rest does not count.
+            mask: True where x_0 is observed, shape of x_0; the rest does not count, and the network
+                sees noise in its place.
 
         Returns:
             x_0, `(*plates, *event_shape)`, in the user's units.
@@ -220,6 +224,12 @@ class Diffusion:
             network, steps = self._bound(), self._steps()
         return self.reverse_trajectory(network, steps, context, mask), steps
 
+    def bound_steps(self, params: Params) -> Step:
+        """The table of steps with parameters bound, which the rates may be among."""
+        self.check_params(params)
+        with numpyro.handlers.block(), numpyro.handlers.substitute(data=params):
+            return self._steps()
+
     def forward_trajectory(self, steps: Step, x_0: Data, mask: Any = None) -> ForwardTrajectory:
         """q(x_1..x_T | x_0) for data in the user's units."""
         x_0 = jnp.asarray(x_0) if mask is None else jnp.where(mask, x_0, jnp.zeros_like(x_0))
@@ -268,6 +278,8 @@ class Diffusion:
     def check_data(self, x_0: Any, mask: Any = None) -> None:
         """Raise a `ValueError` unless data and mask fit; warn of a second moment far from 1."""
         if x_0 is None:
+            if mask is not None:
+                raise ValueError("mask must come with x_0, of which it says what is observed")
             return
         validation.check_data(self.kernel, self.event_shape, x_0, mask)
         if self.scale is not None and not isinstance(x_0, jax.core.Tracer):
@@ -277,6 +289,15 @@ class Diffusion:
     def check_context(self, context: Any) -> None:
         """Raise a `ValueError` unless context is given as `context_shape` says."""
         validation.check_context(context, self.context_shape)
+
+    def check_context_rows(self, context: Any, rows: int) -> None:
+        """Raise a `ValueError` unless there is one context for each of so many rows, or none."""
+        self.check_context(context)
+        if context is not None and np.shape(context) != (rows, *self.context_shape):
+            raise ValueError(
+                f"context must have {rows} rows, shape {(rows, *self.context_shape)}; "
+                f"got shape {np.shape(context)}"
+            )
 
     # private
 
@@ -333,6 +354,11 @@ class Diffusion:
         if T != self.T:
             raise ValueError(f"network must be made for T = {self.T} steps; got one for T = {T}")
         inputs = example_inputs(self.event_shape, self.context_shape, self.kernel.dtype)
+        try:
+            inspect.signature(self.network).bind(*(a for a in inputs if a is not None))
+        except TypeError as error:
+            form = "network(x_t, t)" if self.context_shape is None else "network(x_t, t, context)"
+            raise ValueError(f"network must be callable as {form}; {error}") from None
 
         def call(key: Array) -> Any:
             with numpyro.handlers.block(), numpyro.handlers.seed(rng_seed=key):

@@ -10,8 +10,9 @@ levels come from the marginals q(x_1 | x_0) and q(x_t | x_0): a training step co
 whatever T is, and no trajectory is ever drawn. The levels replace the trajectory's value while the
 guide runs, by an effect handler that belongs to this objective.
 
-Every other latent site is scored as `TraceMeanField_ELBO` scores it: the closed-form KL where one
-is registered, a sampled log-ratio elsewhere. Masks, scales and subsampling count as they do there.
+Every other latent site is scored by its closed-form KL where one is registered and all the latents
+it may depend on in the model come before it in the guide, by a sampled log-ratio elsewhere. Masks,
+scales and subsampling count as in NumPyro's own objectives.
 
 How t is drawn: `UniformTimes`; `StratifiedTimes`, evenly spread over the batch from one common
 random offset (Kingma et al. 2021); `ImportanceTimes`, P(t) ∝ root mean square of KL_t as it was in
@@ -42,6 +43,9 @@ from probdiff.types import Params
 
 MEMORY = 0.99
 """Weight of the past in the running mean square of KL_t."""
+
+
+MEMORY_SUFFIX = "_mean_square_kl"
 
 
 class Times(abc.ABC):
@@ -84,19 +88,26 @@ class StratifiedTimes(Times):
 
     def uniforms(self, key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
         """Systematic uniforms: one in every interval of length 1/n."""
-        n = math.prod(shape)
-        return ((jax.random.uniform(key) + jnp.arange(n) / n) % 1.0).reshape(shape)
+        return _systematic(key, shape)
 
 
 @dataclasses.dataclass(frozen=True)
-class ImportanceTimes(StratifiedTimes):
-    """Stratified times with P(t) ∝ √E[KL_t²] of past steps, mixed with a uniform share.
+class ImportanceTimes(Times):
+    """Stratified times with P(t) ∝ √E[KL_t²] of past steps, mixed with a uniform share in (0, 1].
 
     The guide has to keep the running mean squares: pass `track_kl(guide)` to `SVI`.
     """
 
     uniform_share: float = 0.1
     tracks_kl = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.uniform_share <= 1:  # without it weights grow without limit
+            raise ValueError(f"uniform_share must lie in (0, 1]; got {self.uniform_share}")
+
+    def uniforms(self, key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
+        """Systematic uniforms."""
+        return _systematic(key, shape)
 
     def law(self, mean_square_kl: Float[Array, " steps"]) -> Float[Array, " steps"]:
         """Proportional to the root mean square; a step never visited counts as the largest."""
@@ -105,6 +116,11 @@ class ImportanceTimes(StratifiedTimes):
         root = jnp.where(root > 0, root, jnp.where(largest > 0, largest, 1.0))
         uniform = 1 / root.shape[0]
         return (1 - self.uniform_share) * root / jnp.sum(root) + self.uniform_share * uniform
+
+
+def _systematic(key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    n = math.prod(shape)
+    return ((jax.random.uniform(key) + jnp.arange(n) / n) % 1.0).reshape(shape)
 
 
 class _TrackKL(Messenger):
@@ -182,8 +198,10 @@ class SampledTimeELBO(ELBO):
             vectorize_particles: As in `numpyro.infer.elbo.ELBO`.
         """
         for argument, value in {"num_particles": num_particles, "num_times": num_times}.items():
-            if value < 1:
-                raise ValueError(f"{argument} must be at least 1; got {value}")
+            if value != int(value) or value < 1:
+                raise ValueError(f"{argument} must be an integer of at least 1; got {value}")
+        if times is not None and not isinstance(times, Times):
+            raise ValueError(f"times must be a law of t such as StratifiedTimes(); got {times}")
         self.num_times = num_times
         self.times = StratifiedTimes() if times is None else times
         super().__init__(num_particles, vectorize_particles)
@@ -208,7 +226,7 @@ class SampledTimeELBO(ELBO):
             keys = jax.random.split(rng_key, self.num_particles)
             elbos, states = self.vectorize_particles_fn(particle, keys)
             elbo = jnp.mean(elbos)
-            state = jax.tree.map(lambda x: jnp.mean(x, 0), states)
+            state = {name: _over_particles(name, value) for name, value in states.items()}
         return {"loss": -elbo, "mutable_state": state or None}
 
     def _particle(self, key, param_map, model, guide, args, kwargs):
@@ -219,18 +237,21 @@ class SampledTimeELBO(ELBO):
         state = {n: s["value"] for n, s in guide_sites.items() if s["type"] == "mutable"}
         model = substitute(replay(seed(model, key_model), guide_sites), data=param_map)
         model_sites = trace(model).get_trace(*args, **kwargs)
+        state |= {n: s["value"] for n, s in model_sites.items() if s["type"] == "mutable"}
         check_model_guide_match(model_sites, guide_sites)
         terms = []
         for name, site in model_sites.items():
             if site["type"] != "sample":
                 continue
             if isinstance(site["value"], SampledTimes):
+                _check_order(name, model_sites, guide_sites)
                 term, memory = _trajectory_term(site, guide_sites[name], state)
                 state |= memory
             elif site["is_observed"]:
                 term = _log_prob(site)
             elif name in guide_sites:
-                term = _mean_field_term(site, guide_sites[name])
+                is_mean_field = _is_mean_field(name, model_sites, guide_sites)
+                term = _latent_term(site, guide_sites[name], closed_form=is_mean_field)
             else:
                 raise ValueError(_UNMATCHED.format(name=name))
             terms.append(term)
@@ -245,7 +266,7 @@ _UNMATCHED = (
 
 
 def _memory_name(site: str) -> str:
-    return site + "_mean_square_kl"
+    return site + MEMORY_SUFFIX
 
 
 def _unwrap(fn: Any) -> tuple[Any, Any]:
@@ -346,8 +367,40 @@ def _log_prob(site: dict[str, Any]) -> Float[Array, ""]:
     return jnp.sum(scale_and_mask(log_prob, site["scale"]))
 
 
-def _mean_field_term(model_site: dict[str, Any], guide_site: dict[str, Any]) -> Float[Array, ""]:
-    """−KL(guide ‖ model) in closed form where NumPyro has one, else the sampled log-ratio."""
+def _is_mean_field(name: str, model_sites: Any, guide_sites: Any) -> bool:
+    """Whether all latents that may be a site's parents in the model come before it in the guide.
+
+    Only then does a closed-form KL average over the site alone.
+    """
+
+    def before(sites: Any) -> set[str]:
+        latent = [n for n, s in sites.items() if s["type"] == "sample" and not s["is_observed"]]
+        return set(latent[: latent.index(name)])
+
+    return before(model_sites) & guide_sites.keys() <= before(guide_sites)
+
+
+def _check_order(name: str, model_sites: Any, guide_sites: Any) -> None:
+    if not _is_mean_field(name, model_sites, guide_sites):
+        raise ValueError(
+            f"site {name!r} must come in the guide after the latents that come before it in the "
+            "model, on which its KL may depend; got it before. Call diffusion.forward later"
+        )
+
+
+def _over_particles(name: str, values: Any) -> Any:
+    """One value of a mutable site: the mean of a running KL, the last particle's of any other."""
+    if name.endswith(MEMORY_SUFFIX):
+        return jnp.mean(values, 0)
+    return jax.tree.map(lambda leaf: leaf[-1], values)
+
+
+def _latent_term(
+    model_site: dict[str, Any], guide_site: dict[str, Any], *, closed_form: bool
+) -> Float[Array, ""]:
+    """−KL(guide ‖ model) in closed form where that is right and known, else the log-ratio."""
+    if not closed_form:
+        return _log_prob(model_site) - _log_prob(guide_site)
     try:
         kl = dist.kl_divergence(guide_site["fn"], model_site["fn"])
     except NotImplementedError:

@@ -52,12 +52,8 @@ def ancestral(
     for argument, value in {"num_samples": num_samples, "block_size": block_size}.items():
         if value < 1:
             raise ValueError(f"{argument} must be at least 1; got {value}")
-    if context is not None and np.shape(context)[:1] != (num_samples,):
-        raise ValueError(
-            f"context must have {num_samples} rows, one per draw; got shape {np.shape(context)}"
-        )
     diffusion.check_params(params)
-    diffusion.check_context(context)
+    diffusion.check_context_rows(context, num_samples)
     draws, trajectories = [], []
     starts = range(0, num_samples, block_size)
     for block, start in enumerate(tqdm(starts, desc="sample", disable=not progress)):

@@ -191,7 +191,7 @@ def _digest(config: dict[str, Any]) -> str:
 
 
 def _replace(file: Path, data: bytes) -> None:
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    beside = file.with_name(f".{file.name}.part")  # one name: killed saves do not pile up
     with open(beside, "wb") as stream:
         stream.write(data)
         stream.flush()

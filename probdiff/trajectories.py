@@ -187,7 +187,7 @@ class ReverseTrajectory(_Trajectory):
         if context is not None:
             shape = context.shape[context.ndim - self.context_dim :]
             context = jnp.broadcast_to(context, (*lead, *shape)).reshape(-1, *shape)
-        out = self.network(flat_x, t.reshape(-1), context)
+        out = self.network(flat_x, t.reshape(-1).astype(jnp.int32), context)
         count = self.readout.num_outputs(self.kernel)
         if self.x_dim == 0 and count > 1:
             return tuple(out[:, i].reshape(lead) for i in range(count))

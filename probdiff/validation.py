@@ -13,7 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from probdiff import readouts
-from probdiff.kernels import AbsorbingKernel, DiscreteKernel, GaussianKernel
+from probdiff.kernels import (
+    AbsorbingKernel,
+    BernoulliKernel,
+    DiscreteKernel,
+    GaussianKernel,
+)
 
 FEW_ROWS = 32
 """Fewer examples say nothing of a second moment."""
@@ -26,16 +31,19 @@ def check_units(
     if isinstance(kernel, DiscreteKernel):
         if np.any(np.asarray(loc) != 0) or np.any(np.asarray(scale) != 1):
             raise ValueError(f"loc and scale must be 0 and 1 for symbols; got {loc}, {scale}")
+        if isinstance(kernel, BernoulliKernel) and not _fits(kernel.rate, event_shape):
+            raise ValueError(
+                f"rate must be a number or broadcastable to event_shape {event_shape}; got shape "
+                f"{np.shape(kernel.rate)}"
+            )
         return None, None
     units = {"loc": np.asarray(loc, np.float64), "scale": np.asarray(scale, np.float64)}
     for argument, value in units.items():
-        try:
-            np.broadcast_to(value, event_shape)
-        except ValueError:
+        if not _fits(value, event_shape):
             raise ValueError(
                 f"{argument} must be broadcastable to event_shape {event_shape}; "
                 f"got shape {value.shape}"
-            ) from None
+            )
         if not np.isfinite(value).all():
             raise ValueError(f"{argument} must be finite; got {value}")
     if not np.all(units["scale"] > 0):
@@ -81,6 +89,8 @@ def check_data(kernel: Any, event_shape: tuple[int, ...], x_0: Any, mask: Any) -
         raise ValueError(f"x_0 must hold real numbers; got dtype {dtype}")
     if mask is not None and np.shape(mask) != shape:
         raise ValueError(f"mask must have the shape of x_0, {shape}; got {np.shape(mask)}")
+    if mask is not None and jnp.asarray(mask).dtype != bool:
+        raise ValueError(f"mask must be boolean; got dtype {jnp.asarray(mask).dtype}")
     if _is_concrete(x_0, mask):
         kernel.check_values(_observed(x_0, mask))
 
@@ -138,6 +148,14 @@ def check_params(template: Any, params: Any, name: str) -> None:
             raise ValueError(
                 f"params{path} must have shape {leaf.shape}; got {np.shape(given[path])}"
             )
+
+
+def _fits(value: Any, event_shape: tuple[int, ...]) -> bool:
+    """Whether a value broadcasts to the event, not the event to it."""
+    try:
+        return np.broadcast_shapes(np.shape(value), event_shape) == event_shape
+    except ValueError:
+        return False
 
 
 def _is_concrete(*arrays: Any) -> bool:

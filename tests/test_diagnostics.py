@@ -9,7 +9,7 @@ import pytest
 import xarray as xr
 from flax import nnx
 
-from oracles import exact_gaussian, log_normal
+from oracles import exact_gaussian, gaussian_network, log_normal
 from probdiff import (
     BernoulliKernel,
     Diffusion,
@@ -88,13 +88,39 @@ def test_result_survives_a_file(data, tmp_path):
     again.close()
 
 
-def test_blocks_do_not_change_what_is_estimated(data):
-    diffusion = exact_gaussian(MEAN, SD)
-    whole = diagnostics.bound(jax.random.key(0), diffusion, {}, data, num_draws=500)
-    blocks = diagnostics.bound(jax.random.key(1), diffusion, {}, data, num_draws=500, block_size=20)
-    gap = whole["bound"]["bound"].values - blocks["bound"]["bound"].values
-    assert abs(gap.mean()) < 4 * gap.std() / math.sqrt(50)
-    assert len(gap) == 50
+def test_blocks_keep_every_example_and_its_context():
+    """The context is the mean of an exact chain: a wrong row would show as another density."""
+    means = jnp.linspace(-2.0, 2.0, 50)[:, None]
+    fixed = exact_gaussian(np.zeros(1), np.full(1, 0.5))
+    diffusion = Diffusion(
+        fixed.kernel,
+        fixed.schedule,
+        lambda x_t, t, context: (
+            gaussian_network(0.0, 0.5, fixed.schedule)(x_t, t)
+            + jnp.concatenate([shift(fixed, context, t), jnp.zeros_like(context)], -1)
+        ),
+        event_shape=(1,),
+        readout=fixed.readout,
+        last_step=fixed.last_step,
+        context_shape=(1,),
+    )
+    x = means + 0.1
+    expected = log_normal(0.1, 0.0, 0.5)
+    for estimate, count in ((diagnostics.bound, "num_draws"), (diagnostics.sampled_bound, None)):
+        options = {count: 400} if count else {"num_times": 2_000}
+        tree = estimate(
+            jax.random.key(1), diffusion, {}, x, context=means, block_size=20, **options
+        )
+        gap = tree["bound"]["bound"].values - expected
+        assert len(gap) == 50
+        assert np.abs(gap).max() < 0.5  # neighbouring rows differ by 0.08, far rows by many nats
+
+
+def shift(diffusion, mean, t):
+    """What a mean adds to the denoised point of the exact chain with mean 0, x_t held fixed."""
+    step = diffusion.bound_steps({}).at(t, 1)
+    variance = 1 / (1 / 0.5**2 + step.alpha_bar_t / step.noise_t)
+    return variance * mean / 0.5**2
 
 
 BAD = {
@@ -107,6 +133,9 @@ BAD = {
     ),
     "params must hold exactly": lambda d: diagnostics.bound(
         jax.random.key(0), d, {"a": 1.0}, jnp.zeros((3, 2))
+    ),
+    r"context must be given exactly where context_shape is": lambda d: diagnostics.bound(
+        jax.random.key(0), d, {}, jnp.zeros((3, 2)), context=jnp.zeros((3, 1))
     ),
     r"last_step must be Tied\(\)": lambda d: diagnostics.entropy_form(
         d, {}, jnp.zeros((3, 2)), np.zeros((3, 19))
@@ -136,3 +165,33 @@ def test_sampled_steps_estimate_the_bound_of_all_steps(data, last_step):
     error = per_example.std(0, ddof=1) / math.sqrt(40)
     assert (np.abs(per_example.mean(0)) < 4.5 * error).all()
     assert abs(gap.mean()) < 4 * gap.std() / math.sqrt(len(gap))
+
+
+def test_context_must_have_a_row_for_each_example():
+    fixed = exact_gaussian(MEAN, SD)
+    diffusion = Diffusion(
+        fixed.kernel,
+        fixed.schedule,
+        lambda x_t, t, context: fixed.network(x_t, t),
+        event_shape=(2,),
+        readout=fixed.readout,
+        last_step=fixed.last_step,
+        context_shape=(3,),
+    )
+    for rows in ((8, 3), (1, 3), (3,), (3, 3)):
+        with pytest.raises(ValueError, match="context must have"):
+            diagnostics.bound(
+                jax.random.key(0), diffusion, {}, jnp.zeros((4, 2)), context=jnp.zeros(rows)
+            )
+
+
+def test_entropy_form_wants_a_kl_for_every_example_and_step():
+    diffusion = Diffusion(
+        GaussianKernel(),
+        schedules.linear(5, beta_1=0.1, beta_T=0.4),
+        lambda x_t, t: jnp.zeros_like(x_t),
+        event_shape=(2,),
+        readout=readouts.Perturbation(readouts.ForwardVariance()),
+    )
+    with pytest.raises(ValueError, match=r"kl must have shape \(3, 4\); got \(1, 4\)"):
+        diagnostics.entropy_form(diffusion, {}, jnp.zeros((3, 2)), np.zeros((1, 4)))

@@ -169,7 +169,7 @@ def test_importance_times_without_the_running_kl_are_refused(rough):
 
 @pytest.mark.parametrize("arguments", [{"num_particles": 0}, {"num_times": 0}])
 def test_counts_below_one_are_refused(arguments):
-    with pytest.raises(ValueError, match="must be at least 1; got 0"):
+    with pytest.raises(ValueError, match="must be an integer of at least 1; got 0"):
         SampledTimeELBO(**arguments)
 
 
@@ -293,6 +293,64 @@ def test_svi_trains_evaluates_and_runs_with_it(rough):
     after = draws(SampledTimeELBO(), result.params, diffusion.model, diffusion.guide, x, n=500)
     assert after.mean() < before - 4 * after.std() / math.sqrt(500)
     assert np.isfinite(svi.evaluate(result.state, x))
+
+
+def test_latents_out_of_order_are_scored_by_sampling():
+    """Where w comes first in the guide and depends on z in the model, no closed form is right."""
+
+    def model():
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.sample("w", dist.Normal(z, 0.5))
+
+    def guide():
+        w = numpyro.sample("w", dist.Normal(0.0, 1.5))
+        numpyro.sample("z", dist.Normal(-w, 0.7))
+
+    stock = draws(Trace_ELBO(), {}, model, guide, n=20_000)
+    agree(stock, draws(SampledTimeELBO(), {}, model, guide, n=20_000, key=7))
+
+
+def test_trajectory_before_the_latents_of_its_model_is_refused():
+    diffusion = exact_gaussian(MEAN, SD)
+    x = jnp.asarray(MEAN)[None]
+
+    def model(x):
+        numpyro.sample("w", dist.Normal(0.0, 1.0))
+        diffusion.model(x)
+
+    def guide(x):
+        diffusion.guide(x)
+        numpyro.sample("w", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="'x_0_trajectory' must come in the guide after"):
+        SampledTimeELBO().loss(jax.random.key(0), {}, model, guide, x)
+
+
+def test_mutable_sites_of_the_model_are_kept():
+    diffusion = exact_gaussian(MEAN, SD, T=5)
+    x = jnp.asarray(MEAN)[None]
+
+    def model(x):
+        count = numpyro.primitives.mutable("count", {"n": jnp.zeros((), jnp.int32)})
+        count["n"] = count["n"] + 1
+        diffusion.model(x)
+
+    for particles in (1, 2):
+        svi = SVI(model, diffusion.guide, optax.adam(1e-3), SampledTimeELBO(particles))
+        result = svi.run(jax.random.key(0), 5, x, progress_bar=False)
+        assert result.state.mutable_state["count"]["n"] == 6  # init counts once
+        assert result.state.mutable_state["count"]["n"].dtype == jnp.int32
+
+
+@pytest.mark.parametrize("share", [0.0, 3.0])
+def test_uniform_share_outside_its_range_is_refused(share):
+    with pytest.raises(ValueError, match=rf"uniform_share must lie in \(0, 1\]; got {share}"):
+        ImportanceTimes(uniform_share=share)
+
+
+def test_law_of_t_must_be_an_instance(unchecked):
+    with pytest.raises(ValueError, match="times must be a law of t"):
+        SampledTimeELBO(times=UniformTimes)
 
 
 def test_model_without_its_guide_statement_is_refused(rough):

@@ -67,7 +67,7 @@ class Size(NamedTuple):
     num_steps: int = 8_000
     strings: int = 20_000
     held_out: int = 4_000
-    num_draws: int = 4
+    num_draws: int = 16
     draws: int = 10_000
     longer: tuple[int, ...] = (2, 5, 10, 20, 40, 80)
 

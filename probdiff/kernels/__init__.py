@@ -19,13 +19,14 @@ from probdiff.kernels.discrete import (
     BernoulliKernel,
     CategoricalKernel,
     DiscreteKernel,
-    States,
 )
 from probdiff.kernels.gaussian import GaussianKernel, bridge_mean, bridge_weights
+from probdiff.kernels.laws import Bits, States
 
 __all__ = [
     "AbsorbingKernel",
     "BernoulliKernel",
+    "Bits",
     "CategoricalKernel",
     "DiscreteKernel",
     "GaussianKernel",

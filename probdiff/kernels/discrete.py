@@ -9,9 +9,7 @@ The stationary law π is all that tells the kernels apart:
     CategoricalKernel(K)    K classes, π uniform
     AbsorbingKernel(K)      K classes and a state K, "absorbed", where all end: π = 1[x = K]
 
-(The last two are the uniform and absorbing transitions of Austin et al. 2021.) Laws of a symbol are
-held by their log-probabilities, `States`: near the data most of them are 1e-4 or less from 0 or 1,
-and KL = Σ q (e^d − 1 − d) with d = log p − log q keeps its digits there, since Σ q (e^d − 1) = 0.
+The last two are the uniform and absorbing transitions of Austin et al. (2021).
 
 Sources: Sohl-Dickstein et al. (2015), table App. 1 and appendix B.3; Austin et al. (2021).
 """
@@ -23,110 +21,11 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro.distributions as dist
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 from numpyro.distributions import constraints
-from numpyro.distributions.kl import kl_divergence
 
+from probdiff.kernels.laws import Bits, Integers, States, Symbols, log_add, times_log
 from probdiff.types import Step
-
-Symbols = Int[Array, "*shape"]
-
-
-class _Latent(constraints.Constraint):
-    """Integers 0..K−1 that do not call themselves discrete.
-
-    NumPyro warns about discrete latent sites because a guide with parameters would need a
-    score-function term. The forward chain has none, so no term is missing; and as no bijection to
-    the reals is registered for this constraint, gradient-based MCMC refuses the site.
-    """
-
-    is_discrete = False
-    event_dim = 0
-
-    def __init__(self, num_states: int):
-        self.num_states = num_states
-
-    def __call__(self, x: Any) -> Any:
-        return (x >= 0) & (x < self.num_states) & (x % 1 == 0)
-
-    def feasible_like(self, prototype: Any) -> Any:
-        return jnp.zeros_like(prototype)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Latent) and self.num_states == other.num_states
-
-    def __hash__(self) -> int:
-        return hash(self.num_states)
-
-    def tree_flatten(self) -> tuple[tuple[()], tuple[Any, dict[str, int]]]:
-        return (), ((), {"num_states": self.num_states})
-
-
-class States(dist.Distribution):
-    """Law of a symbol 0..K−1, elementwise: log-probabilities on the last axis, int32 draws."""
-
-    arg_constraints: ClassVar[dict[str, Any]] = {}
-    pytree_data_fields = ("log_probs",)
-
-    def __init__(self, log_probs: Float[Array, "*shape K"]):
-        self.log_probs = log_probs
-        super().__init__(log_probs.shape[:-1], ())
-
-    @property
-    def has_rsample(self) -> bool:
-        return False
-
-    @property
-    def support(self) -> constraints.Constraint:
-        return _Latent(self.log_probs.shape[-1])
-
-    @property
-    def probs(self) -> Float[Array, "*shape K"]:
-        """Probabilities, one for each state."""
-        return jnp.exp(self.log_probs)
-
-    @property
-    def mean(self) -> Float[Array, "*shape"]:
-        """E[x]: for bits, the probability of 1."""
-        return jnp.sum(self.probs * jnp.arange(self.log_probs.shape[-1]), -1)
-
-    def entropy(self) -> Float[Array, "*shape"]:
-        """−Σ q log q, nats."""
-        return -jnp.sum(_times_log(self.probs, self.log_probs), -1)
-
-    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Symbols:
-        shape = (*sample_shape, *self.batch_shape)
-        # 32 random bits, not 23: a state of probability 1e-8 must not come up as often as 1e-7
-        u = (jax.random.bits(key, shape, jnp.uint32).astype(float) + 0.5) * 2.0**-32
-        u = jnp.minimum(u, 1 - 2.0**-24)  # float32 rounds the topmost to 1, which is no quantile
-        last_to_first = jnp.cumsum(self.probs[..., :0:-1], -1)
-        return jnp.sum(u[..., None] < last_to_first, -1, dtype=jnp.int32)
-
-    def log_prob(self, value: Any, intermediates: Any = None) -> Float[Array, "*shape"]:
-        states = jnp.arange(self.log_probs.shape[-1])
-        chosen = jnp.asarray(value)[..., None] == states
-        return jnp.max(jnp.where(chosen, self.log_probs, -jnp.inf), -1)
-
-
-def _times_log(p: Array, log_q: Array) -> Array:
-    """p log q with 0 log 0 = 0."""
-    return jnp.where(p > 0, p * jnp.where(p > 0, log_q, 0.0), 0.0)
-
-
-def _log_add(a: Array, b: Array) -> Array:
-    """log(e^a + e^b); where both are −∞ the gradient is 0, not NaN."""
-    possible = jnp.maximum(a, b) > -jnp.inf
-    sum_ = jnp.logaddexp(jnp.where(possible, a, 0.0), jnp.where(possible, b, 0.0))
-    return jnp.where(possible, sum_, -jnp.inf)
-
-
-@kl_divergence.register(States, States)
-def _kl_of_states(q: States, p: States) -> Float[Array, "*shape"]:
-    """KL(q ‖ p) = Σ q (e^d − 1 − d), d = log p − log q; a state impossible under q adds p."""
-    possible = q.log_probs > -jnp.inf
-    d = jnp.where(possible, p.log_probs - jnp.where(possible, q.log_probs, 0.0), 0.0)
-    return jnp.sum(jnp.where(possible, q.probs * (jnp.expm1(d) - d), p.probs), -1)
 
 
 class DiscreteKernel(abc.ABC):
@@ -145,7 +44,7 @@ class DiscreteKernel(abc.ABC):
     @property
     def support(self) -> constraints.Constraint:
         """Values one symbol may take: 0..K−1."""
-        return _Latent(self.num_data_states)
+        return Integers(self.num_data_states)
 
     @property
     def dtype(self) -> Any:
@@ -165,19 +64,19 @@ class DiscreteKernel(abc.ABC):
                 f"{np.asarray(values)[bad].ravel()[0]}"
             )
 
-    def stationary(self, shape: tuple[int, ...]) -> States:
+    def stationary(self, shape: tuple[int, ...]) -> States | Bits:
         """Law the chain ends in, π, for each of `shape` symbols."""
         return States(jnp.broadcast_to(jnp.asarray(self.log_pi), (*shape, self.num_states)))
 
-    def transition(self, x_s: Symbols, step: Step) -> States:
+    def transition(self, x_s: Symbols, step: Step) -> States | Bits:
         """One forward step, q(x_t | x_s) = (1−β_t) 1[x_t = x_s] + β_t π(x_t)."""
         return self._mix(x_s, 1 - step.beta, step.beta)
 
-    def marginal(self, x_0: Symbols, step: Step) -> States:
+    def marginal(self, x_0: Symbols, step: Step) -> States | Bits:
         """All steps up to t at once, q(x_t | x_0) = ᾱ_t 1[x_t = x_0] + (1−ᾱ_t) π(x_t)."""
         return self._mix(x_0, step.alpha_bar_t, step.noise_t)
 
-    def bridge(self, x_t: Symbols, x_0: Symbols, step: Step) -> States:
+    def bridge(self, x_t: Symbols, x_0: Symbols, step: Step) -> States | Bits:
         """Forward process pinned at both ends, q(x_s | x_t, x_0) with s = t − 1.
 
         q(x_s | x_t, x_0) ∝ q(x_t | x_s) q(x_s | x_0). Ends that no chain joins (an absorbing chain
@@ -187,7 +86,9 @@ class DiscreteKernel(abc.ABC):
         """
         return self.bridge_given(jnp.log(self._one_hot(x_0)), x_t, step)
 
-    def bridge_given(self, log_p_0: Float[Array, "*shape K"], x_t: Symbols, step: Step) -> States:
+    def bridge_given(
+        self, log_p_0: Float[Array, "*shape K"], x_t: Symbols, step: Step
+    ) -> States | Bits:
         """The bridge averaged over a law of x_0: Σ_j p(x_0 = j) q(x_s | x_t, x_0 = j).
 
         With Z_j = q(x_t | x_0 = j), the probability of x_s = k is
@@ -207,15 +108,15 @@ class DiscreteKernel(abc.ABC):
         kept = jnp.log(expand.alpha_bar_s) + ratio
         redrawn = jnp.log(expand.noise_s) + self.log_pi + jax.nn.logsumexp(ratio, -1, keepdims=True)
         log_step = jnp.log((1 - expand.beta) * one_hot_t + expand.beta * pi_t)
-        log_probs = log_step + _log_add(kept, redrawn)
+        log_probs = log_step + log_add(kept, redrawn)
         joined = jnp.any(reachable & (log_p_0 > -jnp.inf), -1, keepdims=True)
         return States(jnp.where(joined, log_probs, jnp.log(one_hot_t)))
 
     def expected_log_stationary(self, law: States) -> Float[Array, "*shape"]:
         """E[log π(x)] under an elementwise law, nats; eq. 14 takes it for a constant."""
-        return jnp.sum(_times_log(law.probs, jnp.asarray(self.log_pi)), -1)
+        return jnp.sum(times_log(law.probs, jnp.asarray(self.log_pi)), -1)
 
-    def _mix(self, x: Symbols, stay: Any, redraw: Any) -> States:
+    def _mix(self, x: Symbols, stay: Any, redraw: Any) -> States | Bits:
         pi = jnp.exp(jnp.asarray(self.log_pi))
         stay, redraw = jnp.asarray(stay)[..., None], jnp.asarray(redraw)[..., None]
         return States(jnp.log(stay * self._one_hot(x) + redraw * pi))
@@ -244,8 +145,73 @@ class BernoulliKernel(DiscreteKernel):
     @property
     def log_pi(self) -> np.ndarray:
         """log (1 − rate, rate)."""
-        rate = np.asarray(self.rate)
-        return np.log(np.stack([1 - rate, rate], -1)).astype(jnp.result_type(float))
+        return np.log(np.stack([1 - self._m, self._m], -1)).astype(jnp.result_type(float))
+
+    @property
+    def _m(self) -> np.ndarray:
+        return np.asarray(self.rate)
+
+    # A logit of a bit has only two values per step, for x = 0 and for x = 1: they are computed per
+    # step and chosen per bit, which makes the chain as cheap as the network's last layer.
+
+    def stationary(self, shape: tuple[int, ...]) -> Bits:
+        """B(rate) for each of `shape` bits."""
+        logit = np.log(self._m) - np.log1p(-self._m)
+        return Bits(jnp.broadcast_to(jnp.asarray(logit, jnp.result_type(float)), shape))
+
+    def bridge(self, x_t: Symbols, x_0: Symbols, step: Step) -> Bits:
+        """Forward process pinned at both ends, q(x_s | x_t, x_0), s = t − 1: the logits add up."""
+        prior = self._mix(x_0, step.alpha_bar_s, step.noise_s)
+        return Bits(self._log_ratio(x_t, step) + prior.logit)
+
+    def bridge_given(self, log_p_0: Float[Array, "*shape 2"], x_t: Symbols, step: Step) -> Bits:
+        """The bridge averaged over a law of x_0, given by its log-probabilities."""
+        return self.bridge_of_logit(log_p_0[..., 1] - log_p_0[..., 0], x_t, step)
+
+    def bridge_of_logit(self, z: Float[Array, "*shape"], x_t: Symbols, step: Step) -> Bits:
+        """The bridge averaged over x_0 ~ B(sigmoid(z)).
+
+        With Z_j = q(x_t | x_0 = j) and a(k, j) = q(x_s = k | x_0 = j), the odds of x_s = 1 are
+
+            q(x_t | 1) [e^z a(1, 1)/Z_1 + a(1, 0)/Z_0]
+            ------------------------------------------.
+            q(x_t | 0) [e^z a(0, 1)/Z_1 + a(0, 0)/Z_0]
+        """
+        m = self._m
+        one, zero = step.alpha_bar_s + step.noise_s * m, step.noise_s * m  # a(1, 1), a(1, 0)
+        stay, redraw = step.alpha_bar_t, step.noise_t
+        z += self._choose(  # log Z_0 − log Z_1
+            x_t,
+            jnp.log(redraw * m) - jnp.log(stay + redraw * m),
+            jnp.log(stay + redraw * (1 - m)) - jnp.log(redraw * (1 - m)),
+        )
+        up = jnp.logaddexp(z + jnp.log(one), jnp.log(zero))
+        down = jnp.logaddexp(
+            z + jnp.log(step.noise_s * (1 - m)),
+            jnp.log(step.alpha_bar_s + step.noise_s * (1 - m)),
+        )
+        return Bits(self._log_ratio(x_t, step) + up - down)
+
+    def expected_log_stationary(self, law: Bits) -> Float[Array, "*shape"]:
+        """E[log π(x)] under an elementwise law, nats."""
+        return law.mean * np.log(self._m) + (1 - law.mean) * np.log1p(-self._m)
+
+    def _mix(self, x: Symbols, stay: Any, redraw: Any) -> Bits:
+        m = self._m
+        if_one = jnp.log(stay + redraw * m) - jnp.log(redraw * (1 - m))
+        if_zero = jnp.log(redraw * m) - jnp.log(stay + redraw * (1 - m))
+        return Bits(self._choose(x, if_one, if_zero))
+
+    def _log_ratio(self, x_t: Symbols, step: Step) -> Float[Array, "*shape"]:
+        """log q(x_t | x_s = 1)/q(x_t | x_s = 0)."""
+        m, beta = self._m, step.beta
+        if_one = jnp.log(1 - beta + beta * m) - jnp.log(beta * m)
+        if_zero = jnp.log(beta * (1 - m)) - jnp.log(1 - beta + beta * (1 - m))
+        return self._choose(x_t, if_one, if_zero)
+
+    def _choose(self, x: Symbols, if_one: Any, if_zero: Any) -> Array:
+        """The value of each bit, of the two that its step has."""
+        return jnp.where(jnp.asarray(x) == 1, if_one, if_zero).astype(jnp.result_type(float))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,9 +74,7 @@ class ConvolutionalNetwork(nnx.Module):
         self.norm = nnx.LayerNorm(width, rngs=rngs)
         self.readout = nnx.Linear(width, out, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
-    def __call__(
-        self, x_t: Num[Array, "B ..."], t: Int[Array, " B"], context: None = None
-    ) -> Float[Array, "B ..."]:
+    def __call__(self, x_t: Num[Array, "B ..."], t: Int[Array, " B"]) -> Float[Array, "B ..."]:
         """Outputs `(B, *event_shape)`, the last axis `outputs` times as long."""
         size, (height, width) = x_t.shape[0], self.event_shape[:2]
         x = as_numbers(x_t, self.states).reshape(size, height, width, -1)

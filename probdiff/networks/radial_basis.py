@@ -43,9 +43,7 @@ class RadialBasis(nnx.Module):
         self.weights = nnx.Param(jnp.zeros((T, width, outputs * size)))
         self.biases = nnx.Param(jnp.zeros((T, outputs * size)))
 
-    def __call__(
-        self, x_t: Float[Array, "B ..."], t: Int[Array, " B"], context: None = None
-    ) -> Float[Array, "B ..."]:
+    def __call__(self, x_t: Float[Array, "B ..."], t: Int[Array, " B"]) -> Float[Array, "B ..."]:
         """Outputs `(B, *event_shape)`, the last axis `outputs` times as long."""
         x = x_t.reshape(x_t.shape[0], -1)
         # |x − c|² term by term: a matrix product would lose digits where x is near a centre

@@ -68,9 +68,7 @@ class SharedHead(nnx.Module):
         )
         self.readout = nnx.Linear(head_width, outputs, kernel_init=zeros, rngs=rngs)
 
-    def __call__(
-        self, x_t: Float[Array, "B ..."], t: Int[Array, " B"], context: None = None
-    ) -> Float[Array, "B ..."]:
+    def __call__(self, x_t: Float[Array, "B ..."], t: Int[Array, " B"]) -> Float[Array, "B ..."]:
         """Outputs `(B, *event_shape)`, the last axis `outputs` times as long."""
         batch = x_t.shape[0]
         x = x_t.reshape(batch, -1)

@@ -55,9 +55,7 @@ class SigmoidPerceptron(nnx.Module):
         self.weights = nnx.Param(jnp.zeros((T, width, outputs * size)))
         self.biases = nnx.Param(jnp.zeros((T, outputs * size)))
 
-    def __call__(
-        self, x_t: Num[Array, "B ..."], t: Int[Array, " B"], context: None = None
-    ) -> Float[Array, "B ..."]:
+    def __call__(self, x_t: Num[Array, "B ..."], t: Int[Array, " B"]) -> Float[Array, "B ..."]:
         """Outputs `(B, *event_shape)`, the last axis `outputs` times as long."""
         h = as_numbers(x_t, 0).reshape(x_t.shape[0], -1)
         for layer in self.layers:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from probdiff.kernels import BernoulliKernel, DiscreteKernel, States
+from probdiff.kernels import BernoulliKernel, Bits, DiscreteKernel, States
 from probdiff.types import Step
 
 
@@ -36,19 +36,21 @@ class DiscreteReadout(abc.ABC):
     @abc.abstractmethod
     def __call__(
         self, kernel: DiscreteKernel, outputs: tuple[Any, ...], x_t: Any, step: Step
-    ) -> States:
+    ) -> States | Bits:
         """Reverse step p(x_s | x_t), elementwise; as many outputs as `num_outputs`."""
 
     @abc.abstractmethod
     def x_0_given(
         self, kernel: DiscreteKernel, outputs: tuple[Any, ...], x_t: Any, step: Step
-    ) -> States:
+    ) -> States | Bits:
         """Law p(x_0 | x_t), elementwise."""
 
     def x_0_hat(
         self, kernel: DiscreteKernel, outputs: tuple[Any, ...], x_t: Any, step: Step
     ) -> Float[Array, "..."]:
-        """E[x_0 | x_t]: for bits, the probability of 1."""
+        """E[x_0 | x_t] of bits, the probability of 1; classes have no mean, see `x_0_given`."""
+        if not isinstance(kernel, BernoulliKernel):
+            raise ValueError(f"x_0_hat is for numbers and bits; got {kernel}. Use x_0_given")
         return self.x_0_given(kernel, outputs, x_t, step).mean
 
 
@@ -64,26 +66,22 @@ class Logits(DiscreteReadout):
 
     def __call__(
         self, kernel: DiscreteKernel, outputs: tuple[Any, ...], x_t: Any, step: Step
-    ) -> States:
+    ) -> Bits:
         """B(sigmoid(z + logit T_π(1 | x_t; β_t)))."""
-        log_forward = kernel.transition(x_t, step).log_probs
-        logit = outputs[0] + log_forward[..., 1] - log_forward[..., 0]
-        return _bits(logit)
+        return Bits(outputs[0] + kernel.transition(x_t, step).logit)
 
     def x_0_given(
         self, kernel: DiscreteKernel, outputs: tuple[Any, ...], x_t: Any, step: Step
-    ) -> States:
+    ) -> States | Bits:
         """The p(x_0 = 1 | x_t) whose averaged bridge is f_b, held to [0, 1].
 
         f_b is a mixture of two bridges, b_0 + (b_1 − b_0) p; a network far from any posterior may
         leave the range that mixtures have, hence the limits.
         """
-        f_b = self(kernel, outputs, x_t, step).probs[..., 1]
-        b_0, b_1 = (
-            kernel.bridge(x_t, jnp.full_like(x_t, bit), step).probs[..., 1] for bit in (0, 1)
-        )
+        f_b = self(kernel, outputs, x_t, step).mean
+        b_0, b_1 = (kernel.bridge(x_t, jnp.full_like(x_t, bit), step).mean for bit in (0, 1))
         p = jnp.clip((f_b - b_0) / (b_1 - b_0), 0.0, 1.0)
-        return States(jnp.log(jnp.stack([1 - p, p], -1)))
+        return Bits(jnp.log(p) - jnp.log1p(-p))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,23 +96,21 @@ class DataLogits(DiscreteReadout):
 
     def __call__(
         self, kernel: DiscreteKernel, outputs: tuple[Any, ...], x_t: Any, step: Step
-    ) -> States:
+    ) -> States | Bits:
         """Σ_j p(x_0 = j | x_t) q(x_s | x_t, x_0 = j)."""
+        if isinstance(kernel, BernoulliKernel):
+            return kernel.bridge_of_logit(outputs[0], x_t, step)
         return kernel.bridge_given(self._log_p_0(kernel, outputs), x_t, step)
 
     def x_0_given(
         self, kernel: DiscreteKernel, outputs: tuple[Any, ...], x_t: Any, step: Step
-    ) -> States:
+    ) -> States | Bits:
         """softmax(z) over the states of the data."""
+        if isinstance(kernel, BernoulliKernel):
+            return Bits(outputs[0])
         return States(self._log_p_0(kernel, outputs))
 
     def _log_p_0(self, kernel: DiscreteKernel, outputs: tuple[Any, ...]) -> Float[Array, "..."]:
-        if isinstance(kernel, BernoulliKernel):
-            return _bits(outputs[0]).log_probs
         log_p = jax.nn.log_softmax(jnp.stack(outputs, -1), -1)
         extra = kernel.num_states - kernel.num_data_states
         return jnp.pad(log_p, [(0, 0)] * (log_p.ndim - 1) + [(0, extra)], constant_values=-jnp.inf)
-
-
-def _bits(logit: Float[Array, "..."]) -> States:
-    return States(jnp.stack([jax.nn.log_sigmoid(-logit), jax.nn.log_sigmoid(logit)], -1))
