@@ -96,7 +96,7 @@ def test_blocks_keep_every_example_and_its_context():
         fixed.kernel,
         fixed.schedule,
         lambda x_t, t, context: (
-            gaussian_network(0.0, 0.5, fixed.schedule)(x_t, t)
+            gaussian_network(np.zeros(1), np.full(1, 0.5), fixed.schedule)(x_t, t)
             + jnp.concatenate([shift(fixed, context, t), jnp.zeros_like(context)], -1)
         ),
         event_shape=(1,),
