@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from probdiff import GaussianKernel, diagnostics, load
-from probdiff.experiments import digits, heartbeat, swiss_roll, toy_language
+from probdiff.experiments import binary_mnist, digits, heartbeat, swiss_roll, toy_language
 from probdiff.experiments.report import format_table
 
 EXPERIMENTS = {
@@ -22,6 +22,7 @@ EXPERIMENTS = {
     "swiss-roll": swiss_roll,
     "heartbeat": heartbeat,
     "toy-language": toy_language,
+    "binary-mnist": binary_mnist,
 }
 
 

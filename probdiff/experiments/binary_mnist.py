@@ -134,7 +134,8 @@ def run(
         Row("−K, absorbing chain, test", -bound["mean"], bound["se"], UNIT, None, PUBLISHED),
         Row("−K, absorbing chain, validation", -curve[-1].mean, curve[-1].se, UNIT),
         Row("bits per pixel, test", -bound["mean_bits"] / 784, bound["se_bits"] / 784, "bits"),
-        Row("share of ones in draws", float(draws.mean()), None, "", float(data.train.mean())),
+        Row("share of ones in training images", float(data.train.mean()), None, ""),
+        Row("share of ones in draws", float(draws.mean()), None, ""),
     ]
     figures = {
         "samples": _samples(data.test, draws),
