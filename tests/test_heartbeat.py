@@ -11,7 +11,7 @@ import pytest
 import xarray as xr
 
 from probdiff import Diffusion, datasets, diagnostics, load, readouts, schedules
-from probdiff.experiments import heartbeat, toy_language
+from probdiff.experiments import heartbeat, heartbeat_chains, toy_language
 from probdiff.experiments.heartbeat_ceilings import ceilings
 from probdiff.experiments.report import QUICK, Row, mean_and_se
 from probdiff.experiments.toy_language_ceilings import Language, ceiling
@@ -101,7 +101,7 @@ def test_two_enumerations_agree_on_bits():
 @pytest.mark.parametrize("T", [20, 100])
 def test_bound_of_the_exact_chain_is_its_ceiling(T):
     """The library's own K, with the posterior over phases for a network."""
-    x, exact = heartbeat.examples(), heartbeat.define_exact(T)
+    x, exact = heartbeat_chains.examples(), heartbeat_chains.define_exact(T)
     tree = diagnostics.bound(jax.random.key(0), exact, {}, x, num_draws=1000 // T)
     k, se = mean_and_se(heartbeat.in_bits(tree))
     assert abs(k - ceilings(exact.schedule).tied) < 4 * se
@@ -112,7 +112,7 @@ def test_exact_network_is_bayes_rule(x64):
     sequences = datasets.heartbeat_sequences(length=6, period=3)
     states = np.array(list(itertools.product((0, 1), repeat=6)), np.int32)
     beta = schedules.harmonic(4)
-    network = heartbeat.exact_network(schedules.steps(beta), sequences, rate=0.3)
+    network = heartbeat_chains.exact_network(schedules.steps(beta), sequences, rate=0.3)
     for t in range(1, 5):
         a = 1 - t / 4
         one = a * sequences + 0.3 * (1 - a)
@@ -127,7 +127,7 @@ def test_phases_of_draws():
     wrong = sequences[3].copy()
     wrong[0] ^= 1
     draws = np.stack([sequences[2], wrong, sequences[0], np.zeros(20, np.int32)])
-    np.testing.assert_array_equal(heartbeat.phases_of(draws), [2, -1, 0, -1])
+    np.testing.assert_array_equal(heartbeat_chains.phases_of(draws), [2, -1, 0, -1])
 
 
 def test_gain_over_the_null_model_is_that_of_the_paper_at_its_bound():
@@ -136,12 +136,12 @@ def test_gain_over_the_null_model_is_that_of_the_paper_at_its_bound():
 
 
 def test_learned_last_step_is_measured_as_by_diagnostics():
-    diffusion = heartbeat.define(10)
+    diffusion = heartbeat_chains.define(10)
     noise = jax.random.normal(jax.random.key(1), (10_000,))
     params = jax.tree.map(
         lambda p: 0.3 * noise[: p.size].reshape(p.shape), diffusion.params_template
     )
-    x = heartbeat.examples()
+    x = heartbeat_chains.examples()
     ours = heartbeat.last_step(jax.random.key(2), diffusion, params, x, num_draws=20)
     tree = diagnostics.bound(jax.random.key(3), diffusion, params, x, num_draws=20)
     theirs = heartbeat.in_bits(tree, "reconstruction")
@@ -191,7 +191,7 @@ def test_best_chain_approaches_the_entropy_from_below(pi):
     found = [ceiling(words, schedules.harmonic(T), pi).bound for T in (3, 10, 30, 100, 1000)]
     assert (np.diff([*found, -words.entropy]) > 0).all()
     gap = -words.entropy - np.array(found)
-    assert gap[-1] == pytest.approx(gap[-2] / 10, rel=0.1)  # what is lost falls like 1/T
+    assert gap[-1] == pytest.approx(gap[-2] / 10, rel=0.2)  # what is lost falls like 1/T
 
 
 @pytest.mark.parametrize("pi", [UNIFORM, ABSORBING], ids=["uniform", "absorbing"])
@@ -271,7 +271,7 @@ def test_the_saved_model_is_bounded_as_reported(finished):
     diffusion, params = load(folder)
     with xr.open_datatree(folder / "bounds.nc", engine="h5netcdf") as tree:
         if experiment is heartbeat:
-            saved, x = mean_and_se(heartbeat.in_bits(tree)), heartbeat.examples()
+            saved, x = mean_and_se(heartbeat.in_bits(tree)), heartbeat_chains.examples()
         else:
             words = toy_language.language()
             saved, x = tree["bound"].attrs["mean_bits"] / 6, words.strings
@@ -293,6 +293,20 @@ def test_the_same_seed_gives_the_same_table(finished, tmp_path):
     experiment.run(tmp_path, seed=3, quick=True, progress=False)
     for name in ("table.json", "report.md"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_fewer_steps_ask_the_same_network_at_the_same_level():
+    """p(x_0 | x_t) of the chain of 4 steps at t is that of the chain of 12 at 3 t."""
+    diffusion = heartbeat_chains.define(12)
+    noise = jax.random.normal(jax.random.key(1), (10_000,))
+    params = jax.tree.map(
+        lambda p: 0.3 * noise[: p.size].reshape(p.shape), diffusion.params_template
+    )
+    shorter = heartbeat_chains.with_fewer_steps(diffusion, params, 4)
+    (few, few_steps), (many, steps) = shorter.bind({}), diffusion.bind(params)
+    np.testing.assert_allclose(few_steps.alpha_bar_t, steps.alpha_bar_t[2::3], rtol=1e-6)
+    x_t, t = jnp.asarray(heartbeat_chains.examples()[:4]), jnp.arange(1, 5)
+    np.testing.assert_allclose(few.x_0_hat(x_t, t), many.x_0_hat(x_t, 3 * t), rtol=1e-6)
 
 
 @pytest.mark.slow

@@ -28,43 +28,50 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import xarray as xr
-from flax import nnx
 from jaxtyping import Array, Float, Int
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpyro.infer import SVI
 from scipy.stats import chisquare
 
 from probdiff import (
-    BernoulliKernel,
     Diffusion,
     Fit,
     ImportanceTimes,
     SampledTimeELBO,
-    datasets,
     diagnostics,
     fit,
-    networks,
     plots,
-    readouts,
     sample,
     save,
     schedules,
     track_kl,
 )
 from probdiff.experiments.heartbeat_ceilings import Ceilings, ceilings
+from probdiff.experiments.heartbeat_chains import (
+    COPIES,
+    LENGTH,
+    PERIOD,
+    RATE,
+    define,
+    define_2015,
+    define_exact,
+    examples,
+    phases_of,
+    tied,
+    with_fewer_steps,
+)
+from probdiff.experiments.heartbeat_figures import Bounds, figure_2, k_against_T
 from probdiff.experiments.report import QUICK, Row, mean_and_se, write_report
-from probdiff.types import Params, Step
+from probdiff.types import Params
 
 SUMMARY = "sequences of bits: K beside what it can reach, as T grows to 2000, figure 2"
-DURATION = "about 5 minutes on two CPU cores"
+DURATION = "about 4 minutes on two CPU cores"
 
-RATE = 0.2
-LENGTH, PERIOD = 20, 5
-COPIES, NUM_TIMES, LEARNING_RATE, EMA_DECAY = 50, 4, 5e-3, 0.999
+NUM_TIMES, LEARNING_RATE, EMA_DECAY = 4, 5e-3, 0.999
 RATE_2015 = 3e-3
 UNIT = "bits per sequence"
 PUBLISHED_K, PUBLISHED_GAIN = -2.414, 12.024
+VALID_LIMIT = 99.31  # % ± 0.04: 40,000 draws of the exact chain with T = 2000
 
 
 class Size(NamedTuple):
@@ -73,7 +80,7 @@ class Size(NamedTuple):
     T: int = 2000
     num_steps: int = 10_000
     shorter: tuple[int, ...] = (20, 100, 500)
-    steps_2015: int = 3_000
+    steps_2015: int = 6_000
     num_draws: int = 16
     paired_draws: int = 2
     draws: int = 10_000
@@ -81,16 +88,6 @@ class Size(NamedTuple):
 
 
 SMALL = Size(T=12, num_steps=20, shorter=(4,), steps_2015=5, num_draws=2, draws=200)
-
-
-class Bounds(NamedTuple):
-    """Bounds of one model, bits per sequence, with standard errors."""
-
-    tied: tuple[float, float]
-    learned: tuple[float, float]
-    """The same with a learned last step."""
-    gap: tuple[float, float]
-    """What the tied K lacks to that of the exact chain, on the same draws."""
 
 
 def run(
@@ -150,10 +147,12 @@ def run(
     x_0 = sample.ancestral(keys["draw"], tied(diffusion), fitted.params, size.draws)
     phases = phases_of(x_0)
     rows = _rows(size, found, limits, by_itself, k_2015, phases)
+    per_step = plots.bound_per_step(tree)
+    per_step.legend(frameon=False, loc="upper left", fontsize="small")
     figures = {
         "figure_2": _figure_2(keys, size, tied(diffusion), fitted.params),
         "k_against_T": _k_against_T(found, limits),
-        "bound_per_step": plots.bound_per_step(tree).figure,
+        "bound_per_step": per_step.figure,
         "losses": plots.losses(fitted.losses, batch_size=len(x)).figure,
     }
     sections = ({"Quick run": QUICK} if quick else {}) | _sections(
@@ -165,84 +164,6 @@ def run(
     tree.to_netcdf(Path(out_dir) / "bounds.nc", engine="h5netcdf")
     save(out_dir, tied(diffusion), fitted.params)
     return rows
-
-
-def examples() -> Int[np.ndarray, "rows length"]:
-    """The five sequences, each as often as the others: the whole law, with no noise of sampling."""
-    return np.tile(datasets.heartbeat_sequences(length=LENGTH, period=PERIOD), (COPIES, 1))
-
-
-@functools.cache  # what is compiled for a diffusion is kept with it
-def define(T: int) -> Diffusion:
-    """A chain of bits that predicts x_0, its last step learned."""
-    network = networks.Perceptron(
-        (LENGTH,), width=64, depth=3, T=T, bumps=20, outputs=1, rngs=nnx.Rngs(0)
-    )
-    return _define(T, network, readouts.DataLogits(), readouts.Learned())
-
-
-@functools.cache
-def define_2015(T: int) -> Diffusion:
-    """The paper's model: three layers of 50 sigmoids, a read-out of f_b for every step."""
-    network = networks.SigmoidPerceptron((LENGTH,), width=50, depth=3, T=T, rngs=nnx.Rngs(0))
-    return _define(T, network, readouts.Logits(), readouts.Tied())
-
-
-@functools.cache
-def define_exact(T: int) -> Diffusion:
-    """The best chain whose steps treat bins alone: its network is the exact posterior."""
-    steps = schedules.steps(schedules.harmonic(T))
-    sequences = datasets.heartbeat_sequences(length=LENGTH, period=PERIOD)
-    network = exact_network(steps, sequences)
-    return _define(T, network, readouts.DataLogits(), readouts.Tied())
-
-
-def _define(T: int, network: Any, readout: Any, last_step: readouts.LastStep) -> Diffusion:
-    return Diffusion(
-        BernoulliKernel(RATE), schedules.harmonic(T), network, event_shape=(LENGTH,),
-        readout=readout, last_step=last_step,
-    )  # fmt: skip
-
-
-def with_fewer_steps(diffusion: Diffusion, params: Params, T: int) -> Diffusion:
-    """The chain of T steps, a divisor of the model's, that asks the same network at the same ᾱ_t.
-
-    Its parameters are bound: it has none of its own.
-    """
-    stride, reverse = diffusion.T // T, diffusion.bind(params)[0]
-
-    def network(x_t: Int[Array, "B length"], t: Int[Array, " B"]) -> Float[Array, "B length"]:
-        return reverse.network(x_t, stride * t, None)
-
-    return _define(T, network, diffusion.readout, diffusion.last_step)
-
-
-@functools.lru_cache(maxsize=8)
-def tied(diffusion: Diffusion) -> Diffusion:
-    """The same model with its last step tied; the same parameters fit."""
-    return _define(diffusion.T, diffusion.network, diffusion.readout, readouts.Tied())
-
-
-def exact_network(
-    steps: Step, sequences: Int[np.ndarray, "period length"], rate: float = RATE
-) -> Callable[[Array, Array], Array]:
-    """Network whose output is the exact logit of p(x_0i = 1 | x_t), for equally likely sequences.
-
-    A 1 in bin i belongs to the sequences that have one there, so the logit is the log of their
-    posterior weight over that of the others.
-    """
-    has_one = jnp.asarray(sequences, bool)
-
-    def network(x_t: Int[Array, "B length"], t: Int[Array, " B"]) -> Float[Array, "B length"]:
-        noise = steps.noise_t[t - 1][:, None]
-        one, zero = 1 - (1 - rate) * noise, rate * noise  # q(x_t = 1 | x_0 = 1), and given 0
-        bit_1 = jnp.where(x_t == 1, jnp.log(one), jnp.log1p(-one))
-        bit_0 = jnp.where(x_t == 1, jnp.log(zero), jnp.log1p(-zero))
-        log_w = jnp.sum(jnp.where(has_one, bit_1[:, None], bit_0[:, None]), -1)[..., None]
-        with_one = jax.nn.logsumexp(jnp.where(has_one, log_w, -jnp.inf), 1)
-        return with_one - jax.nn.logsumexp(jnp.where(has_one, -jnp.inf, log_w), 1)
-
-    return network
 
 
 def train(
@@ -293,13 +214,6 @@ def _log_p_last(
     return diffusion.data_given_first(reverse, x_1).log_prob(x).mean(0)
 
 
-def phases_of(x_0: Int[np.ndarray, "draws length"]) -> Int[np.ndarray, " draws"]:
-    """Phase of every draw that is a heartbeat, −1 for the others."""
-    sequences = datasets.heartbeat_sequences(length=LENGTH, period=PERIOD)
-    same = (np.asarray(x_0)[:, None] == sequences).all(-1)
-    return np.where(same.any(1), same.argmax(1), -1)
-
-
 def _rows(
     size: Size,
     found: dict[int, Bounds],
@@ -334,7 +248,7 @@ def _rows(
         Row(f"hard limit of a tied last step, −H(X⁽¹⁾), T = {T}", best.tied_limit, None, UNIT),
         Row("hard limit of any model, −H(X⁽⁰⁾)", best.learned_limit, None, UNIT),
         Row("L_null, log-likelihood under B(0.2)", l_null, None, UNIT),
-        Row(f"draws that are a heartbeat, T = {T}", *mean_and_se(100 * valid), "%", 100.0),
+        Row(f"draws that are a heartbeat, T = {T}", *mean_and_se(100 * valid), "%", VALID_LIMIT),
         Row("phases of the draws uniform, χ² test", p_value, None, "p-value"),
     ]
 
@@ -385,12 +299,14 @@ def _sections(size: Size, rows: list[Row], limits: Ceilings, by_itself: float) -
             f"learning rate {LEARNING_RATE} falling to 0 along a cosine, averaged weights (decay "
             f"{EMA_DECAY}). Chains of fewer steps use this network at every (T / n)-th t. Network "
             "of 2015: 20-50-50-50 sigmoid units shared by all steps, a read-out of f_b for each; "
-            f"{size.steps_2015} steps of the same optimiser, a learning rate of {RATE_2015}."
+            f"{size.steps_2015} steps of the same optimiser, a learning rate of {RATE_2015}; its "
+            "bound was still rising then."
         ),
         "Figures": (
             "Figure 2 as in the paper: draws of the model, shifted so that each begins with its "
-            "pulse, and the noise they came from; beside them the data, and one sequence on its "
-            "way to noise and one on its way back."
+            "pulse, and the noise they came from; beside them the data. Below, one sequence on "
+            "its way to noise, two draws on theirs from noise, and what the network expected of "
+            "the second at each level. `k_against_T`: bars are two standard errors."
         ),
     }
 
@@ -399,78 +315,13 @@ def _figure_2(keys: dict[str, Array], size: Size, diffusion: Diffusion, params: 
     x_0, levels = sample.ancestral(
         keys["draw"], diffusion, params, size.shown, keep_trajectory=True
     )
-    forward = diffusion.forward_trajectory(diffusion.bind(params)[1], examples()[2])
-    dissolved = np.asarray(forward.sample(keys["forward"]))
-    return figure_2(x_0, levels, dissolved)
-
-
-def figure_2(
-    x_0: Int[np.ndarray, "draws length"],
-    levels: Int[np.ndarray, "draws T length"],
-    dissolved: Int[np.ndarray, "T length"],
-) -> Figure:
-    """Figure 2 of the paper, from draws with their trajectories and one forward trajectory."""
-    data = examples()[: len(x_0)]
-    data = data[np.argsort(phases_of(data), kind="stable")]
-    pulse = x_0.argmax(1)
-    order = np.argsort(pulse, kind="stable")
-    shifted = np.stack([np.roll(x, -p) for x, p in zip(x_0, pulse, strict=True)])
-    figure = plt.figure(figsize=(11, 7), layout="constrained")
-    above, below = figure.subplots(2, 4)
-    panels = [
-        (data, "data"),
-        (x_0[order], "draws, sorted by phase"),
-        (shifted[order], "draws, shifted to their pulse"),
-        (levels[order, -1], "the noise they came from"),
-    ]
-    for ax, (bits, title) in zip(above, panels, strict=True):
-        _bits(bits, title, "one sequence per row", ax)
-    T = len(dissolved)
-    at = np.unique(np.linspace(1, T, 40).round().astype(int)) - 1
-    _chain(dissolved[at], T, "forward chain of one sequence", below[0])
-    _chain(levels[0][at], T, "reverse chain of one draw", below[1])
-    _chain(levels[1][at], T, "reverse chain of another", below[2])
-    _chain(levels[:, at].mean(0), T, f"mean of {len(levels)} draws", below[3])
-    return figure
-
-
-def _bits(bits: Any, title: str, label: str, ax: Axes) -> None:
-    ax.imshow(bits, cmap="gray_r", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    ax.set_title(title, fontsize="medium")
-    ax.set(xlabel="bin", ylabel=label, xticks=range(0, LENGTH, PERIOD), yticks=[])
-
-
-def _chain(bits: Any, T: int, title: str, ax: Axes) -> None:
-    """Levels of a chain from t = 1 at the top to t = T at the bottom."""
-    _bits(bits, title, "step t", ax)
-    n = len(bits)
-    ax.set_yticks([0, (n - 1) / 2, n - 1], ["1", str(T // 2), str(T)])
+    reverse, steps = diffusion.bind(params)
+    forward = diffusion.forward_trajectory(steps, examples()[2])
+    expected = reverse.x_0_hat(jnp.asarray(levels[1]), steps.t)
+    return figure_2(x_0, levels, forward.sample(keys["forward"]), expected)
 
 
 def _k_against_T(found: dict[int, Bounds], limits: dict[int, Ceilings]) -> Figure:
-    grid = np.unique(np.geomspace(min(limits), max(limits), 9).round().astype(int))
-    curve = [ceilings(schedules.harmonic(int(T))) for T in grid]
-    return k_against_T(grid, curve, found)
-
-
-def k_against_T(
-    grid: Int[np.ndarray, " n"], curve: list[Ceilings], found: dict[int, Bounds]
-) -> Figure:
-    """Bounds with bars of two standard errors, on the curves of their ceilings."""
-    figure = plt.figure(figsize=(7, 4.5), layout="constrained")
-    ax = figure.subplots()
-    times = sorted(found)
-    for kind, color, text in (
-        ("tied", plots.BLUE, "last step tied (2015)"),
-        ("learned", plots.ORANGE, "last step learned"),
-    ):
-        ax.plot(grid, [getattr(c, kind) for c in curve], color=color, label=f"ceiling, {text}")
-        values, errors = zip(*[getattr(found[T], kind) for T in times], strict=True)
-        ax.errorbar(
-            times, values, 2 * np.array(errors), fmt="o", color=color, markersize=5, capsize=3,
-            label=f"trained, {text}",
-        )  # fmt: skip
-    ax.axhline(-np.log2(PERIOD), color="black", linestyle="--", label="−log2 5, any model")
-    ax.set(xscale="log", xlabel="number of steps T", ylabel=f"K ({UNIT})")
-    ax.legend(frameon=False, loc="lower right")
-    return figure
+    between = np.geomspace(min(limits), max(limits), 20).round().astype(int).tolist()
+    curve = {T: ceilings(schedules.harmonic(T)) for T in sorted({*between, *limits})}
+    return k_against_T(curve, found)

@@ -51,7 +51,7 @@ from probdiff.experiments.report import QUICK, Row, mean_and_se, write_report
 from probdiff.experiments.toy_language_ceilings import Ceiling, Language, ceiling, markov_language
 
 SUMMARY = "strings of three letters: uniform and absorbing diffusion beside the best possible K"
-DURATION = "about 2 minutes on two CPU cores"
+DURATION = "about 3 minutes on two CPU cores"
 
 LETTERS = "abc"
 LENGTH, STAY = 6, 0.2
