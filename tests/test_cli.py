@@ -77,14 +77,14 @@ def test_bound_prints_what_diagnostics_say_and_writes_it(model, data, capsys):
     assert f"K = {k['mean']:.6g} ± {k['se']:.2g} nats" in said
     assert f"{k['mean_bits']:.6g} ± {k['se_bits']:.2g} bits" in said
     assert "100 examples" in said
-    with xr.open_datatree(folder / "bounds-data.nc", engine="h5netcdf") as tree:
+    with xr.open_datatree(folder / f"bounds-{data.stem}.nc", engine="h5netcdf") as tree:
         np.testing.assert_allclose(tree["bound"]["bound"], expected["bound"], rtol=1e-6)
 
 
 def test_bound_writes_where_it_is_told(model, data, tmp_path):
     assert cli.main(["bound", str(model[0]), str(data), "--out", str(tmp_path / "b.nc")]) == 0
     assert (tmp_path / "b.nc").is_file()
-    assert not (model[0] / "bounds-data.nc").exists()
+    assert not (model[0] / f"bounds-{data.stem}.nc").exists()
 
 
 def wrong(tmp_path, model, data):

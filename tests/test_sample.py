@@ -118,7 +118,10 @@ def test_each_draw_follows_its_own_context(key, keep_trajectory):
         ({"num_samples": 0}, "num_samples must be at least 1; got 0"),
         ({"block_size": 0}, "block_size must be at least 1; got 0"),
         ({"params": {"x_0_beta": np.ones(3)}}, "unknown: .*x_0_beta"),
-        ({"context": np.zeros((3, 1))}, r"context must have 5 rows, .* got shape \(3, 1\)"),
+        (
+            {"context": np.zeros((3, 1))},
+            r"context must be given exactly where .* got context \(3, 1\)",
+        ),
         ({"context": np.zeros((5, 1))}, "context must be given exactly where context_shape is"),
     ],
 )
