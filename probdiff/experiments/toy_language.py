@@ -232,7 +232,7 @@ def _rows(models: dict[str, Trained], words: Language) -> list[Row]:
     rows += [
         Row(
             f"draws that are strings of the language, {name}",
-            *mean_and_se(100 * np.isfinite(log2_prob(words, m.draws))), "%", 100.0,
+            *mean_and_se(100 * np.isfinite(log2_prob(words, m.draws))), "%",
         )
         for name, m in models.items()
     ]  # fmt: skip
@@ -267,8 +267,9 @@ def _sections(
             "K is the bound on the log-likelihood of a string, in bits per letter. Its ceiling is "
             "exact: what K becomes when every reverse step is the best of those that treat letters "
             f"alone, found by enumeration. {verdict} Errors are standard errors over held-out "
-            "strings of K - log p(x_0), which are known up to the model's own faults. "
-            f"Of all strings of {length} letters {share:.0f} % belong to the language."
+            "strings of K - log p(x_0), whose spread is the model's and not the language's. "
+            f"Of all strings of {length} letters {share:.0f} % belong to the language. A draw may "
+            "leave it where letters change in the same step, which cannot know of each other."
         ),
         "Two kernels": (
             "Both are held to the same T and schedule. An erased letter says of itself that it "
