@@ -217,7 +217,7 @@ class ReverseTrajectory(_Trajectory):
 
         def retreat(x_t: Any, inputs: Any) -> Any:
             t, key = inputs
-            x_s = self._draw(key, x_t, jnp.broadcast_to(t, lead))
+            x_s = self._draw(key, x_t, t)
             return x_s, x_s if keep else None
 
         t = jnp.arange(2, self.steps.T + 1)
@@ -225,12 +225,17 @@ class ReverseTrajectory(_Trajectory):
         x_1, x = jax.lax.scan(retreat, x_T, (t, keys), reverse=True)
         return (x_T, x) if keep else (x_1, None)
 
-    def _draw(self, key: Array, x_t: Any, t: Int[Array, "..."]) -> Any:
-        """One draw of x_s given x_t; missing entries stay in their stationary chain."""
-        x_s = self.reverse_step(x_t, t).sample(key)
+    def _draw(self, key: Array, x_t: Any, t: Int[Array, ""]) -> Any:
+        """One draw of x_s given x_t, all at one t; missing entries stay in their stationary chain.
+
+        The step's coefficients are a number each here, not one for every row.
+        """
+        step, lead = self.step_at(t), x_t.shape[: x_t.ndim - self.x_dim]
+        outputs = self.outputs(x_t, jnp.broadcast_to(t, lead))
+        x_s = self.readout(self.kernel, outputs, x_t, step).sample(key)
         if self.observed is None:
             return x_s
-        missing = self.kernel.transition(x_t, self.step_at(t)).sample(jax.random.fold_in(key, 1))
+        missing = self.kernel.transition(x_t, step).sample(jax.random.fold_in(key, 1))
         return jnp.where(self.observed, x_s, missing)
 
     def log_prob(self, value: Any, intermediates: Any = None) -> Any:
