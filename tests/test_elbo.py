@@ -54,7 +54,7 @@ def draws(objective, params, model, guide, *args, n, key=4, **kwargs):
     return np.asarray(jax.lax.map(one, jax.random.split(jax.random.key(key), n)), float)
 
 
-def agree(a, b):
+def assert_agree(a, b):
     """Two sets of draws have the same mean, two-sided within 4 standard errors."""
     error = math.hypot(a.std() / math.sqrt(len(a)), b.std() / math.sqrt(len(b)))
     assert abs(a.mean() - b.mean()) < 4 * error, (a.mean(), b.mean(), error)
@@ -70,7 +70,7 @@ def test_every_law_of_t_estimates_the_elbo_of_whole_trajectories(
     objective = SampledTimeELBO(num_particles, num_times=num_times, times=TIMES[name])
     uneven = params | {MEMORY: jnp.linspace(0.1, 5, 14) ** 2}
     guide = track_kl(diffusion.guide)
-    agree(whole, draws(objective, uneven, diffusion.model, guide, x, n=6_000))
+    assert_agree(whole, draws(objective, uneven, diffusion.model, guide, x, n=6_000))
 
 
 def test_gradients_agree_with_those_of_whole_trajectories(rough):
@@ -201,7 +201,7 @@ def test_each_law_of_t_draws_its_own_probabilities():
 MEAN, SD = np.array([0.3, -0.5]), np.array([0.9, 0.6])
 
 
-def close_to(objective_draws, expected):
+def assert_mean_is_minus(objective_draws, expected):
     """Losses whose mean is −expected, within 4 standard errors."""
     error = objective_draws.std() / math.sqrt(len(objective_draws))
     assert abs(objective_draws.mean() + expected) < 4 * error
@@ -245,7 +245,9 @@ def test_plates_masks_scales_and_missing_entries_count_as_in_trace_elbo():
         ),
     }
     for model, guide, kwargs, expected in cases.values():
-        close_to(draws(SampledTimeELBO(), {}, model, guide, x, n=20_000, **kwargs), expected)
+        assert_mean_is_minus(
+            draws(SampledTimeELBO(), {}, model, guide, x, n=20_000, **kwargs), expected
+        )
 
 
 def test_other_latents_are_scored_as_mean_field_does():
@@ -271,7 +273,7 @@ def test_other_latents_are_scored_as_mean_field_does():
     assert float(stock) == pytest.approx(float(w), rel=1e-6)
     with_w = draws(SampledTimeELBO(), {}, model, guide, x, n=200)
     without = draws(SampledTimeELBO(), {}, diffusion.model, diffusion.guide, x, n=200)
-    close_to(
+    assert_mean_is_minus(
         draws(SampledTimeELBO(), {}, model, guide, x, n=20_000),
         log_normal(np.asarray(x), MEAN, SD).sum() - float(w),
     )
@@ -307,7 +309,7 @@ def test_latents_out_of_order_are_scored_by_sampling():
         numpyro.sample("z", dist.Normal(-w, 0.7))
 
     stock = draws(Trace_ELBO(), {}, model, guide, n=20_000)
-    agree(stock, draws(SampledTimeELBO(), {}, model, guide, n=20_000, key=7))
+    assert_agree(stock, draws(SampledTimeELBO(), {}, model, guide, n=20_000, key=7))
 
 
 def test_trajectory_before_the_latents_of_its_model_is_refused():

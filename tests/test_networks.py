@@ -198,6 +198,10 @@ def test_every_kind_of_module_trains_at_one_site_and_is_what_it_is_alone(key, ma
     np.testing.assert_allclose(np.concatenate([z, v], -1), alone, rtol=1e-6)
 
 
+def assert_same(tree, other):
+    jax.tree.map(np.testing.assert_array_equal, tree, other)
+
+
 def test_nnx_modules_start_from_their_own_weights_and_keep_them(key):
     network = randomise(radial_basis())
     before = nnx.to_pure_dict(nnx.state(network))
@@ -205,9 +209,9 @@ def test_nnx_modules_start_from_their_own_weights_and_keep_them(key):
     x_0 = np.zeros((4, 2), np.float32)
     svi = SVI(diffusion.model, diffusion.guide, optax.adam(0.1), Trace_ELBO())
     state = svi.init(key, x_0)
-    jax.tree.map(np.testing.assert_array_equal, svi.get_params(state)[SITE], before)
+    assert_same(svi.get_params(state)[SITE], before)
     jax.jit(svi.update)(state, x_0)
-    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(network)), before)
+    assert_same(nnx.to_pure_dict(nnx.state(network)), before)
 
 
 def test_a_plain_function_has_nothing_to_train():
