@@ -8,7 +8,7 @@ Thermodynamics.
 """
 
 from probdiff import datasets, diagnostics, networks, readouts, sample, schedules
-from probdiff.diffusion import Diffusion, Prior
+from probdiff.diffusion import Diffusion
 from probdiff.elbo import (
     ImportanceTimes,
     SampledTimeELBO,
@@ -17,6 +17,7 @@ from probdiff.elbo import (
     track_kl,
 )
 from probdiff.kernels import AbsorbingKernel, BernoulliKernel, CategoricalKernel, GaussianKernel
+from probdiff.prior import Prior
 from probdiff.storage import load, save
 from probdiff.train import Fit, fit
 

@@ -33,6 +33,7 @@ from probdiff import readouts, schedules, validation
 from probdiff.kernels import AbsorbingKernel, CategoricalKernel, DiscreteKernel, GaussianKernel
 from probdiff.networks.binding import bind, example_inputs
 from probdiff.networks.radial_basis import output_shape
+from probdiff.prior import Prior
 from probdiff.trajectories import DataGivenFirst, ForwardTrajectory, ReverseTrajectory, first
 from probdiff.types import Network, Params, Step
 
@@ -202,13 +203,17 @@ class Diffusion:
                 q = self.kernel.bridge(x, x_0_scaled, steps.at(t, event_dim))
                 x = numpyro.sample(f"{self.trajectory_name}_{t - 1}", q.to_event(event_dim))
 
-    def prior(self, params: Params) -> "Prior":
+    def prior(self, params: Params, *, variance: Any = None) -> Prior:
         """The trained model as a statement `prior()` for anyone's program, its parameters bound.
+
+        Args:
+            params: Values of the parameters.
+            variance: Variance τ² of the data on the scale of the chain, 1 if absent; see `Prior`.
 
         Raises:
             ValueError: if parameters are missing, unknown or of another shape.
         """
-        return Prior(self, params)
+        return Prior(self, params, variance=variance)
 
     # pieces, for objectives, samplers and diagnostics
 
@@ -286,6 +291,16 @@ class Diffusion:
             x = (np.asarray(x_0) - self.loc) / self.scale
             validation.warn_about_moment(self.kernel, self.event_shape, self.rates, x, mask)
 
+    def check_batch_shape(self, x_0: Any, x_1: Any, *, argument: str = "x_0") -> None:
+        """Raise a `ValueError` unless x_0 has the batch shape that the plates gave to x_1."""
+        if np.shape(x_0) != x_1.shape:
+            batch_shape = x_1.shape[: x_1.ndim - len(self.event_shape)]
+            raise ValueError(
+                f"{argument} must have the batch shape of the plates around it, {batch_shape}; got "
+                f"shape {np.shape(x_0)} with event_shape {self.event_shape}. Open a numpyro.plate "
+                "for each batch axis"
+            )
+
     def check_context(self, context: Any) -> None:
         """Raise a `ValueError` unless context is given as `context_shape` says."""
         validation.check_context(context, self.context_shape)
@@ -320,12 +335,8 @@ class Diffusion:
     def _reverse(self, trajectory: ReverseTrajectory, x_0: Any, mask: Any) -> Any:
         event_dim = len(self.event_shape)
         x_1 = first(numpyro.sample(self.trajectory_name, trajectory), event_dim)
-        if x_0 is not None and np.shape(x_0) != x_1.shape:
-            raise ValueError(
-                f"x_0 must have the batch shape of the plates around it, "
-                f"{x_1.shape[: x_1.ndim - event_dim]}; got shape {np.shape(x_0)} with event_shape "
-                f"{self.event_shape}. Open a numpyro.plate for each batch axis"
-            )
+        if x_0 is not None:
+            self.check_batch_shape(x_0, x_1)
         return numpyro.sample(self.name, self.data_given_first(trajectory, x_1, mask), obs=x_0)
 
     def _plate(self, x_0: Any, context: Any) -> Any:
@@ -372,19 +383,6 @@ class Diffusion:
                 f"network must return shape (B, {', '.join(map(str, expected[1:]))}) for "
                 f"{self.readout}; got (B, {', '.join(map(str, out.shape[1:]))})"
             )
-
-
-class Prior:
-    """A trained diffusion as one statement of a program; made by `Diffusion.prior`."""
-
-    def __init__(self, diffusion: Diffusion, params: Params):
-        self.diffusion, self.params = diffusion, params
-        diffusion.check_params(params)
-
-    def __call__(self, *, context: Any = None) -> Any:
-        """Draw x_0 through its trajectory: sites `name_trajectory` and `name`, no parameters."""
-        trajectory, _ = self.diffusion.bind(self.params, context=context)
-        return self.diffusion._reverse(trajectory, None, None)
 
 
 def _default_readout(kernel: Any) -> Any:

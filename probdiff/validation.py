@@ -79,20 +79,34 @@ def check_schedule(
         )
 
 
-def check_data(kernel: Any, event_shape: tuple[int, ...], x_0: Any, mask: Any) -> None:
+def check_data(
+    kernel: Any, event_shape: tuple[int, ...], x_0: Any, mask: Any, argument: str = "x_0"
+) -> None:
     """Shape and dtype of data and mask; their values where they are concrete."""
     shape, dim = np.shape(x_0), len(event_shape)
     if len(shape) < dim or shape[len(shape) - dim :] != event_shape:
-        raise ValueError(f"x_0 must have shape (..., *{event_shape}); got {shape}")
+        raise ValueError(f"{argument} must have shape (..., *{event_shape}); got {shape}")
     dtype = jnp.result_type(x_0) if isinstance(x_0, jax.Array) else np.asarray(x_0).dtype
     if isinstance(kernel, GaussianKernel) and not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"x_0 must hold real numbers; got dtype {dtype}")
+        raise ValueError(f"{argument} must hold real numbers; got dtype {dtype}")
     if mask is not None and np.shape(mask) != shape:
-        raise ValueError(f"mask must have the shape of x_0, {shape}; got {np.shape(mask)}")
+        raise ValueError(f"mask must have the shape of {argument}, {shape}; got {np.shape(mask)}")
     if mask is not None and jnp.asarray(mask).dtype != bool:
         raise ValueError(f"mask must be boolean; got dtype {jnp.asarray(mask).dtype}")
     if _is_concrete(x_0, mask):
-        kernel.check_values(_observed(x_0, mask))
+        kernel.check_values(_observed(x_0, mask), argument)
+
+
+def check_variance(event_shape: tuple[int, ...], variance: Any) -> np.ndarray:
+    """A positive variance that broadcasts to the event; 1 where there is none."""
+    value = np.asarray(1.0 if variance is None else variance, np.float64)
+    if not _fits(value, event_shape):
+        raise ValueError(
+            f"variance must be broadcastable to event_shape {event_shape}; got shape {value.shape}"
+        )
+    if not (np.isfinite(value).all() and (value > 0).all()):
+        raise ValueError(f"variance must be positive and finite; got {variance}")
+    return value
 
 
 def warn_about_moment(

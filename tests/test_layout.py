@@ -18,6 +18,7 @@ ORDER = [
     "networks",
     "trajectories",
     "validation",
+    "prior",
     "diffusion",
     "storage",
     "elbo",

@@ -55,13 +55,13 @@ class DiscreteKernel(abc.ABC):
         """Data as the chain holds them: int32."""
         return jnp.asarray(x_0).astype(jnp.int32)
 
-    def check_values(self, values: np.ndarray) -> None:
+    def check_values(self, values: np.ndarray, argument: str = "x_0") -> None:
         """Raise a `ValueError` unless all values are states of the data."""
         bad = ~np.isin(values, np.arange(self.num_data_states))
         if bad.any():
             raise ValueError(
-                f"x_0 must hold only 0..{self.num_data_states - 1} where it is observed; got "
-                f"{np.asarray(values)[bad].ravel()[0]}"
+                f"{argument} must hold only 0..{self.num_data_states - 1} where it is observed; "
+                f"got {np.asarray(values)[bad].ravel()[0]}"
             )
 
     def stationary(self, shape: tuple[int, ...]) -> States | Bits:

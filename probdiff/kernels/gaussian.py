@@ -36,12 +36,12 @@ class GaussianKernel:
         """Data as the chain holds them: unchanged."""
         return x_0
 
-    def check_values(self, values: np.ndarray) -> None:
+    def check_values(self, values: np.ndarray, argument: str = "x_0") -> None:
         """Raise a `ValueError` unless the values are finite real numbers."""
         if not np.isfinite(values).all():
             raise ValueError(
-                f"x_0 must be finite where it is observed; got {np.sum(~np.isfinite(values))} "
-                "values that are not"
+                f"{argument} must be finite where it is observed; got "
+                f"{np.sum(~np.isfinite(values))} values that are not"
             )
 
     def expected_log_stationary(self, law: dist.Normal) -> Float[Array, "..."]:

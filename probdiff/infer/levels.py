@@ -1,0 +1,160 @@
+"""The reverse chain as inference walks it: all T levels, or n of them.
+
+With n < T levels t_1 = 1 < … < t_n = T, evenly spread, the chain jumps from level t_i to level
+t_{i−1} by
+
+    p(x_s | x_t) = N(w_0 x̂_0 + w_t x_t, bridge variance)         numbers
+    p(x_s | x_t) = Σ_j p(x_0 = j | x_t) q(x_s | x_t, x_0 = j)     symbols
+
+with the coefficients of the longer step. `ForwardVariance` has a value for a longer step too,
+1 − ᾱ_t/ᾱ_s; a learned variance has none, and the bridge's stands in. The n-step chain is another
+model than the T-step one: its evidence is its own.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jaxtyping import Array, Float, Int
+
+from probdiff import readouts
+from probdiff.kernels import bridge_mean
+from probdiff.prior import PriorDraw
+from probdiff.types import Step
+
+
+class Levels(NamedTuple):
+    """Levels of a bound reverse chain, addressed by position i = 1..n; level 0 is the data."""
+
+    draw: PriorDraw
+    times: Int[np.ndarray, " n"]
+    """t of each level."""
+    table: Step
+    """Coefficients of the step from each level down to the one before it; `t` is the time."""
+
+    @property
+    def n(self) -> int:
+        """Number of steps."""
+        return len(self.times)
+
+    @property
+    def is_respaced(self) -> bool:
+        """Whether levels are left out."""
+        return self.n < self.draw.trajectory.steps.T
+
+    @property
+    def event_dim(self) -> int:
+        """Number of axes of one x_t."""
+        return self.draw.trajectory.x_dim
+
+    def step(self, i: Any) -> Step:
+        """Coefficients of step i, broadcastable to x."""
+        return self.table.at(i, self.event_dim)
+
+    def outputs(self, x_t: Any, i: Any) -> tuple[Any, ...]:
+        """Network outputs at level i, one array of the shape of x_t for each."""
+        t = jnp.broadcast_to(self.table.t[i - 1], x_t.shape[: x_t.ndim - self.event_dim])
+        return self.draw.trajectory.outputs(x_t, t)
+
+    def x_0_hat(self, outputs: tuple[Any, ...], x_t: Any, i: Any) -> Float[Array, "..."]:
+        """Denoised point E[x_0 | x_t], numbers."""
+        trajectory = self.draw.trajectory
+        return trajectory.readout.x_0_hat(trajectory.kernel, outputs, x_t, self._trained(i))
+
+    def x_0_given(self, outputs: tuple[Any, ...], x_t: Any, i: Any) -> dist.Distribution:
+        """Law p(x_0 | x_t), symbols."""
+        trajectory = self.draw.trajectory
+        return trajectory.readout.x_0_given(trajectory.kernel, outputs, x_t, self._trained(i))
+
+    def reverse(self, outputs: tuple[Any, ...], x_t: Any, i: Any) -> dist.Distribution:
+        """p(x_s | x_t) for i ≥ 2, elementwise."""
+        trajectory, step = self.draw.trajectory, self.step(i)
+        if not self.is_respaced:
+            return trajectory.readout(trajectory.kernel, outputs, x_t, step)
+        if not isinstance(trajectory.readout, readouts.GaussianReadout):
+            law = self.x_0_given(outputs, x_t, i)
+            return trajectory.kernel.bridge_given(log_probabilities(law), x_t, step)
+        mean = bridge_mean(x_t, self.x_0_hat(outputs, x_t, i), step)
+        variance = respaced_variance(trajectory.readout)(None, step)
+        return dist.Normal(mean, jnp.sqrt(jnp.broadcast_to(variance, mean.shape)))
+
+    def last(self, x_1: Any) -> dist.Distribution:
+        """p(x_0 | x_1), elementwise, on the scale of the chain; under a tied step no network."""
+        diffusion, trajectory = self.draw.diffusion, self.draw.trajectory
+        return diffusion.data_given_first(trajectory, x_1).base
+
+    def _trained(self, i: Any) -> Step:
+        """Coefficients of the step of one level that the network was trained for."""
+        return self.draw.trajectory.steps.at(self.table.t[i - 1], self.event_dim)
+
+
+class Widths(NamedTuple):
+    """How x_0 hangs on x_t, were the data N(·, τ²): columns `(n, *event or 1s)`, level i at i − 1."""
+
+    slope: Float[Array, "n ..."]
+    """∂x̂_0/∂x_t = √ᾱ_t w_t/(1−ᾱ_t)."""
+    variance: Float[Array, "n ..."]
+    """Var[x_0 | x_t] under the chain that is walked."""
+
+
+def widths(levels: Levels) -> Widths:
+    """Variance of x_0 given each level, of this chain and not of an ideal one.
+
+    An ideal chain has w_t = τ²(1−ᾱ_t)/(1−ᾱ_t+ᾱ_t τ²). As x̂_0 is a martingale, the variances of its
+    moves add up,
+
+        Var[x_0 | x_t] = Var[x_0 | x_s] + slope_s² Var[x_s | x_t],
+
+    and with the chain's own Var[x_s | x_t], which may be narrower, this is what the chain does; it
+    tells where steps are long, near the data above all. A learned variance counts as ideal.
+    """
+    draw, readout = levels.draw, levels.draw.trajectory.readout
+    step = levels.step(jnp.arange(1, levels.n + 1))
+    tau2 = jnp.asarray(draw.variance, step.beta.dtype)
+    ideal = tau2 * step.noise_t / (step.noise_t + step.alpha_bar_t * tau2)
+    slope = jnp.sqrt(step.alpha_bar_t) * ideal / step.noise_t
+    is_learned = isinstance(readout.variance, readouts.LearnedVariance)
+    if is_learned and not levels.is_respaced:
+        return Widths(slope, ideal)
+    moves = readouts.BridgeVariance() if is_learned else readout.variance
+    variance = jnp.broadcast_to(moves(None, step), ideal.shape)
+    first = variance[:1]
+    if isinstance(draw.diffusion.last_step, readouts.Tied):
+        first = jnp.broadcast_to(step.beta[:1], first.shape)
+        slope = slope.at[0].set(jnp.broadcast_to(jnp.sqrt(1 - step.beta[0]), slope.shape[1:]))
+    gains = slope[:-1] ** 2 * variance[1:]
+    return Widths(slope, jnp.cumsum(jnp.concatenate([first, gains]), 0))
+
+
+def respaced_variance(readout: readouts.GaussianReadout) -> readouts.Variance:
+    """Variance of a longer step: of β as it is, else the bridge's."""
+    is_forward = isinstance(readout.variance, readouts.ForwardVariance)
+    return readout.variance if is_forward else readouts.BridgeVariance()
+
+
+def levels(draw: PriorDraw, n: int | None = None) -> Levels:
+    """Levels of a prior's chain: all of them, or n, evenly spread with the first and the last.
+
+    Raises:
+        ValueError: if n is not in 2..T.
+    """
+    steps = draw.trajectory.steps
+    if n is not None and not 2 <= n <= steps.T:
+        raise ValueError(f"steps must lie in 2..T = {steps.T}; got {n}")
+    if n is None or n == steps.T:
+        return Levels(draw, np.arange(1, steps.T + 1), steps)
+    times = np.unique(np.round(np.linspace(1, steps.T, n)).astype(int))
+    at = jax.tree.map(lambda column: column[times - 1], steps)
+    alpha_bar_s = jnp.concatenate([steps.alpha_bar_s[:1], at.alpha_bar_t[:-1]])
+    noise_s = jnp.concatenate([steps.noise_s[:1], at.noise_t[:-1]])
+    beta = (at.noise_t - noise_s) / alpha_bar_s  # 1 − ᾱ_t/ᾱ_s, without the loss of digits
+    return Levels(draw, times, at._replace(beta=beta, alpha_bar_s=alpha_bar_s, noise_s=noise_s))
+
+
+def log_probabilities(law: Any) -> Float[Array, "*shape K"]:
+    """Log-probabilities of the states of an elementwise law of symbols, on a last axis."""
+    if isinstance(law, dist.Distribution) and "logit" in type(law).pytree_data_fields:
+        return jax.nn.log_sigmoid(jnp.stack([-law.logit, law.logit], -1))
+    return law.log_probs

@@ -1,0 +1,378 @@
+"""Sequential Monte Carlo over the reverse chain, twisted: the loop behind `SMC` and `Guided`.
+
+With positive twists ψ_1..ψ_n, ψ_0 = r, and proposals q,
+
+    x_n ~ π,                     w = ψ_n(x_n)
+    x_s ~ q(· | x_t),            w = p(x_s | x_t) ψ_s(x_s) / (q(x_s | x_t) ψ_t(x_t))
+
+particles are resampled where their effective number falls below a share of N (systematic), and
+
+    Ẑ = ∏ over stages of the mean weight
+
+is unbiased for Z = E_p[r(x_0)], whatever ψ is. A system is one posterior: one run for one entry of
+the plates around the prior, with N particles and keys of its own, so that nothing depends on who
+runs beside it. Arrays have shape `(S, N, *event)` here, S systems, and `(R·N, *plates, *event)`
+where the network and the program see them.
+
+Sources: Del Moral et al. (2006); Guarniero et al. (2017) for twists; Wu et al. (2023) for
+diffusions.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from probdiff.infer import symbols
+from probdiff.infer.expansion import sum_event
+from probdiff.infer.levels import Levels, log_probabilities, widths
+from probdiff.infer.program import Conditioned
+from probdiff.infer.proposals import GaussianProposal, SymbolProposal
+from probdiff.infer.twists import Tilt, Twist, View
+from probdiff.kernels import DiscreteKernel
+
+LEAST = -1e4
+"""log ψ where a twist says 0 or nothing: ψ must be positive wherever the chain can go."""
+
+
+class Plan(NamedTuple):
+    """What a run is, apart from its randomness; traced values are in `conditioned` and `levels`."""
+
+    conditioned: Conditioned
+    levels: Levels
+    twist: Twist
+    num_particles: int
+    num_runs: int
+    threshold: float
+    """Share of N below which the effective number calls for resampling; 0 for never."""
+    block_size: int
+    is_diagonal: bool
+    constrain: Callable[[Any], Any]
+    """Puts particles, runs leading, where they belong on several devices."""
+
+    @property
+    def num_systems(self) -> int:
+        """Runs times entries of the plates."""
+        size = 1
+        for n in self.conditioned.batch_shape:
+            size *= n
+        return self.num_runs * size
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """Shape of one x_t."""
+        return self.levels.draw.diffusion.event_shape
+
+    @property
+    def is_discrete(self) -> bool:
+        """Whether x_t are symbols."""
+        return isinstance(self.levels.draw.diffusion.kernel, DiscreteKernel)
+
+    def to_program(self, x: Array) -> Array:
+        """`(S, N, ...)` to `(R·N, *plates, ...)`."""
+        batch_shape = self.conditioned.batch_shape
+        x = x.reshape(self.num_runs, *batch_shape, *x.shape[1:])
+        x = jnp.moveaxis(x, 1 + len(batch_shape), 1)
+        return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+    def from_program(self, x: Array) -> Array:
+        """`(R·N, *plates, ...)` to `(S, N, ...)`."""
+        batch_dim = len(self.conditioned.batch_shape)
+        x = x.reshape(self.num_runs, self.num_particles, *x.shape[1:])
+        x = jnp.moveaxis(x, 1, 1 + batch_dim)
+        return x.reshape(self.num_systems, *x.shape[1 + batch_dim :])
+
+
+class State(NamedTuple):
+    """Particles at a level, before they are looked at."""
+
+    x: Any
+    """`(S, N, *event)`."""
+    log_w: Float[Array, "S N"]
+    """Log weights since the last resampling, the twist of this level not yet in."""
+    log_psi: Float[Array, "S N"]
+    """log ψ that the weights already hold and the next level takes out."""
+    held: Float[Array, "S N"]
+    """Log weights as the step began, so that what the step itself added can be told."""
+    log_z: Float[Array, " S"]
+    """Log of the product of mean weights up to the last resampling."""
+    ancestor: Any
+    """Index of each particle's ancestor at the start, `(S, N)`."""
+    trace: "Trace"
+
+
+class Trace(NamedTuple):
+    """What happened at each level, `(n + 1, S)`, the level's number first; 0 is the end."""
+
+    ess: Any
+    """Effective number of particles before resampling."""
+    resampled: Any
+    """Whether they were resampled."""
+    shift: Any
+    """Largest move of a particle's mean, in standard deviations."""
+    bad: Any
+    """Share of particles whose twist was not finite."""
+    worst: Any
+    """Log weights of the step whose own weights had the least effective number, `(S, N)`."""
+    worst_ess: Any
+    """That number, `(S,)`."""
+
+
+class Look(NamedTuple):
+    """What one look at level t gives."""
+
+    log_psi: Any
+    """`(S, N)`."""
+    proposal: Any
+    """`GaussianProposal` or `SymbolProposal` of arrays `(S, N, ...)`."""
+    shift: Any
+    """Largest move of the mean in standard deviations, `(S, N)`."""
+
+
+def start(plan: Plan, keys: Array) -> State:
+    """Particles from π at the last level."""
+    n, kernel = plan.num_particles, plan.levels.draw.diffusion.kernel
+
+    def draw(key: Array) -> Any:
+        return kernel.stationary((n, *plan.event_shape)).sample(key)
+
+    x = plan.constrain(jax.vmap(draw)(_fold(keys, plan.levels.n + 1)))
+    shape = (plan.num_systems, n)
+    zeros = jnp.zeros(shape)
+    flat = jnp.zeros((plan.levels.n + 1, plan.num_systems))
+    trace = Trace(flat, flat > 1, flat, flat, zeros, jnp.full(plan.num_systems, jnp.inf))
+    ancestor = jnp.broadcast_to(jnp.arange(n), shape)
+    return State(x, zeros, zeros, zeros, zeros[:, 0], ancestor, trace)
+
+
+def advance(plan: Plan, keys: Array, state: State, i: Any) -> State:
+    """From level i ≥ 2 down to the one before."""
+    look = _look(plan, state.x, lambda x: _look_at(plan, x, i))
+    return _move(plan, keys, state, look, i)
+
+
+def finish(plan: Plan, keys: Array, state: State) -> State:
+    """From level 1 to x_0 and its likelihood; `x` is then on the scale of the chain."""
+    look = _look(plan, state.x, lambda x: _look_at_first(plan, x))
+    state = _move(plan, keys, state, look, 1)
+    log_r = _look(plan, state.x, lambda x: _log_r(plan, x)) + _log_units(plan)
+    state = _weigh(state, log_r)
+    ess = effective_number(state.log_w)
+    trace = state.trace._replace(ess=state.trace.ess.at[0].set(ess))
+    return state._replace(trace=trace)
+
+
+def effective_number(log_w: Float[Array, "S N"]) -> Float[Array, " S"]:
+    """(Σ w)² / Σ w²; 0 where all weights are."""
+    log_ess = 2 * jax.nn.logsumexp(log_w, 1) - jax.nn.logsumexp(2 * log_w, 1)
+    return jnp.where(jnp.isfinite(log_ess), jnp.exp(log_ess), 0.0)
+
+
+def log_mean(log_w: Float[Array, "S N"]) -> Float[Array, " S"]:
+    """log of the mean weight."""
+    return jax.nn.logsumexp(log_w, 1) - jnp.log(log_w.shape[1])
+
+
+def systematic(key: Array, log_w: Float[Array, " N"]) -> Array:
+    """Indices of N equally weighted particles: one uniform number, evenly spread positions."""
+    n = log_w.shape[0]
+    weights = jnp.exp(log_w - jnp.max(log_w))
+    cumulative = jnp.cumsum(weights)
+    positions = (jnp.arange(n) + jax.random.uniform(key)) / n * cumulative[-1]
+    return jnp.clip(jnp.searchsorted(cumulative, positions, side="right"), 0, n - 1)
+
+
+def _move(plan: Plan, keys: Array, state: State, look: Look, i: Any) -> State:
+    """Weigh by ψ_t, resample where needed, propose the next level."""
+    keys_draw, keys_resample = (_fold(_fold(keys, i), use) for use in (0, 1))
+    state = _weigh(state, look.log_psi)
+    trace = state.trace._replace(shift=state.trace.shift.at[i].set(jnp.max(look.shift, 1)))
+    state = state._replace(trace=trace, log_psi=look.log_psi)
+    state, look = _resample(plan, keys_resample, state, look, i)
+    x, log_ratio = jax.vmap(lambda key, proposal: proposal.draw(key))(keys_draw, look.proposal)
+    return state._replace(x=plan.constrain(x), log_w=state.log_w + log_ratio, held=state.log_w)
+
+
+def _weigh(state: State, log_psi: Array) -> State:
+    """Put in the twist of this level and take out that of the one before."""
+    log_w = state.log_w + log_psi - state.log_psi
+    added = log_w - jnp.where(jnp.isfinite(state.held), state.held, 0.0)
+    ess = effective_number(added)
+    is_worst = ess < state.trace.worst_ess
+    trace = state.trace._replace(
+        worst=jnp.where(is_worst[:, None], added, state.trace.worst),
+        worst_ess=jnp.minimum(ess, state.trace.worst_ess),
+    )
+    return state._replace(log_w=log_w, trace=trace)
+
+
+def _resample(plan: Plan, keys: Array, state: State, look: Look, i: Any) -> tuple[State, Look]:
+    ess = effective_number(state.log_w)
+    is_due = (ess < plan.threshold * plan.num_particles) & (ess > 0)
+    trace = state.trace._replace(
+        ess=state.trace.ess.at[i].set(ess), resampled=state.trace.resampled.at[i].set(is_due)
+    )
+    state = state._replace(trace=trace)
+    if plan.threshold == 0:
+        return state, look
+    stays = jnp.arange(plan.num_particles)
+
+    def chosen(key: Array, log_w: Array, due: Array) -> Array:
+        return jnp.where(due, systematic(key, log_w), stays)
+
+    def gather(moving: tuple[Any, ...]) -> tuple[Any, ...]:
+        index = jax.vmap(chosen)(keys, state.log_w, is_due)
+        return jax.tree.map(lambda a: jax.vmap(lambda row, at: row[at])(a, index), moving)
+
+    moving = (look, state.ancestor, state.log_psi)
+    look, ancestor, log_psi = jax.lax.cond(jnp.any(is_due), gather, lambda m: m, moving)
+    log_z = state.log_z + jnp.where(is_due, log_mean(state.log_w), 0.0)
+    log_w = jnp.where(is_due[:, None], 0.0, state.log_w)
+    return state._replace(ancestor=ancestor, log_psi=log_psi, log_w=log_w, log_z=log_z), look
+
+
+def _look(plan: Plan, x: Array, at: Callable[[Any], Any]) -> Any:
+    """Apply a function of particles as the program sees them, in blocks that fit memory."""
+    x = plan.to_program(x)
+    count, size = x.shape[0], _block(x.shape[0], plan)
+    if size == count:
+        out = at(x)
+    else:
+        blocks = x.reshape(count // size, size, *x.shape[1:])
+        out = jax.lax.map(at, blocks)
+        out = jax.tree.map(lambda a: a.reshape(count, *a.shape[2:]), out)
+    return jax.tree.map(plan.from_program, out)
+
+
+def _block(count: int, plan: Plan) -> int:
+    """Largest part of the particles that divides them and stays below the block size."""
+    per_sheet = plan.num_systems // plan.num_runs
+    wanted = max(1, plan.block_size // per_sheet)
+    return next(size for size in range(min(wanted, count), 0, -1) if count % size == 0)
+
+
+def _look_at(plan: Plan, x_t: Any, i: Any) -> Look:
+    return (_look_at_symbols if plan.is_discrete else _look_at_numbers)(plan, x_t, i)
+
+
+def _look_at_numbers(plan: Plan, x_t: Any, i: Any) -> Look:
+    levels = plan.levels
+
+    def denoise(x_t: Any) -> tuple[Any, Any]:
+        outputs = levels.outputs(x_t, i)
+        return levels.x_0_hat(outputs, x_t, i), outputs
+
+    x_0_hat, pull_back, outputs = jax.vjp(denoise, x_t, has_aux=True)
+    law = levels.reverse(outputs, x_t, i)
+    view = _view(plan, i, x_t, law, x_0_hat, lambda v: pull_back(v)[0])
+    return _look_of(plan, view, plan.twist(view), None)
+
+
+def _look_at_first(plan: Plan, x_1: Any) -> Look:
+    levels = plan.levels
+    law = levels.last(x_1)
+    known, mask = _known(plan)
+    if plan.is_discrete:
+        log_p = log_probabilities(law)
+        informed = symbols.inform(log_p, _symbol_log_r(plan), known, mask, levels.event_dim)
+        return _symbol_look(log_p, informed.log_p_0, informed.log_psi, known, mask, levels)
+    view = _view(plan, 1, x_1, law, law.loc, lambda v: v)
+    pinned = None if known is None else (known, mask)
+    return _look_of(plan, view, plan.twist.last(x_1, view.mean, view.variance, view), pinned)
+
+
+def _look_at_symbols(plan: Plan, x_t: Any, i: Any) -> Look:
+    levels, kernel = plan.levels, plan.levels.draw.diffusion.kernel
+    outputs = levels.outputs(x_t, i)
+    log_p = log_probabilities(levels.reverse(outputs, x_t, i))
+    known, mask = _known(plan)
+    log_r = _symbol_log_r(plan)
+    if log_r is None and known is None:
+        nothing = jnp.zeros(x_t.shape[: x_t.ndim - levels.event_dim])
+        return Look(nothing, SymbolProposal(log_p, log_p, nothing), nothing)
+    log_p_0 = symbols.predicted(levels, outputs, x_t, i)
+    informed = symbols.inform(log_p_0, log_r, known, mask, levels.event_dim)
+    finite = jnp.maximum(informed.log_p_0, symbols.FLOOR)
+    log_q = log_probabilities(kernel.bridge_given(finite, x_t, levels.step(i)))
+    return _symbol_look(log_p, log_q, informed.log_psi, None, None, levels)
+
+
+def _symbol_look(
+    log_p: Any, log_q: Any, log_psi: Any, known: Any, mask: Any, levels: Levels
+) -> Look:
+    """Known entries at the end are set, their mass counted."""
+    pinned = jnp.zeros(log_psi.shape)
+    if known is not None:
+        is_state = known[..., None] == jnp.arange(log_p.shape[-1])
+        mass = jnp.max(jnp.where(is_state, log_p, -jnp.inf), -1)
+        pinned = sum_event(jnp.where(mask, mass, 0.0), log_psi.ndim)
+        certain = jnp.where(is_state, 0.0, -jnp.inf)
+        log_p, log_q = (jnp.where(mask[..., None], certain, a) for a in (log_p, log_q))
+    return Look(_positive(log_psi), SymbolProposal(log_p, log_q, pinned), jnp.zeros(log_psi.shape))
+
+
+def _look_of(plan: Plan, view: View, tilt: Tilt, pinned: Any) -> Look:
+    lead = view.x_t.ndim - plan.levels.event_dim
+    moved = jnp.abs(tilt.shift) / jnp.sqrt(view.variance)
+    log_known = jnp.zeros(tilt.log_psi.shape)
+    if pinned is not None:
+        known, mask = pinned
+        terms = (known - view.mean) ** 2 / view.variance + jnp.log(2 * jnp.pi * view.variance)
+        log_known = -0.5 * sum_event(jnp.where(mask, terms, 0.0), lead)
+        moved = jnp.where(mask, 0.0, moved)
+    factors = jnp.moveaxis(tilt.factors, 0, lead)
+    proposal = GaussianProposal(
+        view.mean, view.variance, tilt.shift, tilt.diagonal, factors, log_known
+    )
+    furthest = jnp.max(moved, axis=tuple(range(lead, moved.ndim)))
+    return Look(_positive(tilt.log_psi), proposal, furthest)
+
+
+def _positive(log_psi: Any) -> Any:
+    return jnp.where(jnp.isfinite(log_psi), log_psi, LEAST)
+
+
+def _view(plan: Plan, i: Any, x_t: Any, law: Any, x_0_hat: Any, pull_back: Any) -> View:
+    mean, sd = jnp.broadcast_arrays(law.loc, law.scale)
+    known, mask = _known(plan)
+    return View(
+        plan.levels, i, x_t, mean, sd**2, x_0_hat, pull_back, lambda x: _log_r(plan, x), known,
+        mask, plan.is_diagonal, widths(plan.levels),
+    )  # fmt: skip
+
+
+def _known(plan: Plan) -> tuple[Any, Any]:
+    """Known entries on the scale of the chain, and their mask."""
+    draw = plan.levels.draw
+    if draw.known is None:
+        return None, None
+    values = jnp.where(draw.mask, draw.known, jnp.zeros_like(draw.known))
+    return draw.diffusion.to_chain(values), draw.mask
+
+
+def _log_r(plan: Plan, x: Any) -> Any:
+    """log r of particles on the scale of the chain, `(P, *plates)`."""
+    diffusion = plan.levels.draw.diffusion
+    x_0 = x if diffusion.scale is None else x * diffusion.scale + diffusion.loc
+    return jax.vmap(plan.conditioned.log_r)(x_0)
+
+
+def _symbol_log_r(plan: Plan) -> Callable[[Any], Any] | None:
+    return (lambda x: _log_r(plan, x)) if plan.conditioned.observed else None
+
+
+def _log_units(plan: Plan) -> Any:
+    """What the density of known entries gains by the user's units, nats."""
+    draw = plan.levels.draw
+    if draw.known is None or draw.diffusion.scale is None:
+        return 0.0
+    shape = (*plan.conditioned.batch_shape, *plan.event_shape)
+    log_scale = jnp.where(draw.mask, jnp.broadcast_to(jnp.log(draw.diffusion.scale), shape), 0.0)
+    per_system = -sum_event(log_scale, len(plan.conditioned.batch_shape)).reshape(-1)
+    return jnp.tile(per_system, plan.num_runs)[:, None]
+
+
+def _fold(keys: Array, value: Any) -> Array:
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, value)

@@ -1,0 +1,95 @@
+"""`Prior`: a trained diffusion as one statement of anyone's program.
+
+    x = prior()                            x_0 ~ p, through its trajectory
+    x = prior(context=c)                   x_0 ~ p(· | c)
+    x = prior(known=values, mask=mask)     the same, given that x_0 = values wherever mask is True
+
+The last is exact conditioning: known entries come back bit for bit, and the program gains the
+factor log p(x_0 = values on the mask | x_1), a density for numbers and a mass for symbols. Under
+handlers that only draw (`Predictive`) the factor is ignored, as every observation is; `infer` and
+`MCMC` count it.
+
+Source: Sohl-Dickstein et al. (2015), section 2.5.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+
+from probdiff import validation
+from probdiff.trajectories import ReverseTrajectory, first
+from probdiff.types import Params
+
+
+class PriorDraw(NamedTuple):
+    """What `infer` needs to know of one call of a prior; kept with the trajectory's site."""
+
+    diffusion: Any
+    """The `Diffusion`."""
+    trajectory: ReverseTrajectory
+    """Its reverse chain, parameters and context bound."""
+    variance: np.ndarray
+    """Variance τ² of x_0 on the scale of the chain, which sets the width of a twist."""
+    known: Any
+    """Known values in the user's units, `(*plates, *event_shape)`, or None."""
+    mask: Any
+    """True where x_0 is known, shape of `known`, or None."""
+
+
+class Prior:
+    """A trained diffusion as a statement `prior()`; made by `Diffusion.prior`."""
+
+    def __init__(self, diffusion: Any, params: Params, *, variance: Any = None):
+        """Bind parameters.
+
+        Args:
+            diffusion: The `Diffusion`.
+            params: Its parameters.
+            variance: Variance τ² of the data on the scale of the chain, positive, broadcastable to
+                `event_shape`; 1 if absent. It sets how wide `infer` takes x_0 to be given a noisy
+                level; too wide is safe, too narrow is not.
+
+        Raises:
+            ValueError: if parameters do not fit or the variance is not positive.
+        """
+        diffusion.check_params(params)
+        self.diffusion, self.params = diffusion, params
+        self.variance = validation.check_variance(diffusion.event_shape, variance)
+
+    def __call__(self, *, context: Any = None, known: Any = None, mask: Any = None) -> Any:
+        """Draw x_0: sites `name_trajectory` and `name`, no parameters.
+
+        With `known` the sites are `name_trajectory`, `name_free` (what is drawn before the known
+        entries are put in), the factor `name_known`, and `name`, deterministic.
+
+        Args:
+            context: Handed to the network, `(*plates, *context_shape)`.
+            known: Values of x_0 in the user's units, `(*plates, *event_shape)`; read only where
+                `mask` is True.
+            mask: True where x_0 is known, shape of `known`.
+
+        Returns:
+            x_0, `(*plates, *event_shape)`, in the user's units.
+
+        Raises:
+            ValueError: if shapes or values do not fit, or only one of known and mask is given.
+        """
+        diffusion = self.diffusion
+        if (known is None) != (mask is None):
+            raise ValueError("known and mask must be given together; got one of them")
+        if known is not None:
+            validation.check_data(diffusion.kernel, diffusion.event_shape, known, mask, "known")
+        trajectory, _ = diffusion.bind(self.params, context=context)
+        draw = PriorDraw(diffusion, trajectory, self.variance, known, mask)
+        site = numpyro.sample(diffusion.trajectory_name, trajectory, infer={"prior": draw})
+        x_1 = first(site, len(diffusion.event_shape))
+        if known is None:
+            return numpyro.sample(diffusion.name, diffusion.data_given_first(trajectory, x_1))
+        diffusion.check_batch_shape(known, x_1, argument="known")
+        free = diffusion.data_given_first(trajectory, x_1)
+        x_0 = numpyro.sample(f"{diffusion.name}_free", free)
+        observed = diffusion.data_given_first(trajectory, x_1, mask)
+        numpyro.factor(f"{diffusion.name}_known", observed.log_prob(known))
+        return numpyro.deterministic(diffusion.name, jnp.where(mask, known, x_0))
