@@ -10,9 +10,9 @@ both the integral and the law of x_0 given r are closed:
     E[x_0 | r] = m + C (I + H C)⁻¹ g.
 
 H is never formed. Where every entry of x_0 has a likelihood of its own H is diagonal, and one
-product H·1 gives all of it. Else k steps of Lanczos from g span the directions that count: exact for a
-linear-Gaussian r of rank up to k. Positive curvature of log r (negative H) counts as zero, so that
-the integral exists.
+product H·1 gives all of it. Else k steps of Lanczos from g span the directions that count: exact
+for a linear-Gaussian r of rank up to k. Positive curvature of log r (negative H) counts as zero, so
+that the integral exists.
 """
 
 from collections.abc import Callable

@@ -1,9 +1,9 @@
 """Eigenpairs of many small symmetric matrices at once, by Jacobi rotations.
 
 A rotation in the plane (p, q) by the angle whose tangent t solves t² + 2 t θ = 1, with
-θ = (a_qq − a_pp)/(2 a_pq), puts a zero at a_pq; sweeps over all planes converge quadratically. LAPACK
-takes the matrices of a batch one after another, which for 4 × 4 is a hundred times slower than these
-few operations on whole arrays.
+θ = (a_qq − a_pp)/(2 a_pq), puts a zero at a_pq; sweeps over all planes converge quadratically.
+LAPACK takes the matrices of a batch one after another, which for 4 × 4 is far slower than these few
+operations on whole arrays.
 
 Source: Golub and Van Loan (2013), section 8.5.
 """

@@ -91,7 +91,7 @@ class Levels(NamedTuple):
 
 
 class Widths(NamedTuple):
-    """How x_0 hangs on x_t, were the data N(·, τ²): columns `(n, *event or 1s)`, level i at i − 1."""
+    """How x_0 hangs on x_t, were the data N(·, τ²); level i at i − 1, shape `(n, *event or 1s)`."""
 
     slope: Float[Array, "n ..."]
     """∂x̂_0/∂x_t = √ᾱ_t w_t/(1−ᾱ_t)."""

@@ -129,6 +129,8 @@ class Look(NamedTuple):
     """`GaussianProposal` or `SymbolProposal` of arrays `(S, N, ...)`."""
     shift: Any
     """Largest move of the mean in standard deviations, `(S, N)`."""
+    bad: Any
+    """Whether the twist was not finite, `(S, N)`."""
 
 
 def start(plan: Plan, keys: Array) -> State:
@@ -188,7 +190,10 @@ def _move(plan: Plan, keys: Array, state: State, look: Look, i: Any) -> State:
     """Weigh by ψ_t, resample where needed, propose the next level."""
     keys_draw, keys_resample = (_fold(_fold(keys, i), use) for use in (0, 1))
     state = _weigh(state, look.log_psi)
-    trace = state.trace._replace(shift=state.trace.shift.at[i].set(jnp.max(look.shift, 1)))
+    trace = state.trace._replace(
+        shift=state.trace.shift.at[i].set(jnp.max(look.shift, 1)),
+        bad=state.trace.bad.at[i].set(jnp.mean(look.bad, 1)),
+    )
     state = state._replace(trace=trace, log_psi=look.log_psi)
     state, look = _resample(plan, keys_resample, state, look, i)
     x, log_ratio = jax.vmap(lambda key, proposal: proposal.draw(key))(keys_draw, look.proposal)
@@ -291,7 +296,7 @@ def _look_at_symbols(plan: Plan, x_t: Any, i: Any) -> Look:
     log_r = _symbol_log_r(plan)
     if log_r is None and known is None:
         nothing = jnp.zeros(x_t.shape[: x_t.ndim - levels.event_dim])
-        return Look(nothing, SymbolProposal(log_p, log_p, nothing), nothing)
+        return _looked(nothing, SymbolProposal(log_p, log_p, nothing), nothing)
     log_p_0 = symbols.predicted(levels, outputs, x_t, i)
     informed = symbols.inform(log_p_0, log_r, known, mask, levels.event_dim)
     finite = jnp.maximum(informed.log_p_0, symbols.FLOOR)
@@ -310,7 +315,7 @@ def _symbol_look(
         pinned = sum_event(jnp.where(mask, mass, 0.0), log_psi.ndim)
         certain = jnp.where(is_state, 0.0, -jnp.inf)
         log_p, log_q = (jnp.where(mask[..., None], certain, a) for a in (log_p, log_q))
-    return Look(_positive(log_psi), SymbolProposal(log_p, log_q, pinned), jnp.zeros(log_psi.shape))
+    return _looked(log_psi, SymbolProposal(log_p, log_q, pinned), jnp.zeros(log_psi.shape))
 
 
 def _look_of(plan: Plan, view: View, tilt: Tilt, pinned: Any) -> Look:
@@ -327,11 +332,12 @@ def _look_of(plan: Plan, view: View, tilt: Tilt, pinned: Any) -> Look:
         view.mean, view.variance, tilt.shift, tilt.diagonal, factors, log_known
     )
     furthest = jnp.max(moved, axis=tuple(range(lead, moved.ndim)))
-    return Look(_positive(tilt.log_psi), proposal, furthest)
+    return _looked(tilt.log_psi, proposal, furthest)
 
 
-def _positive(log_psi: Any) -> Any:
-    return jnp.where(jnp.isfinite(log_psi), log_psi, LEAST)
+def _looked(log_psi: Any, proposal: Any, shift: Any) -> Look:
+    is_finite = jnp.isfinite(log_psi)
+    return Look(jnp.where(is_finite, log_psi, LEAST), proposal, shift, ~is_finite)
 
 
 def _view(plan: Plan, i: Any, x_t: Any, law: Any, x_0_hat: Any, pull_back: Any) -> View:
