@@ -1,0 +1,277 @@
+"""`Walk`: a program, compiled into the walk of its particles, with what it must not hold refused.
+
+Arguments of the program that are arrays are traced, so that a walk compiles once for all values of
+the data; all others are part of what is compiled. Before a walk the likelihood is tried at a few
+points, to see
+
+    whether every entry of x_0 has a likelihood of its own (the curvature of log r is diagonal),
+    whether log r of one entry of the plates moves with the x_0 of another (which is refused).
+
+Keys: a program without plates uses `key` itself, entry b of its plates `fold_in(key, b)`, and run r
+of either `fold_in(·, r)`. So an entry does not depend on who shares its plate.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+from tqdm import tqdm
+
+from probdiff.infer import particles
+from probdiff.infer.expansion import local, sum_event
+from probdiff.infer.levels import levels
+from probdiff.infer.program import Program, condition, systems_are_coupled
+from probdiff.infer.twists import Twist
+from probdiff.kernels import DiscreteKernel
+
+PROBES = 8
+"""Points at which the likelihood is tried before a run."""
+CHUNKS = 20
+"""Parts of a run between which the progress bar moves."""
+
+
+class Outcome(NamedTuple):
+    """What a run leaves, NumPy arrays; R runs, N particles, plates as the prior has them."""
+
+    x_0: np.ndarray
+    """`(R, N, *plates, *event_shape)`, the user's units."""
+    log_weights: np.ndarray
+    """Normalised over N, `(R, N, *plates)`."""
+    log_evidences: np.ndarray
+    """log Ẑ of each run, `(R, *plates)`."""
+    log_r: np.ndarray
+    """log r of each particle, `(R, N, *plates)`."""
+    ancestors: np.ndarray
+    """Each particle's ancestor at the start, `(R, N, *plates)`."""
+    ess: np.ndarray
+    """Effective number at levels n..0, `(n + 1, R, *plates)`."""
+    resampled: np.ndarray
+    """Whether resampled at levels n..0, `(n + 1, R, *plates)`."""
+    shift: np.ndarray
+    """Largest move of a mean at levels n..0, standard deviations, `(n + 1, R, *plates)`."""
+    worst_log_weights: np.ndarray
+    """Log weights of the least even step, `(R, N, *plates)`."""
+
+
+class Walk:
+    """Runs the particles: what `SMC` and `Guided` share."""
+
+    def __init__(
+        self,
+        program: Program,
+        twist: Twist,
+        *,
+        num_particles: int,
+        num_runs: int,
+        steps: int | None,
+        threshold: float,
+        block_size: int,
+        mesh: Mesh | None,
+    ):
+        for argument, value in {
+            "num_particles": num_particles, "num_runs": num_runs, "block_size": block_size,
+        }.items():  # fmt: skip
+            if value < 1:
+                raise ValueError(f"{argument} must be at least 1; got {value}")
+        if mesh is not None and num_runs % mesh.size:
+            raise ValueError(
+                f"num_runs must be a multiple of the {mesh.size} devices of the mesh, which share "
+                f"out the runs; got {num_runs}"
+            )
+        self.program, self.twist, self.steps = program, twist, steps
+        self.num_particles, self.num_runs = num_particles, num_runs
+        self.threshold, self.block_size, self.mesh = threshold, block_size, mesh
+        self._compiled: dict[Any, Any] = {}
+
+    def __call__(
+        self, key: Array, args: tuple[Any, ...], kwargs: dict[str, Any], progress: bool
+    ) -> Outcome:
+        """Walk all particles from π to x_0."""
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        is_array = tuple(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves)
+        arrays = [leaf for leaf, a in zip(leaves, is_array, strict=True) if a]
+        fixed = tuple(leaf for leaf, a in zip(leaves, is_array, strict=True) if not a)
+        static = tree, is_array, fixed
+        prepare = self._cached(self._prepare, *static)
+        keys, is_diagonal, is_coupled, n = prepare(key, arrays)
+        if bool(is_coupled):
+            raise ValueError(
+                "program must keep the entries of the plates around the prior apart; log r of one "
+                "moved with the x_0 of another. Take the prior out of the plate"
+            )
+        is_diagonal, n = bool(is_diagonal), int(n)
+        begin, walk, end = self._cached(self._functions, is_diagonal, *static)
+        state = begin(keys, arrays)
+        stops = np.unique(np.linspace(1, n, CHUNKS + 1 if progress else 2).astype(int))[::-1]
+        with tqdm(total=n, desc="infer", disable=not progress) as bar:
+            for high, low in itertools.pairwise(stops):
+                state = walk(keys, arrays, state, high, low)
+                if progress:
+                    jax.block_until_ready(state)
+                    bar.update(int(high - low))
+            out = end(keys, arrays, state)
+            bar.update(1)
+        return Outcome(*map(np.asarray, out))
+
+    def _cached(self, make: Callable[..., Any], *static: Any) -> Any:
+        """`make(*static)`, made once."""
+        try:
+            if static not in self._compiled:
+                self._compiled[static] = make(*static)
+        except TypeError as error:
+            raise ValueError(
+                f"arguments of the program must be arrays or hashable; got {static[-1]}"
+            ) from error
+        return self._compiled[static]
+
+    def _arguments(self, tree: Any, is_array: Any, fixed: Any, arrays: Any) -> Any:
+        arrays, fixed = iter(arrays), iter(fixed)
+        return jax.tree.unflatten(tree, [next(arrays if a else fixed) for a in is_array])
+
+    def _condition(self, static: Any, arrays: Any) -> Any:
+        args, kwargs = self._arguments(*static, arrays)
+        return condition(self.program, args, kwargs)
+
+    def _prepare(self, *static: Any) -> Callable[..., Any]:
+        """Keys of all systems, and what must be known of the likelihood before compiling."""
+
+        @jax.jit
+        def prepare(key: Array, arrays: Any) -> Any:
+            conditioned = self._condition(static, arrays)
+            diffusion = conditioned.draw.diffusion
+            self.twist.check(diffusion.event_shape)
+            chain = levels(conditioned.draw, self.steps)
+            keys = _system_keys(key, conditioned.batch_shape, self.num_runs)
+            probes = jax.random.key(0)
+            shape = (*conditioned.batch_shape, *diffusion.event_shape)
+            if isinstance(diffusion.kernel, DiscreteKernel):
+                points = jax.random.randint(
+                    probes, (2, *shape), 0, diffusion.kernel.num_data_states, jnp.int32
+                )
+                is_diagonal = jnp.asarray(False)
+            else:
+                points = jax.random.normal(probes, (PROBES, *shape)) * jnp.sqrt(
+                    jnp.asarray(conditioned.draw.variance, diffusion.kernel.dtype)
+                )
+                is_diagonal = _is_diagonal(conditioned, points, probes)
+                points = points * diffusion.scale + diffusion.loc
+            is_coupled = systems_are_coupled(conditioned, points[0], points[1])
+            return keys, is_diagonal, is_coupled, jnp.asarray(chain.n)
+
+        return prepare
+
+    def _functions(self, is_diagonal: bool, *static: Any) -> tuple[Callable[..., Any], ...]:
+        def plan(arrays: Any) -> particles.Plan:
+            conditioned = self._condition(static, arrays)
+            self._check(conditioned)
+            return particles.Plan(
+                conditioned, levels(conditioned.draw, self.steps), self.twist, self.num_particles,
+                self.num_runs, self.threshold, self.block_size, is_diagonal, self._constrain,
+            )  # fmt: skip
+
+        @jax.jit
+        def begin(keys: Array, arrays: Any) -> particles.State:
+            return particles.start(plan(arrays), keys)
+
+        @jax.jit
+        def walk(keys: Array, arrays: Any, state: Any, high: Any, low: Any) -> particles.State:
+            whole = plan(arrays)
+
+            def body(down: Any, state: particles.State) -> particles.State:
+                return particles.advance(whole, keys, state, high - down)
+
+            return jax.lax.fori_loop(0, high - low, body, state)
+
+        @jax.jit
+        def end(keys: Array, arrays: Any, state: Any) -> tuple[Any, ...]:
+            whole = plan(arrays)
+            return _outcome(whole, particles.finish(whole, keys, state))
+
+        return begin, walk, end
+
+    def _check(self, conditioned: Any) -> None:
+        """Refuse what the twist's weights cannot be."""
+        is_numbers = not isinstance(conditioned.draw.diffusion.kernel, DiscreteKernel)
+        if self.threshold >= 0 and conditioned.draw.known is not None and is_numbers:
+            if not self.twist.takes_known and self.threshold > 0:
+                raise ValueError(
+                    f"twist {type(self.twist).__name__} has no finite weights where entries are "
+                    "known exactly; use LaplaceTwist, or Guided, which has no weights"
+                )
+
+    def _constrain(self, x: Any) -> Any:
+        if self.mesh is None:
+            return x
+        spec = PartitionSpec(self.mesh.axis_names)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+
+def _system_keys(key: Array, batch_shape: tuple[int, ...], num_runs: int) -> Array:
+    """Key of each run of each entry of the plates, `(num_runs · entries,)`.
+
+    Without plates `key` is the system's; entry b of the plates has `fold_in(key, b)`.
+    """
+    size = math.prod(batch_shape)
+    if batch_shape:
+        key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(size))
+    else:
+        key = key[None]
+    runs = jnp.arange(num_runs)
+    return jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))(key, runs).reshape(-1)
+
+
+def _is_diagonal(conditioned: Any, points: Any, key: Array) -> Array:
+    """Whether the curvature of log r is diagonal at points on the scale of the chain."""
+    diffusion = conditioned.draw.diffusion
+    lead = 1 + len(conditioned.batch_shape)
+
+    def log_r(x: Any) -> Any:
+        return jax.vmap(conditioned.log_r)(x * diffusion.scale + diffusion.loc)
+
+    at = local(log_r, points)
+    signs = jax.random.rademacher(key, points.shape, points.dtype)
+    entries, product = at.curvature(jnp.ones_like(points)), at.curvature(signs)
+    off = jnp.sqrt(sum_event((product - entries * signs) ** 2, lead))
+    on = jnp.sqrt(sum_event(product**2, lead))
+    return jnp.all(off <= 1e-3 * on)
+
+
+def _outcome(plan: particles.Plan, state: particles.State) -> tuple[Any, ...]:
+    """Arrays of an `Outcome`."""
+    diffusion, conditioned = plan.levels.draw.diffusion, plan.conditioned
+    x_0 = plan.to_program(state.x)
+    if diffusion.scale is not None:
+        x_0 = x_0 * diffusion.scale + diffusion.loc
+    if plan.levels.draw.known is not None:
+        x_0 = jnp.where(plan.levels.draw.mask, plan.levels.draw.known, x_0)
+    log_z = state.log_z + particles.log_mean(state.log_w)
+    total = jax.nn.logsumexp(state.log_w, 1, keepdims=True)
+    even = jnp.full_like(state.log_w, -math.log(plan.num_particles))
+    log_w = jnp.where(jnp.isfinite(total), state.log_w - total, even)
+    batch_shape = conditioned.batch_shape
+
+    def runs_first(a: Any) -> Any:
+        """`(R·N, *plates, ...)` to `(R, N, *plates, ...)`."""
+        return a.reshape(plan.num_runs, -1, *a.shape[1:])
+
+    def per_level(a: Any) -> Any:
+        return a[::-1].reshape(a.shape[0], plan.num_runs, *batch_shape)
+
+    trace = state.trace
+    return (
+        runs_first(x_0),
+        runs_first(plan.to_program(log_w)),
+        log_z.reshape(plan.num_runs, *batch_shape),
+        runs_first(jax.vmap(conditioned.log_r)(x_0)),
+        runs_first(plan.to_program(state.ancestor)),
+        per_level(trace.ess),
+        per_level(trace.resampled),
+        per_level(trace.shift),
+        runs_first(plan.to_program(trace.worst)),
+    )
