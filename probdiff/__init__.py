@@ -7,7 +7,7 @@ Source: Sohl-Dickstein et al. (2015), Deep Unsupervised Learning using Nonequili
 Thermodynamics.
 """
 
-from probdiff import datasets, diagnostics, networks, readouts, sample, schedules
+from probdiff import datasets, diagnostics, infer, networks, readouts, sample, schedules
 from probdiff.diffusion import Diffusion
 from probdiff.elbo import (
     ImportanceTimes,
@@ -36,6 +36,7 @@ __all__ = [
     "datasets",
     "diagnostics",
     "fit",
+    "infer",
     "load",
     "networks",
     "readouts",

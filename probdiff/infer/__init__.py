@@ -7,3 +7,23 @@
 
 Source: Sohl-Dickstein et al. (2015), section 2.5, multiplying by r(x).
 """
+
+from probdiff.infer.smc import SMC
+from probdiff.infer.twists import (
+    GaussianTwist,
+    KernelTwist,
+    LaplaceTwist,
+    PointTwist,
+    TweedieTwist,
+    Twist,
+)
+
+__all__ = [
+    "SMC",
+    "GaussianTwist",
+    "KernelTwist",
+    "LaplaceTwist",
+    "PointTwist",
+    "TweedieTwist",
+    "Twist",
+]

@@ -27,7 +27,7 @@ from probdiff.infer import particles
 from probdiff.infer.expansion import local, sum_event
 from probdiff.infer.levels import levels
 from probdiff.infer.program import Program, condition, systems_are_coupled
-from probdiff.infer.twists import Twist
+from probdiff.infer.twists import LaplaceTwist, Twist
 from probdiff.kernels import DiscreteKernel
 
 PROBES = 8
@@ -55,6 +55,8 @@ class Outcome(NamedTuple):
     """Whether resampled at levels n..0, `(n + 1, R, *plates)`."""
     shift: np.ndarray
     """Largest move of a mean at levels n..0, standard deviations, `(n + 1, R, *plates)`."""
+    bad: np.ndarray
+    """Share of particles whose twist was not finite at levels n..0, `(n + 1, R, *plates)`."""
     worst_log_weights: np.ndarray
     """Log weights of the least even step, `(R, N, *plates)`."""
 
@@ -70,6 +72,7 @@ class Walk:
         num_particles: int,
         num_runs: int,
         steps: int | None,
+        is_weighted: bool,
         threshold: float,
         block_size: int,
         mesh: Mesh | None,
@@ -86,18 +89,15 @@ class Walk:
             )
         self.program, self.twist, self.steps = program, twist, steps
         self.num_particles, self.num_runs = num_particles, num_runs
-        self.threshold, self.block_size, self.mesh = threshold, block_size, mesh
+        self.is_weighted, self.threshold = is_weighted, threshold if is_weighted else 0.0
+        self.block_size, self.mesh = block_size, mesh
         self._compiled: dict[Any, Any] = {}
 
     def __call__(
         self, key: Array, args: tuple[Any, ...], kwargs: dict[str, Any], progress: bool
     ) -> Outcome:
         """Walk all particles from π to x_0."""
-        leaves, tree = jax.tree.flatten((args, kwargs))
-        is_array = tuple(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves)
-        arrays = [leaf for leaf, a in zip(leaves, is_array, strict=True) if a]
-        fixed = tuple(leaf for leaf, a in zip(leaves, is_array, strict=True) if not a)
-        static = tree, is_array, fixed
+        static, arrays = _split(args, kwargs)
         prepare = self._cached(self._prepare, *static)
         keys, is_diagonal, is_coupled, n = prepare(key, arrays)
         if bool(is_coupled):
@@ -119,16 +119,43 @@ class Walk:
             bar.update(1)
         return Outcome(*map(np.asarray, out))
 
+    def apply(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *inputs: Any,
+    ) -> Any:
+        """`function(conditioned, *inputs)` compiled, NumPy arrays."""
+        static, arrays = _split(args, kwargs)
+        out = self._cached(self._applied, function, *static)(arrays, *inputs)
+        return jax.tree.map(np.asarray, out)
+
+    def look(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """`function(conditioned)` where it returns names and sizes, which no array enters."""
+        static, arrays = _split(args, kwargs)
+        found = []
+
+        def trace(arrays: Any) -> None:
+            found.append(function(self._condition(static, arrays)))
+
+        jax.eval_shape(trace, arrays)
+        return found[0]
+
     def _cached(self, make: Callable[..., Any], *static: Any) -> Any:
         """`make(*static)`, made once."""
+        name = make.__name__, *static, tuple(map(type, static[-1]))  # 1 == True == 1.0
         try:
-            if static not in self._compiled:
-                self._compiled[static] = make(*static)
+            is_made = name in self._compiled
         except TypeError as error:
             raise ValueError(
                 f"arguments of the program must be arrays or hashable; got {static[-1]}"
             ) from error
-        return self._compiled[static]
+        if not is_made:
+            self._compiled[name] = make(*static)
+        return self._compiled[name]
 
     def _arguments(self, tree: Any, is_array: Any, fixed: Any, arrays: Any) -> Any:
         arrays, fixed = iter(arrays), iter(fixed)
@@ -138,6 +165,13 @@ class Walk:
         args, kwargs = self._arguments(*static, arrays)
         return condition(self.program, args, kwargs)
 
+    def _applied(self, function: Callable[..., Any], *static: Any) -> Callable[..., Any]:
+        @jax.jit
+        def applied(arrays: Any, *inputs: Any) -> Any:
+            return function(self._condition(static, arrays), *inputs)
+
+        return applied
+
     def _prepare(self, *static: Any) -> Callable[..., Any]:
         """Keys of all systems, and what must be known of the likelihood before compiling."""
 
@@ -145,7 +179,7 @@ class Walk:
         def prepare(key: Array, arrays: Any) -> Any:
             conditioned = self._condition(static, arrays)
             diffusion = conditioned.draw.diffusion
-            self.twist.check(diffusion.event_shape)
+            self._check(conditioned)
             chain = levels(conditioned.draw, self.steps)
             keys = _system_keys(key, conditioned.batch_shape, self.num_runs)
             probes = jax.random.key(0)
@@ -169,7 +203,6 @@ class Walk:
     def _functions(self, is_diagonal: bool, *static: Any) -> tuple[Callable[..., Any], ...]:
         def plan(arrays: Any) -> particles.Plan:
             conditioned = self._condition(static, arrays)
-            self._check(conditioned)
             return particles.Plan(
                 conditioned, levels(conditioned.draw, self.steps), self.twist, self.num_particles,
                 self.num_runs, self.threshold, self.block_size, is_diagonal, self._constrain,
@@ -196,14 +229,21 @@ class Walk:
         return begin, walk, end
 
     def _check(self, conditioned: Any) -> None:
-        """Refuse what the twist's weights cannot be."""
-        is_numbers = not isinstance(conditioned.draw.diffusion.kernel, DiscreteKernel)
-        if self.threshold >= 0 and conditioned.draw.known is not None and is_numbers:
-            if not self.twist.takes_known and self.threshold > 0:
+        """Refuse a twist that does not fit the prior, or whose weights would not be finite."""
+        draw, name = conditioned.draw, type(self.twist).__name__
+        if isinstance(draw.diffusion.kernel, DiscreteKernel):
+            if not isinstance(self.twist, LaplaceTwist):
                 raise ValueError(
-                    f"twist {type(self.twist).__name__} has no finite weights where entries are "
-                    "known exactly; use LaplaceTwist, or Guided, which has no weights"
+                    "twist must be left out for symbols, whose twist tries every change of one "
+                    f"entry; got {name}"
                 )
+            return
+        self.twist.check(draw.diffusion.event_shape)
+        if self.is_weighted and draw.known is not None and not self.twist.takes_known:
+            raise ValueError(
+                f"twist {name} has no finite weights where entries of x_0 are known exactly; use "
+                "LaplaceTwist, or Guided, which has no weights"
+            )
 
     def _constrain(self, x: Any) -> Any:
         if self.mesh is None:
@@ -212,18 +252,27 @@ class Walk:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
 
-def _system_keys(key: Array, batch_shape: tuple[int, ...], num_runs: int) -> Array:
-    """Key of each run of each entry of the plates, `(num_runs · entries,)`.
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], list[Any]]:
+    """What a program is compiled for, and the arrays that it is then given."""
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    is_array = tuple(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves)
+    arrays = [leaf for leaf, a in zip(leaves, is_array, strict=True) if a]
+    fixed = tuple(leaf for leaf, a in zip(leaves, is_array, strict=True) if not a)
+    return (tree, is_array, fixed), arrays
 
-    Without plates `key` is the system's; entry b of the plates has `fold_in(key, b)`.
-    """
-    size = math.prod(batch_shape)
-    if batch_shape:
-        key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(size))
-    else:
-        key = key[None]
+
+def entry_keys(key: Array, batch_shape: tuple[int, ...]) -> Array:
+    """Key of each entry of the plates, `(entries,)`: `fold_in(key, b)`, or `key` without plates."""
+    if not batch_shape:
+        return key[None]
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(math.prod(batch_shape)))
+
+
+def _system_keys(key: Array, batch_shape: tuple[int, ...], num_runs: int) -> Array:
+    """Key of each run of each entry of the plates, `(num_runs · entries,)`."""
     runs = jnp.arange(num_runs)
-    return jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))(key, runs).reshape(-1)
+    keys = entry_keys(key, batch_shape)
+    return jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))(keys, runs).reshape(-1)
 
 
 def _is_diagonal(conditioned: Any, points: Any, key: Array) -> Array:
@@ -250,10 +299,11 @@ def _outcome(plan: particles.Plan, state: particles.State) -> tuple[Any, ...]:
         x_0 = x_0 * diffusion.scale + diffusion.loc
     if plan.levels.draw.known is not None:
         x_0 = jnp.where(plan.levels.draw.mask, plan.levels.draw.known, x_0)
-    log_z = state.log_z + particles.log_mean(state.log_w)
-    total = jax.nn.logsumexp(state.log_w, 1, keepdims=True)
-    even = jnp.full_like(state.log_w, -math.log(plan.num_particles))
-    log_w = jnp.where(jnp.isfinite(total), state.log_w - total, even)
+    log_w = jnp.where(jnp.isnan(state.log_w), -jnp.inf, state.log_w)
+    log_z = state.log_z + particles.log_mean(log_w)
+    total = jax.nn.logsumexp(log_w, 1, keepdims=True)
+    even = jnp.full_like(log_w, -math.log(plan.num_particles))
+    log_w = jnp.where(jnp.isfinite(total), log_w - total, even)
     batch_shape = conditioned.batch_shape
 
     def runs_first(a: Any) -> Any:
@@ -273,5 +323,6 @@ def _outcome(plan: particles.Plan, state: particles.State) -> tuple[Any, ...]:
         per_level(trace.ess),
         per_level(trace.resampled),
         per_level(trace.shift),
+        per_level(trace.bad),
         runs_first(plan.to_program(trace.worst)),
     )
