@@ -35,7 +35,7 @@ ORDER = [
 ]
 # These call the package as a user does; all others name the module they need.
 USERS = {"experiments", "cli"}
-PRINTERS = {"experiments", "cli"}
+PRINTERS = {"experiments", "cli", "infer"}
 
 
 def name_of(path):

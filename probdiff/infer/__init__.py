@@ -8,6 +8,8 @@
 Source: Sohl-Dickstein et al. (2015), section 2.5, multiplying by r(x).
 """
 
+from probdiff.infer.checks import InferenceWarning
+from probdiff.infer.guided import Guided
 from probdiff.infer.smc import SMC
 from probdiff.infer.twists import (
     GaussianTwist,
@@ -21,6 +23,8 @@ from probdiff.infer.twists import (
 __all__ = [
     "SMC",
     "GaussianTwist",
+    "Guided",
+    "InferenceWarning",
     "KernelTwist",
     "LaplaceTwist",
     "PointTwist",

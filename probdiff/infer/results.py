@@ -1,5 +1,17 @@
-"""What a walk of particles says: draws, evidence, and how far to trust them."""
+"""What a walk of particles leaves: draws, weights, evidence.
 
+The runs r = 1..R are pooled, particle i of run r with weight
+
+    W_ri = w_ri Ẑ_r / Σ_r Ẑ_r,    Σ_i w_ri = 1,
+
+and equally weighted draws are taken by systematic resampling of the pool, for each entry of the
+prior's plates on its own and with a key of its own, then put in random order: the first few draws
+are as good as any others, and draws of different entries are independent.
+
+Source: Del Moral et al. (2006).
+"""
+
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -7,11 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from probdiff.infer.checks import Health, InferenceWarning, complaints, health
+from probdiff.infer.layout import Layout, layout
 from probdiff.infer.walk import Outcome, Walk, entry_keys
 
 RESAMPLE = 2**31 - 1
 """Folded into an entry's key for its final resampling; runs have 0, 1, …"""
-
 BLOCK = 256
 """Draws at which sites of the program are computed at once."""
 
@@ -20,44 +33,56 @@ class Result(NamedTuple):
     """One run of a sampler."""
 
     walk: Walk
+    key: Array
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    name: str
-    """Name of the site of x_0."""
+    layout: Layout
     outcome: Outcome
     index: np.ndarray
     """Particles, of all runs in a row, that are the equally weighted draws, `(M, *plates)`."""
+    in_runs: np.ndarray
+    """Particles of each run that are its equally weighted draws, `(R, N, *plates)`."""
+    health: Health
+    complaints: tuple[str, ...]
+    """What was warned of."""
 
 
 def run(
     walk: Walk, key: Array, args: tuple[Any, ...], kwargs: dict[str, Any], progress: bool
 ) -> Result:
-    """Walk and resample."""
+    """Walk, resample and measure; `warn` says what was found."""
     outcome = walk(key, args, kwargs, progress)
-    name = walk.look(lambda conditioned: conditioned.name, args, kwargs)
-    keys = _fold(entry_keys(key, outcome.log_evidences.shape[1:]), RESAMPLE)
-    index = resample(keys, pooled_log_weights(outcome))
-    return Result(walk, args, kwargs, name, outcome, index)
+    names = walk.look(lambda c: layout(c, walk.steps, walk.twist), args, kwargs)
+    log_w = pooled_log_weights(outcome, walk.is_weighted)
+    index, in_runs = _equally_weighted(key, outcome, log_w, walk.is_weighted)
+    left = 0.0
+    if not names.is_discrete:
+        left = walk.apply(_left, args, kwargs, taken(pooled(outcome.x_0), index))
+    measured = health(outcome, log_w, index, in_runs, left)
+    found = complaints(walk, names, measured)
+    return Result(walk, key, args, kwargs, names, outcome, index, in_runs, measured, found)
 
 
-def done(result: Result | None) -> Result:
-    """The result, if there is one."""
-    if result is None:
-        raise ValueError("run must be called first; there are no draws yet")
-    return result
+def warn(found: tuple[str, ...]) -> None:
+    """Issue one `InferenceWarning` for each."""
+    for text in found:
+        warnings.warn(text, InferenceWarning, stacklevel=3)
 
 
 def samples(result: Result) -> dict[str, np.ndarray]:
     """Equally weighted draws by site name."""
     x_0 = taken(pooled(result.outcome.x_0), result.index)
-    return {result.name: x_0} | result.walk.apply(_deterministics, result.args, result.kwargs, x_0)
+    return {result.layout.name: x_0} | result.walk.apply(
+        _deterministics, result.args, result.kwargs, x_0
+    )
 
 
 def weighted_samples(result: Result) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """All particles by site name, and their log weights."""
     x_0 = pooled(result.outcome.x_0)
     sites = result.walk.apply(_deterministics, result.args, result.kwargs, x_0)
-    return {result.name: x_0} | sites, pooled_log_weights(result.outcome)
+    log_w = pooled_log_weights(result.outcome, result.walk.is_weighted)
+    return {result.layout.name: x_0} | sites, log_w
 
 
 def log_evidence(outcome: Outcome) -> np.ndarray:
@@ -82,8 +107,11 @@ def pooled(a: np.ndarray) -> np.ndarray:
     return a.reshape(-1, *a.shape[2:])
 
 
-def pooled_log_weights(outcome: Outcome) -> np.ndarray:
+def pooled_log_weights(outcome: Outcome, is_weighted: bool = True) -> np.ndarray:
     """Log weights of all particles, each run in proportion to its Ẑ, `(R·N, *plates)`."""
+    if not is_weighted:
+        shape = pooled(outcome.log_weights).shape
+        return np.full(shape, -np.log(shape[0]))
     z = outcome.log_evidences
     total = _log_mean_exp(z)
     is_there = np.isfinite(total)
@@ -108,6 +136,19 @@ def taken(a: np.ndarray, index: np.ndarray) -> np.ndarray:
     return np.take_along_axis(a, np.expand_dims(index, tuple(range(index.ndim, a.ndim))), 0)
 
 
+def _equally_weighted(
+    key: Array, outcome: Outcome, log_w: np.ndarray, is_weighted: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of equally weighted draws: of the pool, and of each run."""
+    runs, size, *plates = outcome.log_weights.shape
+    if not is_weighted:
+        each = np.broadcast_to(np.arange(size).reshape(-1, *[1] * len(plates)), (size, *plates))
+        return each, each[None]  # one run
+    keys = _fold(entry_keys(key, tuple(plates)), RESAMPLE)
+    in_runs = [resample(_fold(keys, 1 + r), outcome.log_weights[r]) for r in range(runs)]
+    return resample(_fold(keys, 0), log_w), np.stack(in_runs)
+
+
 def _uniform_and_order(keys: Array, size: int) -> tuple[np.ndarray, np.ndarray]:
     uniform = jax.vmap(jax.random.uniform)(_fold(keys, 0))
     order = jax.vmap(lambda key: jax.random.permutation(key, size))(_fold(keys, 1))
@@ -127,3 +168,11 @@ def _log_mean_exp(z: np.ndarray) -> np.ndarray:
 
 def _deterministics(conditioned: Any, x_0: Any) -> dict[str, Any]:
     return jax.lax.map(conditioned.deterministics, jnp.asarray(x_0), batch_size=BLOCK)
+
+
+def _left(conditioned: Any, x_0: Any) -> Any:
+    """ᾱ_T E|x_0|² over draws, on the scale of the chain."""
+    diffusion, steps = conditioned.draw.diffusion, conditioned.draw.trajectory.steps
+    x = (x_0 - diffusion.loc) / diffusion.scale
+    axes = tuple(range(1 + len(conditioned.batch_shape), x_0.ndim))
+    return steps.alpha_bar_t[-1] * jnp.mean(jnp.sum(x**2, axes), 0)

@@ -19,14 +19,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 from scipy import stats
 
-from probdiff.infer import results
+from probdiff.infer import results, summary
 from probdiff.infer.program import Program
-from probdiff.infer.results import Result
+from probdiff.infer.sampler import Sampler
 from probdiff.infer.twists import LaplaceTwist, Twist
 from probdiff.infer.walk import Walk
 
 
-class SMC:
+class SMC(Sampler):
     """Twisted sequential Monte Carlo: weighted draws of the posterior of x_0 and its evidence."""
 
     def __init__(
@@ -66,7 +66,6 @@ class SMC:
         if not 0 <= ess_threshold <= 1:
             raise ValueError(f"ess_threshold must lie in [0, 1]; got {ess_threshold}")
         self.progress = progress
-        self._result: Result | None = None
         self._walk = Walk(
             program, LaplaceTwist() if twist is None else twist, num_particles=num_particles,
             num_runs=num_runs, steps=steps, is_weighted=True, threshold=ess_threshold,
@@ -89,26 +88,20 @@ class SMC:
                 the twist does not fit.
         """
         self._result = results.run(self._walk, key, args, kwargs, self.progress)
+        results.warn(self._result.complaints)
 
-    @property
-    def result(self) -> Result:
-        """What the last run left.
+    def _lines(self, limit: int) -> list[str]:
+        low, high = self.log_evidence_interval()
+        values = map(np.asarray, (self.log_evidence, low, high))
+        return [
+            *summary.evidence(*values, self.result, limit),
+            *summary.particles(self.result),
+            summary.cost(self.result),
+            *summary.complaints(self.result.complaints),
+        ]
 
-        Raises:
-            ValueError: before `run`.
-        """
-        return results.done(self._result)
-
-    def get_samples(self) -> dict[str, np.ndarray]:
-        """Equally weighted draws of x_0 and of the program's deterministic sites, by site name.
-
-        All runs are pooled and resampled, separately for each entry of the prior's plates; draws
-        come in random order, and one may come twice.
-
-        Returns:
-            Arrays `(num_runs · num_particles, *plates, *event_shape)`, the user's units.
-        """
-        return results.samples(self.result)
+    def _attrs(self) -> dict[str, Any]:
+        return {"sampler": "SMC"}
 
     def get_weighted_samples(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """All particles of all runs, and their log weights.

@@ -1,0 +1,244 @@
+"""What tells that a posterior is not to be trusted: measures of a run, and warnings in words.
+
+    spread of log Ẑ over runs          > 1 nat        the runs saw different posteriors
+    effective number, least            < 10 % of N    one step had to throw most particles away
+    effective number, final, pooled    < 100          means have errors above a tenth of an sd
+    distinct ancestors, distinct draws < 5 %          many draws are one draw
+    Pareto k, final and worst step     > 0.7          weights of infinite variance, error unknown
+    R-hat over runs                    > 1.05         runs differ in where their draws lie
+    twists that are not finite         > 0            log r is nan or infinite somewhere
+    ᾱ_T E|x_0|²                        > 0.1          the chain does not end in noise
+
+Source: Vehtari et al. (2021) for R-hat, (2024) for k.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from arviz_stats.base import array_stats
+
+from probdiff.infer.layout import Layout
+from probdiff.infer.twists import KernelTwist, PointTwist
+from probdiff.infer.walk import Outcome, Walk
+
+MAX_SERIES = 2000
+"""Coordinates whose R-hat is computed, evenly picked where there are more."""
+FEWEST_IN_TAIL = 25
+"""Weights that a Pareto fit needs: a fifth of them is the tail, which needs five."""
+
+
+class InferenceWarning(UserWarning):
+    """A posterior, an evidence or a chain that is not to be trusted as it is."""
+
+
+class Health(NamedTuple):
+    """Measures of a run, one value for each entry of the plates, `(*plates,)`; R runs."""
+
+    is_dead: np.ndarray
+    """Whether all weights of all runs are zero."""
+    spread: np.ndarray
+    """Largest less least log Ẑ."""
+    least_ess: np.ndarray
+    """Least effective number of any level and run, share of N."""
+    ess: np.ndarray
+    """Effective number of the pooled draws."""
+    ancestors: np.ndarray
+    """Distinct particles at the start, of all runs, from which the draws descend."""
+    distinct: np.ndarray
+    """Distinct particles among the draws."""
+    resampled: np.ndarray
+    """Times resampled, the most of any run."""
+    pareto_k: np.ndarray
+    """Pareto k of the pooled weights; nan where they are equal or fewer than 25."""
+    worst_pareto_k: np.ndarray
+    """Pareto k of the least even step's own weights, the worst of any run."""
+    r_hat: np.ndarray
+    """Largest R-hat over runs, of log r and of coordinates; nan for one run."""
+    bad: np.ndarray
+    """Largest share of particles, of any level and run, whose twist was not finite."""
+    left: np.ndarray
+    """ᾱ_T E|x_0|², on the scale of the chain; 0 for symbols."""
+
+
+def health(
+    outcome: Outcome, log_weights: np.ndarray, index: np.ndarray, in_runs: np.ndarray, left: Any
+) -> Health:
+    """Measure a run.
+
+    Args:
+        outcome: The run.
+        log_weights: Pooled and normalised, `(R·N, *plates)`.
+        index: Particles that are the draws, `(R·N, *plates)`.
+        in_runs: Particles that are equally weighted draws of each run, `(R, N, *plates)`.
+        left: ᾱ_T E|x_0|² of the draws.
+    """
+    z = outcome.log_evidences
+    is_dead = np.isneginf(z).all(0)
+    finite = np.where(is_dead, 0.0, z)
+    runs, size = outcome.log_weights.shape[:2]
+    run_of = np.arange(runs).reshape(-1, *[1] * (index.ndim))
+    ancestors = (outcome.ancestors + size * run_of).reshape(log_weights.shape)
+    ancestors = np.take_along_axis(ancestors, index, 0)
+    return Health(
+        is_dead,
+        finite.max(0) - finite.min(0),
+        outcome.ess.min((0, 1)) / size,
+        1 / np.sum(np.exp(2 * log_weights), 0),
+        _count_distinct(ancestors),
+        _count_distinct(index),
+        outcome.resampled.sum(0).max(0),
+        pareto_k(log_weights),
+        np.max([pareto_k(run) for run in outcome.worst_log_weights], 0),
+        _r_hat(outcome, in_runs),
+        outcome.bad.max((0, 1)),
+        np.broadcast_to(left, is_dead.shape),
+    )
+
+
+def pareto_k(log_w: np.ndarray) -> np.ndarray:
+    """Pareto k of log weights `(M, *plates)`, over the first axis."""
+    columns = log_w.reshape(len(log_w), -1).astype(np.float64).T
+    return np.array([_pareto_k(column) for column in columns]).reshape(log_w.shape[1:])
+
+
+def _pareto_k(log_w: np.ndarray) -> float:
+    """nan where there is no tail to fit: too few weights, or equal ones."""
+    top = log_w.max()
+    is_there = log_w > top - 100  # psislw takes logs of what it fits
+    if is_there.sum() < FEWEST_IN_TAIL or top - log_w[is_there].min() < 1e-3:
+        return np.nan
+    with np.errstate(all="ignore"):
+        try:
+            _, k = array_stats.psislw(-np.where(is_there, log_w, top - 100))
+        except ValueError:  # all values of the tail are the same
+            return np.nan
+    return float(k)
+
+
+def _count_distinct(index: np.ndarray) -> np.ndarray:
+    """Distinct values along the first axis."""
+    ordered = np.sort(index, 0)
+    return 1 + np.sum(ordered[1:] != ordered[:-1], 0)
+
+
+def _r_hat(outcome: Outcome, in_runs: np.ndarray) -> np.ndarray:
+    """Largest R-hat of each entry of the plates."""
+    plates = in_runs.shape[2:]
+    if len(in_runs) == 1 or in_runs.shape[1] < 8:
+        return np.full(plates, np.nan)
+    runs, size, *_ = in_runs.shape
+    x_0 = take_in_runs(outcome.x_0, in_runs).reshape(runs, size, int(np.prod(plates)), -1)
+    log_r = take_in_runs(outcome.log_r, in_runs).reshape(runs, size, -1, 1)
+    values = np.concatenate([log_r, x_0], -1)
+    every = -(-values.shape[2] * x_0.shape[3] // MAX_SERIES)
+    picked = np.r_[0, 1 : values.shape[3] : every]
+    with np.errstate(all="ignore"):
+        r_hat = array_stats.rhat(values[..., picked].astype(np.float64), chain_axis=0, draw_axis=1)
+    largest = np.max(np.where(np.isfinite(r_hat), r_hat, -np.inf), -1).reshape(plates)
+    return np.where(np.isfinite(largest), largest, np.nan)
+
+
+def take_in_runs(a: np.ndarray, in_runs: np.ndarray) -> np.ndarray:
+    """Particles `(R, N, *plates, ...)` picked within each run."""
+    return np.take_along_axis(a, np.expand_dims(in_runs, tuple(range(in_runs.ndim, a.ndim))), 1)
+
+
+def complaints(walk: Walk, layout: Layout, health: Health) -> tuple[str, ...]:
+    """Warnings in words, one of each kind: what is wrong, in how many systems, and what to do."""
+    found = _of_weights(walk, layout, health) if walk.is_weighted else []
+    found += [
+        (
+            health.bad > 0,
+            f"the twist was not finite for up to {_most(health.bad):.1%} of the particles of a "
+            "level, which were counted as almost impossible there. Check that log r is finite "
+            "wherever x_0 may lie, and its gradient too",
+        ),
+        (
+            ~health.is_dead & (health.left > 0.1),
+            f"alpha_bar_T times E|x_0|^2 is {_most(health.left):.2g}, more than 0.1: the chain "
+            "starts from noise at a level where the data are still seen, so that its own law is "
+            "not quite that of the data. Train with a smaller alpha_bar_T",
+        ),
+    ]
+    return tuple(systems(is_so) + text for is_so, text in found if np.any(is_so))
+
+
+def _of_weights(walk: Walk, layout: Layout, health: Health) -> list[tuple[np.ndarray, str]]:
+    total, alive, advice = (
+        walk.num_particles * walk.num_runs,
+        ~health.is_dead,
+        _advice(walk, layout),
+    )
+    k, worst_k = (np.nan_to_num(a, nan=-np.inf) for a in (health.pareto_k, health.worst_pareto_k))
+    few = alive & (np.minimum(health.ancestors, health.distinct) < 0.05 * total)
+    return [
+        (
+            health.is_dead,
+            "all weights are zero: no particle can have given the observations. log_evidence is "
+            "-inf and the draws mean nothing. Check the likelihood's support, and raise "
+            "num_particles if it should be met",
+        ),
+        (
+            alive & (health.spread > 1),
+            f"log evidence differs by up to {_most(health.spread):.1f} nats between runs, more "
+            f"than 1: log_evidence_se is not to be trusted. {advice}",
+        ),
+        (
+            alive & (health.least_ess < 0.1),
+            f"the effective number of particles fell to {_least(health.least_ess, alive):.1%} of "
+            f"num_particles at one level, below 10%. {advice}",
+        ),
+        (
+            alive & (health.ess < 100),
+            f"the final effective number of draws is {_least(health.ess, alive):.0f} of {total}, "
+            f"below 100. {advice}",
+        ),
+        (
+            few,
+            f"the {total} draws are down to {_least(health.distinct, few)} distinct ones, which "
+            f"descend from {_least(health.ancestors, few)} particles at the start; below 5%. "
+            f"{advice}",
+        ),
+        (
+            alive & (k > 0.7),
+            f"Pareto k of the final weights is {_most(k):.2f}, above 0.7: a few particles carry "
+            f"the result, and its error is not known. {advice}",
+        ),
+        (
+            alive & (worst_k > 0.7),
+            f"Pareto k of the weights of the least even step is {_most(worst_k):.2f}, above 0.7: "
+            f"what that step lost is not seen in the final weights. {advice}",
+        ),
+        (
+            alive & (np.nan_to_num(health.r_hat, nan=1.0) > 1.05),
+            f"R-hat over the runs is {_most(np.nan_to_num(health.r_hat)):.2f}, above 1.05: the "
+            f"runs put their draws in different places. {advice}",
+        ),
+    ]  # fmt: skip
+
+
+def _advice(walk: Walk, layout: Layout) -> str:
+    """What to do where particles are too few for the twist."""
+    is_respaced = len(layout.times) <= layout.T
+    more = "num_particles or steps" if is_respaced else "num_particles"
+    if isinstance(walk.twist, PointTwist | KernelTwist):
+        return f"Use LaplaceTwist, or raise {more}"
+    if layout.is_discrete:
+        return f"Raise {more}"
+    return (
+        f"Raise {more}; use TweedieTwist where several measurements are taken of one x_0; and see "
+        "that the variance given to Diffusion.prior is not below that of the data"
+    )
+
+
+def systems(is_so: np.ndarray) -> str:
+    """How many systems, where there is more than one."""
+    return f"in {is_so.sum()} of {is_so.size} systems, " if is_so.ndim else ""
+
+
+def _most(values: np.ndarray) -> Any:
+    return np.max(values)
+
+
+def _least(values: np.ndarray, among: np.ndarray) -> Any:
+    return np.min(values[among]) if np.any(among) else np.min(values)

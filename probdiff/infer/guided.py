@@ -1,0 +1,167 @@
+"""`Guided`: draws led by a twist and not weighed, fast and approximate.
+
+Every step is drawn from the proposal of the twist, and that is all:
+
+    x_s ~ q(x_s | x_t)  instead of  p(x_s | x_t) ψ_s(x_s) / ψ_t(x_t).
+
+With `KernelTwist` this is the sampler of 2015, with `PointTwist` the guidance of DPS. The draws
+tend to the wrong law, whatever their number, and nothing in them tells. So one small `SMC` runs
+beside them, and where its means are elsewhere, that is said:
+
+    difference = max over entries of |mean − mean of SMC| / (posterior standard deviation of SMC).
+
+Small differences prove nothing: a mode that both miss is not seen.
+
+Sources: Sohl-Dickstein et al. (2015), section 2.5; Chung et al. (2023) for DPS.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from probdiff.infer import checks, results, summary
+from probdiff.infer.program import Program
+from probdiff.infer.results import Result
+from probdiff.infer.sampler import Sampler
+from probdiff.infer.twists import LaplaceTwist, Twist
+from probdiff.infer.walk import Walk
+
+CHECK = 2**31 - 3
+"""Folded into the run's key for the small SMC."""
+CHECK_PARTICLES, CHECK_RUNS = 64, 2
+APART = 0.5
+"""Difference of means, in standard deviations, that is warned of."""
+APPROXIMATE = "approximate: not weighed, so the draws do not tend to the posterior"
+
+
+class Check(NamedTuple):
+    """What one small SMC says, for each entry of the plates."""
+
+    log_evidence: np.ndarray
+    """log Z, nats."""
+    ess: np.ndarray
+    """Its effective number of draws, of 128."""
+    difference: np.ndarray
+    """Largest difference of a posterior mean, in posterior standard deviations."""
+
+
+class Guided(Sampler):
+    """Draws led by a twist without weights: approximate, with `KernelTwist` the rule of 2015."""
+
+    def __init__(
+        self,
+        program: Program,
+        *,
+        twist: Twist | None = None,
+        num_samples: int = 1000,
+        steps: int | None = None,
+        check: bool = True,
+        block_size: int = 4096,
+        progress: bool = False,
+    ):
+        """Prepare the sampler of a program.
+
+        Args:
+            program: Any NumPyro program with one `prior()` and observed sites or factors below it.
+            twist: What leads the draws, `LaplaceTwist()` if absent. Chains of symbols have one of
+                their own.
+            num_samples: Number of draws, independent of each other.
+            steps: Number n in 2..T of levels to walk; T if absent.
+            check: Whether to run one small SMC, 2 runs of 64 particles with a `LaplaceTwist`, and
+                compare means.
+            block_size: Draws, times entries of the plates, that the network sees at once.
+            progress: Show a bar.
+
+        Raises:
+            ValueError: if an argument is out of range.
+        """
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1; got {num_samples}")
+        self.progress, self.check = progress, None
+        self._walk = Walk(
+            program, LaplaceTwist() if twist is None else twist, num_particles=num_samples,
+            num_runs=1, steps=steps, is_weighted=False, threshold=0.0, block_size=block_size,
+            mesh=None,
+        )  # fmt: skip
+        self._check_walk = None
+        if check:
+            self._check_walk = Walk(
+                program, LaplaceTwist(), num_particles=CHECK_PARTICLES, num_runs=CHECK_RUNS,
+                steps=steps, is_weighted=True, threshold=0.5, block_size=block_size, mesh=None,
+            )  # fmt: skip
+
+    def run(self, key: Array, *args: Any, **kwargs: Any) -> None:
+        """Draw at these arguments of the program, and check the draws.
+
+        Arrays among the arguments may change from run to run without compiling anew; all else must
+        be hashable.
+
+        Args:
+            key: Randomness; entry b of the prior's plates uses `fold_in(key, b)`.
+            *args: Arguments of the program.
+            **kwargs: Keyword arguments of the program.
+
+        Raises:
+            ValueError: if the program is not one prior with observed sites inside its plates, or
+                the twist does not fit.
+        """
+        result = results.run(self._walk, key, args, kwargs, self.progress)
+        if self._check_walk is not None:
+            key_check = jax.random.fold_in(key, CHECK)
+            small = results.run(self._check_walk, key_check, args, kwargs, False)
+            self.check = _compare(result, small)
+            result = result._replace(complaints=result.complaints + _doubts(result, self.check))
+        self._result = result
+        results.warn(result.complaints)
+
+    def _lines(self, limit: int) -> list[str]:
+        lines = [APPROXIMATE, summary.cost(self.result)]
+        if self.check is not None:
+            lines.append(
+                f"a small SMC ({CHECK_RUNS} runs of {CHECK_PARTICLES} particles, LaplaceTwist): "
+                f"log evidence {_range(self.check.log_evidence, '.2f')}, effective number "
+                f"{_range(self.check.ess, '.0f')}, means apart by {_range(self.check.difference)} "
+                "posterior standard deviations"
+            )
+        return lines + summary.complaints(self.result.complaints)
+
+    def _attrs(self) -> dict[str, Any]:
+        attrs: dict[str, Any] = {"sampler": "Guided"}
+        if self.check is not None:
+            attrs |= {f"check_{name}": value for name, value in self.check._asdict().items()}
+        return attrs
+
+
+def _compare(result: Result, small: Result) -> Check:
+    """Draws beside a small SMC."""
+    x_0 = results.pooled(result.outcome.x_0).astype(np.float64)
+    other = results.pooled(small.outcome.x_0).astype(np.float64)
+    weights = np.exp(results.pooled_log_weights(small.outcome))
+    weights = weights.reshape(*weights.shape, *[1] * (other.ndim - weights.ndim))
+    mean = np.sum(weights * other, 0)
+    sd = np.sqrt(np.sum(weights * (other - mean) ** 2, 0))
+    apart = np.abs(x_0.mean(0) - mean) / np.where(sd > 0, sd, np.inf)
+    axes = tuple(range(small.health.ess.ndim, apart.ndim))
+    return Check(results.log_evidence(small.outcome), small.health.ess, apart.max(axes))
+
+
+def _doubts(result: Result, check: Check) -> tuple[str, ...]:
+    """Warnings from the check: means that are further apart than both their errors allow."""
+    noise = 4 * np.sqrt(1 / check.ess + 1 / result.walk.num_particles)
+    is_apart = check.difference > np.maximum(APART, noise)
+    if not np.any(is_apart):
+        return ()
+    return (
+        f"{checks.systems(is_apart)}the means of the draws differ from those of a small SMC by up "
+        f"to {check.difference.max():.2g} posterior standard deviations (log evidence "
+        f"{_range(check.log_evidence, '.2f')}, effective number {_range(check.ess, '.0f')}): "
+        "unweighted draws do not tend to the posterior. Use SMC",
+    )
+
+
+def _range(values: np.ndarray, form: str = ".2g") -> str:
+    """A value, or the least and the largest of several."""
+    low, high = (format(end, form) for end in (values.min(), values.max()))
+    return low if values.ndim == 0 else f"{low} to {high}"

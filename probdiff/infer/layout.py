@@ -1,0 +1,106 @@
+"""Names and sizes of what a sampler returns: dims of every site, levels, network calls.
+
+Axes are named by the program's own plates; axes without one are `site_dim_i`, as in ArviZ. A plate
+over the prior that would take a name of ArviZ's or ours becomes `name_plate`.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from probdiff.infer.levels import levels
+from probdiff.infer.program import Conditioned
+from probdiff.infer.twists import KernelTwist, TweedieTwist, Twist
+from probdiff.kernels import DiscreteKernel
+from probdiff.readouts import Tied
+
+TAKEN = {"chain", "draw", "level", "run"}
+
+
+class Layout(NamedTuple):
+    """A program's names and sizes."""
+
+    name: str
+    """Site of x_0."""
+    T: int
+    """Steps of the chain."""
+    times: np.ndarray
+    """t of each level that is walked, and 0 for the data, ascending, `(n + 1,)`."""
+    is_discrete: bool
+    """Whether x_0 are symbols."""
+    event_dim: int
+    """Axes of one x_0."""
+    plates: tuple[str, ...]
+    """Plates around the prior."""
+    dims: dict[str, list[str]]
+    """Dims of each site's value."""
+    batch_dims: dict[str, list[str]]
+    """Dims of each observed site's log density."""
+    calls: int
+    """Network calls of one particle, each product with the Jacobian counted as one."""
+
+
+def layout(conditioned: Conditioned, steps: int | None, twist: Twist) -> Layout:
+    """Names and sizes of a program; traced values do not enter."""
+    draw = conditioned.draw
+    diffusion, batch_shape = draw.diffusion, conditioned.batch_shape
+    sites = conditioned.sites_at(
+        jnp.zeros((*batch_shape, *diffusion.event_shape), diffusion.kernel.dtype)
+    )
+    plates = _batch_dims(sites[diffusion.trajectory_name], "plate", batch_shape)
+    events = [f"{diffusion.name}_dim_{i}" for i in range(len(diffusion.event_shape))]
+    dims, batch_dims = {diffusion.name: [*plates, *events]}, {}
+    for name in conditioned.observed:
+        law, value = sites[name]["fn"], sites[name]["value"]
+        shape = jnp.broadcast_shapes(law.shape(), jnp.shape(value))
+        first = len(shape) - law.event_dim
+        batch_dims[name] = _batch_dims(sites[name], name, shape[:first])
+        dims[name] = batch_dims[name] + _numbered(name, first, len(shape))
+    for name, site in sites.items():
+        if site["type"] == "deterministic" and name != diffusion.name:
+            dims[name] = _deterministic_dims(site, plates, batch_shape)
+    chain = levels(draw, steps)
+    is_discrete = isinstance(diffusion.kernel, DiscreteKernel)
+    size = math.prod(diffusion.event_shape)
+    per_level = 1 if is_discrete else 1 + _products(twist, size)
+    last = 0 if isinstance(diffusion.last_step, Tied) else 1
+    return Layout(
+        diffusion.name, diffusion.T, np.concatenate([[0], chain.times]), is_discrete,
+        len(diffusion.event_shape), tuple(plates), dims, batch_dims,
+        per_level * (chain.n - 1) + last,
+    )  # fmt: skip
+
+
+def _products(twist: Twist, size: int) -> int:
+    """Products with the network's Jacobian per level; one for twists that are not ours."""
+    if isinstance(twist, KernelTwist):
+        return 0
+    return min(twist.rank, size) if isinstance(twist, TweedieTwist) else 1
+
+
+def _batch_dims(site: dict[str, Any], name: str, batch_shape: tuple[int, ...]) -> list[str]:
+    """Plates that make the axes of a site's batch."""
+    frames = {frame.dim: _free(frame.name) for frame in site["cond_indep_stack"]}
+    count = len(batch_shape)
+    return [frames.get(axis - count, f"{name}_dim_{axis}") for axis in range(count)]
+
+
+def _deterministic_dims(
+    site: dict[str, Any], plates: list[str], batch_shape: tuple[int, ...]
+) -> list[str]:
+    """Plates in front where the value has their shape; what else it has is not known."""
+    shape, count = np.shape(site["value"]), len(plates)
+    own = {_free(frame.name) for frame in site["cond_indep_stack"]}
+    is_inside = own >= set(plates) and shape[:count] == batch_shape
+    first = count if is_inside else 0
+    return plates[:first] + _numbered(site["name"], first, len(shape))
+
+
+def _numbered(name: str, first: int, last: int) -> list[str]:
+    return [f"{name}_dim_{axis}" for axis in range(first, last)]
+
+
+def _free(plate: str) -> str:
+    return f"{plate}_plate" if plate in TAKEN else plate
