@@ -81,6 +81,7 @@ class Prior:
             raise ValueError("known and mask must be given together; got one of them")
         if known is not None:
             validation.check_data(diffusion.kernel, diffusion.event_shape, known, mask, "known")
+            known, mask = jnp.asarray(known), jnp.asarray(mask)
         trajectory, _ = diffusion.bind(self.params, context=context)
         draw = PriorDraw(diffusion, trajectory, self.variance, known, mask)
         site = numpyro.sample(diffusion.trajectory_name, trajectory, infer={"prior": draw})

@@ -1,0 +1,345 @@
+"""A trained diffusion as a statement: its sites, exact conditioning on entries, what it refuses.
+
+Factors are compared with p(x_0 | x_1) by hand, N(√(1−β_1) x_1, β_1) on the scale of the chain for a
+tied last step, divided by the scale for the user's units.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro import handlers
+from numpyro.infer import Predictive
+from numpyro.infer.util import log_density
+
+import reference
+from probdiff import BernoulliKernel, CategoricalKernel, Diffusion, GaussianKernel, schedules
+
+T = 4
+BETA = schedules.linear(T, beta_1=0.05, beta_T=0.6)
+LOC, SCALE = np.array([0.5, -1.0]), np.array([2.0, 0.3])
+KNOWN = np.array([[0.1, 2.0], [-3.0, 0.7], [1.5, 1.1]])
+MASK = np.array([[True, False], [True, True], [False, False]])
+
+
+def network(x_t, t, context=None):
+    shift = 0.1 * t[:, None] if context is None else 5 * context
+    return jnp.concatenate([0.4 * jnp.sin(2 * x_t) + shift, 0.3 * x_t], -1)
+
+
+def numbers(**options):
+    options = {"event_shape": (2,), "loc": LOC, "scale": SCALE} | options
+    return Diffusion(GaussianKernel(), BETA, network, **options)
+
+
+def bits():
+    return Diffusion(
+        BernoulliKernel(0.3),
+        schedules.harmonic(T),
+        lambda x_t, t: 0.5 * x_t - 0.2,
+        event_shape=(2,),
+    )
+
+
+def classes():
+    def network(x_t, t):
+        return jnp.concatenate([jnp.cos(x_t + 1.0 * k) for k in range(3)], -1)
+
+    return Diffusion(CategoricalKernel(3), schedules.harmonic(T), network, event_shape=(2,))
+
+
+def in_plate(prior, size=3, **arguments):
+    def program():
+        with numpyro.plate("rows", size):
+            return prior(**arguments)
+
+    return program
+
+
+def sites_of(program, key=0):
+    return handlers.trace(handlers.seed(program, key)).get_trace()
+
+
+def log_last(known, x_1):
+    """log p(x_0 = known | x_1), entry by entry, in the user's units."""
+    mean, variance = reference.transition(np.asarray(x_1), BETA, 1)
+    return reference.log_normal(known, LOC + SCALE * mean, SCALE**2 * variance)
+
+
+# sites
+
+
+def test_sites_without_known_are_two_draws(x64):
+    sites = sites_of(numbers(name="roll").prior({}))
+    assert {name: site["type"] for name, site in sites.items()} == {
+        "roll_trajectory": "sample", "roll": "sample",
+    }  # fmt: skip
+    assert not any(site["is_observed"] for site in sites.values())
+
+
+def test_sites_with_known_are_two_draws_a_factor_and_their_mixture(x64):
+    prior = numbers(name="roll").prior({})
+    sites = sites_of(in_plate(prior, known=KNOWN, mask=MASK))
+    kinds = {n: (s["type"], s.get("is_observed")) for n, s in sites.items() if n != "rows"}
+    assert kinds == {
+        "roll_trajectory": ("sample", False),
+        "roll_free": ("sample", False),
+        "roll_known": ("sample", True),
+        "roll": ("deterministic", None),
+    }
+    free, x_0 = (np.asarray(sites[name]["value"]) for name in ("roll_free", "roll"))
+    np.testing.assert_array_equal(x_0[~MASK], free[~MASK])
+    assert not np.any(free[MASK] == x_0[MASK])
+
+
+def test_known_does_not_change_what_is_drawn_of_the_rest(x64):
+    prior = numbers().prior({})
+    free = sites_of(in_plate(prior, known=KNOWN, mask=MASK))["x_0_free"]["fn"]
+    nothing = sites_of(in_plate(prior))["x_0"]["fn"]
+    value = np.zeros((3, 2))
+    np.testing.assert_array_equal(free.log_prob(value), nothing.log_prob(value))
+
+
+def test_the_trajectory_carries_what_inference_needs(x64):
+    diffusion = numbers()
+    prior = diffusion.prior({}, variance=np.array([0.5, 2.0]))
+    draw = sites_of(in_plate(prior, known=KNOWN, mask=MASK))["x_0_trajectory"]["infer"]["prior"]
+    assert draw.diffusion is diffusion
+    np.testing.assert_array_equal(draw.variance, [0.5, 2.0])
+    np.testing.assert_array_equal(draw.known, KNOWN)
+    np.testing.assert_array_equal(draw.mask, MASK)
+    x = np.random.default_rng(0).normal(size=(T, 2))
+    np.testing.assert_allclose(draw.trajectory.log_prob(x), diffusion.bind({})[0].log_prob(x))
+    draw = sites_of(diffusion.prior({}))["x_0_trajectory"]["infer"]["prior"]
+    assert draw.known is None and draw.mask is None
+    np.testing.assert_array_equal(draw.variance, 1.0)
+
+
+# known entries
+
+
+def test_factor_is_the_log_density_of_known_entries_in_the_users_units(x64):
+    sites = sites_of(in_plate(numbers().prior({}), known=KNOWN, mask=MASK))
+    x_1 = sites["x_0_trajectory"]["value"][:, 0]
+    factor = sites["x_0_known"]
+    actual = factor["fn"].log_prob(factor["value"])
+    expected = np.where(MASK, log_last(KNOWN, x_1), 0.0).sum(-1)
+    assert actual.shape == (3,) and expected[2] == 0
+    np.testing.assert_allclose(actual, expected, rtol=1e-10)
+
+
+def test_conditioning_on_all_entries_is_observing_them(x64):
+    """p(trajectory) p(known | x_1) is what `reverse` gives an observed x_0."""
+    diffusion = numbers()
+    prior = diffusion.prior({})
+    rng = np.random.default_rng(0)
+    trajectory, free = rng.normal(size=(3, T, 2)), rng.normal(size=(3, 2))
+
+    def observed():
+        with numpyro.plate("rows", 3):
+            diffusion.reverse(KNOWN)
+
+    values = {"x_0_trajectory": trajectory}
+    expected, _ = log_density(observed, (), {}, values)
+    program = in_plate(prior, known=KNOWN, mask=np.ones((3, 2), bool))
+    actual, _ = log_density(program, (), {}, values | {"x_0_free": free})
+    drawn = log_last(free, trajectory[:, 0]).sum()
+    np.testing.assert_allclose(actual - drawn, expected, rtol=1e-10)
+
+
+def test_conditioning_on_nothing_is_no_conditioning(x64):
+    prior = numbers().prior({})
+    sites = sites_of(in_plate(prior, known=KNOWN, mask=np.zeros((3, 2), bool)))
+    assert np.all(sites["x_0_known"]["fn"].log_prob(sites["x_0_known"]["value"]) == 0)
+    np.testing.assert_array_equal(sites["x_0"]["value"], sites["x_0_free"]["value"])
+
+
+@pytest.mark.parametrize(
+    ("make", "place"),
+    [(numbers, np.asarray), (numbers, jnp.asarray), (numbers, list), (bits, list), (classes, list)],
+    ids=lambda f: f.__name__,
+)
+def test_known_entries_come_back_bit_for_bit(make, place):
+    """0.1 and 1 + 2⁻²³ would not survive a change of units."""
+    known = np.array([[0.1, 1 + 2**-23], [1e-30, 1 / 3], [3e7, 0]], np.float32)
+    if make is not numbers:
+        known = np.array([[0, 1], [1, 0], [1, 1]])
+    program = in_plate(make().prior({}), known=place(known), mask=place(MASK))
+    value = sites_of(program)["x_0"]["value"]
+    alone = sites_of(in_plate(make().prior({})))["x_0"]["value"]
+    assert value.dtype == alone.dtype
+    np.testing.assert_array_equal(np.asarray(value)[MASK], known[MASK])
+
+
+def test_a_known_number_is_conditioned_on_without_axes(x64):
+    prior = Diffusion(
+        GaussianKernel(), BETA, lambda x, t: 0 * jnp.stack([x, x], -1), event_shape=()
+    )
+    sites = sites_of(lambda: prior.prior({})(known=0.3, mask=True))
+    x_1 = sites["x_0_trajectory"]["value"][0]
+    expected = reference.log_normal(0.3, *reference.transition(np.asarray(x_1), BETA, 1))
+    factor = sites["x_0_known"]
+    np.testing.assert_allclose(factor["fn"].log_prob(factor["value"]), expected, rtol=1e-10)
+    assert sites["x_0"]["value"] == 0.3
+
+
+@pytest.mark.parametrize("make", [bits, classes], ids=lambda f: f.__name__)
+def test_masses_of_all_symbols_sum_to_one(x64, make):
+    diffusion = make()
+    prior, mask = diffusion.prior({}), np.array([True, False])
+    trajectory = sites_of(prior)["x_0_trajectory"]["value"]
+    total = 0.0
+    for state in range(diffusion.kernel.num_data_states):
+        program = handlers.substitute(
+            lambda state=state: prior(known=np.array([state, 0]), mask=mask),
+            data={"x_0_trajectory": trajectory},
+        )
+        factor = sites_of(program)["x_0_known"]
+        total += np.exp(factor["fn"].log_prob(factor["value"]))
+    assert total == pytest.approx(1, abs=1e-10)
+
+
+def test_what_is_not_known_is_not_read(x64):
+    """Values outside the mask may be NaN; nothing of them enters, forwards or backwards."""
+    prior, holes = numbers().prior({}), np.where(MASK, KNOWN, np.nan)
+    trajectory = jnp.asarray(np.random.default_rng(0).normal(size=(3, T, 2)))
+    free = jnp.asarray(KNOWN)
+
+    def density(trajectory, known):
+        values = {"x_0_trajectory": trajectory, "x_0_free": free}
+        return log_density(in_plate(prior, known=known, mask=MASK), (), {}, values)[0]
+
+    for of in (density, jax.grad(density), jax.grad(density, argnums=1)):
+        with_holes = of(trajectory, jnp.asarray(holes))
+        np.testing.assert_array_equal(with_holes, of(trajectory, jnp.asarray(KNOWN)))
+    slope = jax.grad(density, argnums=1)(trajectory, jnp.asarray(holes))
+    assert np.all(slope[~MASK] == 0) and np.all(slope[MASK] != 0)
+
+
+def test_known_may_be_traced(x64):
+    prior = numbers().prior({})
+
+    def factor(known, mask):
+        site = sites_of(in_plate(prior, known=known, mask=mask))["x_0_known"]
+        return site["fn"].log_prob(site["value"])
+
+    np.testing.assert_allclose(jax.jit(factor)(KNOWN, MASK), factor(KNOWN, MASK), rtol=1e-10)
+
+
+def test_handlers_that_only_draw_ignore_the_factor(x64):
+    prior = numbers().prior({})
+    far = np.array([1e3, 0.0])
+    program = {
+        "known": lambda: prior(known=far, mask=np.array([True, False])),
+        "plain": prior,
+    }
+    draws = {n: Predictive(p, num_samples=5)(jax.random.key(0)) for n, p in program.items()}
+    np.testing.assert_array_equal(
+        draws["known"]["x_0_trajectory"], draws["plain"]["x_0_trajectory"]
+    )
+    assert np.all(draws["known"]["x_0"][:, 0] == 1e3)
+
+
+# context
+
+
+def test_context_reaches_the_network_row_by_row(x64):
+    diffusion = numbers(context_shape=(2,))
+    context = np.array([[3.0, -3.0], [-3.0, 3.0], [0.0, 0.0]])
+    sites = sites_of(in_plate(diffusion.prior({}), context=context, known=KNOWN, mask=MASK))
+    x = sites["x_0_trajectory"]["value"]
+    law = sites["x_0_trajectory"]["fn"]
+    by_rows = [
+        diffusion.bind({}, context=context[i])[0].log_prob(x[i]) for i in range(len(context))
+    ]
+    np.testing.assert_allclose(law.log_prob(x), by_rows, rtol=1e-10)
+    draw = sites["x_0_trajectory"]["infer"]["prior"]
+    np.testing.assert_array_equal(draw.trajectory.context, context)
+    np.testing.assert_array_equal(np.sign(x[:2, 0]), np.sign(context[:2]))
+
+
+def test_context_may_be_a_latent_of_the_program(x64):
+    prior = numbers(context_shape=(2,)).prior({})
+
+    def program():
+        c = numpyro.sample("c", dist.Normal(jnp.zeros(2), 1.0).to_event(1))
+        prior(context=c)
+
+    trajectory = np.random.default_rng(0).normal(size=(T, 2))
+
+    def density(c):
+        values = {"c": c, "x_0_trajectory": trajectory, "x_0": np.zeros(2)}
+        return log_density(program, (), {}, values)[0]
+
+    slope = jax.grad(density)(jnp.ones(2))
+    step = 1e-5
+    for i in range(2):
+        moved = step * jnp.eye(2)[i]
+        by_hand = float(density(1.0 + moved) - density(1.0 - moved)) / (2 * step)
+        assert float(slope[i]) == pytest.approx(by_hand, rel=1e-6) and abs(by_hand + 1) > 0.1
+
+
+# what is refused
+
+
+def with_nan(place):
+    known = KNOWN.copy()
+    known[place] = np.nan
+    return known
+
+
+@pytest.mark.parametrize(
+    ("known", "mask", "message"),
+    [
+        (KNOWN, None, "known and mask must be given together"),
+        (None, MASK, "known and mask must be given together"),
+        (KNOWN[:, 0], MASK[:, 0], "known must have shape (..., *(2,)); got (3,)"),
+        (KNOWN, MASK[0], "mask must have the shape of known, (3, 2); got (2,)"),
+        (KNOWN, MASK.astype(int), "mask must be boolean"),
+        (KNOWN.astype(int), MASK, "known must hold real numbers"),
+        (with_nan((0, 0)), MASK, "known must be finite"),
+        (KNOWN[0], MASK[0], "known must have the batch shape of the plates around it, (3,)"),
+        (KNOWN[:2], MASK[:2], "known must have the batch shape of the plates around it, (3,)"),
+    ],
+)
+def test_known_values_that_do_not_fit_are_refused(x64, known, mask, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sites_of(in_plate(numbers().prior({}), known=known, mask=mask))
+
+
+def test_known_values_without_their_plate_are_refused(x64):
+    prior = numbers().prior({})
+    with pytest.raises(ValueError, match=re.escape("around it, (); got shape (3, 2)")):
+        sites_of(lambda: prior(known=KNOWN, mask=MASK))
+
+
+@pytest.mark.parametrize("make", [bits, classes], ids=lambda f: f.__name__)
+def test_known_symbols_that_are_none_are_refused(make):
+    prior, mask = make().prior({}), np.array([True, False])
+    with pytest.raises(ValueError, match="known must hold only 0"):
+        prior(known=np.array([3, 0]), mask=mask)
+    sites_of(lambda: prior(known=np.array([0, 3]), mask=mask))  # outside the mask: not read
+
+
+@pytest.mark.parametrize(
+    ("context_shape", "context", "message"),
+    [
+        ((2,), None, "context must be given exactly where context_shape is"),
+        (None, np.zeros(2), "context must be given exactly where context_shape is"),
+        ((2,), np.zeros(3), "context must have shape (..., *(2,)); got (3,)"),
+    ],
+)
+def test_context_that_does_not_fit_is_refused(context_shape, context, message):
+    prior = numbers(context_shape=context_shape).prior({})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sites_of(lambda: prior(context=context))
+
+
+@pytest.mark.parametrize("variance", [0.0, -1.0, np.nan, np.inf, [1.0, 0.0], np.ones(3)])
+def test_a_variance_that_is_none_is_refused(variance):
+    with pytest.raises(ValueError, match="variance must be"):
+        numbers().prior({}, variance=variance)
