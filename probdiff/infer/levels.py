@@ -149,7 +149,9 @@ def levels(draw: PriorDraw, n: int | None = None) -> Levels:
     at = jax.tree.map(lambda column: column[times - 1], steps)
     alpha_bar_s = jnp.concatenate([steps.alpha_bar_s[:1], at.alpha_bar_t[:-1]])
     noise_s = jnp.concatenate([steps.noise_s[:1], at.noise_t[:-1]])
-    beta = (at.noise_t - noise_s) / alpha_bar_s  # 1 − ᾱ_t/ᾱ_s, without the loss of digits
+    # 1 − ᾱ_t/ᾱ_s by the smaller of ᾱ and 1 − ᾱ, which has the digits
+    by_noise = (at.noise_t - noise_s) / alpha_bar_s
+    beta = jnp.where(at.noise_t < 0.5, by_noise, 1 - at.alpha_bar_t / alpha_bar_s)
     return Levels(draw, times, at._replace(beta=beta, alpha_bar_s=alpha_bar_s, noise_s=noise_s))
 
 

@@ -1,0 +1,275 @@
+"""`noncentered`: a program over the noise of its reverse chains, for `MCMC(NUTS(...))`.
+
+A reverse chain of numbers is a smooth map of standard normal noise z_0..z_T,
+
+    x_T = z_T,    x_s = μ_t(x_t) + σ_t(x_t) z_s    for t = T..1, s = t − 1,
+
+so that x_0 ~ p and everything below it is as before, while the latent site is z, "x_0_noise", of
+event shape `(T + 1, *event_shape)` with level t at index t. The prior of z is N(0, I) whatever the
+rates: for N(0, 1) data in two dimensions, T = 40 and a likelihood of standard deviation 0.15, NUTS
+took 31 leapfrog steps an iteration over z, and 46, 91, 213 over x_1..x_T at β_1 = 1e-2, 1e-3, 1e-4
+(log_snr_linear), though each of those is one batched network call instead of T calls in turn.
+x_0 is deterministic and recorded; the trajectory is not, T times as large.
+
+With `steps=n` the map is that of the n-step chain, another model than the T-step one, as in `SMC`.
+
+NUTS crosses between modes poorly. `initial_noise` starts chains at draws of `SMC`: from each x_0
+a trajectory is drawn by the forward chain, and the reverse steps are solved for the noise,
+
+    x_t ~ q(· | x_s),    z_s = (x_s − μ_t(x_t)) / σ_t(x_t),    z_T = x_T.
+
+Sources: Sohl-Dickstein et al. (2015), section 2.2; Papaspiliopoulos et al. (2007) for noncentering.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from jaxtyping import Array, Float
+from numpyro import handlers
+from numpyro.distributions import biject_to
+from numpyro.primitives import Messenger
+
+from probdiff.infer.levels import Levels, levels
+from probdiff.infer.program import Program
+from probdiff.kernels import DiscreteKernel
+from probdiff.trajectories import SampledTimes
+
+Noise = Float[Array, "levels *shape"]
+State = Float[Array, "*shape"]
+
+
+def noncentered(program: Program, *, steps: int | None = None) -> Program:
+    """The same program over the noise of its priors: `MCMC(NUTS(noncentered(program)))`.
+
+    Any number of priors, and any other latent sites, which NUTS infers along. A prior `x_0` has the
+    sites `x_0_noise`, standard normal with event shape `(n + 1, *event_shape)` under the plates of
+    the prior, and `x_0`, deterministic. Where entries are known, the factor `x_0_known` stays and
+    their part of the noise z_0 has no effect.
+
+    Args:
+        program: A program that calls priors of numbers; condition it before, on what it observes.
+        steps: Steps n of the chain, in 2..T; all T if absent.
+
+    Returns:
+        A program with the arguments of `program`. When called it raises a `ValueError` if it meets
+        no prior, one of symbols, one whose density a handler or a subsampling plate changes, or
+        one whose trajectory has a value.
+    """
+
+    def over_noise(*args: Any, **kwargs: Any) -> Any:
+        retreat = _Retreat(steps)
+        with retreat:
+            value = program(*args, **kwargs)
+        if not retreat.noise_0:
+            raise ValueError("program must call a prior made by Diffusion.prior; got none")
+        return value
+
+    return over_noise
+
+
+def initial_noise(
+    key: Array, program: Program, draws: dict[str, Any], *args: Any, **kwargs: Any
+) -> dict[str, Any]:
+    """Where to start chains, `MCMC.run(init_params=...)`, so that they are at given x_0.
+
+    The trajectories between are drawn by the forward chain, so that equal x_0 differ in their
+    noise.
+
+    Args:
+        key: A key.
+        program: What `noncentered` returned.
+        draws: Values of all its other latent sites and of x_0 by site name, `(num_chains, ...)`;
+            x_0 in the user's units, `(num_chains, *plates, *event_shape)`. Other names are not
+            read.
+        args: Arguments of the program.
+        kwargs: Keyword arguments of the program.
+
+    Returns:
+        Unconstrained values of every latent site, `(num_chains, ...)`; without that axis where
+        there is one chain, as `MCMC.run` expects.
+
+    Raises:
+        ValueError: if values are missing, or their shapes do not fit.
+    """
+    draws = {name: jnp.asarray(value) for name, value in draws.items()}
+    counts = {value.shape[:1] for value in draws.values()}
+    if len(counts) != 1 or () in counts or (0,) in counts:
+        shapes = {name: value.shape for name, value in draws.items()}
+        raise ValueError(f"draws must have one row for each chain; got shapes {shapes}")
+
+    def start(key: Array, values: dict[str, Any]) -> dict[str, Any]:
+        def choose(site: dict[str, Any]) -> Any:
+            return _value(site, values)
+
+        run = handlers.substitute(handlers.seed(program, key), substitute_fn=choose)
+        with handlers.block():
+            sites = handlers.trace(run).get_trace(*args, **kwargs)
+        return {
+            name: biject_to(site["fn"].support).inv(site["value"])
+            for name, site in sites.items()
+            if _is_latent(site)
+        }
+
+    ((num_chains,),) = counts
+    if num_chains == 1:
+        return jax.jit(start)(key, {name: value[0] for name, value in draws.items()})
+    return jax.jit(jax.vmap(start))(jax.random.split(key, num_chains), draws)
+
+
+class _Chain(NamedTuple):
+    """The chain that a noise drives; kept with its site."""
+
+    levels: Levels
+    lead: tuple[int, ...]
+    """Shape of the plates around the prior."""
+
+
+class _Retreat(Messenger):
+    """Puts noise, and what follows from it, in place of a prior's trajectory and x_0."""
+
+    def __init__(self, steps: int | None):
+        super().__init__()
+        self.steps = steps
+        self.noise_0: dict[str, Any] = {}
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] != "sample":
+            return
+        if "prior" in msg["infer"]:
+            self._put_trajectory(msg)
+        elif msg["name"] in self.noise_0 and not msg["is_observed"]:
+            self._put_data(msg)
+
+    def _put_trajectory(self, msg: dict[str, Any]) -> None:
+        draw = msg["infer"]["prior"]
+        name = draw.diffusion.name
+        _check(msg)
+        chain = _Chain(levels(draw, self.steps), msg["fn"].batch_shape)
+        event_shape = (chain.levels.n + 1, *draw.diffusion.event_shape)
+        normal = dist.Normal(0.0, 1.0).expand((*chain.lead, *event_shape))
+        noise = numpyro.sample(
+            f"{name}_noise", normal.to_event(len(event_shape)), infer={"chain": chain}
+        )
+        noise = jnp.moveaxis(noise, -len(event_shape), 0)
+        self.noise_0[name if draw.known is None else f"{name}_free"] = noise[0]
+        _keep(msg, _only(_x_1_of_noise(chain.levels, noise), len(chain.lead)))
+
+    def _put_data(self, msg: dict[str, Any]) -> None:
+        name, law = msg["name"], _unexpanded(msg["fn"])
+        x_0 = (law.base.loc + law.base.scale * self.noise_0[name]) * law.scale + law.loc
+        _keep(msg, x_0)
+        if not name.endswith("_free"):
+            numpyro.deterministic(name, x_0)
+
+
+def _x_1_of_noise(chain: Levels, noise: Noise) -> State:
+    """x_1 from the noise z_0..z_n, levels in front, on the scale of the chain.
+
+    Backwards through the walk, each step is computed again: what is kept is one level for each
+    step, whatever the network holds inside.
+    """
+
+    def retreat(x_t: Any, inputs: Any) -> Any:
+        i, z_s = inputs
+        law = chain.reverse(chain.outputs(x_t, i), x_t, i)
+        return law.loc + law.scale * z_s, None
+
+    again = jax.checkpoint(retreat, prevent_cse=False)  # a scan keeps the two apart by itself
+    i = jnp.arange(2, chain.n + 1)
+    return jax.lax.scan(again, noise[-1], (i, noise[1:-1]), reverse=True)[0]
+
+
+def _noise_of_data(key: Array, chain: Levels, x_0: State) -> Noise:
+    """Noise z_0..z_n, levels in front, that leads to x_0 (on the scale of the chain).
+
+    One draw: the trajectory between is drawn by the forward chain.
+    """
+    kernel = chain.draw.diffusion.kernel
+    keys = jax.random.split(key, chain.n)
+
+    def climb(x_s: Any, inputs: Any) -> Any:
+        i, key = inputs
+        x_t = kernel.transition(x_s, chain.step(i)).sample(key)
+        return x_t, _solve(chain.reverse(chain.outputs(x_t, i), x_t, i), x_s)
+
+    x_1 = kernel.transition(x_0, chain.step(1)).sample(keys[0])
+    z_0 = _solve(chain.last(x_1), x_0)
+    x_n, z = jax.lax.scan(climb, x_1, (jnp.arange(2, chain.n + 1), keys[1:]))
+    return jnp.concatenate([z_0[None], z, x_n[None]])
+
+
+def _solve(law: Any, x_s: Any) -> Any:
+    return (x_s - law.loc) / law.scale
+
+
+def _keep(msg: dict[str, Any], value: Any) -> None:
+    """Give the site its value and hide it from all handlers outside."""
+    msg["value"], msg["stop"] = value, True
+
+
+def _only(x_1: Any, lead_dim: int) -> SampledTimes:
+    """A trajectory of which x_1 is kept, all that a prior reads of it."""
+    lead = x_1.shape[:lead_dim]
+    none = jnp.zeros((0, *lead))
+    return SampledTimes(x_1, jnp.zeros((0, *x_1.shape)), none.astype(jnp.int32), none)
+
+
+def _check(msg: dict[str, Any]) -> None:
+    name, draw = msg["name"], msg["infer"]["prior"]
+    kernel = draw.diffusion.kernel
+    if isinstance(kernel, DiscreteKernel):
+        raise ValueError(
+            f"prior {draw.diffusion.name!r} must be one of numbers, which are smooth in their "
+            f"noise; got symbols, {kernel}. Use infer.SMC"
+        )
+    if msg["value"] is not None:
+        raise ValueError(
+            f"trajectory {name!r} must be left to its noise; got a value from a handler inside "
+            "noncentered"
+        )
+    if msg["scale"] is not None or _unexpanded(msg["fn"]) is not draw.trajectory:
+        raise ValueError(
+            f"prior {draw.diffusion.name!r} must keep its density; got one that is scaled, masked "
+            "or replaced by a handler or a subsampling plate. Scale and mask the observed sites"
+        )
+
+
+def _unexpanded(law: dist.Distribution) -> Any:
+    while isinstance(law, dist.ExpandedDistribution):
+        law = law.base_dist
+    return law
+
+
+def _is_latent(site: dict[str, Any]) -> bool:
+    """Whether NUTS walks over the site: it sums over discrete ones."""
+    is_drawn = site["type"] == "sample" and not site["is_observed"]
+    return is_drawn and not site["fn"].support.is_discrete
+
+
+def _value(site: dict[str, Any], draws: dict[str, Any]) -> Any:
+    """Value of a latent site of a noncentered program."""
+    if not _is_latent(site):
+        return None
+    chain = site["infer"].get("chain")
+    name = site["name"] if chain is None else chain.levels.draw.diffusion.name
+    if name not in draws:
+        raise ValueError(
+            f"draws must hold every latent site and every prior; {name!r} is missing from "
+            f"{sorted(draws)}"
+        )
+    shape = site["fn"].shape()
+    if chain is not None:
+        shape = (*chain.lead, *chain.levels.draw.diffusion.event_shape)
+    if draws[name].shape != shape:
+        raise ValueError(
+            f"draws[{name!r}] must have shape (num_chains, *{shape}); "
+            f"got (num_chains, *{draws[name].shape})"
+        )
+    if chain is None:
+        return draws[name]
+    x_0 = chain.levels.draw.diffusion.to_chain(draws[name])
+    noise = _noise_of_data(site["kwargs"]["rng_key"], chain.levels, x_0)
+    return jnp.moveaxis(noise, 0, len(chain.lead))
