@@ -10,6 +10,7 @@ Source: Sohl-Dickstein et al. (2015), section 2.5, multiplying by r(x).
 
 from probdiff.infer.checks import InferenceWarning
 from probdiff.infer.guided import Guided
+from probdiff.infer.noncentered import initial_noise, noncentered
 from probdiff.infer.smc import SMC
 from probdiff.infer.twists import (
     GaussianTwist,
@@ -30,4 +31,6 @@ __all__ = [
     "PointTwist",
     "TweedieTwist",
     "Twist",
+    "initial_noise",
+    "noncentered",
 ]
