@@ -121,10 +121,10 @@ def known_curvature(at: Local, width: Any, values: Array, vectors: Array) -> Exp
 def _from_eigenpairs(at: Local, sd: Any, g: Event, values: Array, vectors: Array) -> Expansion:
     """From the eigenpairs of sd H sd, with g = sd · gradient."""
     lead_dim, ndim = at.value.ndim, g.ndim
-    along = sum_event(vectors * g, lead_dim + 1)
-    taken = along * values / (1 + values)
-    pull = g - jnp.sum(vectors * expand(taken, ndim + 1), 0)
-    gain = sum_event(g * pull, lead_dim) - jnp.sum(jnp.log1p(values), 0)
+    along = sum_event(vectors * g, lead_dim + 1)  # g lies in their span, and where r is sharp what
+    left = along / (1 + values)  # is left of it is a hundred thousandth: never g minus the rest
+    pull = jnp.sum(vectors * expand(left, ndim + 1), 0)
+    gain = jnp.sum(along * left - jnp.log1p(values), 0)
     per_sd = 1 / jnp.where(sd > 0, sd, 1.0)  # vectors and g are 0 where there is no width
     factors = vectors * jnp.sqrt(expand(values, ndim + 1)) * per_sd
     return Expansion(at.value + 0.5 * gain, pull * per_sd, jnp.zeros_like(g), factors, values)
