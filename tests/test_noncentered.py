@@ -297,17 +297,15 @@ def test_another_latent_site_is_inferred_along():
     check_mean(draws["x_0"], weights @ (y.mean() / (1 + sigma**2 / n)))
 
 
-def test_two_priors_are_inferred_together():
-    """y = a + b + noise, a ~ N(0, 1), b ~ N(0, 2²), each over four levels and due its share."""
-    a = standard(event_shape=(), name="a").prior({})
-    b = standard(event_shape=(), name="b", scale=2.0).prior({})
-
-    def program():
-        numpyro.sample("y", dist.Normal(a() + b(), 1.0), obs=3.0)
-
-    draws = sample(program, steps=4)
-    check_normal(draws["a"], 3 * 1 / 6, np.sqrt(1 - 1 / 6))
-    check_normal(draws["b"], 3 * 4 / 6, np.sqrt(4 - 16 / 6))
+def test_two_priors_have_a_noise_each(x64):
+    """Each x_0 is what its prior alone makes of its own noise."""
+    a, b = (standard(name=name, scale=scale).prior({}) for name, scale in (("a", 1.0), ("b", 2.0)))
+    noise = np.random.default_rng(0).normal(size=(2, T + 1, 2))
+    both = given(noncentered(lambda: (a(), b())), {"a_noise": noise[0], "b_noise": noise[1]})
+    for name, prior, z in (("a", a, noise[0]), ("b", b, noise[1])):
+        alone = given(noncentered(lambda prior=prior: prior()), {f"{name}_noise": z})
+        np.testing.assert_array_equal(both[name]["value"], alone[name]["value"])
+    assert np.abs(both["b"]["value"] - 2 * both["a"]["value"]).min() > 0.1
 
 
 def test_draws_replay_in_predictive(x64):
@@ -381,23 +379,27 @@ def test_equal_draws_start_at_different_noise(x64):
     assert len(np.unique(starts["x_0_noise"])) == 3 * (T + 1) * 2
 
 
-@pytest.mark.parametrize("num_chains", [1, 2])
-def test_chains_start_at_the_given_draws(num_chains):
+def test_chains_start_at_the_given_draws():
     """One leapfrog step too small to move."""
     prior = standard().prior({})
 
     def program():
         numpyro.sample("y", dist.Normal(prior(), 1.0).to_event(1), obs=np.zeros(2))
 
-    x_0 = np.array([[3.0, -2.0], [0.5, 4.0]])[:num_chains]
-    starts = initial_noise(jax.random.key(0), noncentered(program), {"x_0": x_0})
-    kernel = HMC(noncentered(program), step_size=1e-6, num_steps=1, adapt_step_size=False)
-    mcmc = MCMC(
-        kernel, num_warmup=0, num_samples=1, num_chains=num_chains, chain_method="sequential",
-        progress_bar=False,
-    )  # fmt: skip
+    over_noise, x_0 = noncentered(program), np.array([[3.0, -2.0], [0.5, 4.0]])
+    starts = initial_noise(jax.random.key(0), over_noise, {"x_0": x_0})
+    kernel = HMC(over_noise, step_size=1e-6, num_steps=1, adapt_step_size=False)
+    options = {"num_warmup": 0, "num_samples": 1, "progress_bar": False}
+    mcmc = MCMC(kernel, num_chains=2, chain_method="sequential", **options)
     mcmc.run(jax.random.key(1), init_params=starts)
     np.testing.assert_allclose(mcmc.get_samples()["x_0"], x_0, atol=1e-3)
+
+
+def test_the_start_of_a_single_chain_has_no_axis_of_chains(x64):
+    over_noise, x_0 = noncentered(standard().prior({})), np.array([[3.0, -2.0]])
+    starts = initial_noise(jax.random.key(0), over_noise, {"x_0": x_0})
+    assert starts["x_0_noise"].shape == (T + 1, 2)
+    np.testing.assert_allclose(given(over_noise, starts)["x_0"]["value"], x_0[0], atol=1e-10)
 
 
 # what is refused
