@@ -23,8 +23,8 @@ from probdiff.infer.walk import Outcome, Walk
 
 MAX_SERIES = 2000
 """Coordinates whose R-hat is computed, evenly picked where there are more."""
-FEWEST_IN_TAIL = 25
-"""Weights that a Pareto fit needs: a fifth of them is the tail, which needs five."""
+FEWEST_FOR_PARETO = 100
+"""Weights that a Pareto fit needs: a fifth of them is the tail, and k of fewer is mostly noise."""
 
 
 class InferenceWarning(UserWarning):
@@ -49,9 +49,9 @@ class Health(NamedTuple):
     resampled: np.ndarray
     """Times resampled, the most of any run."""
     pareto_k: np.ndarray
-    """Pareto k of the pooled weights; nan where they are equal or fewer than 25."""
+    """Pareto k of the pooled weights; nan where they are equal or fewer than 100."""
     worst_pareto_k: np.ndarray
-    """Pareto k of the least even step's own weights, the worst of any run."""
+    """Pareto k of the least even step's own weights, the mean of the runs, which repeat it."""
     r_hat: np.ndarray
     """Largest R-hat over runs, of log r and of coordinates; nan for one run."""
     bad: np.ndarray
@@ -79,7 +79,7 @@ def health(
     run_of = np.arange(runs).reshape(-1, *[1] * (index.ndim))
     ancestors = (outcome.ancestors + size * run_of).reshape(log_weights.shape)
     ancestors = np.take_along_axis(ancestors, index, 0)
-    return Health(
+    measures = (
         is_dead,
         finite.max(0) - finite.min(0),
         outcome.ess.min((0, 1)) / size,
@@ -88,11 +88,12 @@ def health(
         _count_distinct(index),
         outcome.resampled.sum(0).max(0),
         pareto_k(log_weights),
-        np.max([pareto_k(run) for run in outcome.worst_log_weights], 0),
+        np.mean([pareto_k(run) for run in outcome.worst_log_weights], 0),
         _r_hat(outcome, in_runs),
         outcome.bad.max((0, 1)),
-        np.broadcast_to(left, is_dead.shape),
+        np.broadcast_to(left, np.shape(is_dead)),
     )
+    return Health(*map(np.asarray, measures))
 
 
 def pareto_k(log_w: np.ndarray) -> np.ndarray:
@@ -105,7 +106,7 @@ def _pareto_k(log_w: np.ndarray) -> float:
     """nan where there is no tail to fit: too few weights, or equal ones."""
     top = log_w.max()
     is_there = log_w > top - 100  # psislw takes logs of what it fits
-    if is_there.sum() < FEWEST_IN_TAIL or top - log_w[is_there].min() < 1e-3:
+    if is_there.sum() < FEWEST_FOR_PARETO or top - log_w[is_there].min() < 1e-3:
         return np.nan
     with np.errstate(all="ignore"):
         try:
@@ -118,7 +119,7 @@ def _pareto_k(log_w: np.ndarray) -> float:
 def _count_distinct(index: np.ndarray) -> np.ndarray:
     """Distinct values along the first axis."""
     ordered = np.sort(index, 0)
-    return 1 + np.sum(ordered[1:] != ordered[:-1], 0)
+    return np.asarray(1 + np.sum(ordered[1:] != ordered[:-1], 0))
 
 
 def _r_hat(outcome: Outcome, in_runs: np.ndarray) -> np.ndarray:
@@ -134,8 +135,8 @@ def _r_hat(outcome: Outcome, in_runs: np.ndarray) -> np.ndarray:
     picked = np.r_[0, 1 : values.shape[3] : every]
     with np.errstate(all="ignore"):
         r_hat = array_stats.rhat(values[..., picked].astype(np.float64), chain_axis=0, draw_axis=1)
-    largest = np.max(np.where(np.isfinite(r_hat), r_hat, -np.inf), -1).reshape(plates)
-    return np.where(np.isfinite(largest), largest, np.nan)
+    largest = np.max(np.where(np.isfinite(r_hat), r_hat, -np.inf), -1)
+    return np.where(np.isfinite(largest), largest, np.nan).reshape(plates)
 
 
 def take_in_runs(a: np.ndarray, in_runs: np.ndarray) -> np.ndarray:
@@ -145,76 +146,90 @@ def take_in_runs(a: np.ndarray, in_runs: np.ndarray) -> np.ndarray:
 
 def complaints(walk: Walk, layout: Layout, health: Health) -> tuple[str, ...]:
     """Warnings in words, one of each kind: what is wrong, in how many systems, and what to do."""
-    found = _of_weights(walk, layout, health) if walk.is_weighted else []
+    found = _of_weights(walk, health, _advice(walk, layout)) if walk.is_weighted else []
+    is_alive = ~(health.is_dead & walk.is_weighted)
     found += [
-        (
+        _say(
             health.bad > 0,
-            f"the twist was not finite for up to {_most(health.bad):.1%} of the particles of a "
-            "level, which were counted as almost impossible there. Check that log r is finite "
-            "wherever x_0 may lie, and its gradient too",
+            "the twist was not finite for up to {:.1%} of the particles of a level, which were "
+            "counted as almost impossible there. Check that log r and its gradient are finite "
+            "wherever x_0 may lie",
+            np.max(health.bad),
         ),
-        (
-            ~health.is_dead & (health.left > 0.1),
-            f"alpha_bar_T times E|x_0|^2 is {_most(health.left):.2g}, more than 0.1: the chain "
-            "starts from noise at a level where the data are still seen, so that its own law is "
-            "not quite that of the data. Train with a smaller alpha_bar_T",
+        _say(
+            is_alive & (health.left > 0.1),
+            "alpha_bar_T times E|x_0|^2 is {:.2g}, more than 0.1: the chain starts from noise at a "
+            "level where the data are still seen, so that its own law is not quite that of the "
+            "data. Train with a smaller alpha_bar_T",
+            np.max(health.left),
         ),
     ]
-    return tuple(systems(is_so) + text for is_so, text in found if np.any(is_so))
+    return tuple(text for text in found if text)
 
 
-def _of_weights(walk: Walk, layout: Layout, health: Health) -> list[tuple[np.ndarray, str]]:
-    total, alive, advice = (
-        walk.num_particles * walk.num_runs,
-        ~health.is_dead,
-        _advice(walk, layout),
+def _of_weights(walk: Walk, health: Health, advice: str) -> list[str]:
+    total, is_alive = walk.num_particles * walk.num_runs, ~health.is_dead
+    few = is_alive & (np.minimum(health.ancestors, health.distinct) < 0.05 * total)
+    k, worst_k, r_hat = map(np.nan_to_num, (health.pareto_k, health.worst_pareto_k, health.r_hat))
+    dead = _say(
+        health.is_dead,
+        "all weights are zero: no particle can have given the observations. log_evidence is -inf "
+        "and the draws mean nothing. Check the likelihood's support, and raise num_particles if "
+        "it should be met",
     )
-    k, worst_k = (np.nan_to_num(a, nan=-np.inf) for a in (health.pareto_k, health.worst_pareto_k))
-    few = alive & (np.minimum(health.ancestors, health.distinct) < 0.05 * total)
-    return [
-        (
-            health.is_dead,
-            "all weights are zero: no particle can have given the observations. log_evidence is "
-            "-inf and the draws mean nothing. Check the likelihood's support, and raise "
-            "num_particles if it should be met",
+    others = [
+        _say(
+            is_alive & (health.spread > 1),
+            "log evidence differs by up to {:.1f} nats between runs, more than 1: log_evidence_se "
+            "is not to be trusted. ",
+            np.max(health.spread),
         ),
-        (
-            alive & (health.spread > 1),
-            f"log evidence differs by up to {_most(health.spread):.1f} nats between runs, more "
-            f"than 1: log_evidence_se is not to be trusted. {advice}",
+        _say(
+            is_alive & (health.least_ess < 0.1),
+            "the effective number of particles fell to {:.1%} of num_particles at one level, below "
+            "10%. ",
+            _least(health.least_ess, is_alive),
         ),
-        (
-            alive & (health.least_ess < 0.1),
-            f"the effective number of particles fell to {_least(health.least_ess, alive):.1%} of "
-            f"num_particles at one level, below 10%. {advice}",
+        _say(
+            is_alive & (health.ess < 100),
+            "the final effective number of draws is {:.0f}, below 100. ",
+            _least(health.ess, is_alive),
         ),
-        (
-            alive & (health.ess < 100),
-            f"the final effective number of draws is {_least(health.ess, alive):.0f} of {total}, "
-            f"below 100. {advice}",
-        ),
-        (
+        _say(
             few,
-            f"the {total} draws are down to {_least(health.distinct, few)} distinct ones, which "
-            f"descend from {_least(health.ancestors, few)} particles at the start; below 5%. "
-            f"{advice}",
+            "the {} draws are down to {} distinct ones, which descend from {} particles at the "
+            "start; below 5%. ",
+            total, _least(health.distinct, few), _least(health.ancestors, few),
         ),
-        (
-            alive & (k > 0.7),
-            f"Pareto k of the final weights is {_most(k):.2f}, above 0.7: a few particles carry "
-            f"the result, and its error is not known. {advice}",
+        _say(
+            is_alive & (k > 0.7),
+            "Pareto k of the final weights is {:.2f}, above 0.7: a few particles carry the result, "
+            "and its error is not known. ",
+            np.max(k),
         ),
-        (
-            alive & (worst_k > 0.7),
-            f"Pareto k of the weights of the least even step is {_most(worst_k):.2f}, above 0.7: "
-            f"what that step lost is not seen in the final weights. {advice}",
+        _say(
+            is_alive & (worst_k > 0.7),
+            "Pareto k of the weights of the least even step is {:.2f}, above 0.7: what that step "
+            "lost is not seen in the final weights. ",
+            np.max(worst_k),
         ),
-        (
-            alive & (np.nan_to_num(health.r_hat, nan=1.0) > 1.05),
-            f"R-hat over the runs is {_most(np.nan_to_num(health.r_hat)):.2f}, above 1.05: the "
-            f"runs put their draws in different places. {advice}",
+        _say(
+            is_alive & (r_hat > 1.05),
+            "R-hat over the runs is {:.2f}, above 1.05: the runs put their draws in different "
+            "places. ",
+            np.max(r_hat),
         ),
     ]  # fmt: skip
+    return [dead, *(text and text + advice for text in others)]
+
+
+def _say(is_so: Any, text: str, *values: Any) -> str:
+    """A complaint with its values put in; nothing where there is none."""
+    return systems(is_so) + text.format(*values) if np.any(is_so) else ""
+
+
+def _least(values: np.ndarray, among: Any) -> Any:
+    return np.min(np.where(among, values, np.max(values)))
 
 
 def _advice(walk: Walk, layout: Layout) -> str:
@@ -231,14 +246,6 @@ def _advice(walk: Walk, layout: Layout) -> str:
     )
 
 
-def systems(is_so: np.ndarray) -> str:
+def systems(is_so: Any) -> str:
     """How many systems, where there is more than one."""
     return f"in {is_so.sum()} of {is_so.size} systems, " if is_so.ndim else ""
-
-
-def _most(values: np.ndarray) -> Any:
-    return np.max(values)
-
-
-def _least(values: np.ndarray, among: np.ndarray) -> Any:
-    return np.min(values[among]) if np.any(among) else np.min(values)

@@ -144,7 +144,8 @@ def _compare(result: Result, small: Result) -> Check:
     sd = np.sqrt(np.sum(weights * (other - mean) ** 2, 0))
     apart = np.abs(x_0.mean(0) - mean) / np.where(sd > 0, sd, np.inf)
     axes = tuple(range(small.health.ess.ndim, apart.ndim))
-    return Check(results.log_evidence(small.outcome), small.health.ess, apart.max(axes))
+    difference = np.asarray(apart.max(axes))
+    return Check(results.log_evidence(small.outcome), small.health.ess, difference)
 
 
 def _doubts(result: Result, check: Check) -> tuple[str, ...]:

@@ -92,14 +92,14 @@ def log_evidence(outcome: Outcome) -> np.ndarray:
 
 def log_evidence_se(outcome: Outcome) -> np.ndarray:
     """Standard error of log Z over runs, `(*plates,)`; nan for one run or no weight."""
-    z = outcome.log_evidences
+    z = outcome.log_evidences.astype(np.float64)
     if len(z) == 1:
         return np.full(z.shape[1:], np.nan)
     top = z.max(0)
     ratio = np.exp(z - np.where(np.isfinite(top), top, 0.0))
     mean = ratio.mean(0)
     error = ratio.std(0, ddof=1) / np.sqrt(len(z))
-    return np.where(mean > 0, error / np.where(mean > 0, mean, 1.0), np.nan)
+    return np.asarray(np.where(mean > 0, error / np.where(mean > 0, mean, 1.0), np.nan))
 
 
 def pooled(a: np.ndarray) -> np.ndarray:
@@ -160,10 +160,11 @@ def _fold(keys: Array, value: int) -> Array:
 
 
 def _log_mean_exp(z: np.ndarray) -> np.ndarray:
+    z = z.astype(np.float64)
     top = z.max(0)
     finite = np.where(np.isfinite(top), top, 0.0)
     with np.errstate(divide="ignore"):
-        return finite + np.log(np.mean(np.exp(z - finite), 0))
+        return np.asarray(finite + np.log(np.mean(np.exp(z - finite), 0)))
 
 
 def _deterministics(conditioned: Any, x_0: Any) -> dict[str, Any]:

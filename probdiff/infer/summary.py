@@ -8,6 +8,8 @@ Of many entries the first are shown, and it is said how many are not. Where the 
 plates, particles are summed up by the worst system.
 """
 
+from typing import Any
+
 import numpy as np
 
 from probdiff.infer.results import Result, pooled, taken
@@ -79,7 +81,7 @@ def _rest(count: int, of: str) -> list[str]:
     return [f"... and {count} more {of}"] if count > 0 else []
 
 
-def _interval(value: float, low: float, high: float) -> str:
+def _interval(value: Any, low: Any, high: Any) -> str:
     inside = f"95% from {low:.4f} to {high:.4f}" if np.isfinite(low) else "no interval from one run"
     return f"{value:.4f} ({inside})" if np.isfinite(value) else f"{value}"
 

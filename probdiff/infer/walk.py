@@ -255,7 +255,8 @@ class Walk:
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], list[Any]]:
     """What a program is compiled for, and the arrays that it is then given."""
     leaves, tree = jax.tree.flatten((args, kwargs))
-    is_array = tuple(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves)
+    # NumPy's floats count as arrays: values of data, of which each would be compiled for otherwise.
+    is_array = tuple(isinstance(leaf, jax.Array | np.ndarray | np.floating) for leaf in leaves)
     arrays = [leaf for leaf, a in zip(leaves, is_array, strict=True) if a]
     fixed = tuple(leaf for leaf, a in zip(leaves, is_array, strict=True) if not a)
     return (tree, is_array, fixed), arrays

@@ -1,0 +1,709 @@
+"""`SMC` and `Guided` as a user meets them: draws, evidence, warnings, summaries, DataTrees.
+
+The oracle is a chain that is N(0, 1) at every level, whose posteriors and evidences are closed.
+"""
+
+import math
+import warnings
+
+import arviz_stats
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+import xarray as xr
+from jax.sharding import AbstractMesh, Mesh
+from scipy import stats
+
+from probdiff import BernoulliKernel, Diffusion, GaussianKernel, infer, readouts, schedules
+from probdiff.infer import InferenceWarning, checks, results
+from probdiff.infer.layout import Layout
+from probdiff.infer.walk import Outcome, Walk
+
+T = 50
+QUIET = "ignore::probdiff.infer.InferenceWarning"
+
+
+def standard_normal(event_shape=(), **options):
+    """A chain that is N(0, 1) at every level, exactly."""
+    beta = schedules.log_snr_linear(T, beta_1=1e-4, alpha_bar_T=1e-4)
+    readout = readouts.Perturbation(readouts.ForwardVariance())
+    return Diffusion(
+        GaussianKernel(),
+        beta,
+        lambda x, t: 0 * x,
+        event_shape=event_shape,
+        readout=readout,
+        **options,
+    )
+
+
+PRIOR = standard_normal().prior({})
+BITS = Diffusion(
+    BernoulliKernel(0.5), schedules.harmonic(5), lambda x, t: 0.0 * x, event_shape=(2,)
+).prior({})
+
+
+def measured(y, sigma, shift=None):
+    """A number measured with noise, and a factor that does not depend on it."""
+    x = PRIOR()
+    numpyro.deterministic("square", x**2)
+    numpyro.sample("y", dist.Normal(x, sigma), obs=y)
+    if shift is not None:
+        numpyro.factor("shift", shift)
+
+
+def in_plates(y):
+    """A pair of numbers for each row and column, one of each measured."""
+    prior = standard_normal((2,)).prior({})
+    with numpyro.plate("column", y.shape[1]), numpyro.plate("row", y.shape[0]):
+        x = prior()
+        numpyro.deterministic("first", x[..., 0])
+        numpyro.sample("y", dist.Normal(x[..., 0], 0.5), obs=y)
+
+
+def array(value):
+    return np.float32(value)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fast_compilation():
+    """Samplers here run for milliseconds and compile for seconds."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def smc():
+    """One compiled sampler for many runs; each test runs it anew."""
+    return infer.SMC(measured, num_particles=64, num_runs=16)
+
+
+@pytest.fixture(scope="module")
+def guided():
+    """The sampler of 2015."""
+    return infer.Guided(measured, twist=infer.KernelTwist(), num_samples=2000)
+
+
+@pytest.fixture(scope="module")
+def done():
+    """A run whose results are only looked at."""
+    sampler = infer.SMC(in_plates, num_particles=64, num_runs=4)
+    sampler.run(jax.random.key(3), np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3))
+    return sampler
+
+
+def run(sampler, y, sigma, shift=0.0, *, seed=0):
+    sampler.run(jax.random.key(seed), *map(array, (y, sigma, shift)))
+    return sampler
+
+
+# evidence and draws
+
+
+@pytest.mark.parametrize(("y", "sigma"), [(1.0, 0.5), (-2.0, 0.3), (0.5, 2.0)])
+def test_posterior_and_evidence_are_those_of_the_gaussian_oracle(smc, y, sigma):
+    run(smc, y, sigma)
+    mean, sd = y / (1 + sigma**2), sigma / math.sqrt(1 + sigma**2)
+    log_z = stats.norm.logpdf(y, 0, math.sqrt(1 + sigma**2))
+    assert abs(smc.log_evidence - log_z) < 4 * smc.log_evidence_se
+    assert smc.log_evidence_se < 0.05
+    draws = smc.get_samples()["x_0"]
+    ess = float(smc.result.health.ess)
+    assert abs(draws.mean() - mean) < 4 * sd / math.sqrt(ess)
+    assert abs(draws.var() - sd**2) < 4 * sd**2 * math.sqrt(2 / ess)
+
+
+def test_weighted_draws_have_the_moments_of_the_oracle(smc):
+    run(smc, 1.0, 0.5)
+    sites, log_w = smc.get_weighted_samples()
+    assert sites["x_0"].shape == sites["square"].shape == log_w.shape == (16 * 64,)
+    weights = np.exp(log_w)
+    assert weights.sum() == pytest.approx(1)
+    assert np.sum(weights * sites["x_0"]) == pytest.approx(0.8, abs=4 * math.sqrt(0.2 / 900))
+    np.testing.assert_array_equal(sites["square"], sites["x_0"] ** 2)
+
+
+def test_a_likelihood_of_one_leaves_evidence_exactly_one(key):
+    sampler = infer.SMC(lambda: PRIOR(), num_particles=512, num_runs=1, steps=10)
+    sampler.run(key)
+    assert sampler.log_evidence == 0.0
+    draws = sampler.get_samples()["x_0"]
+    assert stats.kstest(draws, "norm").pvalue > 1e-3
+    pool = sampler.get_weighted_samples()[0]["x_0"]
+    np.testing.assert_array_equal(np.sort(draws), np.sort(pool))
+    assert math.isnan(sampler.log_evidence_se)  # one run has no error
+    assert all(map(math.isnan, sampler.log_evidence_interval()))
+
+
+def test_a_constant_factor_shifts_the_evidence_and_nothing_else(smc):
+    before = run(smc, 1.0, 0.5, 0.0).log_evidence
+    draws = smc.get_samples()["x_0"]
+    after = run(smc, 1.0, 0.5, 3.0).log_evidence
+    assert after - before == pytest.approx(3.0, abs=1e-5)
+    np.testing.assert_allclose(smc.get_samples()["x_0"], draws, rtol=1e-4, atol=1e-5)
+
+
+def test_the_same_key_gives_the_same_draws_and_another_key_others(smc):
+    draws = run(smc, 1.0, 0.5).get_samples()["x_0"]
+    np.testing.assert_array_equal(run(smc, 1.0, 0.5).get_samples()["x_0"], draws)
+    assert not np.isin(run(smc, 1.0, 0.5, seed=1).get_samples()["x_0"], draws).any()
+
+
+def test_an_entry_of_a_plate_is_the_program_without_the_plate(x64):
+    prior = standard_normal().prior({})
+    y = np.linspace(-2, 2, 8)
+
+    def alone(y):
+        numpyro.sample("y", dist.Normal(prior(), 0.5), obs=y)
+
+    def together(y):
+        with numpyro.plate("row", 8):
+            alone(y)
+
+    key, options = jax.random.key(5), {"num_particles": 64, "num_runs": 4}
+    plated, single = infer.SMC(together, **options), infer.SMC(alone, **options)
+    plated.run(key, y)
+    assert plated.log_evidence.shape == (8,)
+    for i in (0, 3, 7):
+        single.run(jax.random.fold_in(key, i), np.asarray(y[i]))
+        for ours, alones in [
+            (plated.get_samples()["x_0"][:, i], single.get_samples()["x_0"]),
+            (plated.get_weighted_samples()[1][:, i], single.get_weighted_samples()[1]),
+            (plated.log_evidence[i], single.log_evidence),
+            (plated.log_evidence_se[i], single.log_evidence_se),
+        ]:
+            np.testing.assert_allclose(ours, alones, rtol=1e-9)
+
+
+def test_draws_of_two_plates_have_their_shapes(done):
+    draws = done.get_samples()
+    assert {name: a.shape for name, a in draws.items()} == {
+        "x_0": (256, 2, 3, 2),
+        "first": (256, 2, 3),
+    }
+    np.testing.assert_array_equal(draws["first"], draws["x_0"][..., 0])
+    sites, log_w = done.get_weighted_samples()
+    assert sites["x_0"].shape == (256, 2, 3, 2)
+    assert log_w.shape == (256, 2, 3)
+    np.testing.assert_allclose(np.exp(log_w).sum(0), 1, rtol=1e-6)
+    for a in (done.log_evidence, done.log_evidence_se, *done.log_evidence_interval()):
+        assert a.shape == (2, 3)
+    y = np.linspace(-1, 1, 6).reshape(2, 3)
+    error = 4 * math.sqrt(0.2 / 200)
+    np.testing.assert_allclose(draws["first"].mean(0), 0.8 * y, rtol=0, atol=error)
+
+
+def test_intervals_are_student_t_over_the_runs(smc):
+    run(smc, 1.0, 0.5)
+    z = np.exp(smc.result.outcome.log_evidences.astype(float))
+    assert smc.log_evidence == pytest.approx(math.log(z.mean()), abs=1e-6)
+    assert smc.log_evidence_se == pytest.approx(z.std(ddof=1) / 4 / z.mean(), rel=1e-3)
+    low, high = smc.log_evidence_interval(0.9)
+    half = stats.t.ppf(0.95, 15) * smc.log_evidence_se
+    assert (low, high) == pytest.approx((smc.log_evidence - half, smc.log_evidence + half))
+
+
+@pytest.mark.filterwarnings(QUIET)
+def test_no_weight_at_all_is_said_and_never_nan(smc):
+    run(smc, 1.0, 0.5, -np.inf)
+    assert smc.result.complaints[0].startswith("all weights are zero")
+    assert smc.log_evidence == -math.inf
+    assert math.isnan(smc.log_evidence_se)
+    np.testing.assert_allclose(smc.get_weighted_samples()[1], -math.log(16 * 64))
+    assert np.isfinite(smc.get_samples()["x_0"]).all()
+
+
+@pytest.mark.filterwarnings(QUIET)
+def test_a_likelihood_that_is_not_a_number_counts_as_zero(smc):
+    run(smc, 1.0, 0.5, np.nan)
+    assert smc.log_evidence == -math.inf
+    assert "the twist was not finite" in " ".join(smc.result.complaints)
+
+
+def test_systematic_resampling_takes_each_particle_within_one_of_its_share(key):
+    log_w = np.log(np.random.default_rng(0).dirichlet(np.full(40, 0.5), 3).T)
+    index = results.resample(jax.random.split(key, 3), log_w)
+    for column, weights in zip(index.T, np.exp(log_w).T, strict=True):
+        counts = np.bincount(column, minlength=40)
+        assert (np.abs(counts - 40 * weights) < 1).all()
+    assert not (np.diff(index, axis=0) >= 0).all()  # in random order
+
+
+def test_a_run_without_weight_is_not_pooled():
+    outcome = healthy(log_evidences=np.array([0.0, -np.inf, np.log(3.0)]), runs=3)
+    weights = np.exp(results.pooled_log_weights(outcome)).reshape(3, -1).sum(1)
+    np.testing.assert_allclose(weights, [0.25, 0, 0.75], atol=1e-12)
+
+
+def test_one_device_or_a_mesh_of_one_gives_the_same(smc, key):
+    run(smc, 1.0, 0.5)
+    mesh = Mesh(np.array(jax.devices()[:1]), ("run",))
+    sharded = infer.SMC(measured, num_particles=64, num_runs=16, mesh=mesh)
+    run(sharded, 1.0, 0.5)
+    np.testing.assert_allclose(
+        sharded.get_samples()["x_0"], smc.get_samples()["x_0"], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_bar_changes_nothing(smc, capfd):
+    draws = run(smc, 1.0, 0.5).get_samples()["x_0"]
+    smc.progress = True
+    try:
+        run(smc, 1.0, 0.5)
+    finally:
+        smc.progress = False
+    assert "infer: 100%" in capfd.readouterr().err
+    np.testing.assert_array_equal(smc.get_samples()["x_0"], draws)
+
+
+def test_numbers_that_compare_equal_are_not_taken_for_one_another(key):
+    seen = []
+
+    def program(flag):
+        seen.append(flag)
+        PRIOR()
+
+    walk = Walk(
+        program,
+        infer.LaplaceTwist(),
+        num_particles=2,
+        num_runs=1,
+        steps=None,
+        is_weighted=True,
+        threshold=0.5,
+        block_size=1,
+        mesh=None,
+    )
+    for flag in (1, True, 1.0):
+        walk.apply(lambda conditioned: jnp.zeros(()), (flag,), {})
+    assert [type(flag) for flag in seen] == [int, bool, float]
+
+
+# guided
+
+
+def test_the_rule_of_2015_tends_to_the_square_of_the_likelihood(guided):
+    run(guided, 0.0, 1.0)
+    sd = 1 / math.sqrt(3)  # of p r², not of p r
+    draws = guided.get_samples()["x_0"]
+    assert len(np.unique(draws)) == 2000
+    assert abs(draws.mean()) < 4 * sd / math.sqrt(2000)
+    assert guided.check.difference < 0.5  # both means are 0: nothing to see in them
+    run_loudly(guided, 3.0, 1.0)
+    draws = guided.get_samples()["x_0"]
+    assert abs(draws.mean() - 2) < 4 * sd / math.sqrt(2000)
+    assert abs(draws.var() - sd**2) < 4 * sd**2 * math.sqrt(2 / 2000)
+
+
+def run_loudly(guided, y, sigma):
+    with pytest.warns(InferenceWarning, match=r"means of the draws differ.*Use SMC"):
+        run(guided, y, sigma)
+
+
+def test_guided_says_that_it_is_approximate_and_how_far_off(guided, capsys):
+    run_loudly(guided, 3.0, 1.0)
+    log_z = stats.norm.logpdf(3, 0, math.sqrt(2))
+    assert guided.check.log_evidence == pytest.approx(log_z, abs=0.3)
+    assert 50 < guided.check.ess <= 128
+    assert guided.check.difference == pytest.approx((2 - 1.5) / math.sqrt(0.5), abs=0.4)
+    guided.print_summary()
+    assert "approximate: not weighed" in capsys.readouterr().out
+    tree = guided.to_datatree()
+    assert tree.attrs["approximate"] == 1
+    assert tree.attrs["twist"] == "KernelTwist(decays=False)"
+    assert "log_evidence" not in tree["smc"]
+
+
+@pytest.mark.filterwarnings(QUIET)
+def test_known_entries_need_finite_weights_or_none(key):
+    prior = standard_normal((2,)).prior({})
+    known, mask = np.array([0.7, 0.0], np.float32), np.array([True, False])
+
+    def program():
+        prior(known=known, mask=mask)
+
+    with pytest.raises(ValueError, match=r"PointTwist has no finite weights.*LaplaceTwist.*Guided"):
+        infer.SMC(program, twist=infer.PointTwist()).run(key)
+    guided = infer.Guided(program, twist=infer.PointTwist(), num_samples=64, check=False)
+    guided.run(key)
+    assert (guided.get_samples()["x_0"][:, 0] == known[0]).all()
+
+
+# warnings
+
+
+def healthy(*, runs=2, size=200, **changes):
+    """An outcome with nothing to complain of, but for what is changed."""
+    rng = np.random.default_rng(0)
+    log_w = 0.1 * rng.normal(size=(runs, size))
+    log_w -= np.log(np.exp(log_w).sum(1, keepdims=True))
+    levels = np.full((T + 1, runs), 0.0)
+    return Outcome(
+        x_0=rng.normal(size=(runs, size)),
+        log_weights=log_w,
+        log_evidences=np.zeros(runs),
+        log_r=rng.normal(size=(runs, size)),
+        ancestors=np.broadcast_to(np.arange(size), (runs, size)),
+        ess=levels + 0.9 * size,
+        resampled=levels > 0,
+        shift=levels,
+        bad=levels,
+        worst_log_weights=0.1 * rng.normal(size=(runs, size)),
+    )._replace(**changes)
+
+
+def complaints_of(outcome, *, left=0.0, twist=None, steps=None, is_discrete=False):
+    runs, size = outcome.log_weights.shape
+    walk = Walk(
+        measured,
+        twist or infer.LaplaceTwist(),
+        num_particles=size,
+        num_runs=runs,
+        steps=steps,
+        is_weighted=True,
+        threshold=0.5,
+        block_size=1,
+        mesh=None,
+    )
+    layout = Layout("x_0", T, np.arange((steps or T) + 1), is_discrete, 0, (), {}, {}, 1)
+    log_w = results.pooled_log_weights(outcome)
+    keys = jax.random.split(jax.random.key(0), 1 + runs)[:, None]
+    in_runs = np.stack([results.resample(keys[1 + r], outcome.log_weights[r]) for r in range(runs)])
+    index = results.resample(keys[0], log_w)
+    return checks.complaints(walk, layout, checks.health(outcome, log_w, index, in_runs, left))
+
+
+def heavy(shape, power=2.0):
+    """Log weights with a Pareto tail of shape `power`."""
+    return power * np.random.default_rng(1).exponential(size=shape)
+
+
+def normalised(log_w):
+    return log_w - np.log(np.exp(log_w).sum(1, keepdims=True))
+
+
+def few_with_weight(runs, size, count):
+    log_w = np.full((runs, size), -np.inf)
+    log_w[:, :count] = -math.log(count)
+    return log_w
+
+
+def test_a_healthy_run_is_not_complained_of():
+    assert complaints_of(healthy()) == ()
+
+
+@pytest.mark.parametrize(
+    ("outcome", "words"),
+    [
+        ({"log_evidences": np.array([0.0, 1.2])}, "log evidence differs by up to 1.2 nats"),
+        ({"ess": np.full((T + 1, 2), 19.0)}, "fell to 9.5% of num_particles at one level"),
+        (
+            {"log_weights": few_with_weight(2, 200, 45)},
+            "effective number of draws is 90, below 100",
+        ),
+        ({"ancestors": np.arange(200)[None] % 9 + np.zeros((2, 1), int)}, "from 18 particles"),
+        ({"worst_log_weights": heavy((2, 200))}, "least even step"),
+        ({"log_r": np.arange(400.0).reshape(2, 200)}, "R-hat over the runs is"),
+        ({"x_0": np.arange(400.0).reshape(2, 200)}, "R-hat over the runs is"),
+        ({"bad": np.full((T + 1, 2), 0.25)}, "twist was not finite for up to 25.0%"),
+        ({"log_evidences": np.full(2, -np.inf)}, "all weights are zero"),
+    ],
+)
+def test_each_trouble_is_warned_of_alone(outcome, words):
+    (complaint,) = complaints_of(healthy(**outcome))
+    assert words in complaint
+
+
+def test_a_heavy_tail_of_the_final_weights_is_warned_of():
+    outcome = healthy(log_weights=normalised(heavy((2, 2000), 1.0)), size=2000)
+    assert "Pareto k of the final weights" in " ".join(complaints_of(outcome))
+
+
+def test_a_chain_that_does_not_end_in_noise_is_warned_of():
+    (complaint,) = complaints_of(healthy(), left=0.2)
+    assert "alpha_bar_T times E|x_0|^2 is 0.2" in complaint
+    assert complaints_of(healthy(), left=0.09) == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ({}, "Raise num_particles; use TweedieTwist"),
+        ({"steps": 10}, "Raise num_particles or steps; use TweedieTwist"),
+        ({"twist": infer.KernelTwist()}, "Use LaplaceTwist, or raise num_particles"),
+        ({"is_discrete": True}, "Raise num_particles"),
+    ],
+)
+def test_advice_fits_the_sampler(options, advice):
+    steps = options.get("steps", T)
+    outcome = healthy(ess=np.full((steps + 1, 2), 1.0))
+    (complaint,) = complaints_of(outcome, **options)
+    assert advice in complaint
+    assert ("TweedieTwist" in complaint) == ("TweedieTwist" in advice)
+
+
+def test_equal_weights_have_no_tail():
+    assert np.isnan(checks.pareto_k(np.zeros(1000)))
+    assert np.isnan(checks.pareto_k(np.linspace(0, 1, 99)))  # too few for a fit
+    light = checks.pareto_k(np.random.default_rng(0).normal(size=1000) * 0.1)
+    assert light < 0.5 < checks.pareto_k(heavy(1000, 1.0))
+
+
+def test_a_collapse_is_warned_of_once_a_kind_and_listed_in_the_summary(capsys):
+    def program(y):
+        with numpyro.plate("row", 2):
+            measured(y, 0.01)
+
+    sampler = infer.SMC(program, num_particles=32, num_runs=2, twist=infer.KernelTwist())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sampler.run(jax.random.key(0), np.full(2, 3.0, np.float32))
+    texts = [str(w.message) for w in caught if w.category is InferenceWarning]
+    assert len(texts) == len(set(texts)) >= 3
+    assert all(text.startswith(("in 1 of 2 systems", "in 2 of 2 systems")) for text in texts)
+    sampler.print_summary()
+    out = capsys.readouterr().out
+    assert all(f"warning: {text}" in out for text in texts)
+
+
+# summary and DataTree
+
+
+def test_the_summary_holds_entries_evidence_and_particles(smc, capsys):
+    run(smc, 1.0, 0.5).print_summary()
+    out = capsys.readouterr().out
+    draws = smc.get_samples()["x_0"].astype(float)
+    row = (draws.mean(), draws.std(), *np.quantile(draws, [0.05, 0.95]))
+    assert "x_0 " + " ".join(f"{v:10.4g}" for v in row) in out
+    low, high = smc.log_evidence_interval()
+    assert f"{smc.log_evidence:.4f} (95% from {low:.4f} to {high:.4f})" in out
+    assert "LaplaceTwist(rank=4): 50 of T = 50 steps, 16 run(s) of 64 particles" in out
+    assert f"network calls: {98 * 16 * 64}, 98 a particle" in out
+    assert "no warnings" in out
+
+
+def test_the_summary_says_what_it_leaves_out(done, capsys):
+    done.print_summary(limit=4)
+    out = capsys.readouterr().out
+    assert "x_0[0, 1, 1]" in out
+    assert "x_0[0, 2, 0]" not in out
+    assert "... and 8 more entries of x_0" in out
+    assert "by row, column:" in out
+    assert "... and 2 more systems" in out
+
+
+def test_the_tree_has_named_dims_and_all_groups(done):
+    tree = done.to_datatree()
+    plates = ("row", "column")
+    expected = {
+        "posterior": {"x_0": ("chain", "draw", *plates, "x_0_dim_0"), "first": None},
+        "sample_stats": {"log_r": ("chain", "draw", *plates), "log_weight": None},
+        "log_likelihood": {"y": ("chain", "draw", *plates)},
+        "posterior_predictive": {"y": ("chain", "draw", *plates)},
+        "observed_data": {"y": plates},
+        "runs": {"x_0": ("chain", "draw", *plates, "x_0_dim_0"), "log_r": None},
+        "smc": {
+            "ess": ("level", "run", *plates),
+            "log_evidence_by_run": ("run", *plates),
+            "pareto_k": plates,
+        },
+    }
+    assert set(tree.children) == set(expected)
+    for group, variables in expected.items():
+        for name, dims in variables.items():
+            assert dims is None or tree[group][name].dims == dims, (group, name)
+    assert dict(tree["runs"].sizes)["chain"] == 4
+    assert dict(tree["posterior"].sizes)["draw"] == 256
+    np.testing.assert_array_equal(tree["smc"]["t"], np.arange(T + 1))
+    for node in tree.subtree:
+        for variable in node.variables.values():
+            assert isinstance(variable.data, np.ndarray)
+
+
+def test_the_tree_holds_the_numbers_of_the_run(done):
+    tree, draws = done.to_datatree(), done.get_samples()
+    np.testing.assert_array_equal(tree["posterior"]["x_0"][0], draws["x_0"])
+    y = tree["observed_data"]["y"].values
+    log_lik = stats.norm.logpdf(y, draws["first"], 0.5)
+    np.testing.assert_allclose(tree["log_likelihood"]["y"][0], log_lik, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(tree["sample_stats"]["log_r"][0], log_lik, rtol=1e-4, atol=1e-4)
+    noise = tree["posterior_predictive"]["y"].values[0] - draws["first"]
+    assert stats.kstest(noise.ravel() / 0.5, "norm").pvalue > 1e-3
+    np.testing.assert_array_equal(tree["smc"]["log_evidence"], done.log_evidence)
+    np.testing.assert_array_equal(tree["smc"]["ess"][0], done.result.outcome.ess[-1])
+
+
+def test_the_tree_says_what_was_run(done):
+    attrs = done.to_datatree().attrs
+    assert attrs["approximate"] == 0
+    assert attrs["sampler"] == "SMC"
+    assert (attrs["T"], attrs["steps"]) == (T, T)
+    assert (attrs["num_particles"], attrs["num_runs"]) == (64, 4)
+    assert attrs["network_calls"] == 98 * 64 * 4 * 6
+    assert attrs["jax_version"] == jax.__version__
+
+
+def test_the_tree_goes_to_a_file_and_back_and_into_arviz(done, tmp_path):
+    tree = done.to_datatree()
+    tree.to_netcdf(tmp_path / "posterior.nc", engine="h5netcdf")
+    with xr.open_datatree(tmp_path / "posterior.nc", engine="h5netcdf") as back:
+        assert back.equals(tree)
+        assert back.attrs["twist"] == "LaplaceTwist(rank=4)"
+    table = arviz_stats.summary(tree, var_names=["first"])
+    assert len(table) == 6
+    r_hat = arviz_stats.rhat(tree["runs"].to_dataset())
+    assert float(r_hat["x_0"].max()) < 1.05
+
+
+def test_factors_are_likelihoods_and_not_data(smc):
+    tree = run(smc, 1.0, 0.5, 2.0).to_datatree()
+    assert set(tree["log_likelihood"].data_vars) == {"y", "shift"}
+    assert set(tree["posterior_predictive"].data_vars) == {"y"}
+    assert set(tree["observed_data"].data_vars) == {"y"}
+    np.testing.assert_array_equal(tree["log_likelihood"]["shift"], np.full((1, 1024), 2.0))
+
+
+# refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_particles": 0}, "num_particles must be at least 1; got 0"),
+        ({"num_runs": 0}, "num_runs must be at least 1; got 0"),
+        ({"block_size": 0}, "block_size must be at least 1; got 0"),
+        ({"ess_threshold": 1.5}, r"ess_threshold must lie in \[0, 1\]; got 1.5"),
+    ],
+)
+def test_smc_refuses_options_out_of_range(options, words):
+    with pytest.raises(ValueError, match=words):
+        infer.SMC(measured, **options)
+
+
+def test_runs_that_devices_cannot_share_are_refused(unchecked):
+    with pytest.raises(ValueError, match="num_runs must be a multiple of the 2 devices"):
+        Walk(
+            measured,
+            infer.LaplaceTwist(),
+            num_particles=2,
+            num_runs=3,
+            steps=None,
+            is_weighted=True,
+            threshold=0.5,
+            block_size=1,
+            mesh=AbstractMesh((2,), ("run",)),
+        )
+
+
+def test_guided_refuses_no_draws():
+    with pytest.raises(ValueError, match="num_samples must be at least 1; got 0"):
+        infer.Guided(measured, num_samples=0)
+
+
+def test_nothing_is_there_before_a_run():
+    with pytest.raises(ValueError, match="run must be called first"):
+        infer.SMC(measured).get_samples()
+
+
+def test_an_interval_needs_a_probability(smc):
+    with pytest.raises(ValueError, match=r"prob must lie in \(0, 1\); got 95.0"):
+        run(smc, 1.0, 0.5).log_evidence_interval(95.0)
+
+
+@pytest.mark.parametrize("steps", [1, T + 1])
+def test_steps_out_of_range_are_refused(steps, key):
+    with pytest.raises(ValueError, match=rf"steps must lie in 2..T = {T}; got {steps}"):
+        infer.SMC(measured, steps=steps).run(key, array(1.0), array(0.5))
+
+
+def no_prior():
+    numpyro.sample("y", dist.Normal(0.0, 1.0), obs=1.0)
+
+
+def two_priors():
+    PRIOR()
+    standard_normal(name="other").prior({})()
+
+
+def latent_site():
+    numpyro.sample("y", dist.Normal(PRIOR(), numpyro.sample("s", dist.HalfNormal(1.0))), obs=1.0)
+
+
+def delta():
+    numpyro.sample("y", dist.Delta(PRIOR()), obs=1.0)
+
+
+def outside_the_plate():
+    with numpyro.plate("row", 3):
+        x = PRIOR()
+    numpyro.sample("y", dist.Normal(x.sum(), 1.0), obs=1.0)
+
+
+def coupled():
+    with numpyro.plate("row", 3):
+        x = PRIOR()
+        numpyro.sample("y", dist.Normal(x + x.sum(), 1.0), obs=1.0)
+
+
+def unbound():
+    numpyro.sample("y", dist.Normal(PRIOR(), numpyro.param("s", 1.0)), obs=1.0)
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        (no_prior, "must call a prior made by Diffusion.prior exactly once; got 0 calls"),
+        (two_priors, "exactly once; got 2 calls"),
+        (latent_site, "latent site 's' must have a value"),
+        (delta, r"observed site 'y' must have a density; got a Delta.*prior\(known=values"),
+        (outside_the_plate, r"observed site 'y' must lie inside the plates.*outside \['row'\]"),
+        (coupled, "program must keep the entries of the plates around the prior apart"),
+        (unbound, "param 's' is unbound"),
+    ],
+)
+def test_a_program_that_is_not_one_prior_with_observations_is_refused(program, words, key):
+    with pytest.raises(ValueError, match=words):
+        infer.SMC(program).run(key)
+
+
+def test_arguments_that_cannot_be_compiled_for_are_refused(key):
+    class Unhashable:
+        __hash__ = None
+
+    with pytest.raises(ValueError, match="arguments of the program must be arrays or hashable"):
+        infer.SMC(lambda options: PRIOR()).run(key, Unhashable())
+
+
+def test_a_twist_for_numbers_is_refused_for_symbols(key):
+    with pytest.raises(ValueError, match="twist must be left out for symbols"):
+        infer.SMC(lambda: BITS(), twist=infer.PointTwist()).run(key)
+
+
+def test_a_twist_that_does_not_fit_the_prior_is_refused(key):
+    twist = infer.GaussianTwist(np.ones((1, 2)), 0.5)
+    with pytest.raises(ValueError, match="matrix must have 1 columns"):
+        infer.SMC(measured, twist=twist).run(key, array(1.0), array(0.5))
+
+
+# symbols
+
+
+def test_bits_are_drawn_from_their_posterior(key):
+    """Two fair bits, of which one is observed through noise."""
+
+    def program():
+        x = BITS()
+        numpyro.sample("y", dist.Bernoulli(0.2 + 0.6 * x[0]), obs=1)
+
+    sampler = infer.SMC(program, num_particles=128, num_runs=4)
+    sampler.run(key)
+    draws = sampler.get_samples()["x_0"]
+    assert draws.shape == (512, 2)
+    assert abs(sampler.log_evidence - math.log(0.5)) <= max(4 * sampler.log_evidence_se, 1e-5)
+    assert abs(draws[:, 0].mean() - 0.8) < 4 * math.sqrt(0.16 / 400)
+    assert abs(draws[:, 1].mean() - 0.5) < 4 * math.sqrt(0.25 / 400)
+    assert sampler.to_datatree().attrs["twist"] == "symbols"
