@@ -429,6 +429,9 @@ def refusals():
         with handlers.mask(mask=False):
             prior()
 
+    def unbound():
+        return prior() * numpyro.param("w", 1.0)
+
     values = {"x_0_trajectory": jnp.zeros((T, 2))}
     return {
         "no prior": (lambda: numpyro.sample("z", dist.Normal()), "must call a prior"),
@@ -436,6 +439,7 @@ def refusals():
         "scaled": (handlers.scale(plain, scale=2.0), "must keep its density"),
         "subsampled": (subsampled, "must keep its density"),
         "masked": (masked, "must keep its density"),
+        "unbound": (unbound, "param 'w' is unbound"),
         "conditioned": (handlers.condition(plain, data=values), "must be left to its noise"),
         "substituted": (handlers.substitute(plain, data=values), "must be left to its noise"),
     }
@@ -446,6 +450,12 @@ def test_a_program_without_smooth_noise_is_refused(case):
     program, message = refusals()[case]
     with pytest.raises(ValueError, match=re.escape(message)):
         sites_of(noncentered(program))
+
+
+def test_a_bound_parameter_is_accepted(x64):
+    prior = standard().prior({})
+    program = handlers.substitute(lambda: prior() * numpyro.param("w", 1.0), data={"w": 2.0})
+    assert sites_of(noncentered(program))["w"]["value"] == 2
 
 
 @pytest.mark.parametrize("steps", [1, T + 1])

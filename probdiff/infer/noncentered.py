@@ -56,7 +56,7 @@ def noncentered(program: Program, *, steps: int | None = None) -> Program:
     Returns:
         A program with the arguments of `program`. When called it raises a `ValueError` if it meets
         no prior, one of symbols, one whose density a handler or a subsampling plate changes, or
-        one whose trajectory has a value.
+        one whose trajectory has a value, or an unbound parameter.
     """
 
     def over_noise(*args: Any, **kwargs: Any) -> Any:
@@ -136,6 +136,12 @@ class _Retreat(Messenger):
         self.noise_0: dict[str, Any] = {}
 
     def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "param" and msg["value"] is None:
+            raise ValueError(
+                f"param {msg['name']!r} is unbound in the program, and MCMC would keep its initial "
+                "value. Give it one inside noncentered, by numpyro.handlers.substitute(program, "
+                "data=params)"
+            )
         if msg["type"] != "sample":
             return
         if "prior" in msg["infer"]:
