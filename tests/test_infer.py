@@ -19,7 +19,7 @@ from scipy import stats
 
 from probdiff import BernoulliKernel, Diffusion, GaussianKernel, infer, readouts, schedules
 from probdiff.infer import InferenceWarning, checks, results
-from probdiff.infer.layout import Layout
+from probdiff.infer.layout import Layout, layout
 from probdiff.infer.walk import Outcome, Walk
 
 T = 50
@@ -62,6 +62,21 @@ def in_plates(y):
         x = prior()
         numpyro.deterministic("first", x[..., 0])
         numpyro.sample("y", dist.Normal(x[..., 0], 0.5), obs=y)
+
+
+def walk_of(program, *, twist=None, num_particles=1, num_runs=1, steps=None, mesh=None):
+    """A walk that is not walked."""
+    return Walk(
+        program,
+        twist or infer.LaplaceTwist(),
+        num_particles=num_particles,
+        num_runs=num_runs,
+        steps=steps,
+        is_weighted=True,
+        threshold=0.5,
+        block_size=1,
+        mesh=mesh,
+    )
 
 
 def array(value):
@@ -150,6 +165,8 @@ def test_a_constant_factor_shifts_the_evidence_and_nothing_else(smc):
 def test_the_same_key_gives_the_same_draws_and_another_key_others(smc):
     draws = run(smc, 1.0, 0.5).get_samples()["x_0"]
     np.testing.assert_array_equal(run(smc, 1.0, 0.5).get_samples()["x_0"], draws)
+    smc.run(jax.random.PRNGKey(0), array(1.0), array(0.5), array(0.0))
+    np.testing.assert_array_equal(smc.get_samples()["x_0"], draws)
     assert not np.isin(run(smc, 1.0, 0.5, seed=1).get_samples()["x_0"], draws).any()
 
 
@@ -267,19 +284,12 @@ def test_numbers_that_compare_equal_are_not_taken_for_one_another(key):
         seen.append(flag)
         PRIOR()
 
-    walk = Walk(
-        program,
-        infer.LaplaceTwist(),
-        num_particles=2,
-        num_runs=1,
-        steps=None,
-        is_weighted=True,
-        threshold=0.5,
-        block_size=1,
-        mesh=None,
-    )
+    def nothing(conditioned):
+        return jnp.zeros(())
+
+    walk = walk_of(program)
     for flag in (1, True, 1.0):
-        walk.apply(lambda conditioned: jnp.zeros(()), (flag,), {})
+        walk.apply(nothing, (flag,), {})
     assert [type(flag) for flag in seen] == [int, bool, float]
 
 
@@ -358,23 +368,13 @@ def healthy(*, runs=2, size=200, **changes):
 
 def complaints_of(outcome, *, left=0.0, twist=None, steps=None, is_discrete=False):
     runs, size = outcome.log_weights.shape
-    walk = Walk(
-        measured,
-        twist or infer.LaplaceTwist(),
-        num_particles=size,
-        num_runs=runs,
-        steps=steps,
-        is_weighted=True,
-        threshold=0.5,
-        block_size=1,
-        mesh=None,
-    )
-    layout = Layout("x_0", T, np.arange((steps or T) + 1), is_discrete, 0, (), {}, {}, 1)
+    walk = walk_of(measured, twist=twist, num_particles=size, num_runs=runs, steps=steps)
+    names = Layout("x_0", T, np.arange((steps or T) + 1), is_discrete, 0, (), {}, {}, 1)
     log_w = results.pooled_log_weights(outcome)
     keys = jax.random.split(jax.random.key(0), 1 + runs)[:, None]
     in_runs = np.stack([results.resample(keys[1 + r], outcome.log_weights[r]) for r in range(runs)])
     index = results.resample(keys[0], log_w)
-    return checks.complaints(walk, layout, checks.health(outcome, log_w, index, in_runs, left))
+    return checks.complaints(walk, names, checks.health(outcome, log_w, index, in_runs, left))
 
 
 def heavy(shape, power=2.0):
@@ -435,6 +435,7 @@ def test_a_chain_that_does_not_end_in_noise_is_warned_of():
         ({}, "Raise num_particles; use TweedieTwist"),
         ({"steps": 10}, "Raise num_particles or steps; use TweedieTwist"),
         ({"twist": infer.KernelTwist()}, "Use LaplaceTwist, or raise num_particles"),
+        ({"twist": infer.TweedieTwist()}, "Raise num_particles, or the twist's rank"),
         ({"is_discrete": True}, "Raise num_particles"),
     ],
 )
@@ -443,7 +444,7 @@ def test_advice_fits_the_sampler(options, advice):
     outcome = healthy(ess=np.full((steps + 1, 2), 1.0))
     (complaint,) = complaints_of(outcome, **options)
     assert advice in complaint
-    assert ("TweedieTwist" in complaint) == ("TweedieTwist" in advice)
+    assert ("use TweedieTwist" in complaint) == ("use TweedieTwist" in advice)
 
 
 def test_equal_weights_have_no_tail():
@@ -567,6 +568,24 @@ def test_factors_are_likelihoods_and_not_data(smc):
     np.testing.assert_array_equal(tree["log_likelihood"]["shift"], np.full((1, 1024), 2.0))
 
 
+def test_a_shorter_chain_says_what_becomes_of_a_learned_variance():
+    diffusion = Diffusion(
+        GaussianKernel(),
+        schedules.log_snr_linear(T, beta_1=1e-4, alpha_bar_T=1e-4),
+        lambda x, t: jnp.concatenate([x, x], -1),
+        event_shape=(1,),
+    )
+    prior = diffusion.prior({})
+    notes = [
+        walk_of(lambda: prior(), steps=steps).look(
+            lambda c, n=steps: layout(c, n, infer.LaplaceTwist()).note, (), {}
+        )
+        for steps in (None, T, 10)
+    ]
+    assert notes[:2] == ["", ""]
+    assert "steps=10 has no learned variance" in notes[2]
+
+
 # refusals
 
 
@@ -586,17 +605,7 @@ def test_smc_refuses_options_out_of_range(options, words):
 
 def test_runs_that_devices_cannot_share_are_refused(unchecked):
     with pytest.raises(ValueError, match="num_runs must be a multiple of the 2 devices"):
-        Walk(
-            measured,
-            infer.LaplaceTwist(),
-            num_particles=2,
-            num_runs=3,
-            steps=None,
-            is_weighted=True,
-            threshold=0.5,
-            block_size=1,
-            mesh=AbstractMesh((2,), ("run",)),
-        )
+        walk_of(measured, num_particles=2, num_runs=3, mesh=AbstractMesh((2,), ("run",)))
 
 
 def test_guided_refuses_no_draws():

@@ -18,7 +18,7 @@ import numpy as np
 from arviz_stats.base import array_stats
 
 from probdiff.infer.layout import Layout
-from probdiff.infer.twists import KernelTwist, PointTwist
+from probdiff.infer.twists import KernelTwist, PointTwist, TweedieTwist
 from probdiff.infer.walk import Outcome, Walk
 
 MAX_SERIES = 2000
@@ -240,6 +240,8 @@ def _advice(walk: Walk, layout: Layout) -> str:
         return f"Use LaplaceTwist, or raise {more}"
     if layout.is_discrete:
         return f"Raise {more}"
+    if isinstance(walk.twist, TweedieTwist):
+        return f"Raise {more}, or the twist's rank up to the number of measurements of one x_0"
     return (
         f"Raise {more}; use TweedieTwist where several measurements are taken of one x_0; and see "
         "that the variance given to Diffusion.prior is not below that of the data"

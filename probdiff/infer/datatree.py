@@ -69,6 +69,7 @@ def _attrs(result: Result) -> dict[str, Any]:
         "twist": "symbols" if result.layout.is_discrete else repr(walk.twist),
         "network_calls": summary.network_calls(result),
         "approximate": int(not walk.is_weighted),
+        "note": result.layout.note,
         "warnings": "\n".join(result.complaints),
     }
     libraries = ("probdiff", "jax", "numpyro")

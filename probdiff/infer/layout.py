@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from probdiff.infer.levels import levels
+from probdiff.infer.levels import Levels, levels
 from probdiff.infer.program import Conditioned
 from probdiff.infer.twists import KernelTwist, TweedieTwist, Twist
 from probdiff.kernels import DiscreteKernel
-from probdiff.readouts import Tied
+from probdiff.readouts import GaussianReadout, LearnedVariance, Tied
 
 TAKEN = {"chain", "draw", "level", "run"}
 
@@ -40,6 +40,8 @@ class Layout(NamedTuple):
     """Dims of each observed site's log density."""
     calls: int
     """Network calls of one particle, each product with the Jacobian counted as one."""
+    note: str = ""
+    """What else must be said of the chain that is walked."""
 
 
 def layout(conditioned: Conditioned, steps: int | None, twist: Twist) -> Layout:
@@ -69,8 +71,21 @@ def layout(conditioned: Conditioned, steps: int | None, twist: Twist) -> Layout:
     return Layout(
         diffusion.name, diffusion.T, np.concatenate([[0], chain.times]), is_discrete,
         len(diffusion.event_shape), tuple(plates), dims, batch_dims,
-        per_level * (chain.n - 1) + last,
+        per_level * (chain.n - 1) + last, _note(chain),
     )  # fmt: skip
+
+
+def _note(chain: Levels) -> str:
+    """A learned variance has no value for the longer steps of a shorter chain."""
+    readout = chain.draw.trajectory.readout
+    is_learned = isinstance(readout, GaussianReadout) and isinstance(
+        readout.variance, LearnedVariance
+    )
+    if not (is_learned and chain.is_respaced):
+        return ""
+    return (
+        f"steps={chain.n} has no learned variance, which belongs to T steps: the bridge's is used"
+    )
 
 
 def _products(twist: Twist, size: int) -> int:

@@ -51,6 +51,8 @@ def run(
     walk: Walk, key: Array, args: tuple[Any, ...], kwargs: dict[str, Any], progress: bool
 ) -> Result:
     """Walk, resample and measure; `warn` says what was found."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)  # of jax.random.PRNGKey
     outcome = walk(key, args, kwargs, progress)
     names = walk.look(lambda c: layout(c, walk.steps, walk.twist), args, kwargs)
     log_w = pooled_log_weights(outcome, walk.is_weighted)

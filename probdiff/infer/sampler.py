@@ -65,8 +65,9 @@ class Sampler(abc.ABC):
         Args:
             limit: Entries of x_0 and systems that are shown.
         """
-        lines = [self._title(), *summary.entries(self.result, limit), *self._lines(limit)]
-        print("\n".join(lines))
+        entries = summary.entries(self.result, limit)
+        lines = [self._title(), self.result.layout.note, *entries, *self._lines(limit)]
+        print("\n".join(filter(None, lines)))
 
     def to_datatree(self) -> xr.DataTree:
         """The run as an ArviZ DataTree, NumPy arrays with named dims; see `infer.datatree`."""
