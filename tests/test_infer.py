@@ -406,7 +406,10 @@ def test_a_healthy_run_is_not_complained_of():
             "effective number of draws is 90, below 100",
         ),
         ({"ancestors": np.arange(200)[None] % 9 + np.zeros((2, 1), int)}, "from 18 particles"),
-        ({"worst_log_weights": heavy((2, 200))}, "least even step"),
+        (
+            {"worst_log_weights": heavy((2, 200)), "resampled": np.ones((T + 1, 2), bool)},
+            "least even step",
+        ),
         ({"log_r": np.arange(400.0).reshape(2, 200)}, "R-hat over the runs is"),
         ({"x_0": np.arange(400.0).reshape(2, 200)}, "R-hat over the runs is"),
         ({"bad": np.full((T + 1, 2), 0.25)}, "twist was not finite for up to 25.0%"),
@@ -416,6 +419,10 @@ def test_a_healthy_run_is_not_complained_of():
 def test_each_trouble_is_warned_of_alone(outcome, words):
     (complaint,) = complaints_of(healthy(**outcome))
     assert words in complaint
+
+
+def test_without_resampling_the_final_weights_show_what_a_step_did():
+    assert complaints_of(healthy(worst_log_weights=heavy((2, 200)))) == ()
 
 
 def test_a_heavy_tail_of_the_final_weights_is_warned_of():

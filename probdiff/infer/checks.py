@@ -4,7 +4,8 @@
     effective number, least            < 10 % of N    one step had to throw most particles away
     effective number, final, pooled    < 100          means have errors above a tenth of an sd
     distinct ancestors, distinct draws < 5 %          many draws are one draw
-    Pareto k, final and worst step     > 0.7          weights of infinite variance, error unknown
+    Pareto k of the final weights      > 0.7          a variance that may be infinite, error unknown
+    Pareto k of the least even step    > 0.7          the same, hidden by a resampling
     R-hat over runs                    > 1.05         runs differ in where their draws lie
     twists that are not finite         > 0            log r is nan or infinite somewhere
     ᾱ_T E|x_0|²                        > 0.1          the chain does not end in noise
@@ -208,7 +209,7 @@ def _of_weights(walk: Walk, health: Health, advice: str) -> list[str]:
             np.max(k),
         ),
         _say(
-            is_alive & (worst_k > 0.7),
+            is_alive & (health.resampled > 0) & (worst_k > 0.7),  # else the final weights show it
             "Pareto k of the weights of the least even step is {:.2f}, above 0.7: what that step "
             "lost is not seen in the final weights. ",
             np.max(worst_k),
