@@ -8,6 +8,7 @@
 Source: Sohl-Dickstein et al. (2015), section 2.5, multiplying by r(x).
 """
 
+from probdiff.infer.calibrate import calibrate
 from probdiff.infer.checks import InferenceWarning
 from probdiff.infer.guided import Guided
 from probdiff.infer.noncentered import initial_noise, noncentered
@@ -31,6 +32,7 @@ __all__ = [
     "PointTwist",
     "TweedieTwist",
     "Twist",
+    "calibrate",
     "initial_noise",
     "noncentered",
 ]

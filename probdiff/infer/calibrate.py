@@ -1,0 +1,339 @@
+"""Simulation-based calibration: does a sampler draw from the posterior it says it draws from?
+
+Under the program itself draw x_0* ~ p, the trained chain, and data y ~ p(y | x_0*). Then x_0* is
+one draw of p(x_0 | y), as good as any other, so among L draws of a sampler that is right, the rank
+of any quantity f(x_0, y) is uniform on 0..L, and
+
+    PIT = (#{f_l < f*} + U (1 + #{f_l = f*})) / (L + 1),    U ~ Uniform(0, 1),
+
+is uniform on (0, 1): exactly so for L independent draws, ties or none. The quantities are
+
+    every coordinate of x_0,  projections of x_0 on random directions,  log r(x_0) = log p(y | x_0).
+
+The last makes it a test of conditioning. A sampler that returns draws of the prior, whatever y is,
+has uniform ranks in all that depends on x_0 alone; but its draws explain y worse than x_0* does,
+and the rank of log r says so.
+
+Draws of one SMC run are exchangeable but dependent, by common ancestors and by resampling. Their
+ranks are uniform up to the bias of SMC, of order 1/N, and to an error of order one over the
+effective number of draws: too little to see in hundreds of simulations, unless runs collapse, which
+ranks then rightly show as a posterior too narrow. Draws of MCMC must be thinned likewise.
+
+Sources: Talts et al. (2018); Modrák et al. (2023) for the likelihood as a quantity.
+"""
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+import xarray as xr
+from jaxtyping import Array
+from numpyro import handlers
+from scipy import stats
+from tqdm import tqdm
+
+from probdiff.infer.checks import InferenceWarning
+from probdiff.infer.program import Program, condition
+from probdiff.infer.results import BLOCK
+
+LEVEL = 0.01
+"""Probability that one or more of all the tests reject a sampler that is right, at most."""
+
+
+@runtime_checkable
+class Runs(Protocol):
+    """`SMC`, `Guided`, NumPyro's `MCMC`: what runs on a key and arguments and then has samples."""
+
+    def run(self, key: Any, *args: Any, **kwargs: Any) -> Any:
+        """Sample the posterior at these arguments."""
+
+    def get_samples(self) -> dict[str, Any]:
+        """Equally weighted draws by site name."""
+
+
+def calibrate(
+    key: Array,
+    program: Program,
+    sampler: Runs | Callable[..., Any],
+    *,
+    num_simulations: int = 200,
+    num_draws: int | None = None,
+    num_projections: int = 4,
+    observed: Mapping[str, str] | None = None,
+    progress: bool = False,
+    **kwargs: Any,
+) -> xr.DataTree:
+    """Rank x_0* among the draws of a sampler on data simulated from x_0*, many times.
+
+        def denoise(y=None, sigma=0.5):
+            numpyro.sample("y", dist.Normal(prior(), sigma).to_event(1), obs=y)
+
+        tree = infer.calibrate(key, denoise, infer.SMC(denoise), sigma=0.3)
+        plots.calibration(tree)
+
+    A small p-value says that the sampler is wrong for this program; a large one that the
+    simulations do not tell. Simulations run one after another, compiled once. Each entry of plates
+    around the prior is a simulation of its own, so that a program with its examples in a plate has
+    many for the price of one run. x_0* comes from all T steps: a sampler of `steps=n` is tested for
+    that difference, too.
+
+    Args:
+        key: Randomness.
+        program: A program with one `prior()` whose observed sites take their values from
+            arguments, and are drawn where these are None.
+        sampler: `SMC` or `Guided` of the program, or any other with `run(key, **arguments)` and
+            `get_samples()`; or a function of the same arguments that returns draws of x_0,
+            `(M, *plates, *event_shape)`. Draws count equally.
+        num_simulations: Number of data sets.
+        num_draws: Number L of draws ranked against, evenly spread over those there are; all of them
+            if absent.
+        num_projections: Number of random directions, none where x_0 is a single number.
+        observed: Argument that gives each observed site its value, by site name; sites that are not
+            in it have an argument of their own name.
+        progress: Show a bar.
+        **kwargs: All other arguments of the program, handed to the sampler as well.
+
+    Returns:
+        Group `prior_sbc`: PITs in (0, 1) of x_0, `projection` and `log_r`, with dims `chain` (one),
+        `draw` (the simulations) and those of x_0, which `arviz_plots.plot_ecdf_pit(tree,
+        coverage=False)` reads. Group `uniformity`: their Kolmogorov-Smirnov p-values. Attributes of
+        the tree: `sampler`, `num_simulations`, entries of plates counted, `num_draws`,
+        `num_warned`, the runs that gave an `InferenceWarning`, `num_tests` m, `least_p_value`,
+        where it is, `least_at`, and `bound` = 0.01/m: a least p-value below rejects the sampler.
+
+    Raises:
+        ValueError: if an argument is out of range, the program is not one prior with sites that
+            can be drawn, a site has no argument, or draws have another shape or are not finite.
+
+    Source: Talts et al. (2018), algorithm 1.
+    """
+    _check_at_least(1, num_simulations=num_simulations)
+    _check_at_least(0, num_projections=num_projections)
+    _check_at_least(1, num_draws=1 if num_draws is None else num_draws)
+    key_directions, key_simulations = jax.random.split(key)
+    simulator = _Simulator(key_directions, program, observed, num_projections, kwargs)
+    run = _runner(sampler, simulator.name)
+    pits, num_warned = [], 0
+    for i in tqdm(range(num_simulations), desc="calibrate", disable=not progress):
+        keys = jax.random.split(jax.random.fold_in(key_simulations, i), 3)
+        x_star, data = simulator.draw(keys[0])
+        draws, is_warned = _quietly(run, keys[1], simulator.kwargs | data)
+        draws = _thinned(simulator.checked(draws), num_draws)
+        pits.append(_pits(keys[2], simulator.quantities(data, x_star, draws)))
+        num_warned += is_warned
+    stacked = {name: np.concatenate([pit[name] for pit in pits]) for name in pits[0]}
+    counts = {"num_draws": len(draws), "num_warned": num_warned}
+    return _tree(stacked, simulator.name, {"sampler": _name(sampler)} | counts)
+
+
+class _Simulator:
+    """A program as a law of x_0* and its data, and the quantities that are ranked."""
+
+    def __init__(
+        self, key: Array, program: Program, observed: Any, num_projections: int, kwargs: Any
+    ):
+        self._program, self.kwargs = program, _without_data(program, kwargs)
+        sites = self._sites(key)
+        site = _prior_site(sites)
+        self._diffusion, self._batch_shape = (
+            site["infer"]["prior"].diffusion,
+            site["fn"].batch_shape,
+        )
+        self.name = self._diffusion.name
+        self._arguments = _arguments(sites, {site["name"], self.name}, observed or {}, program)
+        size = math.prod(self._diffusion.event_shape)
+        self._directions = _directions(key, num_projections if size > 1 else 0, size)
+        self._draw, self._quantities = jax.jit(self._simulate), jax.jit(self._at)
+
+    def draw(self, key: Array) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """x_0* and the arguments that hold its data."""
+        return jax.tree.map(np.asarray, self._draw(key))
+
+    def checked(self, draws: Any) -> np.ndarray:
+        """Draws of a sampler, refused where they cannot be ranked."""
+        draws, rest = np.asarray(draws), (*self._batch_shape, *self._diffusion.event_shape)
+        if draws.ndim == 0 or draws.shape[1:] != rest:
+            expected = ", ".join(map(str, ("M", *rest)))
+            raise ValueError(f"sampler must give draws of shape ({expected}); got {draws.shape}")
+        if not np.isfinite(draws).all():
+            raise ValueError("sampler must give finite draws; got some that are not")
+        return draws
+
+    def quantities(self, data: Any, x_star: np.ndarray, draws: np.ndarray) -> dict[str, np.ndarray]:
+        """Quantities of x_0* and, behind it, of the draws, `(1 + L, entries of plates, ...)`."""
+        x_0 = np.concatenate([x_star[None], draws])
+        values = jax.tree.map(np.asarray, self._quantities(data, x_0))
+        first = 1 + len(self._batch_shape)
+        return {k: np.reshape(v, (len(v), -1, *v.shape[first:])) for k, v in values.items()}
+
+    def _sites(self, key: Array) -> dict[str, Any]:
+        with handlers.block():
+            return handlers.trace(handlers.seed(self._program, key)).get_trace(**self.kwargs)
+
+    def _simulate(self, key: Array) -> tuple[Any, dict[str, Any]]:
+        sites = self._sites(key)
+        data = {name: sites[site]["value"] for site, name in self._arguments.items()}
+        return sites[self.name]["value"], data
+
+    def _at(self, data: dict[str, Any], x_0: Any) -> dict[str, Any]:
+        conditioned = condition(self._program, (), self.kwargs | data)
+        log_r = jax.lax.map(conditioned.log_r, x_0, batch_size=BLOCK)
+        values = {self.name: x_0, "log_r": log_r}
+        if len(self._directions):
+            flat = self._diffusion.to_chain(x_0).reshape(*log_r.shape, -1)
+            values["projection"] = flat @ self._directions.T
+        return values
+
+
+def _without_data(program: Program, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments under which nothing is observed: None for each that has no value and needs one."""
+    parameters = inspect.signature(program).parameters.values()
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    needed = {p.name: None for p in parameters if p.kind in named and p.default is p.empty}
+    return needed | kwargs
+
+
+def _prior_site(sites: dict[str, Any]) -> dict[str, Any]:
+    priors = [site for site in sites.values() if "prior" in site.get("infer", {})]
+    if len(priors) != 1:
+        raise ValueError(
+            "program must call a prior made by Diffusion.prior exactly once; got "
+            f"{len(priors)} calls"
+        )
+    return priors[0]
+
+
+def _arguments(
+    sites: dict[str, Any], ours: set[str], observed: Mapping[str, str], program: Program
+) -> dict[str, str]:
+    """Argument of each site that is drawn below the prior, by site name."""
+    samples = {name: site for name, site in sites.items() if site["type"] == "sample"}
+    for name, site in samples.items():
+        if site["is_observed"]:
+            raise ValueError(
+                f"site {name!r} must be drawn where the arguments that hold data are None; it is "
+                "observed, so data that go with a draw of the prior cannot be simulated"
+            )
+        if site["scale"] is not None:
+            raise ValueError(
+                f"site {name!r} must not be scaled, since data are drawn from the law without scale"
+            )
+    drawn = [name for name in samples if name not in ours]
+    if not drawn:
+        raise ValueError("program must hold a site to observe; got none below its prior")
+    if not set(observed) <= set(drawn):
+        raise ValueError(f"observed must name sites among {drawn}; got {sorted(observed)}")
+    arguments = {name: observed.get(name, name) for name in drawn}
+    parameters = inspect.signature(program).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for name, argument in arguments.items():
+        if argument not in parameters and not takes_any:
+            raise ValueError(
+                f"site {name!r} must take its value from an argument {argument!r} of the program, "
+                f"or from another that observed names; got arguments {sorted(parameters)}"
+            )
+    return arguments
+
+
+def _directions(key: Array, count: int, size: int) -> np.ndarray:
+    """Unit vectors, `(count, size)`."""
+    z = np.asarray(jax.random.normal(key, (count, size)))
+    return z / np.linalg.norm(z, axis=1, keepdims=True)
+
+
+def _runner(sampler: Any, name: str) -> Callable[..., Any]:
+    """The sampler as a function of a key and arguments that returns draws of x_0."""
+    if isinstance(sampler, type):
+        raise ValueError(f"sampler must be made with its program first; got {sampler}")
+    if not isinstance(sampler, Runs):
+        return sampler
+
+    def run(key: Array, **kwargs: Any) -> Any:
+        sampler.run(key, **kwargs)
+        return sampler.get_samples()[name]
+
+    return run
+
+
+def _quietly(run: Callable[..., Any], key: Array, kwargs: dict[str, Any]) -> tuple[Any, bool]:
+    """Draws, and whether there was an `InferenceWarning`: one of hundreds helps nobody."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", InferenceWarning)
+        draws = run(key, **kwargs)
+    ours = [issubclass(warning.category, InferenceWarning) for warning in caught]
+    for warning, is_ours in zip(caught, ours, strict=True):
+        if not is_ours:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+    return draws, any(ours)
+
+
+def _thinned(draws: np.ndarray, num_draws: int | None) -> np.ndarray:
+    if num_draws is None or num_draws == len(draws):
+        return draws
+    if num_draws > len(draws):
+        raise ValueError(
+            f"num_draws must be at most the {len(draws)} draws of the sampler; got {num_draws}"
+        )
+    return draws[np.linspace(0, len(draws) - 1, num_draws).round().astype(int)]
+
+
+def _pits(key: Array, quantities: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Randomised PIT of row 0 among the rows behind it."""
+    pits = {}
+    for i, (name, values) in enumerate(sorted(quantities.items())):
+        if np.isnan(values).any():
+            raise ValueError(f"{name} must be a number at every draw; got nan")
+        below, equal = (values[1:] < values[0]).sum(0), (values[1:] == values[0]).sum(0)
+        u = np.asarray(jax.random.uniform(jax.random.fold_in(key, i), below.shape))
+        pits[name] = (below + u * (1 + equal)) / len(values)
+    return pits
+
+
+def _tree(pits: dict[str, np.ndarray], name: str, attrs: dict[str, Any]) -> xr.DataTree:
+    """PITs and their p-values with named dims."""
+    names = {k: _dims(k, pit.ndim - 1, name) for k, pit in pits.items()}
+    p_values = {k: np.asarray(np.apply_along_axis(_p_value, 0, pit)) for k, pit in pits.items()}
+    least = min(p_values, key=lambda k: p_values[k].min())
+    place = np.unravel_index(p_values[least].argmin(), p_values[least].shape)
+    num_tests = sum(p.size for p in p_values.values())
+    attrs |= {
+        "num_simulations": len(pits["log_r"]),
+        "num_tests": num_tests,
+        "least_p_value": float(p_values[least].min()),
+        "least_at": least + (str([int(i) for i in place]) if place else ""),
+        "bound": LEVEL / num_tests,
+    }
+    ranks = {k: (("chain", "draw", *names[k]), pit[None]) for k, pit in pits.items()}
+    coords = {"chain": [0], "draw": np.arange(len(pits["log_r"]))}
+    tree = xr.DataTree(name="probdiff")
+    tree["prior_sbc"] = xr.DataTree(xr.Dataset(ranks, coords))
+    tree["uniformity"] = xr.DataTree(xr.Dataset({k: (names[k], p) for k, p in p_values.items()}))
+    tree.attrs = attrs
+    return tree
+
+
+def _dims(quantity: str, count: int, name: str) -> list[str]:
+    if quantity == "projection":
+        return ["direction"]
+    return [f"{name}_dim_{i}" for i in range(count)]
+
+
+def _p_value(pit: np.ndarray) -> float:
+    return float(stats.kstest(pit, "uniform").pvalue)
+
+
+def _name(sampler: Any) -> str:
+    is_object = isinstance(sampler, Runs)
+    return type(sampler).__name__ if is_object else getattr(sampler, "__name__", repr(sampler))
+
+
+def _check_at_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}; got {value}")
