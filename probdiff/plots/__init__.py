@@ -1,13 +1,17 @@
 """Pictures of what was computed elsewhere: nothing here draws, trains or integrates.
 
-Every function takes arrays or the DataTree of `diagnostics.bound`, and axes to draw into; it
-returns the axes, or a figure where it makes one.
+Every function takes arrays or the DataTree of `diagnostics.bound`, of a sampler or of
+`infer.calibrate`, and axes to draw into; it returns the axes, or a figure where it makes one.
 
     training     losses, bound_per_step
     pictures     points, slices, drift, images, figure_1
+    posterior    posterior_images, posterior_points
+    inference    ess_trace, evidence, calibration
 """
 
+from probdiff.plots.inference import calibration, ess_trace, evidence
 from probdiff.plots.pictures import drift, figure_1, images, points, slices
+from probdiff.plots.posterior import posterior_images, posterior_points
 from probdiff.plots.style import BLUE, GREEN, ORANGE
 from probdiff.plots.training import bound_per_step, losses
 
@@ -16,10 +20,15 @@ __all__ = [
     "GREEN",
     "ORANGE",
     "bound_per_step",
+    "calibration",
     "drift",
+    "ess_trace",
+    "evidence",
     "figure_1",
     "images",
     "losses",
     "points",
+    "posterior_images",
+    "posterior_points",
     "slices",
 ]

@@ -1,0 +1,191 @@
+"""How far to trust a run: its effective numbers, its evidence, its ranks.
+
+    ess_trace      (Σ w)² / (N Σ w²) at every level of the walk, and where particles were resampled
+    evidence       log Ẑ_r of each run, log of their mean and its Student-t interval
+    calibration    Δ-ECDF of the PITs of `infer.calibrate`: how far their distribution function is
+                   from that of a uniform number; a band holds all of it with probability 99 %
+
+Sources: Säilynoja, Bürkner and Vehtari (2022) for the band; Talts et al. (2018).
+"""
+
+from typing import Any
+
+import arviz_plots
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy import stats
+
+from probdiff.plots.style import BLUE, ORANGE, axes_or_new
+
+COLUMNS = 4
+"""Panels of a calibration side by side."""
+
+
+def ess_trace(tree: xr.DataTree, *, threshold: float | None = 0.5, ax: Axes | None = None) -> Axes:
+    """Effective share of particles down the chain, noise on the left, one line for each run.
+
+    Where the prior stands in plates, the least over them is shown, and a mark wherever any of them
+    was resampled. At t = 0 stands the share that the final draws rest on.
+
+    Args:
+        tree: `SMC.to_datatree()`.
+        threshold: Share below which the run resampled, its `ess_threshold`; None for no line.
+        ax: Where to draw; a new figure if absent.
+
+    Raises:
+        ValueError: if the tree is not of an SMC run.
+    """
+    ax, group = axes_or_new(ax), _weighted(tree)
+    plates = _plates(group["ess"], "level", "run")
+    share = group["ess"].min(plates).transpose("level", "run") / tree.attrs["num_particles"]
+    was_resampled = (group["resampled"] > 0).any(plates).transpose("level", "run").values
+    t = group["t"].values
+    runs = f"{share.sizes['run']} run" + "s" * (share.sizes["run"] > 1)
+    least = f", least of {_count(group['ess'], plates)} systems" if plates else ""
+    lines = ax.plot(t, share.values, color=BLUE, linewidth=1, alpha=0.7)
+    lines[0].set_label(runs + least)
+    level, run = np.nonzero(was_resampled)
+    ax.plot(t[level], share.values[level, run], "v", color=ORANGE, markersize=4, label="resampled")
+    if threshold is not None:
+        label = f"threshold {threshold:.0%}"
+        ax.axhline(threshold, color="black", linestyle="--", linewidth=0.8, label=label)
+    ax.set(xlabel="level t (noise on the left, data on the right)", ylim=(0, 1.03))
+    ax.set_ylabel(f"effective share of {tree.attrs['num_particles']} particles")
+    ax.yaxis.set_major_formatter("{x:.0%}")
+    ax.invert_xaxis()
+    _legend_above(ax)
+    return ax
+
+
+def evidence(tree: xr.DataTree, *, prob: float = 0.95, ax: Axes | None = None) -> Axes:
+    """log evidence of each run, with the pooled value and its interval.
+
+    Without plates one dot for each run and a band for the pooled value; with plates a column for
+    each of their entries.
+
+    Args:
+        tree: `SMC.to_datatree()`.
+        prob: Probability of the Student-t interval, in (0, 1).
+        ax: Where to draw; a new figure if absent.
+
+    Raises:
+        ValueError: if the tree is not of an SMC run, or prob is out of range.
+    """
+    if not 0 < prob < 1:
+        raise ValueError(f"prob must lie in (0, 1); got {prob}")
+    ax, group = axes_or_new(ax), _weighted(tree)
+    by_run = group["log_evidence_by_run"].transpose("run", ...).values
+    runs = len(by_run)
+    by_run = by_run.reshape(runs, -1)
+    pooled = group["log_evidence"].values.reshape(-1)
+    quantile = stats.t.ppf((1 + prob) / 2, runs - 1) if runs > 1 else np.nan
+    half = np.nan_to_num(quantile * group["log_evidence_se"].values.reshape(-1))
+    text = f"pooled, {prob:.0%} interval" if runs > 1 else "one run: no interval"
+    if group["log_evidence"].ndim == 0:
+        text = f"{text}: {pooled[0]:.3f} ± {half[0]:.3f}" if runs > 1 else text
+        ax.axhspan(pooled[0] - half[0], pooled[0] + half[0], color=ORANGE, alpha=0.2, linewidth=0)
+        ax.axhline(pooled[0], color=ORANGE, label=text)
+        ax.plot(np.arange(runs), by_run[:, 0], "o", color=BLUE, label="one run")
+        ax.set(xlabel="run", xticks=np.arange(runs))
+    else:
+        place = np.arange(len(pooled))
+        spread = np.linspace(-0.2, 0.2, runs) if runs > 1 else np.zeros(1)
+        ax.plot(place + spread[:, None], by_run, "o", color=BLUE, markersize=3)
+        ax.plot([], [], "o", color=BLUE, markersize=3, label="one run")
+        ax.errorbar(
+            place, pooled, half, fmt="_", color=ORANGE, markersize=14, linewidth=1.5, label=text
+        )
+        names = ", ".join(map(str, group["log_evidence"].dims))
+        ax.set(xlabel=f"entry of {names}, in order")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.set_ylabel("log evidence (nats)")
+    _legend_above(ax)
+    return ax
+
+
+def calibration(tree: xr.DataTree, *, num_panels: int = 8, **options: Any) -> Figure:
+    """Δ-ECDF of each quantity's PITs: log r, then the quantities that look worst.
+
+    A line inside its band is what a sampler of the posterior gives. An arch above 0 says that draws
+    are too large, below 0 too small; an S that they are too wide (first below, then above 0) or too
+    narrow. In the panel of log r an arch above 0 says that draws explain the data too well, below
+    0 too badly, as those of the prior do.
+
+    Args:
+        tree: What `infer.calibrate` returned.
+        num_panels: Panels at most.
+        **options: Handed to `arviz_plots.plot_ecdf_pit`.
+
+    Raises:
+        ValueError: if the tree is not of `infer.calibrate`, or num_panels is below 1.
+    """
+    if num_panels < 1:
+        raise ValueError(f"num_panels must be at least 1; got {num_panels}")
+    if not {"prior_sbc", "uniformity"} <= set(tree.children):
+        raise ValueError(f"tree must come from infer.calibrate; got groups {list(tree.children)}")
+    panels = xr.Dataset(dict(_panels(tree, num_panels)))
+    rows, columns = -(-len(panels) // COLUMNS), min(len(panels), COLUMNS)
+    size = {"figsize": (max(2.7 * columns, 6.5), 2.2 * rows + 0.6), "figsize_units": "inches"}
+    looks = {
+        "group": "prior_sbc", "coverage": False, "backend": "matplotlib", "col_wrap": COLUMNS,
+        "figure_kwargs": size | {"layout": "constrained", "sharex": False, "sharey": True},
+        "visuals": {"ecdf_lines": {"color": BLUE}, "remove_axis": False},
+    }  # fmt: skip
+    part = xr.DataTree.from_dict({"prior_sbc": panels})
+    figure = arviz_plots.plot_ecdf_pit(part, **(looks | options)).viz["figure"].item()
+    for ax in [ax for ax in figure.axes if ax.axison]:  # the last row may have places left
+        ax.axhline(0, color="black", linewidth=0.6)
+        ax.title.set_fontsize("medium")
+        if ax.get_subplotspec().is_first_col():
+            ax.set_ylabel("ECDF − uniform")
+    band = f"grey: where a uniform line stays at {options.get('ci_prob', 0.99):.0%}"
+    figure.suptitle(f"{_verdict(tree.attrs, len(panels))}\n{band}", fontsize="medium")
+    return figure
+
+
+def _verdict(attrs: dict[str, Any], shown: int) -> str:
+    hidden = attrs["num_tests"] - shown
+    return (
+        f"{attrs['sampler']}, {attrs['num_simulations']} simulations: least of "
+        f"{attrs['num_tests']} p-values {attrs['least_p_value']:.2g}, rejected below "
+        f"{attrs['bound']:.2g}" + (f"; {hidden} not shown" if hidden else "")
+    )
+
+
+def _legend_above(ax: Axes) -> None:
+    """A legend that no data can lie under."""
+    ax.legend(
+        frameon=False, fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=3,
+        borderaxespad=0.2,
+    )  # fmt: skip
+
+
+def _panels(tree: xr.DataTree, count: int) -> list[tuple[str, xr.DataArray]]:
+    """PITs of single quantities under their titles: log r, then by p-value."""
+    found = []
+    for name, p_values in tree["uniformity"].data_vars.items():
+        for place in np.ndindex(p_values.shape):
+            index = dict(zip(p_values.dims, place, strict=True))
+            label = name + (str(list(place)) if place else "")
+            p = float(p_values.values[place])
+            verdict = ", rejected" if p < tree.attrs["bound"] else ""
+            pit = tree["prior_sbc"][name].isel(index)
+            found.append((name != "log_r", p, f"{label}: p = {p:.2g}{verdict}", pit))
+    found.sort(key=lambda panel: panel[:2])
+    return [(title, pit) for _, _, title, pit in found[:count]]
+
+
+def _weighted(tree: xr.DataTree) -> xr.DataTree:
+    if "smc" not in tree.children or "log_evidence" not in tree["smc"]:
+        raise ValueError("tree must come from to_datatree of an SMC, which has weights")
+    return tree["smc"]
+
+
+def _plates(values: xr.DataArray, *others: str) -> list[str]:
+    return [str(dim) for dim in values.dims if dim not in others]
+
+
+def _count(values: xr.DataArray, dims: list[str]) -> int:
+    return int(np.prod([values.sizes[dim] for dim in dims]))

@@ -1,0 +1,178 @@
+"""A posterior beside what was observed and what was true.
+
+    truth | observation | draw 1 | draw 2 | ... | mean | sd
+
+Draws show what the posterior holds to be possible, all of them together plausible as the data are;
+their mean shows none of it, and the standard deviation only where draws differ. So draws come
+first. Grey values share one scale, the standard deviations have one of their own.
+"""
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from jaxtyping import Array, Bool, Float, Num
+from matplotlib.axes import Axes
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path
+
+from probdiff.plots.pictures import Points
+from probdiff.plots.style import BLUE, ORANGE, SKY, axes_or_new, square
+
+Images = Num[Array | np.ndarray, "_ _ _"]
+Grid = Any
+"""Axes in rows and columns, `(images, columns)`."""
+
+
+def posterior_images(
+    truth: Images | None,
+    observation: Images,
+    draws: Num[Array | np.ndarray, "_ _ _ _"],
+    mean: Images,
+    sd: Images,
+    *,
+    mask: Bool[Array | np.ndarray, "..."] | None = None,
+    num_draws: int = 4,
+    vmin: float | int = 0.0,
+    vmax: float | int = 1.0,
+    observation_limits: tuple[Any, Any] | None = None,
+    axes: Grid = None,
+) -> np.ndarray:
+    """A sheet with a row for each example: truth, observation, draws, mean and sd.
+
+    Pixels that were not observed are hatched on sky blue, which no grey value is.
+
+    Args:
+        truth: True images; None where they are not known, which leaves their column out.
+        observation: What was observed, of any height and width; pixels that are nan were not.
+        draws: Posterior draws, draws leading, as `get_samples` has them with a plate over images.
+        mean: Posterior means.
+        sd: Posterior standard deviations.
+        mask: True where a pixel was observed, broadcastable to `observation`.
+        num_draws: Draws shown, the first ones.
+        vmin: Value shown black; what is below is black too.
+        vmax: Value shown white; what is above is white too.
+        observation_limits: Black and white of the observations, if these are in other units.
+        axes: Where to draw, `(images, columns)`; a new figure if absent.
+
+    Returns:
+        The axes, `(images, columns)`; the figure is `axes[0, 0].figure`.
+
+    Raises:
+        ValueError: if the numbers of images differ, or axes have another shape.
+    """
+    shown = [("observation", observation)]
+    shown += [(f"draw {i + 1}", draw) for i, draw in enumerate(np.asarray(draws)[:num_draws])]
+    shown += [("mean", mean), ("sd", sd)]
+    if truth is not None:
+        shown.insert(0, ("truth", truth))
+    columns = [(title, np.asarray(images, np.float64)) for title, images in shown]
+    _check_rows({title: len(images) for title, images in columns})
+    axes = _grid(axes, len(columns[0][1]), len(columns))
+    hidden = _hidden(observation, mask)
+    grey = {"cmap": "gray", "vmin": vmin, "vmax": vmax}
+    sd_max = float(np.max(columns[-1][1]))
+    for column, (title, images) in zip(axes.T, columns, strict=True):
+        looks = grey
+        if title == "sd":
+            looks = {"cmap": "viridis", "vmin": 0.0, "vmax": sd_max if sd_max > 0 else 1.0}
+        if title == "observation" and observation_limits is not None:
+            low, high = observation_limits
+            looks, title = grey | {"vmin": low, "vmax": high}, f"{title}\n{low:g} to {high:g}"
+        for ax, image in zip(column, images, strict=True):
+            ax.imshow(image, interpolation="nearest", **looks)
+            ax.set(xticks=[], yticks=[])
+        column[0].set_title(title, fontsize="medium")
+    first = 0 if truth is None else 1
+    for ax, pixels in zip(axes[:, first], hidden, strict=True):
+        _hatch(ax, pixels)
+    if hidden.any():
+        axes[-1, first].set_xlabel("hatched: unseen", fontsize="small")
+    figure = axes[0, 0].figure
+    figure.colorbar(axes[0, -2].images[0], ax=axes[:, -2], label="value", shrink=0.8)
+    figure.colorbar(axes[0, -1].images[0], ax=axes[:, -1], label="posterior sd", shrink=0.8)
+    return axes
+
+
+def posterior_points(
+    draws: Points,
+    *,
+    truth: Float[Array | np.ndarray, "2"] | None = None,
+    observation: Float[Array | np.ndarray, "2"] | None = None,
+    behind: Points | None = None,
+    title: str = "",
+    limit: float = 2.6,
+    ax: Axes | None = None,
+) -> Axes:
+    """Posterior draws in the plane, with the true point and the observed one.
+
+    Args:
+        draws: Posterior draws.
+        truth: The true point.
+        observation: The observed point; a coordinate that was not measured is nan, and a line.
+        behind: Points drawn pale behind, such as draws of the prior.
+        title: Title of the panel.
+        limit: Half the width of the panel; points outside are not shown.
+        ax: Where to draw; a new figure if absent.
+    """
+    ax = axes_or_new(ax)
+    if behind is not None:
+        ax.scatter(*np.asarray(behind).T, s=3, color="0.8", linewidths=0, zorder=0)
+        ax.scatter([], [], s=20, color="0.8", label="prior draws")
+    draws = np.asarray(draws)
+    size = min(9.0, 3000 / max(len(draws), 1))
+    ax.scatter(*draws.T, s=size, color=BLUE, alpha=0.6, linewidths=0)
+    ax.scatter([], [], s=20, color=BLUE, label="posterior draws")
+    if observation is not None:
+        _mark_observed(ax, np.asarray(observation))
+    if truth is not None:
+        ax.plot(
+            *np.asarray(truth), "*", color=ORANGE, markersize=14, markeredgecolor="white",
+            linestyle="none", label="truth",
+        )  # fmt: skip
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return square(ax, limit, title)
+
+
+def _mark_observed(ax: Axes, observation: np.ndarray) -> None:
+    looks = {"color": "black", "label": "observation"}
+    first, second = observation
+    if np.isnan(second):
+        ax.axvline(first, linestyle="--", linewidth=1, **looks)
+    elif np.isnan(first):
+        ax.axhline(second, linestyle="--", linewidth=1, **looks)
+    else:
+        ax.plot(first, second, "x", markersize=9, markeredgewidth=2, linestyle="none", **looks)
+
+
+def _hidden(observation: Any, mask: Any) -> np.ndarray:
+    """Pixels of the observations that were not observed."""
+    is_nan = np.isnan(np.asarray(observation, np.float64))
+    return (
+        is_nan if mask is None else is_nan | ~np.broadcast_to(np.asarray(mask, bool), is_nan.shape)
+    )
+
+
+def _hatch(ax: Axes, pixels: np.ndarray) -> None:
+    """Hatched squares over the pixels that are True."""
+    if not pixels.any():
+        return
+    corners = np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5], [-0.5, -0.5]])
+    squares = [Path(corners + np.array([j, i]), closed=True) for i, j in np.argwhere(pixels)]
+    whole = Path.make_compound_path(*squares)
+    ax.add_patch(PathPatch(whole, facecolor=SKY, edgecolor="white", hatch="////", linewidth=0))
+
+
+def _grid(axes: Grid, rows: int, columns: int) -> np.ndarray:
+    if axes is None:
+        figure = plt.figure(figsize=(1.2 * columns + 1.2, 1.25 * rows + 0.4), layout="constrained")
+        return figure.subplots(rows, columns, squeeze=False)
+    axes = np.asarray(axes)
+    if axes.shape != (rows, columns):
+        raise ValueError(f"axes must have shape ({rows}, {columns}); got {axes.shape}")
+    return axes
+
+
+def _check_rows(counts: dict[str, int]) -> None:
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"all columns must have as many images; got {counts}")
