@@ -142,8 +142,12 @@ def test_calibration_shows_log_r_first_and_then_the_worst():
     assert "SMC, 150 simulations" in figure.get_suptitle()
     pit = np.sort(tree["prior_sbc"]["x_0"].values[0, :, 2])
     largest = np.abs(np.arange(1, 151) / 150 - pit).max()
-    heights = [np.abs(line.get_ydata()).max() for line in figure.axes[1].lines]
-    assert abs(max(heights) - largest) < 0.02  # drawn on a grid
+    curve = max(figure.axes[1].lines, key=lambda line: len(line.get_ydata()))
+    assert abs(np.abs(curve.get_ydata()).max() - largest) < 0.02  # drawn on a grid
+    dashed = [line.get_ydata()[0] for line in figure.axes[1].lines if line.get_linestyle() == "--"]
+    at_bound = stats.kstwo.sf(np.abs(dashed), 150)
+    np.testing.assert_allclose(at_bound, 0.0025, rtol=1e-3)
+    assert sorted(np.sign(dashed)) == [-1, 1]
 
 
 def test_calibration_refuses_what_it_cannot_show():
