@@ -23,6 +23,15 @@ from probdiff.trajectories import ReverseTrajectory, first
 from probdiff.types import Params
 
 
+class Covariance(NamedTuple):
+    """Covariance Σ = U diag(λ) Uᵀ of the d numbers of x_0."""
+
+    axes: np.ndarray
+    """U, `(d, d)`."""
+    variances: np.ndarray
+    """λ, `(d,)`, positive."""
+
+
 class PriorDraw(NamedTuple):
     """What `infer` needs to know of one call of a prior; kept with the trajectory's site."""
 
@@ -32,6 +41,8 @@ class PriorDraw(NamedTuple):
     """Its reverse chain, parameters and context bound."""
     variance: np.ndarray
     """Variance τ² of x_0 on the scale of the chain, which sets the width of a twist."""
+    covariance: Covariance | None
+    """Covariance of x_0 on that scale, where it was given."""
     known: Any
     """Known values in the user's units, `(*plates, *event_shape)`, or None."""
     mask: Any
@@ -49,14 +60,20 @@ class Prior:
             params: Its parameters.
             variance: Variance τ² of the data on the scale of the chain, positive, broadcastable to
                 `event_shape`; 1 if absent. It sets how wide `infer` takes x_0 to be given a noisy
-                level; too wide is safe, too narrow is not.
+                level; too wide is safer than too narrow. Or their covariance, `(d, d)` for d
+                numbers in an event: the better choice for images, whose numbers hang together.
 
         Raises:
-            ValueError: if parameters do not fit or the variance is not positive.
+            ValueError: if parameters do not fit, or the variance is not positive (a covariance:
+                not symmetric, or with a negative eigenvalue).
         """
         diffusion.check_params(params)
         self.diffusion, self.params = diffusion, params
         self.variance = validation.check_variance(diffusion.event_shape, variance)
+        self.covariance = None
+        if self.variance.ndim == 2 and self.variance.shape != diffusion.event_shape:
+            self.covariance = _eigen(self.variance)
+            self.variance = np.diag(self.variance).reshape(diffusion.event_shape)
 
     def __call__(self, *, context: Any = None, known: Any = None, mask: Any = None) -> Any:
         """Draw x_0: sites `name_trajectory` and `name`, no parameters.
@@ -83,7 +100,7 @@ class Prior:
             validation.check_data(diffusion.kernel, diffusion.event_shape, known, mask, "known")
             known, mask = jnp.asarray(known), jnp.asarray(mask)
         trajectory, _ = diffusion.bind(self.params, context=context)
-        draw = PriorDraw(diffusion, trajectory, self.variance, known, mask)
+        draw = PriorDraw(diffusion, trajectory, self.variance, self.covariance, known, mask)
         site = numpyro.sample(diffusion.trajectory_name, trajectory, infer={"prior": draw})
         x_1 = first(site, len(diffusion.event_shape))
         if known is None:
@@ -94,3 +111,16 @@ class Prior:
         observed = diffusion.data_given_first(trajectory, x_1, mask)
         numpyro.factor(f"{diffusion.name}_known", observed.log_prob(known))
         return numpyro.deterministic(diffusion.name, jnp.where(mask, known, x_0))
+
+
+FLOOR = 1e-5
+"""Least variance along an axis, as a share of the largest: data need not fill their space."""
+
+
+def _eigen(covariance: np.ndarray) -> Covariance:
+    variances, axes = np.linalg.eigh(0.5 * (covariance + covariance.T))
+    if variances[0] < -FLOOR * variances[-1] or variances[-1] <= 0:
+        raise ValueError(
+            f"variance must be a covariance; got one with an eigenvalue of {variances[0]:.3g}"
+        )
+    return Covariance(axes, np.maximum(variances, FLOOR * variances[-1]))

@@ -98,14 +98,20 @@ def check_data(
 
 
 def check_variance(event_shape: tuple[int, ...], variance: Any) -> np.ndarray:
-    """A positive variance that broadcasts to the event; 1 where there is none."""
+    """A positive variance that broadcasts to the event, or a covariance of its d numbers."""
     value = np.asarray(1.0 if variance is None else variance, np.float64)
-    if not _fits(value, event_shape):
+    d = int(np.prod(event_shape))
+    is_matrix = value.shape == (d, d) and not _fits(value, event_shape)
+    if not (is_matrix or _fits(value, event_shape)):
         raise ValueError(
-            f"variance must be broadcastable to event_shape {event_shape}; got shape {value.shape}"
+            f"variance must be broadcastable to event_shape {event_shape} or a covariance of shape "
+            f"{(d, d)}; got shape {value.shape}"
         )
-    if not (np.isfinite(value).all() and (value > 0).all()):
+    is_finite = np.isfinite(value).all()
+    if not is_matrix and not (is_finite and (value > 0).all()):
         raise ValueError(f"variance must be positive and finite; got {variance}")
+    if is_matrix and not (is_finite and np.allclose(value, value.T)):
+        raise ValueError("variance must be a symmetric, finite covariance; got one that is not")
     return value
 
 

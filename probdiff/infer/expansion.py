@@ -44,11 +44,15 @@ class Local(NamedTuple):
     """v ↦ H v, without regard to its sign."""
 
 
+SHARES = (1.0, 0.5, 0.25, 0.125)
+"""Shares of the move towards E[x_0 | r] that are tried."""
+
+
 class Expansion(NamedTuple):
     """What r does to N(m, C)."""
 
-    log_integral: Lead
-    """log ∫ r N(m, C), nats."""
+    log_det: Lead
+    """log det(I + H C)."""
     pull: Event
     """(I + H C)⁻¹ g, so that E[x_0 | r] = m + C · pull."""
     diagonal: Event
@@ -86,11 +90,9 @@ def diagonal(at: Local, sd: Event) -> Expansion:
     curvature = jnp.maximum(at.curvature(jnp.ones_like(at.gradient)), 0.0)
     lead_dim, size = at.value.ndim, curvature * sd**2
     pull = at.gradient / (1 + size)
-    gain = sum_event(at.gradient * sd**2 * pull - jnp.log1p(size), lead_dim)
+    log_det = sum_event(jnp.log1p(size), lead_dim)
     none = jnp.zeros((0, *at.gradient.shape), at.gradient.dtype)
-    return Expansion(
-        at.value + 0.5 * gain, pull, curvature, none, jnp.zeros((0, *at.value.shape), none.dtype)
-    )
+    return Expansion(log_det, pull, curvature, none, jnp.zeros((0, *at.value.shape), none.dtype))
 
 
 def low_rank(at: Local, sd: Event, rank: int) -> Expansion:
@@ -124,10 +126,32 @@ def _from_eigenpairs(at: Local, sd: Any, g: Event, values: Array, vectors: Array
     along = sum_event(vectors * g, lead_dim + 1)  # g lies in their span, and where r is sharp what
     left = along / (1 + values)  # is left of it is a hundred thousandth: never g minus the rest
     pull = jnp.sum(vectors * expand(left, ndim + 1), 0)
-    gain = jnp.sum(along * left - jnp.log1p(values), 0)
+    log_det = jnp.sum(jnp.log1p(values), 0)
     per_sd = 1 / jnp.where(sd > 0, sd, 1.0)  # vectors and g are 0 where there is no width
     factors = vectors * jnp.sqrt(expand(values, ndim + 1)) * per_sd
-    return Expansion(at.value + 0.5 * gain, pull * per_sd, jnp.zeros_like(g), factors, values)
+    return Expansion(log_det, pull * per_sd, jnp.zeros_like(g), factors, values)
+
+
+def settle(
+    log_r: Callable[[Event], Lead], point: Event, value: Lead, move: Event, square: Lead
+) -> tuple[Lead, Lead]:
+    """Where along a move log r(m + a·move) − ½ a² · square is greatest: that value, and a.
+
+    With `move` = C · pull and `square` = moveᵀ C⁻¹ move a quadratic log r has its greatest value at
+    a = 1, and there it is log r(m) + ½ gᵀ C (I + H C)⁻¹ g. For other likelihoods, of heavy tails
+    above all, that expression overshoots, as it trusts the slope far away; this one cannot exceed
+    the greatest log r.
+    """
+    lead_dim = value.ndim
+    shares = jnp.asarray((*SHARES, 0.0), value.dtype)
+
+    def gain(share: Any) -> Lead:
+        return log_r(point + share * move) - 0.5 * share**2 * square
+
+    gains = jnp.concatenate([jax.vmap(gain)(shares[:-1]), value[None]])
+    gains = jnp.where(jnp.isnan(gains), -jnp.inf, gains)
+    best = jnp.argmax(gains, 0)
+    return jnp.max(gains, 0), shares[best].reshape(value.shape[:lead_dim])
 
 
 def krylov(

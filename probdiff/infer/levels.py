@@ -20,7 +20,7 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Float, Int
 
 from probdiff import readouts
-from probdiff.kernels import bridge_mean
+from probdiff.kernels import bridge_mean, bridge_weights
 from probdiff.prior import PriorDraw
 from probdiff.types import Step
 
@@ -110,9 +110,18 @@ def widths(levels: Levels) -> Widths:
     and with the chain's own Var[x_s | x_t], which may be narrower, this is what the chain does; it
     tells where steps are long, near the data above all. A learned variance counts as ideal.
     """
-    draw, readout = levels.draw, levels.draw.trajectory.readout
     step = levels.step(jnp.arange(1, levels.n + 1))
-    tau2 = jnp.asarray(draw.variance, step.beta.dtype)
+    return _widths(levels, step, jnp.asarray(levels.draw.variance, step.beta.dtype))
+
+
+def widths_along(levels: Levels) -> Widths:
+    """The same along the axes of the data's covariance: columns `(n, d)`."""
+    step = levels.table.at(jnp.arange(1, levels.n + 1), 1)
+    return _widths(levels, step, jnp.asarray(levels.draw.covariance.variances, step.beta.dtype))
+
+
+def _widths(levels: Levels, step: Step, tau2: Any) -> Widths:
+    draw, readout = levels.draw, levels.draw.trajectory.readout
     ideal = tau2 * step.noise_t / (step.noise_t + step.alpha_bar_t * tau2)
     slope = jnp.sqrt(step.alpha_bar_t) * ideal / step.noise_t
     is_learned = isinstance(readout.variance, readouts.LearnedVariance)
@@ -126,6 +135,15 @@ def widths(levels: Levels) -> Widths:
         slope = slope.at[0].set(jnp.broadcast_to(jnp.sqrt(1 - step.beta[0]), slope.shape[1:]))
     gains = slope[:-1] ** 2 * variance[1:]
     return Widths(slope, jnp.cumsum(jnp.concatenate([first, gains]), 0))
+
+
+def step_variance(levels: Levels, ideal: Any, i: Any) -> Any:
+    """Var[x_s | x_t] at level i for every particle alike; `ideal` is Var[x_0 | x_t]."""
+    step, readout = levels.table.at(i, 0), levels.draw.trajectory.readout
+    if isinstance(readout.variance, readouts.LearnedVariance) and not levels.is_respaced:
+        weight_0, _ = bridge_weights(step)
+        return step.beta * step.noise_s / step.noise_t + weight_0**2 * ideal
+    return respaced_variance(readout)(None, step)
 
 
 def respaced_variance(readout: readouts.GaussianReadout) -> readouts.Variance:

@@ -25,9 +25,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from probdiff.infer import symbols
-from probdiff.infer.expansion import sum_event
-from probdiff.infer.levels import Levels, log_probabilities, widths
+from probdiff.infer import dense, symbols
+from probdiff.infer.expansion import local, sum_event
+from probdiff.infer.levels import (
+    Levels,
+    log_probabilities,
+    step_variance,
+    widths,
+    widths_along,
+)
 from probdiff.infer.program import Conditioned
 from probdiff.infer.proposals import GaussianProposal, SymbolProposal
 from probdiff.infer.twists import Tilt, Twist, View
@@ -49,6 +55,7 @@ class Plan(NamedTuple):
     """Share of N below which the effective number calls for resampling; 0 for never."""
     block_size: int
     is_diagonal: bool
+    is_quadratic: bool
     constrain: Callable[[Any], Any]
     """Puts particles, runs leading, where they belong on several devices."""
 
@@ -64,6 +71,11 @@ class Plan(NamedTuple):
     def event_shape(self) -> tuple[int, ...]:
         """Shape of one x_t."""
         return self.levels.draw.diffusion.event_shape
+
+    @property
+    def uses_covariance(self) -> bool:
+        """Whether the twist works with the covariance of the data."""
+        return self.levels.draw.covariance is not None and self.twist.uses_covariance
 
     @property
     def is_discrete(self) -> bool:
@@ -100,6 +112,8 @@ class State(NamedTuple):
     """Log of the product of mean weights up to the last resampling."""
     ancestor: Any
     """Index of each particle's ancestor at the start, `(S, N)`."""
+    hessian: Any
+    """Of a quadratic log r, where the covariance of the data is used: `(*plates, d, d)`."""
     trace: "Trace"
 
 
@@ -146,19 +160,21 @@ def start(plan: Plan, keys: Array) -> State:
     flat = jnp.zeros((plan.levels.n + 1, plan.num_systems))
     trace = Trace(flat, flat > 1, flat, flat, zeros, jnp.full(plan.num_systems, jnp.inf))
     ancestor = jnp.broadcast_to(jnp.arange(n), shape)
-    return State(x, zeros, zeros, zeros, zeros[:, 0], ancestor, trace)
+    return State(x, zeros, zeros, zeros, zeros[:, 0], ancestor, _hessian(plan), trace)
 
 
 def advance(plan: Plan, keys: Array, state: State, i: Any) -> State:
     """From level i ≥ 2 down to the one before."""
-    look = _look(plan, state.x, lambda x: _look_at(plan, x, i))
-    return _move(plan, keys, state, look, i)
+    covariance = _covariance(plan, state.hessian, i) if plan.uses_covariance else None
+    look = _look(plan, state.x, lambda x: _look_at(plan, x, i, covariance))
+    common = None if covariance is None else _for_systems(plan, covariance.common)
+    return _move(plan, keys, state, look, i, common)
 
 
 def finish(plan: Plan, keys: Array, state: State) -> State:
     """From level 1 to x_0 and its likelihood; `x` is then on the scale of the chain."""
     look = _look(plan, state.x, lambda x: _look_at_first(plan, x))
-    state = _move(plan, keys, state, look, 1)
+    state = _move(plan, keys, state, look, 1, None)
     log_r = _look(plan, state.x, lambda x: _log_r(plan, x)) + _log_units(plan)
     state = _weigh(state, log_r)
     ess = effective_number(state.log_w)
@@ -186,7 +202,7 @@ def systematic(key: Array, log_w: Float[Array, " N"]) -> Array:
     return jnp.clip(jnp.searchsorted(cumulative, positions, side="right"), 0, n - 1)
 
 
-def _move(plan: Plan, keys: Array, state: State, look: Look, i: Any) -> State:
+def _move(plan: Plan, keys: Array, state: State, look: Look, i: Any, common: Any) -> State:
     """Weigh by ψ_t, resample where needed, propose the next level."""
     keys_draw, keys_resample = (_fold(_fold(keys, i), use) for use in (0, 1))
     state = _weigh(state, look.log_psi)
@@ -196,7 +212,9 @@ def _move(plan: Plan, keys: Array, state: State, look: Look, i: Any) -> State:
     )
     state = state._replace(trace=trace, log_psi=look.log_psi)
     state, look = _resample(plan, keys_resample, state, look, i)
-    x, log_ratio = jax.vmap(lambda key, proposal: proposal.draw(key))(keys_draw, look.proposal)
+    x, log_ratio = jax.vmap(lambda key, proposal, common: proposal.draw(key, common))(
+        keys_draw, look.proposal, common
+    )
     return state._replace(x=plan.constrain(x), log_w=state.log_w + log_ratio, held=state.log_w)
 
 
@@ -258,11 +276,61 @@ def _block(count: int, plan: Plan) -> int:
     return next(size for size in range(min(wanted, count), 0, -1) if count % size == 0)
 
 
-def _look_at(plan: Plan, x_t: Any, i: Any) -> Look:
-    return (_look_at_symbols if plan.is_discrete else _look_at_numbers)(plan, x_t, i)
+class Covariances(NamedTuple):
+    """What a level has in common for all particles where the data's covariance is used."""
+
+    given: dense.Given
+    nearer: dense.Belief
+    common: tuple[Any, Any]
+    """(N, log det N) of the proposals, the plates leading."""
 
 
-def _look_at_numbers(plan: Plan, x_t: Any, i: Any) -> Look:
+def _covariance(plan: Plan, hessian: Any, i: Any) -> Covariances:
+    """Level i, and the level below it."""
+    levels, batch_shape = plan.levels, plan.conditioned.batch_shape
+    along = widths_along(levels)
+    axes = jnp.asarray(levels.draw.covariance.axes, along.variance.dtype)
+    belief, nearer = (
+        dense.Belief(axes, along.variance[i - down], along.slope[i - down]) for down in (1, 2)
+    )
+    _, mask = _known(plan)
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (*batch_shape, *plan.event_shape)).reshape(*batch_shape, -1)
+    given, ahead = (dense.condition(b, hessian, mask) for b in (belief, nearer))
+    variance = step_variance(levels, jnp.mean(belief.variance), i)
+    matrix, log_det = dense.narrowing(ahead.precision, variance)
+    matrix = jnp.broadcast_to(matrix, (*batch_shape, *matrix.shape[-2:]))
+    return Covariances(given, nearer, (matrix, jnp.broadcast_to(log_det, batch_shape)))
+
+
+def _for_systems(plan: Plan, arrays: Any) -> Any:
+    """Arrays of the plates, once for each run: `(S, ...)`."""
+    batch_dim = len(plan.conditioned.batch_shape)
+
+    def tile(a: Any) -> Any:
+        flat = a.reshape(-1, *a.shape[batch_dim:])
+        return jnp.tile(flat, (plan.num_runs, *[1] * (flat.ndim - 1)))
+
+    return jax.tree.map(tile, arrays)
+
+
+def _hessian(plan: Plan) -> Any:
+    """H of a quadratic log r, None where it is not wanted."""
+    if not (plan.uses_covariance and plan.is_quadratic and plan.conditioned.observed):
+        return None
+    batch_shape = plan.conditioned.batch_shape
+    zeros = jnp.zeros((1, *batch_shape, *plan.event_shape))
+    at = local(lambda x: _log_r(plan, x), zeros)
+    return dense.hessian_of(lambda v: at.curvature(v[None])[0], zeros[0], len(batch_shape))
+
+
+def _look_at(plan: Plan, x_t: Any, i: Any, covariance: Covariances | None) -> Look:
+    if plan.is_discrete:
+        return _look_at_symbols(plan, x_t, i)
+    return _look_at_numbers(plan, x_t, i, covariance)
+
+
+def _look_at_numbers(plan: Plan, x_t: Any, i: Any, covariance: Covariances | None) -> Look:
     levels = plan.levels
 
     def denoise(x_t: Any) -> tuple[Any, Any]:
@@ -271,7 +339,7 @@ def _look_at_numbers(plan: Plan, x_t: Any, i: Any) -> Look:
 
     x_0_hat, pull_back, outputs = jax.vjp(denoise, x_t, has_aux=True)
     law = levels.reverse(outputs, x_t, i)
-    view = _view(plan, i, x_t, law, x_0_hat, lambda v: pull_back(v)[0])
+    view = _view(plan, i, x_t, law, x_0_hat, lambda v: pull_back(v)[0], covariance)
     return _look_of(plan, view, plan.twist(view), None)
 
 
@@ -283,7 +351,7 @@ def _look_at_first(plan: Plan, x_1: Any) -> Look:
         log_p = log_probabilities(law)
         informed = symbols.inform(log_p, _symbol_log_r(plan), known, mask, levels.event_dim)
         return _symbol_look(log_p, informed.log_p_0, informed.log_psi, known, mask, levels)
-    view = _view(plan, 1, x_1, law, law.loc, lambda v: v)
+    view = _view(plan, 1, x_1, law, law.loc, lambda v: v, None)
     pinned = None if known is None else (known, mask)
     return _look_of(plan, view, plan.twist.last(x_1, view.mean, view.variance, view), pinned)
 
@@ -340,12 +408,16 @@ def _looked(log_psi: Any, proposal: Any, shift: Any) -> Look:
     return Look(jnp.where(is_finite, log_psi, LEAST), proposal, shift, ~is_finite)
 
 
-def _view(plan: Plan, i: Any, x_t: Any, law: Any, x_0_hat: Any, pull_back: Any) -> View:
+def _view(
+    plan: Plan, i: Any, x_t: Any, law: Any, x_0_hat: Any, pull_back: Any, covariance: Any
+) -> View:
     mean, sd = jnp.broadcast_arrays(law.loc, law.scale)
     known, mask = _known(plan)
     return View(
         plan.levels, i, x_t, mean, sd**2, x_0_hat, pull_back, lambda x: _log_r(plan, x), known,
         mask, plan.is_diagonal, widths(plan.levels),
+        None if covariance is None else covariance.given,
+        None if covariance is None else covariance.nearer,
     )  # fmt: skip
 
 

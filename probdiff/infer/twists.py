@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from probdiff.infer.dense import Belief, Given, times
 from probdiff.infer.expansion import (
     ROUNDING,
     TINY,
@@ -40,8 +41,10 @@ from probdiff.infer.expansion import (
     diagonal,
     expand,
     known_curvature,
+    krylov,
     local,
     low_rank,
+    settle,
     sum_event,
 )
 from probdiff.infer.jacobi import eigh
@@ -74,6 +77,10 @@ class View(NamedTuple):
     """Whether each entry of x_0 has a likelihood of its own."""
     widths: Widths
     """Slopes and variances of x_0 given each level."""
+    given: Given | None
+    """The same with the data's covariance, where it is known."""
+    nearer: Belief | None
+    """Covariance of x_0 given level s, where it is known."""
 
 
 class Tilt(NamedTuple):
@@ -98,6 +105,8 @@ class Twist(abc.ABC):
 
     takes_known: bool = True
     """Whether the weights stay finite where entries are known exactly."""
+    uses_covariance: bool = False
+    """Whether it takes the data's covariance where the prior has one."""
 
     @abc.abstractmethod
     def __call__(self, view: View) -> Tilt:
@@ -106,17 +115,26 @@ class Twist(abc.ABC):
     def last(self, x_1: Any, mean: Any, variance: Any, view: View) -> Tilt:
         """ψ_1 and the proposal for x_0: r integrated under p(x_0 | x_1) = N(mean, variance)."""
         point, sd = _complete(mean, jnp.sqrt(variance), view)
-        e = self.expand(local(view.log_r, point), sd, view)
+        log_psi, e = self.integrate(point, sd, view)
         shift, precision = variance * e.pull, e.diagonal
-        log_psi = e.log_integral
         if view.known is not None:
             shift = jnp.where(view.mask, view.known - mean, shift)
             precision = jnp.where(view.mask, jnp.inf, precision)
             log_psi += _log_known(view, mean, variance)
         return Tilt(log_psi, shift, precision, e.factors)
 
+    def integrate(self, point: Any, sd: Any, view: View) -> tuple[Any, Expansion]:
+        """log ∫ r N(point, sd²), and the expansion it rests on, its pull as far as it helps."""
+        at = local(view.log_r, point)
+        e = self.expand(at, sd, view)
+        lead = at.value.ndim
+        square = sum_event((sd * e.pull) ** 2, lead)
+        value, share = settle(view.log_r, point, at.value, sd**2 * e.pull, square)
+        pull = e.pull * expand(share, e.pull.ndim)
+        return value - 0.5 * e.log_det, e._replace(pull=pull)
+
     def expand(self, at: Local, sd: Any, view: View) -> Expansion:
-        """log r to second order at a point, integrated against N(point, sd²)."""
+        """log r to second order at a point, against N(point, sd²)."""
         return diagonal(at, sd) if view.is_diagonal else low_rank(at, sd, min(RANK, _size(view)))
 
     def check(self, event_shape: tuple[int, ...]) -> None:  # noqa: B027, most fit any prior
@@ -124,15 +142,19 @@ class Twist(abc.ABC):
 
 
 class _Widened(Twist):
-    """∫ r N(x̂_0, w_t I), log r to second order at x̂_0."""
+    """∫ r N(x̂_0, w_t I), log r to second order at x̂_0; C_t where the data's covariance is known."""
+
+    rank: int = RANK
 
     def __call__(self, view: View) -> Tilt:
+        if view.given is not None:
+            return self.with_covariance(view, view.given)
         step = view.levels.step(view.i)
         w_t, w_s = view.widths.variance[view.i - 1], view.widths.variance[view.i - 2]
         slope = view.widths.slope[view.i - 2]
         point, sd = _complete(view.x_0_hat, jnp.sqrt(w_t), view)
-        e = self.expand(local(view.log_r, point), sd, view)
-        pull, log_psi = e.pull, e.log_integral
+        log_psi, e = self.integrate(point, sd, view)
+        pull = e.pull
         precision = slope**2 * e.diagonal / (1 + w_s * e.diagonal)
         if view.known is not None:
             pull = jnp.where(view.mask, (view.known - view.x_0_hat) / w_t, pull)
@@ -142,6 +164,60 @@ class _Widened(Twist):
         factors = e.factors * slope / jnp.sqrt(1 + narrowing * expand(e.sizes, e.factors.ndim))
         shift = _share(view) * _shift(step, view.pull_back(pull))
         return Tilt(log_psi, shift, precision, factors)
+
+    def with_covariance(self, view: View, given: Given) -> Tilt:
+        """The same with C_t from the data's covariance instead of w_t I."""
+        lead = view.x_t.ndim - view.levels.event_dim
+        shape, belief = view.x_t.shape, given.belief
+        mean = view.x_0_hat.reshape(*shape[:lead], -1)
+        point, log_known, pull = mean, 0.0, 0.0
+        if given.known is not None:
+            known, mask = (
+                jnp.broadcast_to(a, shape).reshape(mean.shape) for a in (view.known, view.mask)
+            )
+            gap = jnp.where(mask, known - mean, 0.0)
+            pull = times(given.known, gap)
+            point = mean + belief.root(belief.root_transposed(pull))
+            point = jnp.where(mask, known, point)
+            log_known = -0.5 * (jnp.sum(gap * pull, -1) + given.log_det_known)
+        at = local(view.log_r, point.reshape(shape))
+
+        def projected(u: Any) -> Any:
+            return u if given.project is None else times(given.project, u)
+
+        g = projected(belief.root_transposed(at.gradient.reshape(mean.shape)))
+        if given.gain is not None:
+            u, log_det = times(given.gain, g), given.log_det
+            factors = jnp.zeros((0, *shape), mean.dtype)
+        else:
+            u, log_det, factors = self._by_lanczos(view, given, at, g, projected)
+        move = belief.root(projected(u)).reshape(shape)
+        value, share = settle(view.log_r, point.reshape(shape), at.value, move, jnp.sum(u * u, -1))
+        pull = pull + belief.inverse_root_transposed(projected(u)) * share[..., None]
+        shift = _shift(view.levels.step(view.i), view.pull_back(pull.reshape(shape)))
+        log_psi = value - 0.5 * log_det + log_known
+        return Tilt(log_psi, _share(view) * shift, jnp.zeros(shape, mean.dtype), factors)
+
+    def _by_lanczos(
+        self, view: View, given: Given, at: Local, g: Any, projected: Callable[[Any], Any]
+    ) -> tuple[Any, Any, Any]:
+        """(I + A)⁻¹ g, log det(I + A) and the rows that ψ_s adds, where log r is not quadratic."""
+        belief, shape = given.belief, view.x_t.shape
+
+        def operator(u: Any) -> Any:
+            x = belief.root(projected(u)).reshape(shape)
+            return projected(belief.root_transposed(at.curvature(x).reshape(u.shape)))
+
+        rank = min(self.rank, g.shape[-1])
+        values, vectors = krylov(g, operator, rank, g.ndim - 1)
+        along = jnp.sum(vectors * g, -1)
+        u = jnp.sum(vectors * (along / (1 + values))[..., None], 0)
+        log_det = jnp.sum(jnp.log1p(values), 0)
+        nearer = view.nearer  # the belief at level s
+        narrowing = jnp.sum(vectors**2 * (nearer.variance / belief.variance), -1)
+        rows = vectors * jnp.sqrt(values / (1 + narrowing * values))[..., None]
+        rows = (rows * nearer.slope / jnp.sqrt(belief.variance)) @ belief.axes.T
+        return u, log_det, rows.reshape(rank, *shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +229,8 @@ class LaplaceTwist(_Widened):
             number of measurements is enough.
     """
 
-    rank: int = 4
+    rank: int = RANK
+    uses_covariance = True
 
     def __post_init__(self) -> None:
         _check_rank(self.rank)
@@ -176,6 +253,7 @@ class GaussianTwist(_Widened):
 
     matrix: Any
     noise: Any
+    uses_covariance = False
 
     def __post_init__(self) -> None:
         matrix, noise = np.asarray(self.matrix, np.float64), np.asarray(self.noise, np.float64)
@@ -229,7 +307,8 @@ class TweedieTwist(Twist):
     def __call__(self, view: View) -> Tilt:
         step = view.levels.step(view.i)
         lead = view.x_t.ndim - view.levels.event_dim
-        at = _soft_known(view)
+        log_r = _soft_known(view)
+        at = local(log_r, view.x_0_hat)
         # Lanczos in the inner product of C: vectors v with their images u = C v, vᵢ·uⱼ = 1[i = j]
         w_t, w_s = view.widths.variance[view.i - 1], view.widths.variance[view.i - 2]
         slope_t, slope_s = view.widths.slope[view.i - 1], view.widths.slope[view.i - 2]
@@ -256,16 +335,17 @@ class TweedieTwist(Twist):
         sizes = jnp.maximum(sizes, 0.0)
         u = jnp.sum(expand(rotation, u.ndim + 1) * u[:, None], 0)  # eigenvectors' images
         along = rotation[0] * jnp.sqrt(norm)
-        gain = jnp.sum(along**2 / (1 + sizes) - jnp.log1p(sizes), 0)
         move = jnp.sum(u * expand(along / (1 + sizes), u.ndim), 0)  # of x̂_0
+        square = jnp.sum((along / (1 + sizes)) ** 2, 0)
+        value, share = settle(log_r, view.x_0_hat, at.value, move, square)
+        log_psi = value - 0.5 * jnp.sum(jnp.log1p(sizes), 0)
+        move *= expand(share, move.ndim)
         weight_0, _ = bridge_weights(step)
         weight_0 *= step.noise_t / jnp.sqrt(step.alpha_bar_t) / spread
         narrowing = jnp.mean(w_s / w_t)
         size = sizes * narrowing / (1 + narrowing * sizes)
         factors = u * jnp.sqrt(expand(size * narrowing, u.ndim)) * jnp.mean(slope_s / w_s)
-        return Tilt(
-            at.value + 0.5 * gain, _share(view) * weight_0 * move, jnp.zeros_like(view.x_t), factors
-        )
+        return Tilt(log_psi, _share(view) * weight_0 * move, jnp.zeros_like(view.x_t), factors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,7 +393,8 @@ class KernelTwist(Twist):
     def _multiply(self, view: View, log_psi: Any, mean: Any, variance: Any, power: Any) -> Tilt:
         """N(mean, variance) · r^power, log r to second order at the mean."""
         point, sd = _complete(mean, jnp.sqrt(variance), view)
-        e = self.expand(local(lambda x: power * view.log_r(x), point), sd, view)
+        powered = view._replace(log_r=lambda x: power * view.log_r(x))
+        _, e = self.integrate(point, sd, powered)
         shift, precision = variance * e.pull, e.diagonal
         if view.known is not None:
             shift = jnp.where(view.mask, view.known - mean, shift)
@@ -366,15 +447,9 @@ SOFTNESS = 1e-2
 """Variance that known entries get in a Tweedie twist, as a share of w_t."""
 
 
-def _soft_known(view: View) -> Local:
-    """log r at x̂_0, known entries counted as measurements with a little noise."""
-    at = local(view.log_r, view.x_0_hat)
+def _soft_known(view: View) -> Callable[[Any], Any]:
+    """log r with known entries counted as measurements with a little noise."""
     if view.known is None:
-        return at
+        return view.log_r
     variance = SOFTNESS * view.widths.variance[view.i - 1]
-    gap = jnp.where(view.mask, view.known - view.x_0_hat, 0.0)
-    return at._replace(
-        value=at.value + _log_known(view, view.x_0_hat, variance),
-        gradient=at.gradient + gap / variance,
-        curvature=lambda v: at.curvature(v) + jnp.where(view.mask, v / variance, 0.0),
-    )
+    return lambda x: view.log_r(x) + _log_known(view, x, variance)

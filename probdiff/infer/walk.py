@@ -99,14 +99,14 @@ class Walk:
         """Walk all particles from π to x_0."""
         static, arrays = _split(args, kwargs)
         prepare = self._cached(self._prepare, *static)
-        keys, is_diagonal, is_coupled, n = prepare(key, arrays)
+        keys, shape, is_coupled, n = prepare(key, arrays)
         if bool(is_coupled):
             raise ValueError(
                 "program must keep the entries of the plates around the prior apart; log r of one "
                 "moved with the x_0 of another. Take the prior out of the plate"
             )
-        is_diagonal, n = bool(is_diagonal), int(n)
-        begin, walk, end = self._cached(self._functions, is_diagonal, *static)
+        n = int(n)
+        begin, walk, end = self._cached(self._functions, *map(bool, shape), *static)
         state = begin(keys, arrays)
         stops = np.unique(np.linspace(1, n, CHUNKS + 1 if progress else 2).astype(int))[::-1]
         with tqdm(total=n, desc="infer", disable=not progress) as bar:
@@ -188,24 +188,27 @@ class Walk:
                 points = jax.random.randint(
                     probes, (2, *shape), 0, diffusion.kernel.num_data_states, jnp.int32
                 )
-                is_diagonal = jnp.asarray(False)
+                curvature = jnp.zeros(2, bool)
             else:
                 points = jax.random.normal(probes, (PROBES, *shape)) * jnp.sqrt(
                     jnp.asarray(conditioned.draw.variance, diffusion.kernel.dtype)
                 )
-                is_diagonal = _is_diagonal(conditioned, points, probes)
+                curvature = _curvature(conditioned, points, probes)
                 points = points * diffusion.scale + diffusion.loc
             is_coupled = systems_are_coupled(conditioned, points[0], points[1])
-            return keys, is_diagonal, is_coupled, jnp.asarray(chain.n)
+            return keys, curvature, is_coupled, jnp.asarray(chain.n)
 
         return prepare
 
-    def _functions(self, is_diagonal: bool, *static: Any) -> tuple[Callable[..., Any], ...]:
+    def _functions(
+        self, is_diagonal: bool, is_quadratic: bool, *static: Any
+    ) -> tuple[Callable[..., Any], ...]:
         def plan(arrays: Any) -> particles.Plan:
             conditioned = self._condition(static, arrays)
             return particles.Plan(
                 conditioned, levels(conditioned.draw, self.steps), self.twist, self.num_particles,
-                self.num_runs, self.threshold, self.block_size, is_diagonal, self._constrain,
+                self.num_runs, self.threshold, self.block_size, is_diagonal, is_quadratic,
+                self._constrain,
             )  # fmt: skip
 
         @jax.jit
@@ -276,8 +279,11 @@ def _system_keys(key: Array, batch_shape: tuple[int, ...], num_runs: int) -> Arr
     return jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))(keys, runs).reshape(-1)
 
 
-def _is_diagonal(conditioned: Any, points: Any, key: Array) -> Array:
-    """Whether the curvature of log r is diagonal at points on the scale of the chain."""
+def _curvature(conditioned: Any, points: Any, key: Array) -> Array:
+    """Whether the curvature of log r is diagonal, and whether it is the same everywhere.
+
+    Tried at points on the scale of the chain, by products with random signs.
+    """
     diffusion = conditioned.draw.diffusion
     lead = 1 + len(conditioned.batch_shape)
 
@@ -289,7 +295,12 @@ def _is_diagonal(conditioned: Any, points: Any, key: Array) -> Array:
     entries, product = at.curvature(jnp.ones_like(points)), at.curvature(signs)
     off = jnp.sqrt(sum_event((product - entries * signs) ** 2, lead))
     on = jnp.sqrt(sum_event(product**2, lead))
-    return jnp.all(off <= 1e-3 * on)
+    same = jnp.broadcast_to(signs[:1], points.shape)
+    product = at.curvature(same)
+    change = jnp.sqrt(sum_event((product - product[:1]) ** 2, lead))
+    is_same = jnp.all(change <= 1e-3 * jnp.sqrt(sum_event(product[:1] ** 2, lead)))
+    is_finite = jnp.all(jnp.isfinite(at.value))
+    return jnp.stack([jnp.all(off <= 1e-3 * on), is_same & is_finite])
 
 
 def _outcome(plan: particles.Plan, state: particles.State) -> tuple[Any, ...]:

@@ -1,0 +1,141 @@
+"""Conditioning on Gaussian data whose whole covariance is known: x_0 ~ N(·, Σ), Σ = U diag(λ) Uᵀ.
+
+Given a level, x_0 then has covariance C_t = U diag(c_t) Uᵀ, c_t = λ(1−ᾱ_t)/(1−ᾱ_t+ᾱ_t λ), and a
+root S = U diag(√c_t). What does not depend on the particle is worked out once for a level:
+
+    known entries, M:    K = M C M,   P_M = M K⁻¹ M,   Π = I − Sᵀ P_M S, a projection;
+                         x_0 given them has mean x̂_0 + C P_M (known − x̂_0) and covariance S Π Sᵀ
+    a quadratic log r:   A = Π Sᵀ H S Π,
+                         log ∫ r = log r + ½ gᵀ S Π (I + A)⁻¹ Π Sᵀ g − ½ log det(I + A)
+
+both at the mean given the known entries. The precision that ψ_s adds to p(x_s | x_t) is
+
+    P_s = Jᵀ (P_M + S⁻ᵀ A (I + A)⁻¹ S⁻¹) J,    J = ∂x̂_0/∂x_s = U diag(slope_s) Uᵀ.
+
+With Gaussian data all of it is exact. Matrices are `(*plates, d, d)`, d numbers in x_0; vectors
+`(*lead, d)`, flat, lead ending in the plates.
+
+Source: Rasmussen and Williams (2006), appendix A.2, for the Gaussian conditionals.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Belief(NamedTuple):
+    """Covariance of x_0 given one level, on the axes U."""
+
+    axes: Any
+    """U, `(d, d)`."""
+    variance: Any
+    """c, `(d,)`."""
+    slope: Any
+    """∂x̂_0/∂x_t along the axes, `(d,)`."""
+
+    def root(self, u: Any) -> Any:
+        """S u."""
+        return (u * jnp.sqrt(self.variance)) @ self.axes.T
+
+    def root_transposed(self, x: Any) -> Any:
+        """Sᵀ x."""
+        return (x @ self.axes) * jnp.sqrt(self.variance)
+
+    def inverse_root_transposed(self, u: Any) -> Any:
+        """S⁻ᵀ u."""
+        return (u / jnp.sqrt(self.variance)) @ self.axes.T
+
+    def pull(self, x: Any) -> Any:
+        """Jᵀ x; J is symmetric."""
+        return ((x @ self.axes) * self.slope) @ self.axes.T
+
+
+class Given(NamedTuple):
+    """What known entries and a quadratic log r do to N(x̂_0, C); None where there is none."""
+
+    belief: Belief
+    known: Any
+    """P_M, `(*plates, d, d)`."""
+    log_det_known: Any
+    """log det of C on the known entries and 2π for each, `plates`."""
+    project: Any
+    """Π."""
+    gain: Any
+    """(I + A)⁻¹."""
+    log_det: Any
+    """log det(I + A), `plates`."""
+    precision: Any
+    """P, that ψ of this level has in x_t."""
+
+
+def condition(belief: Belief, hessian: Any, mask: Any) -> Given:
+    """Work out a level.
+
+    Args:
+        belief: x_0 given the level.
+        hessian: H, `(*plates, d, d)`, or None where log r is not quadratic.
+        mask: True where an entry is known, `(*plates, d)`, or None.
+    """
+    d = belief.variance.shape[0]
+    identity = jnp.eye(d)
+    S = belief.axes * jnp.sqrt(belief.variance)
+    S_inverse = (belief.axes / jnp.sqrt(belief.variance)).T
+    known = log_det_known = project = gain = log_det = None
+    precision = jnp.zeros((d, d))
+    if mask is not None:
+        m = mask.astype(S.dtype)
+        block = (S @ S.T) * m[..., :, None] * m[..., None, :] + identity * (1 - m)[..., None]
+        inverse, log_det_known = _power(block, -1.0)
+        known = inverse * m[..., :, None] * m[..., None, :]
+        log_det_known += jnp.sum(m, -1) * math.log(2 * math.pi)
+        project = identity - S.T @ known @ S
+        precision = precision + known
+    if hessian is not None:
+        a = S.T @ hessian @ S
+        a = a if project is None else project @ a @ project
+        gain, log_det = _power(identity + a, -1.0)
+        precision = precision + S_inverse.T @ (identity - gain) @ S_inverse
+    jacobian = (belief.axes * belief.slope) @ belief.axes.T
+    precision = jacobian @ precision @ jacobian
+    return Given(belief, known, log_det_known, project, gain, log_det, precision)
+
+
+def narrowing(precision: Any, variance: Any) -> tuple[Any, Any]:
+    """N with N Nᵀ = (I + variance · P)⁻¹, and log det N."""
+    root, log_det = _power(jnp.eye(precision.shape[-1]) + variance * precision, -0.5)
+    return root, -0.5 * log_det
+
+
+def times(matrix: Any, x: Any) -> Any:
+    """matrix · x for matrices `(*plates, d, d)` and vectors `(*lead, d)`, lead ending in plates."""
+    if matrix.ndim == 2:
+        return x @ matrix.T
+    d, plates = x.shape[-1], math.prod(matrix.shape[:-2])
+    flat = x.reshape(-1, plates, d)  # told apart, or the matrices would be copied for each particle
+    return jnp.einsum("bij,pbj->pbi", matrix.reshape(plates, d, d), flat).reshape(x.shape)
+
+
+def hessian_of(curvature: Any, zeros: Any, batch_dim: int) -> Any:
+    """H of a quadratic log r, `(*plates, d, d)`, by d products; `zeros` is `(*plates, *event)`."""
+    shape, event = zeros.shape[:batch_dim], zeros.shape[batch_dim:]
+    d = math.prod(event)
+
+    def column(index: Any) -> Any:
+        unit = jnp.broadcast_to(jnp.eye(d)[index].reshape(event), zeros.shape)
+        return curvature(unit).reshape(*shape, d)
+
+    rows = jax.lax.map(column, jnp.arange(d))
+    hessian = jnp.moveaxis(rows, 0, -1)
+    hessian = 0.5 * (hessian + jnp.swapaxes(hessian, -1, -2))
+    values, vectors = jnp.linalg.eigh(hessian)  # positive curvature of log r counts as zero
+    return (vectors * jnp.maximum(values, 0.0)[..., None, :]) @ jnp.swapaxes(vectors, -1, -2)
+
+
+def _power(matrix: Any, exponent: float) -> tuple[Any, Any]:
+    """A power of a positive definite matrix, and its log det; one LAPACK call for each matrix."""
+    values, vectors = jnp.linalg.eigh(0.5 * (matrix + jnp.swapaxes(matrix, -1, -2)))
+    values = jnp.maximum(values, jnp.finfo(values.dtype).eps * values[..., -1:])
+    scaled = vectors * (values**exponent)[..., None, :]
+    return scaled @ jnp.swapaxes(vectors, -1, -2), jnp.sum(jnp.log(values), -1)
