@@ -5,8 +5,10 @@ The prior is a chain that is N(0, 1) at every level, whose posteriors are closed
 
 import warnings
 
+import arviz_plots
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -226,6 +228,13 @@ def test_the_tree_holds_named_pits_and_is_kept_by_netcdf(tmp_path):
     with xr.open_datatree(tmp_path / "sbc.nc", engine="h5netcdf") as back:
         xr.testing.assert_equal(back.load(), tree)
         assert back.attrs["least_at"] == tree.attrs["least_at"]
+
+
+def test_arviz_reads_the_tree():
+    shown = arviz_plots.plot_ecdf_pit(calibrated(posterior), group="prior_sbc", coverage=False)
+    titles = {ax.get_title() for ax in shown.viz["figure"].item().axes}
+    plt.close("all")
+    assert any("log_r" in title for title in titles) and any("x_0" in title for title in titles)
 
 
 def test_a_key_gives_the_same_pits_again():
