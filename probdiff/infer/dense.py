@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from probdiff.infer.jacobi import eigh_each
+
 
 class Belief(NamedTuple):
     """Covariance of x_0 given one level, on the axes U."""
@@ -129,13 +131,13 @@ def hessian_of(curvature: Any, zeros: Any, batch_dim: int) -> Any:
     rows = jax.lax.map(column, jnp.arange(d))
     hessian = jnp.moveaxis(rows, 0, -1)
     hessian = 0.5 * (hessian + jnp.swapaxes(hessian, -1, -2))
-    values, vectors = jnp.linalg.eigh(hessian)  # positive curvature of log r counts as zero
+    values, vectors = eigh_each(hessian)  # positive curvature of log r counts as zero
     return (vectors * jnp.maximum(values, 0.0)[..., None, :]) @ jnp.swapaxes(vectors, -1, -2)
 
 
 def _power(matrix: Any, exponent: float) -> tuple[Any, Any]:
     """A power of a positive definite matrix, and its log det; one LAPACK call for each matrix."""
-    values, vectors = jnp.linalg.eigh(0.5 * (matrix + jnp.swapaxes(matrix, -1, -2)))
+    values, vectors = eigh_each(0.5 * (matrix + jnp.swapaxes(matrix, -1, -2)))
     values = jnp.maximum(values, jnp.finfo(values.dtype).eps * values[..., -1:])
     scaled = vectors * (values**exponent)[..., None, :]
     return scaled @ jnp.swapaxes(vectors, -1, -2), jnp.sum(jnp.log(values), -1)

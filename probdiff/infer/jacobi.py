@@ -29,7 +29,7 @@ def eigh(
     if k == 1:
         return matrix[0], jnp.ones_like(matrix)
     if k > LARGEST:
-        values, vectors = jnp.linalg.eigh(jnp.moveaxis(matrix, (0, 1), (-2, -1)))
+        values, vectors = eigh_each(jnp.moveaxis(matrix, (0, 1), (-2, -1)))
         return jnp.moveaxis(values, -1, 0), jnp.moveaxis(vectors, (-2, -1), (0, 1))
     rows = [[matrix[i, j] for j in range(k)] for i in range(k)]
     one, zero = jnp.ones_like(matrix[0, 0]), jnp.zeros_like(matrix[0, 0])
@@ -42,6 +42,21 @@ def eigh(
 
     rows, vectors = jax.lax.fori_loop(0, SWEEPS, sweep, (rows, vectors))
     return jnp.stack([rows[i][i] for i in range(k)]), jnp.stack([jnp.stack(v) for v in vectors])
+
+
+def eigh_each(
+    matrix: Float[Array, "*batch k k"],
+) -> tuple[Float[Array, "*batch k"], Float[Array, "*batch k k"]]:
+    """Eigenpairs by LAPACK, one matrix at a time, ascending.
+
+    A whole batch at once is shared out among threads on a CPU, and two such calls of one program
+    can wait for each other for ever.
+    """
+    batch, k = matrix.shape[:-2], matrix.shape[-1]
+    if not batch:
+        return tuple(jnp.linalg.eigh(matrix))
+    values, vectors = jax.lax.map(lambda m: tuple(jnp.linalg.eigh(m)), matrix.reshape(-1, k, k))
+    return values.reshape(*batch, k), vectors.reshape(*batch, k, k)
 
 
 def _rotate(a: Any, vectors: Any, p: int, q: int) -> tuple[Any, Any]:
