@@ -1,0 +1,87 @@
+"""SMC on inverse problems with many modes, against their exact posteriors.
+
+See `gaussian_mixtures` for the problems and metrics. A chain that misses a mode has its weights
+wrong (TV), and log Z with them. Floors are no zero: 2000 draws of the posterior differ from 2000
+others, and with the exact twist p(y | x_t) SMC does what its 1000 particles can; what a twist costs
+is its SW over that of the exact one on the same problems.
+
+The full table: `pytest -m slow tests/test_smc_mixtures.py -s`; `MIXTURE_PROBLEMS=1` for a short
+look at it.
+"""
+
+import os
+
+import numpy as np
+import pytest
+
+from gaussian_mixtures import OptimalTwist, Score, floor, posterior, problem, run
+from probdiff.infer import KernelTwist, LaplaceTwist, PointTwist, TweedieTwist
+
+pytestmark = pytest.mark.filterwarnings("ignore::probdiff.infer.InferenceWarning")
+
+SIZES = [(8, 1), (8, 2), (80, 1), (80, 4)]
+PROBLEMS = int(os.environ.get("MIXTURE_PROBLEMS", "20"))
+WEIGHTED = {
+    "Laplace": lambda p: LaplaceTwist(),
+    "Tweedie": lambda p: TweedieTwist(),
+    "optimal": OptimalTwist,
+}
+UNWEIGHTED = {"point, guided": lambda p: PointTwist(), "2015": lambda p: KernelTwist()}
+
+
+def test_evidence_by_hand_is_the_mean_of_the_likelihood():
+    """The oracle's Z against exact draws of the prior."""
+    p, rng, n = problem(0, 8, 1), np.random.default_rng(0), 400_000
+    x = p.means[rng.choice(25, p=p.weights, size=n)] + rng.normal(size=(n, 8))
+    r = np.exp(-0.5 * ((p.y - x @ p.matrix.T)[:, 0] / p.noise) ** 2)
+    r /= p.noise * np.sqrt(2 * np.pi)
+    assert abs(r.mean() - np.exp(posterior(p).log_z)) < 4 * r.std() / np.sqrt(n)
+    mean = (r[:, None] * x).mean(0) / r.mean()
+    error = (r[:, None] * (x - mean)).std(0) / np.sqrt(n) / r.mean()
+    q = posterior(p)
+    assert (np.abs(mean - q.weights @ q.means) < 4 * error).all()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_modes_and_evidence_are_found(seed):
+    score = run(seed, 8, 1, WEIGHTED["Laplace"])
+    assert score.tv < 0.06
+    assert abs(score.log_z_error) < 0.25
+    assert score.least_ess > 0.25
+    assert score.sw < 0.5
+
+
+def test_unweighted_guidance_does_not_find_the_modes():
+    """What a metric must see: the rule of 2015 is far from the posterior."""
+    assert run(0, 8, 1, UNWEIGHTED["2015"], is_weighted=False).tv > 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dx", "dy"), SIZES)
+def test_a_twist_costs_little_next_to_the_exact_one(dx, dy):
+    """Means over problems; the least ESS is the mean of each problem's least over its levels."""
+    table = {"exact": [floor(seed, dx, dy) for seed in range(PROBLEMS)]}
+    for name, twist in WEIGHTED.items():
+        table[f"SMC {name}"] = [run(seed, dx, dy, twist) for seed in range(PROBLEMS)]
+    for name, twist in UNWEIGHTED.items():
+        table[name] = [run(seed, dx, dy, twist, is_weighted=False) for seed in range(PROBLEMS)]
+    table = {name: Score(*np.array(scores).T) for name, scores in table.items()}
+    print(f"\n({dx}, {dy}), {PROBLEMS} problems")
+    for name, score in table.items():
+        print(line(name, score))
+    ours, optimal = table["SMC Laplace"], table["SMC optimal"]
+    assert ours.sw.mean() <= 1.25 * optimal.sw.mean()
+    assert ours.tv.mean() <= 0.03
+    assert abs(ours.log_z_error.mean()) <= 0.05 + 2 * error(ours.log_z_error)
+    assert ours.least_ess.mean() >= 0.3
+
+
+def error(values):
+    """Standard error of a mean; 0 of one value."""
+    return values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def line(name, score):
+    """A row of the table."""
+    parts = (f"{field} {v.mean():8.3f} ± {error(v):.3f}" for field, v in score._asdict().items())
+    return f"  {name:14s} " + "  ".join(parts)
