@@ -14,16 +14,29 @@ import jax
 import numpy as np
 
 from probdiff import GaussianKernel, diagnostics, load
-from probdiff.experiments import binary_mnist, digits, heartbeat, swiss_roll, toy_language
+from probdiff.experiments import (
+    binary_mnist,
+    digits,
+    heartbeat,
+    restoration,
+    swiss_roll,
+    toy_language,
+)
 from probdiff.experiments.report import format_table
 
+RESTORATIONS = {
+    "denoise": restoration.DENOISE,
+    "inpaint": restoration.INPAINT,
+    "super-resolution": restoration.SUPER_RESOLUTION,
+}
+"""Experiments that take a trained model."""
 EXPERIMENTS = {
     "digits": digits,
     "swiss-roll": swiss_roll,
     "heartbeat": heartbeat,
     "toy-language": toy_language,
     "binary-mnist": binary_mnist,
-}
+} | RESTORATIONS
 
 
 class UsageError(Exception):
@@ -57,12 +70,19 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run",
         help="run an experiment",
-        description="Train, sample and bound; print one table and leave report.md, table.json, "
-        "figures, bounds.nc and the trained model in a folder.",
+        description="Train, sample and bound, or condition a trained model; print one table and "
+        "leave report.md, table.json, figures, and bounds.nc and the model, or posterior.nc, in a "
+        "folder.",
         epilog="experiments: " + ", ".join(EXPERIMENTS),
     )
     run.add_argument("name", metavar="NAME", help="name of the experiment, see `probdiff list`")
     run.add_argument("--out", metavar="DIR", help="folder for the results (default: runs/NAME)")
+    run.add_argument(
+        "--model",
+        metavar="DIR",
+        help=f"trained model of digits, for {', '.join(RESTORATIONS)} (default: "
+        f"{restoration.TRAINED.as_posix()}, trained first if it is not there)",
+    )
     run.add_argument("--seed", type=_seed, default=0, help="same seed, same table (default: 0)")
     run.add_argument(
         "--quick",
@@ -101,17 +121,31 @@ def _run(args: argparse.Namespace) -> None:
     if args.name not in EXPERIMENTS:
         raise UsageError(f"no experiment {args.name!r}; there are {', '.join(EXPERIMENTS)}")
     experiment = EXPERIMENTS[args.name]
+    options = _model_option(args)
     out = Path(args.out or Path("runs") / args.name)
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out must be a folder; {out} is a file")
     _say(f"{args.name}: {experiment.SUMMARY}")
     _say("quick run, numbers mean nothing" if args.quick else f"takes {experiment.DURATION}")
     began = time.monotonic()
-    rows = experiment.run(out, seed=args.seed, quick=args.quick, progress=True, say=_say)
+    rows = experiment.run(out, seed=args.seed, quick=args.quick, progress=True, say=_say, **options)
     print(format_table(rows))
     _say(f"done in {time.monotonic() - began:.0f} s; {out} holds:")
     for file in sorted(out.iterdir()):
         _say(f"  {file.name}")
+
+
+def _model_option(args: argparse.Namespace) -> dict[str, Path]:
+    """`--model` as an option of the experiment, looked at before anything is run."""
+    if args.model is None:
+        return {}
+    if args.name not in RESTORATIONS:
+        raise UsageError(f"--model is for {', '.join(RESTORATIONS)}; {args.name} trains its own")
+    try:
+        restoration.load_digits(args.model)
+    except ValueError as error:
+        raise UsageError(f"--model: {error}") from error
+    return {"model": Path(args.model)}
 
 
 def _bound(args: argparse.Namespace) -> None:

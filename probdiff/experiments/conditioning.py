@@ -1,0 +1,290 @@
+"""Posteriors of images: what is observed, what is inferred, and what tells that it is right.
+
+Each task measures an image linearly and infers the rest by SMC, with σ the data's overall sd:
+
+    denoising           y = x + σ ε                             all 64 pixels are inferred
+    inpainting          y = upper half of x, known exactly      the lower half is inferred
+    super-resolution    y = means of 2 × 2 blocks + σ/20 · ε    all 64 pixels are inferred
+
+Where truths x are draws of the prior itself, the rank of a pixel among its posterior draws is
+uniform and a central 90 % interval holds it 90 % of the time, whatever the model. With weights W_i
+of effective number n = 1/Σ W_i², and V uniform on [0, 1),
+
+    u = (n Σ_i W_i 1[x_i < x] + V) / (n + 1)
+
+is uniform for n equal weights and n + 1 exchangeable values; a pixel is covered where
+0.05 < u < 0.95. Pixels of one image are not independent: errors are over images.
+
+Beside it stands the Gaussian with the training images' mean m and covariance C, in closed form:
+
+    E[x | y] = m + C Aᵀ (A C Aᵀ + s² I)⁻¹ (y − A m),    log p(y) = log N(y; A m, A C Aᵀ + s² I).
+
+Source: Cook, Gelman and Rubin (2006) and Talts et al. (2018) for ranks.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import xarray as xr
+from jaxtyping import Array, Float
+from scipy.stats import multivariate_normal
+
+from probdiff import Diffusion, Prior, infer
+from probdiff.experiments.report import Row, mean_and_se
+from probdiff.types import Params
+
+SIDE, PIXELS = 8, 64
+DEQUANTISED = 1 / 12
+"""Variance of U: what a pixel has whose level never changes."""
+INSIDE = 0.9
+LEVELS, NATS = "grey levels", "nats per image"
+
+Images = Float[Array | np.ndarray, "_ 8 8"]
+
+
+class Task(NamedTuple):
+    """One way to observe an image."""
+
+    measure: Callable[[Any], Any]
+    """What is measured of images `(..., 8, 8)`; linear."""
+    noise: float
+    """Standard deviation of a measurement; 0 where it is exact."""
+    program: Callable[[Any], None]
+    """What is conditioned, a function of the observations."""
+    unseen: np.ndarray
+    """True where a pixel is inferred, `(8, 8)`."""
+
+    @property
+    def matrix(self) -> Float[np.ndarray, "m 64"]:
+        """A of y = A x + noise."""
+        basis = self.measure(np.eye(PIXELS).reshape(PIXELS, SIDE, SIDE))
+        return np.asarray(basis, np.float64).reshape(PIXELS, -1).T
+
+    def observe(self, key: Array, x: Images) -> Array:
+        """Observations of images."""
+        y = self.measure(jnp.asarray(x))
+        return y + self.noise * jax.random.normal(key, y.shape)
+
+
+def denoising(prior: Prior, sigma: float) -> Task:
+    """Noise of sd σ on every pixel."""
+
+    def program(y: Any) -> None:
+        with numpyro.plate("image", len(y)):
+            x = prior()
+            numpyro.sample("y", dist.Normal(x, sigma).to_event(2), obs=y)
+
+    return Task(lambda x: x, sigma, program, np.ones((SIDE, SIDE), bool))
+
+
+def inpainting(prior: Prior) -> Task:
+    """The upper half as it is, nothing of the lower."""
+    is_known = np.arange(SIDE)[:, None] < SIDE // 2
+    is_known = np.broadcast_to(is_known, (SIDE, SIDE))
+
+    def program(y: Any) -> None:
+        known = jnp.concatenate([y, jnp.zeros_like(y)], -2)
+        with numpyro.plate("image", len(y)):
+            prior(known=known, mask=np.broadcast_to(is_known, known.shape))
+
+    return Task(lambda x: x[..., : SIDE // 2, :], 0.0, program, ~is_known)
+
+
+def super_resolution(prior: Prior, sigma: float) -> Task:
+    """Means of blocks of 2 × 2 pixels, with noise of sd σ."""
+
+    def program(y: Any) -> None:
+        with numpyro.plate("image", len(y)):
+            x = prior()
+            numpyro.sample("y", dist.Normal(block_means(x), sigma).to_event(2), obs=y)
+
+    return Task(block_means, sigma, program, np.ones((SIDE, SIDE), bool))
+
+
+def block_means(x: Any) -> Any:
+    """Means of blocks of 2 × 2 pixels."""
+    return x.reshape(*x.shape[:-2], SIDE // 2, 2, SIDE // 2, 2).mean((-3, -1))
+
+
+class Gaussian(NamedTuple):
+    """A Gaussian law of images."""
+
+    mean: Float[np.ndarray, " 64"]
+    covariance: Float[np.ndarray, "64 64"]
+
+    @property
+    def is_constant(self) -> np.ndarray:
+        """Pixels whose level varies less than the noise that dequantises it, `(8, 8)`."""
+        return (np.diag(self.covariance) < 2 * DEQUANTISED).reshape(SIDE, SIDE)
+
+    def given(self, task: Task, y: Any) -> tuple[np.ndarray, np.ndarray]:
+        """E[x | y] and log p(y) of each observation."""
+        A, flat = task.matrix, np.asarray(y, np.float64).reshape(len(y), -1)
+        covariance = A @ self.covariance @ A.T + task.noise**2 * np.eye(len(A))
+        gain = np.linalg.solve(covariance, A @ self.covariance).T
+        mean = self.mean + (flat - A @ self.mean) @ gain.T
+        log_p = multivariate_normal(A @ self.mean, covariance).logpdf(flat)
+        return mean.reshape(-1, SIDE, SIDE), np.atleast_1d(log_p)
+
+
+def gaussian_of(images: Images) -> Gaussian:
+    """Mean and covariance of images of levels once they are dequantised, which needs no U."""
+    flat = np.asarray(images, np.float64).reshape(len(images), PIXELS)
+    covariance = np.cov(flat, rowvar=False) + DEQUANTISED * np.eye(PIXELS)
+    return Gaussian(flat.mean(0) + 0.5, covariance)
+
+
+def prior_of(diffusion: Diffusion, params: Params, gaussian: Gaussian) -> Prior:
+    """The trained model, told the covariance of its data."""
+    return diffusion.prior(params, variance=gaussian.covariance / diffusion.scale**2)
+
+
+def sampler(task: Task, *, num_particles: int, num_runs: int, progress: bool = False) -> infer.SMC:
+    """SMC of a task, its twist the exact integral where measurements mix pixels."""
+    is_mixed = 0 < len(task.matrix) < PIXELS and task.noise > 0
+    return infer.SMC(
+        task.program, num_particles=num_particles, num_runs=num_runs, progress=progress,
+        twist=infer.GaussianTwist(task.matrix, task.noise) if is_mixed else infer.LaplaceTwist(),
+    )  # fmt: skip
+
+
+class Posterior(NamedTuple):
+    """What was inferred of B images of which the truth is known, grey levels."""
+
+    truth: Float[np.ndarray, "B 8 8"]
+    y: Float[np.ndarray, "B ..."]
+    mean: Float[np.ndarray, "B 8 8"]
+    sd: Float[np.ndarray, "B 8 8"]
+    rank: Float[np.ndarray, "B 8 8"]
+    """u of every pixel, uniform where the truth came from the prior."""
+    tree: xr.DataTree
+    """All of the run."""
+    health: Any
+    """Measures of the run, image by image."""
+    complaints: tuple[str, ...]
+    """What was warned of."""
+
+
+def posterior(key: Array, smc: infer.SMC, task: Task, x: Images) -> Posterior:
+    """Observe images and infer them, all at once.
+
+    Args:
+        key: Randomness of the noise, of SMC and of the ranks.
+        smc: What `sampler` made of the task; compiled once for runs of as many images.
+        task: What is observed.
+        x: The truths, as densities (dequantised).
+    """
+    key_noise, key_smc, key_rank = jax.random.split(key, 3)
+    x = np.asarray(x)
+    y = np.asarray(task.observe(key_noise, x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", infer.InferenceWarning)  # they stand in the report
+        smc.run(key_smc, y)
+    sites, log_w = smc.get_weighted_samples()
+    weights, draws = np.exp(log_w.astype(np.float64)), sites["x_0"].astype(np.float64)
+    mean = np.einsum("mb,mbij->bij", weights, draws)
+    sd = np.sqrt(np.einsum("mb,mbij->bij", weights, (draws - mean) ** 2))
+    uniform = np.asarray(jax.random.uniform(key_rank, x.shape))
+    ranks = rank(draws, weights, x, uniform)
+    result = smc.result
+    return Posterior(x, y, mean, sd, ranks, smc.to_datatree(), result.health, result.complaints)
+
+
+def rank(
+    draws: Float[np.ndarray, "draws images *event"],
+    weights: Float[np.ndarray, "draws images"],
+    truth: Float[np.ndarray, "images *event"],
+    uniform: Float[np.ndarray, "images *event"],
+) -> Float[np.ndarray, "images *event"]:
+    """u of each number of each truth; see the file's docstring.
+
+    Args:
+        draws: Particles.
+        weights: Their weights, which sum to one over the draws.
+        truth: The truths.
+        uniform: V.
+    """
+    n = 1 / np.sum(weights**2, 0)
+    n = n.reshape(-1, *[1] * (truth.ndim - 1))
+    below = np.einsum("mb,mb...->b...", weights, draws < truth)
+    return (n * below + uniform) / (n + 1)
+
+
+def coverage(
+    ranks: Float[np.ndarray, "images *event"], is_counted: np.ndarray
+) -> tuple[float, float]:
+    """Share of counted numbers inside their central 90 % interval; error over images."""
+    edge = (1 - INSIDE) / 2
+    is_inside = np.abs(ranks - 0.5) < 0.5 - edge
+    return mean_and_se(is_inside[:, is_counted].mean(1))
+
+
+def root_mean_square(errors: Float[np.ndarray, "images numbers"]) -> tuple[float, float]:
+    """Root of the mean square over images, and its standard error."""
+    mean, se = mean_and_se(np.mean(errors**2, 1))
+    root = float(np.sqrt(mean))
+    return root, se / (2 * root)
+
+
+def rows(name: str, task: Task, found: Posterior, gaussian: Gaussian, *, exact: bool) -> list[Row]:
+    """Lines of a table: coverage, errors, evidence, and what the sampler says of itself.
+
+    Args:
+        name: What the truths are.
+        task: What was observed.
+        found: What was inferred.
+        gaussian: Of the training images.
+        exact: Whether truths are draws of the prior, so that coverage must be 0.9.
+    """
+    lines = [
+        *_coverage_rows(task, found, gaussian, INSIDE if exact else None),
+        *_error_rows(task, found, gaussian),
+        *_sampler_rows(found.health),
+    ]
+    return [row._replace(row=f"{name}: {row.row}") for row in lines]
+
+
+def _coverage_rows(
+    task: Task, found: Posterior, gaussian: Gaussian, ceiling: float | None
+) -> list[Row]:
+    constant = task.unseen & gaussian.is_constant
+    varying = task.unseen & ~constant
+    counted = {"": varying, f", {constant.sum()} constant pixels": constant}
+    return [
+        Row(f"inside 90 % intervals{text}", *coverage(found.rank, pixels), "share", ceiling)
+        for text, pixels in counted.items()
+        if pixels.any()
+    ]
+
+
+def _error_rows(task: Task, found: Posterior, gaussian: Gaussian) -> list[Row]:
+    guess, log_p = gaussian.given(task, found.y)
+    wrong, of_guess = ((m - found.truth)[:, task.unseen] for m in (found.mean, guess))
+    gain = mean_and_se(np.mean(wrong**2, 1) - np.mean(of_guess**2, 1))
+    log_z = found.tree["smc"]["log_evidence"].values.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # −inf where all weights are zero
+        evidence, advantage = mean_and_se(log_z), mean_and_se(log_z - log_p)
+    return [
+        Row("RMSE of the posterior mean", *root_mean_square(wrong), LEVELS),
+        Row("RMSE of the Gaussian's posterior mean", *root_mean_square(of_guess), LEVELS),
+        Row("mean square, posterior − Gaussian, paired", *gain, f"{LEVELS}²"),
+        Row("log evidence", *evidence, NATS),
+        Row("log evidence of the Gaussian", *mean_and_se(log_p), NATS),
+        Row("log evidence − the Gaussian's, paired", *advantage, NATS),
+    ]
+
+
+def _sampler_rows(health: Any) -> list[Row]:
+    spread, ess = "spread of log evidence over runs", "least effective number"
+    return [
+        Row(f"{spread}, median", np.median(health.spread), None, "nats"),
+        Row(f"{spread}, worst", health.spread.max(), None, "nats"),
+        Row(f"{ess}, median", np.median(health.least_ess), None, "share"),
+        Row(f"{ess}, worst", health.least_ess.min(), None, "share"),
+    ]
