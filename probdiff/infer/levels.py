@@ -99,7 +99,64 @@ class Widths(NamedTuple):
     """Var[x_0 | x_t] under the chain that is walked."""
 
 
-def widths(levels: Levels) -> Widths:
+class Reading(NamedTuple):
+    """How well the network reads x_0 out of noise, told at x_T ~ π; zeros where it is perfect."""
+
+    error: Float[Array, ""]
+    """Mean squared error e² of the noise it reads."""
+    mean: Any
+    """Mean of x̂_0 over x_T ~ π, that is of x_0, `event`."""
+
+
+SLACK = 1.2
+"""Variance of x̂_0, over that of a perfect network, which 1024 draws cannot tell from it."""
+
+
+def reading(levels: Levels, x_T: Any) -> Reading:
+    """Measure a network at draws of x_T, `(M, *plates, *event)`.
+
+    x̂_0 has variance τ² − w_T over x_T ~ π where the network is right. What it has above that is
+    error, and much of it, since x̂_0 divides what the network says by √ᾱ_T; seen as an error of the
+    noise in x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε it is about the same at every level.
+    """
+    n, event_dim = levels.n, levels.event_dim
+    x_0_hat = levels.x_0_hat(levels.outputs(x_T, n), x_T, n)
+    mean = jnp.mean(x_0_hat, axis=tuple(range(x_T.ndim - event_dim)))
+    step = levels.table.at(n, event_dim)
+    tau2 = jnp.asarray(levels.draw.variance, mean.dtype)
+    signal = jnp.mean(tau2 - tau2 * step.noise_t / (step.noise_t + step.alpha_bar_t * tau2))
+    excess = jnp.maximum(jnp.mean(jnp.var(x_0_hat, 0)) - SLACK * signal, 0.0)
+    return Reading(excess * jnp.mean(step.alpha_bar_t / step.noise_t), mean)
+
+
+def trust(tau2: Any, step: Step, error: Any) -> tuple[Any, Any]:
+    """How far to trust x̂_0, and what its error adds to the variance of x_0.
+
+    With s = τ² − w_t the variance of a perfect x̂_0 and E = e²(1−ᾱ_t)/ᾱ_t that of its error, x_0
+    given x̂_0 has mean μ + s/(s+E) (x̂_0 − μ) and variance w_t + s E/(s+E).
+    """
+    signal = tau2**2 * step.alpha_bar_t / (step.noise_t + step.alpha_bar_t * tau2)
+    noise = jnp.where(step.t == 1, 0.0, error * step.noise_t)  # times ᾱ_t: β_T = 1 has ᾱ_T = 0
+    share = jnp.where(noise > 0, signal * step.alpha_bar_t / (signal * step.alpha_bar_t + noise), 1)
+    return share, signal * (1 - share)
+
+
+def trusted(levels: Levels, reading: Reading, x_0_hat: Any, i: Any, *, is_slope: bool) -> Any:
+    """x̂_0 drawn towards the mean as far as it cannot be trusted; a slope loses the same share."""
+    covariance = levels.draw.covariance
+    mean = 0.0 if is_slope else reading.mean
+    if covariance is None:
+        tau2 = jnp.asarray(levels.draw.variance, x_0_hat.dtype)
+        return mean + trust(tau2, levels.step(i), reading.error)[0] * (x_0_hat - mean)
+    axes = jnp.asarray(covariance.axes, x_0_hat.dtype)
+    tau2 = jnp.asarray(covariance.variances, x_0_hat.dtype)
+    share, _ = trust(tau2, levels.table.at(i, 1), reading.error)
+    lead = x_0_hat.shape[: x_0_hat.ndim - levels.event_dim]
+    along = (x_0_hat - mean).reshape(*lead, -1) @ axes
+    return mean + ((along * share) @ axes.T).reshape(x_0_hat.shape)
+
+
+def widths(levels: Levels, reading: Reading) -> Widths:
     """Variance of x_0 given each level, of this chain and not of an ideal one.
 
     An ideal chain has w_t = τ²(1−ᾱ_t)/(1−ᾱ_t+ᾱ_t τ²). As x̂_0 is a martingale, the variances of its
@@ -109,18 +166,25 @@ def widths(levels: Levels) -> Widths:
 
     and with the chain's own Var[x_s | x_t], which may be narrower, this is what the chain does; it
     tells where steps are long, near the data above all. A learned variance counts as ideal.
+    The error of the network is added, but at the first level, whose step is the law itself.
     """
     step = levels.step(jnp.arange(1, levels.n + 1))
-    return _widths(levels, step, jnp.asarray(levels.draw.variance, step.beta.dtype))
+    return _widths(levels, step, jnp.asarray(levels.draw.variance, step.beta.dtype), reading)
 
 
-def widths_along(levels: Levels) -> Widths:
+def widths_along(levels: Levels, reading: Reading) -> Widths:
     """The same along the axes of the data's covariance: columns `(n, d)`."""
     step = levels.table.at(jnp.arange(1, levels.n + 1), 1)
-    return _widths(levels, step, jnp.asarray(levels.draw.covariance.variances, step.beta.dtype))
+    tau2 = jnp.asarray(levels.draw.covariance.variances, step.beta.dtype)
+    return _widths(levels, step, tau2, reading)
 
 
-def _widths(levels: Levels, step: Step, tau2: Any) -> Widths:
+def _widths(levels: Levels, step: Step, tau2: Any, reading: Reading) -> Widths:
+    found = _exact_widths(levels, step, tau2)
+    return found._replace(variance=found.variance + trust(tau2, step, reading.error)[1])
+
+
+def _exact_widths(levels: Levels, step: Step, tau2: Any) -> Widths:
     draw, readout = levels.draw, levels.draw.trajectory.readout
     ideal = tau2 * step.noise_t / (step.noise_t + step.alpha_bar_t * tau2)
     slope = jnp.sqrt(step.alpha_bar_t) * ideal / step.noise_t

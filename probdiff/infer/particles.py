@@ -29,8 +29,11 @@ from probdiff.infer import dense, symbols
 from probdiff.infer.expansion import local, sum_event
 from probdiff.infer.levels import (
     Levels,
+    Reading,
     log_probabilities,
+    reading,
     step_variance,
+    trusted,
     widths,
     widths_along,
 )
@@ -39,6 +42,10 @@ from probdiff.infer.proposals import GaussianProposal, SymbolProposal
 from probdiff.infer.twists import Tilt, Twist, View
 from probdiff.kernels import DiscreteKernel
 
+PERFECT = Reading(0.0, 0.0)
+"""What is said of the step to the data, which no twist has to guess."""
+PROBES = 1024
+"""Draws of x_T at which the network's error is told."""
 LEAST = -1e4
 """log ψ where a twist says 0 or nothing: ψ must be positive wherever the chain can go."""
 
@@ -112,6 +119,8 @@ class State(NamedTuple):
     """Log of the product of mean weights up to the last resampling."""
     ancestor: Any
     """Index of each particle's ancestor at the start, `(S, N)`."""
+    reading: Any
+    """How well the network reads x_0 out of noise."""
     hessian: Any
     """Of a quadratic log r, where the covariance of the data is used: `(*plates, d, d)`."""
     trace: "Trace"
@@ -160,13 +169,15 @@ def start(plan: Plan, keys: Array) -> State:
     flat = jnp.zeros((plan.levels.n + 1, plan.num_systems))
     trace = Trace(flat, flat > 1, flat, flat, zeros, jnp.full(plan.num_systems, jnp.inf))
     ancestor = jnp.broadcast_to(jnp.arange(n), shape)
-    return State(x, zeros, zeros, zeros, zeros[:, 0], ancestor, _hessian(plan), trace)
+    return State(
+        x, zeros, zeros, zeros, zeros[:, 0], ancestor, _reading(plan), _hessian(plan), trace
+    )
 
 
 def advance(plan: Plan, keys: Array, state: State, i: Any) -> State:
     """From level i ≥ 2 down to the one before."""
-    covariance = _covariance(plan, state.hessian, i) if plan.uses_covariance else None
-    look = _look(plan, state.x, lambda x: _look_at(plan, x, i, covariance))
+    covariance = _covariance(plan, state, i) if plan.uses_covariance else None
+    look = _look(plan, state.x, lambda x: _look_at(plan, x, i, state.reading, covariance))
     common = None if covariance is None else _for_systems(plan, covariance.common)
     return _move(plan, keys, state, look, i, common)
 
@@ -285,10 +296,10 @@ class Covariances(NamedTuple):
     """(N, log det N) of the proposals, the plates leading."""
 
 
-def _covariance(plan: Plan, hessian: Any, i: Any) -> Covariances:
+def _covariance(plan: Plan, state: State, i: Any) -> Covariances:
     """Level i, and the level below it."""
     levels, batch_shape = plan.levels, plan.conditioned.batch_shape
-    along = widths_along(levels)
+    along = widths_along(levels, state.reading)
     axes = jnp.asarray(levels.draw.covariance.axes, along.variance.dtype)
     belief, nearer = (
         dense.Belief(axes, along.variance[i - down], along.slope[i - down]) for down in (1, 2)
@@ -296,7 +307,7 @@ def _covariance(plan: Plan, hessian: Any, i: Any) -> Covariances:
     _, mask = _known(plan)
     if mask is not None:
         mask = jnp.broadcast_to(mask, (*batch_shape, *plan.event_shape)).reshape(*batch_shape, -1)
-    given, ahead = (dense.condition(b, hessian, mask) for b in (belief, nearer))
+    given, ahead = (dense.condition(b, state.hessian, mask) for b in (belief, nearer))
     variance = step_variance(levels, jnp.mean(belief.variance), i)
     matrix, log_det = dense.narrowing(ahead.precision, variance)
     matrix = jnp.broadcast_to(matrix, (*batch_shape, *matrix.shape[-2:]))
@@ -314,6 +325,17 @@ def _for_systems(plan: Plan, arrays: Any) -> Any:
     return jax.tree.map(tile, arrays)
 
 
+def _reading(plan: Plan) -> Any:
+    """Tried at draws of x_T of their own, the same for every system."""
+    if plan.is_discrete:
+        return None
+    draws = jax.random.normal(jax.random.key(0), (PROBES, *plan.event_shape))
+    batch_shape = plan.conditioned.batch_shape
+    x_T = jnp.expand_dims(draws, range(1, 1 + len(batch_shape)))
+    x_T = jnp.broadcast_to(x_T, (PROBES, *batch_shape, *plan.event_shape))
+    return reading(plan.levels, x_T)
+
+
 def _hessian(plan: Plan) -> Any:
     """H of a quadratic log r, None where it is not wanted."""
     if not (plan.uses_covariance and plan.is_quadratic and plan.conditioned.observed):
@@ -324,13 +346,15 @@ def _hessian(plan: Plan) -> Any:
     return dense.hessian_of(lambda v: at.curvature(v[None])[0], zeros[0], len(batch_shape))
 
 
-def _look_at(plan: Plan, x_t: Any, i: Any, covariance: Covariances | None) -> Look:
+def _look_at(plan: Plan, x_t: Any, i: Any, read: Any, covariance: Covariances | None) -> Look:
     if plan.is_discrete:
         return _look_at_symbols(plan, x_t, i)
-    return _look_at_numbers(plan, x_t, i, covariance)
+    return _look_at_numbers(plan, x_t, i, read, covariance)
 
 
-def _look_at_numbers(plan: Plan, x_t: Any, i: Any, covariance: Covariances | None) -> Look:
+def _look_at_numbers(
+    plan: Plan, x_t: Any, i: Any, read: Any, covariance: Covariances | None
+) -> Look:
     levels = plan.levels
 
     def denoise(x_t: Any) -> tuple[Any, Any]:
@@ -339,7 +363,12 @@ def _look_at_numbers(plan: Plan, x_t: Any, i: Any, covariance: Covariances | Non
 
     x_0_hat, pull_back, outputs = jax.vjp(denoise, x_t, has_aux=True)
     law = levels.reverse(outputs, x_t, i)
-    view = _view(plan, i, x_t, law, x_0_hat, lambda v: pull_back(v)[0], covariance)
+    x_0_hat = trusted(levels, read, x_0_hat, i, is_slope=False)
+
+    def pull(v: Any) -> Any:
+        return pull_back(trusted(levels, read, v, i, is_slope=True))[0]
+
+    view = _view(plan, i, x_t, law, x_0_hat, pull, read, covariance)
     return _look_of(plan, view, plan.twist(view), None)
 
 
@@ -351,7 +380,7 @@ def _look_at_first(plan: Plan, x_1: Any) -> Look:
         log_p = log_probabilities(law)
         informed = symbols.inform(log_p, _symbol_log_r(plan), known, mask, levels.event_dim)
         return _symbol_look(log_p, informed.log_p_0, informed.log_psi, known, mask, levels)
-    view = _view(plan, 1, x_1, law, law.loc, lambda v: v, None)
+    view = _view(plan, 1, x_1, law, law.loc, lambda v: v, PERFECT, None)
     pinned = None if known is None else (known, mask)
     return _look_of(plan, view, plan.twist.last(x_1, view.mean, view.variance, view), pinned)
 
@@ -409,13 +438,14 @@ def _looked(log_psi: Any, proposal: Any, shift: Any) -> Look:
 
 
 def _view(
-    plan: Plan, i: Any, x_t: Any, law: Any, x_0_hat: Any, pull_back: Any, covariance: Any
-) -> View:
+    plan: Plan, i: Any, x_t: Any, law: Any, x_0_hat: Any, pull_back: Any, read: Any,
+    covariance: Any,
+) -> View:  # fmt: skip
     mean, sd = jnp.broadcast_arrays(law.loc, law.scale)
     known, mask = _known(plan)
     return View(
         plan.levels, i, x_t, mean, sd**2, x_0_hat, pull_back, lambda x: _log_r(plan, x), known,
-        mask, plan.is_diagonal, widths(plan.levels),
+        mask, plan.is_diagonal, widths(plan.levels, read),
         None if covariance is None else covariance.given,
         None if covariance is None else covariance.nearer,
     )  # fmt: skip

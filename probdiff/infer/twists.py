@@ -162,8 +162,8 @@ class _Widened(Twist):
             log_psi += _log_known(view, view.x_0_hat, w_t)
         narrowing = jnp.mean(w_s / w_t)
         factors = e.factors * slope / jnp.sqrt(1 + narrowing * expand(e.sizes, e.factors.ndim))
-        shift = _share(view) * _shift(step, view.pull_back(pull))
-        return Tilt(log_psi, shift, precision, factors)
+        shift = _shift(step, view.pull_back(pull))
+        return Tilt(log_psi, _limited(shift, view), precision, factors)
 
     def with_covariance(self, view: View, given: Given) -> Tilt:
         """The same with C_t from the data's covariance instead of w_t I."""
@@ -196,7 +196,7 @@ class _Widened(Twist):
         pull = pull + belief.inverse_root_transposed(projected(u)) * share[..., None]
         shift = _shift(view.levels.step(view.i), view.pull_back(pull.reshape(shape)))
         log_psi = value - 0.5 * log_det + log_known
-        return Tilt(log_psi, _share(view) * shift, jnp.zeros(shape, mean.dtype), factors)
+        return Tilt(log_psi, _limited(shift, view), jnp.zeros(shape, mean.dtype), factors)
 
     def _by_lanczos(
         self, view: View, given: Given, at: Local, g: Any, projected: Callable[[Any], Any]
@@ -345,7 +345,8 @@ class TweedieTwist(Twist):
         narrowing = jnp.mean(w_s / w_t)
         size = sizes * narrowing / (1 + narrowing * sizes)
         factors = u * jnp.sqrt(expand(size * narrowing, u.ndim)) * jnp.mean(slope_s / w_s)
-        return Tilt(log_psi, _share(view) * weight_0 * move, jnp.zeros_like(view.x_t), factors)
+        shift = _limited(weight_0 * move, view)
+        return Tilt(log_psi, shift, jnp.zeros_like(view.x_t), factors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -417,16 +418,25 @@ def _shift(step: Any, gradient: Any) -> Any:
     return step.beta * jnp.sqrt(step.alpha_bar_s / step.alpha_bar_t) * gradient
 
 
-def _share(view: View) -> Any:
-    """Variance of p(x_s | x_t) over that of an ideal chain: how far it follows a guidance.
+FURTHEST = 5.0
+"""Standard deviations that a proposal's mean moves at most: beyond, the twist is wrong, not x_t."""
+
+
+def _limited(shift: Any, view: View) -> Any:
+    """A shift as far as p(x_s | x_t) follows it.
 
     Over a long step near the data a chain with the bridge's variance is much narrower than an ideal
-    one, and x_s can move only by V ∇ log ψ_s.
+    one, and x_s can move only by V ∇ log ψ_s: hence the ratio of the two variances.
     """
     step = view.levels.step(view.i)
     weight_0, _ = bridge_weights(step)
     ideal = step.noise_t / jnp.sqrt(step.alpha_bar_t) * view.widths.slope[view.i - 1]
-    return view.variance / (step.beta * step.noise_s / step.noise_t + weight_0**2 * ideal)
+    shift *= view.variance / (step.beta * step.noise_s / step.noise_t + weight_0**2 * ideal)
+    lead = shift.ndim - view.levels.event_dim
+    axes = tuple(range(lead, shift.ndim))
+    furthest = jnp.max(jnp.abs(shift) / jnp.sqrt(view.variance), axis=axes, keepdims=True)
+    shift = jnp.where(jnp.isfinite(furthest), shift, 0.0)
+    return shift * jnp.minimum(1.0, FURTHEST / jnp.where(furthest > 0, furthest, 1.0))
 
 
 def _complete(point: Any, sd: Any, view: View) -> tuple[Any, Any]:
