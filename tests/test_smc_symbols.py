@@ -244,7 +244,7 @@ def test_twist_stays_near_the_integral_where_r_joins_entries(x64, log_r):
 
 def test_proposal_that_is_p_leaves_weights_that_are_exactly_one(key):
     log_p = law(3, (1000, L, 3))
-    _, log_ratio = SymbolProposal(log_p, log_p, jnp.zeros(1000)).draw(key)
+    _, log_ratio = SymbolProposal(log_p, log_p, jnp.zeros(1000)).draw(key, None)
     assert (np.asarray(log_ratio) == 0).all()
 
 
@@ -254,7 +254,7 @@ def test_proposal_weighs_every_state_to_its_probability(key):
     log_p, log_q = (jnp.broadcast_to(law(s, (1, 2, 3)), (n, 2, 3)) for s in (4, 5))
     sure = jnp.where(jnp.arange(3) == 1, 0.0, -1e3) + jnp.zeros_like(log_q)
     for proposed in (log_q, sure):
-        x, log_ratio = SymbolProposal(log_p, proposed, jnp.zeros(n)).draw(key)
+        x, log_ratio = SymbolProposal(log_p, proposed, jnp.zeros(n)).draw(key, None)
         weight = np.exp(log_ratio)
         assert weight.max() < 10.01
         for state in itertools.product(range(3), repeat=2):
@@ -266,6 +266,6 @@ def test_proposal_weighs_every_state_to_its_probability(key):
 def test_proposal_never_takes_a_state_that_is_ruled_out(key):
     log_p = law(6, (5000, L, 3))
     log_q = jnp.where(jnp.arange(3) == 0, -1e4, log_p)
-    x, log_ratio = SymbolProposal(log_p, log_q, jnp.zeros(5000)).draw(key)
+    x, log_ratio = SymbolProposal(log_p, log_q, jnp.zeros(5000)).draw(key, None)
     assert (x > 0).all()
     assert np.isfinite(log_ratio).all()

@@ -1,0 +1,219 @@
+"""Parts of inference by their own laws: expansion, eigenpairs, proposals, levels, twists.
+
+Against dense linear algebra in NumPy: for a quadratic log r the integral over a Gaussian,
+
+    log ∫ r N(m, C) = log r(m) + ½ gᵀ C (I + H C)⁻¹ g − ½ log det(I + H C),
+
+is exact, and so must the expansion be; a proposal N(mean + shift, (V⁻¹ + D + Σ f fᵀ)⁻¹) must have
+that covariance and report its own density.
+"""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import pytest
+
+from probdiff import Diffusion, GaussianKernel, readouts, schedules
+from probdiff.infer.expansion import diagonal, krylov, local, low_rank
+from probdiff.infer.jacobi import eigh
+from probdiff.infer.levels import levels
+from probdiff.infer.proposals import GaussianProposal
+
+D, LEAD = 5, 3
+
+
+def quadratic(seed, rank, dtype=np.float64):
+    """log r of a linear-Gaussian measurement of some rank; g, H and value by hand."""
+    rng = np.random.default_rng(seed)
+    a, y = rng.normal(size=(rank, D)).astype(dtype), rng.normal(size=rank).astype(dtype)
+
+    def log_r(x):
+        return -0.5 * ((y - x @ a.T) ** 2).sum(-1) / 0.3
+
+    def by_hand(m, c):
+        g, h = a.T @ (y - a @ m) / 0.3, a.T @ a / 0.3
+        pull = np.linalg.solve(np.eye(D) + h @ c, g)
+        log_z = float(log_r(m)) + 0.5 * g @ c @ pull
+        return log_z - 0.5 * np.linalg.slogdet(np.eye(D) + h @ c)[1], pull, h
+
+    return log_r, by_hand
+
+
+def log_integral(at, expansion, sd):
+    """log r(m) + ½ gᵀ C (I + H C)⁻¹ g − ½ log det(I + H C)."""
+    gain = (at.gradient * sd**2 * expansion.pull).sum(-1)
+    return at.value + 0.5 * gain - 0.5 * expansion.log_det
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_low_rank_expansion_is_the_integral_of_a_quadratic(x64, rank):
+    log_r, by_hand = quadratic(0, rank)
+    rng = np.random.default_rng(1)
+    points, sd = rng.normal(size=(LEAD, D)), rng.uniform(0.2, 2, size=(LEAD, D))
+    at = local(log_r, jnp.asarray(points))
+    found = low_rank(at, jnp.asarray(sd), rank)
+    for i in range(LEAD):
+        log_z, pull, h = by_hand(points[i], np.diag(sd[i] ** 2))
+        assert log_integral(at, found, sd)[i] == pytest.approx(log_z, abs=1e-8)
+        np.testing.assert_allclose(found.pull[i], pull, atol=1e-8)
+        rows = np.asarray(found.factors[:, i])
+        np.testing.assert_allclose(rows.T @ rows, h, atol=1e-7)
+
+
+def test_diagonal_expansion_is_the_integral_of_a_product(x64):
+    rng = np.random.default_rng(2)
+    y, s, points, sd = (rng.uniform(0.3, 2, size=n) for n in (D, D, (LEAD, D), (LEAD, D)))
+    at = local(lambda x: -0.5 * (((y - x) / s) ** 2).sum(-1), jnp.asarray(points))
+    found = diagonal(at, jnp.asarray(sd))
+    total = sd**2 + s**2
+    exact = (-0.5 * (y - points) ** 2 / total - 0.5 * np.log(total / s**2)).sum(-1)
+    np.testing.assert_allclose(log_integral(at, found, sd), exact, atol=1e-10)
+    np.testing.assert_allclose(found.pull, (y - points) / total, atol=1e-10)
+    np.testing.assert_allclose(found.diagonal, np.broadcast_to(s**-2, (LEAD, D)), atol=1e-10)
+
+
+def test_upward_curvature_counts_as_none(x64):
+    at = local(lambda x: 0.5 * (x**2).sum(-1), jnp.ones((1, D)))
+    sd = 0.5 * jnp.ones((1, D))
+    for found in (diagonal(at, sd), low_rank(at, sd, 2)):
+        np.testing.assert_allclose(found.log_det, 0, atol=1e-12)
+        np.testing.assert_allclose(found.pull, at.gradient, atol=1e-12)
+
+
+def test_where_r_is_zero_there_is_no_direction():
+    at = local(lambda x: jnp.log(jnp.maximum(x.sum(-1), 0.0)), jnp.array([[-1.0, 0.0], [1.0, 1.0]]))
+    assert (at.gradient[0] == 0).all()
+    np.testing.assert_allclose(at.gradient[1], 0.5)
+    assert np.isfinite(at.curvature(jnp.ones((2, 2)))).all()
+
+
+def test_krylov_finds_the_eigenpairs_its_start_reaches(x64):
+    values = jnp.array([4.0, 2.0, 0.5])
+    start = jnp.array([[1.0, 1.0, 0.0]])  # closed after two steps
+    found, vectors = krylov(start, lambda v: values * v, 3, 1)
+    np.testing.assert_allclose(np.sort(found[:, 0]), [0, 2, 4], atol=1e-10)
+    np.testing.assert_allclose(np.sort((vectors**2).sum(-1)[:, 0]), [0, 1, 1], atol=1e-10)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 9])
+def test_jacobi_gives_orthonormal_eigenpairs(x64, k):
+    a = np.random.default_rng(k).normal(size=(k, k, 6))
+    a[..., 0] = 0.0  # all eigenvalues equal
+    a[..., 1] = np.diag(np.arange(k))
+    a = a + a.swapaxes(0, 1)
+    values, vectors = (np.asarray(v) for v in eigh(jnp.asarray(a)))
+    for i in range(6):
+        v = vectors[..., i]
+        np.testing.assert_allclose(v.T @ v, np.eye(k), atol=1e-10)
+        np.testing.assert_allclose(v @ np.diag(values[:, i]) @ v.T, a[..., i], atol=1e-9)
+        np.testing.assert_allclose(np.sort(values[:, i]), np.linalg.eigvalsh(a[..., i]), atol=1e-9)
+
+
+def proposal(seed, rank, *, pinned=False):
+    """One particle's proposal, and its mean and covariance by hand."""
+    rng = np.random.default_rng(seed)
+    mean, shift = rng.normal(size=(2, D))
+    variance, precision = rng.uniform(0.2, 2, size=(2, D))
+    factors = rng.normal(size=(rank, D))
+    if pinned:
+        precision[0], factors[:, 0] = np.inf, 0.0
+    made = GaussianProposal(
+        *(jnp.asarray(a)[None] for a in (mean, variance, shift, precision, factors)), jnp.zeros(1)
+    )
+    covariance = np.linalg.inv(np.diag(1 / variance + precision) + factors.T @ factors)
+    return made, mean, variance, mean + shift, covariance
+
+
+def log_normal(x, mean, covariance):
+    gap = np.asarray(x) - mean
+    _, log_det = np.linalg.slogdet(2 * np.pi * covariance)
+    return -0.5 * (gap @ np.linalg.solve(covariance, gap) + log_det)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_gaussian_proposal_has_its_law_and_knows_its_density(x64, rank):
+    made, mean, variance, centre, covariance = proposal(3, rank)
+    base, _ = made.place(jnp.zeros((1, D)))
+    np.testing.assert_allclose(base[0], centre, atol=1e-10)
+    columns = np.stack([made.place(row[None])[0][0] - centre for row in jnp.eye(D)], 1)
+    np.testing.assert_allclose(columns @ columns.T, covariance, atol=1e-9)
+    z = jax.random.normal(jax.random.key(0), (1, D))
+    x, log_ratio = made.place(z)
+    exact = log_normal(x[0], mean, np.diag(variance)) - log_normal(x[0], centre, covariance)
+    assert log_ratio[0] == pytest.approx(exact, abs=1e-9)
+
+
+def test_a_common_precision_adds_to_the_others(x64):
+    """P for all particles, given by N with N Nᵀ = (I + v P)⁻¹ at a variance v of every entry."""
+    rng, v = np.random.default_rng(6), 0.7
+    shift, factors, root = rng.normal(size=D), rng.normal(size=(2, D)), rng.normal(size=(D, D))
+    precision = root @ root.T
+    matrix = np.linalg.cholesky(np.linalg.inv(np.eye(D) + v * precision))
+    parts = np.zeros(D), np.full(D, v), shift, np.zeros(D), factors
+    made = GaussianProposal(*(jnp.asarray(a)[None] for a in parts), jnp.zeros(1))
+    common = jnp.asarray(matrix), jnp.log(jnp.abs(jnp.diag(jnp.asarray(matrix)))).sum()
+    covariance = np.linalg.inv(np.eye(D) / v + precision + factors.T @ factors)
+    columns = np.stack([made.place(row[None], common)[0][0] - shift for row in jnp.eye(D)], 1)
+    np.testing.assert_allclose(columns @ columns.T, covariance, atol=1e-9)
+    x, log_ratio = made.place(jax.random.normal(jax.random.key(0), (1, D)), common)
+    exact = log_normal(x[0], np.zeros(D), v * np.eye(D)) - log_normal(x[0], shift, covariance)
+    assert log_ratio[0] == pytest.approx(exact, abs=1e-9)
+
+
+def test_pinned_entries_are_set_exactly_and_do_not_count(x64):
+    made, _, _, centre, _ = proposal(4, 2, pinned=True)
+    x, log_ratio = made.place(jax.random.normal(jax.random.key(1), (1, D)))
+    assert x[0, 0] == centre[0]
+    free = GaussianProposal(*(a[..., 1:] for a in made[:5]), made.pinned)
+    y, other = free.place(jax.random.normal(jax.random.key(1), (1, D))[:, 1:])
+    np.testing.assert_allclose(x[:, 1:], y, atol=1e-12)
+    assert log_ratio[0] == pytest.approx(float(other[0]), abs=1e-12)
+
+
+def test_proposal_of_a_twist_that_changes_nothing_weighs_exactly_one(key):
+    zeros = jnp.zeros((100, D))
+    made = GaussianProposal(zeros, 1 + zeros, zeros, zeros, jnp.zeros((100, 0, D)), jnp.zeros(100))
+    assert (made.draw(key, None)[1] == 0).all()
+
+
+def chain(T=40):
+    return Diffusion(
+        GaussianKernel(),
+        schedules.log_snr_linear(T, beta_1=1e-3, alpha_bar_T=1e-3),
+        lambda x, t: 0 * x,
+        event_shape=(2,),
+        readout=readouts.Perturbation(readouts.ForwardVariance()),
+    )
+
+
+def prior_draw():
+    with numpyro.handlers.trace() as sites, numpyro.handlers.seed(rng_seed=0):
+        chain().prior({})()
+    return next(s["infer"]["prior"] for s in sites.values() if "prior" in s["infer"])
+
+
+@pytest.mark.parametrize("n", [2, 7, 39])
+def test_fewer_levels_are_longer_steps_of_the_same_chain(x64, n):
+    draw = prior_draw()
+    full, few = levels(draw), levels(draw, n)
+    assert few.times[0] == 1 and few.times[-1] == full.n and few.n == n
+    kept = 1 - np.asarray(full.table.beta)
+    ends = np.concatenate([[0], few.times])
+    products = [kept[a:b].prod() for a, b in itertools.pairwise(ends)]
+    np.testing.assert_allclose(1 - np.asarray(few.table.beta), products, atol=1e-10)
+    np.testing.assert_allclose(few.table.alpha_bar_t[:-1], few.table.alpha_bar_s[1:], atol=0)
+
+
+def test_all_levels_are_the_chain_itself():
+    draw = prior_draw()
+    full = levels(draw)
+    assert not full.is_respaced
+    x, i = jnp.array([[0.3, -1.0]]), 5
+    law = full.reverse(full.outputs(x, i), x, i)
+    beta = float(full.table.beta[i - 1])
+    np.testing.assert_allclose(law.loc, math.sqrt(1 - beta) * x, rtol=1e-6)
+    np.testing.assert_allclose(law.scale, math.sqrt(beta), rtol=1e-6)
