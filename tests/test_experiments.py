@@ -9,14 +9,16 @@ import pytest
 import xarray as xr
 
 from probdiff import datasets, diagnostics, load
-from probdiff.experiments import digits, swiss_roll
+from probdiff.experiments import digits, swiss_roll, swiss_roll_denoising
 from probdiff.experiments.report import QUICK, Row, mean_and_se
 
 FILES = {"report.md", "table.json", "bounds.nc", "params.safetensors", "config.json"}
 FIGURES = {
-    swiss_roll: {"figure_1.png", "samples.png", "bound_per_step.png", "losses.png"},
+    swiss_roll: {
+        "figure_1.png", "samples.png", "bound_per_step.png", "losses.png", "denoising.png",
+    },
     digits: {"samples.png", "bound_per_step.png", "losses.png"},
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=[swiss_roll, digits], ids=["swiss-roll", "digits"])
@@ -107,6 +109,17 @@ def test_data_are_as_often_off_the_roll_as_they_should_be():
     share, se = swiss_roll.share_off_roll(keys[3], perfect, held_out)
     # the edge is a quantile of 4000 points and errs by as much as the share
     assert abs(share - 1) < 4 * np.sqrt(2) * se
+
+
+def test_brute_force_finds_a_gaussian_posterior():
+    """x ~ N(0, I), y = x + ε with sd σ: p(y) = N(0, 1 + σ²), E[x | y] = y / (1 + σ²)."""
+    x = np.asarray(jax.random.normal(jax.random.key(2), (100_000, 2)))
+    y = np.array([[0.0, 0.5], [1.0, -1.5]])
+    log_p, se, mean = swiss_roll_denoising.force(y, x)
+    variance = 1 + swiss_roll_denoising.SIGMA**2
+    exact = np.sum(-0.5 * y**2 / variance - 0.5 * np.log(2 * np.pi * variance), 1)
+    assert (np.abs(log_p - exact) < 4 * se).all() and (se < 0.02).all()
+    np.testing.assert_allclose(mean, y / variance, atol=0.02)
 
 
 def test_drift_of_an_untrained_model_shrinks_towards_zero():
