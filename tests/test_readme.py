@@ -5,11 +5,13 @@ import tomllib
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
+@pytest.mark.filterwarnings("ignore::probdiff.infer.InferenceWarning")  # 300 steps make no prior
 def test_program_runs_and_says_what_it_should(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -22,6 +24,11 @@ def test_program_runs_and_says_what_it_should(tmp_path, monkeypatch, capsys):
     assert float(mean) > -4.09 + 4 * float(se)  # better than N(0, I) already
     assert sorted(p.name for p in Path("roll").iterdir()) == ["config.json", "params.safetensors"]
     assert np.isfinite(names["result"].losses).all()
+    points, y = names["points"], names["y"][0]
+    assert points.shape == (1024, 20, 2)
+    # a posterior lies between the prior's mean, near 0, and the observation: nearer than either
+    assert np.mean((points.mean(0) - y) ** 2) < np.mean(y**2)
+    assert names["log_z"].shape == names["se"].shape == (20,) and np.isfinite(names["log_z"]).all()
 
 
 def test_commands_are_those_of_the_package():

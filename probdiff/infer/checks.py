@@ -244,8 +244,8 @@ def _advice(walk: Walk, layout: Layout) -> str:
     if isinstance(walk.twist, TweedieTwist):
         return f"Raise {more}, or the twist's rank up to the number of measurements of one x_0"
     return (
-        f"Raise {more}; use TweedieTwist where several measurements are taken of one x_0; and see "
-        "that the variance given to Diffusion.prior is not below that of the data"
+        f"Raise {more}; give Diffusion.prior the covariance of the data, where several numbers of "
+        "one x_0 are observed, and see that its variance is not below theirs"
     )
 
 
