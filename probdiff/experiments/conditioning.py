@@ -33,16 +33,19 @@ import numpyro
 import numpyro.distributions as dist
 import xarray as xr
 from jaxtyping import Array, Float
+from matplotlib.figure import Figure
 from scipy.stats import multivariate_normal
 
-from probdiff import Diffusion, Prior, infer
+from probdiff import Diffusion, Prior, infer, plots
 from probdiff.experiments.report import Row, mean_and_se
 from probdiff.types import Params
 
 SIDE, PIXELS = 8, 64
+SHOWN, SHOWN_DRAWS = 8, 6
 DEQUANTISED = 1 / 12
 """Variance of U: what a pixel has whose level never changes."""
 INSIDE = 0.9
+COVERAGE = "inside 90 % intervals"
 LEVELS, NATS = "grey levels", "nats per image"
 
 Images = Float[Array | np.ndarray, "_ 8 8"]
@@ -250,6 +253,12 @@ def rows(name: str, task: Task, found: Posterior, gaussian: Gaussian, *, exact: 
     return [row._replace(row=f"{name}: {row.row}") for row in lines]
 
 
+def short_rows(name: str, task: Task, found: Posterior, gaussian: Gaussian) -> list[Row]:
+    """Of `rows` the coverage of pixels that vary, and both errors."""
+    lines = rows(name, task, found, gaussian, exact=False)
+    return [row for row in lines if row.unit == LEVELS or row.row == f"{name}: {COVERAGE}"]
+
+
 def _coverage_rows(
     task: Task, found: Posterior, gaussian: Gaussian, ceiling: float | None
 ) -> list[Row]:
@@ -257,7 +266,7 @@ def _coverage_rows(
     varying = task.unseen & ~constant
     counted = {"": varying, f", {constant.sum()} constant pixels": constant}
     return [
-        Row(f"inside 90 % intervals{text}", *coverage(found.rank, pixels), "share", ceiling)
+        Row(f"{COVERAGE}{text}", *coverage(found.rank, pixels), "share", ceiling)
         for text, pixels in counted.items()
         if pixels.any()
     ]
@@ -288,3 +297,14 @@ def _sampler_rows(health: Any) -> list[Row]:
         Row(f"{ess}, median", np.median(health.least_ess), None, "share"),
         Row(f"{ess}, worst", health.least_ess.min(), None, "share"),
     ]
+
+
+def sheet(found: Posterior) -> Figure:
+    """Truth, observation, draws, mean and sd, an image a row."""
+    y = found.y[:SHOWN]
+    if y.shape[1] < y.shape[2]:  # the rows below were not observed
+        y = np.concatenate([y, np.full_like(y, np.nan)], 1)
+    draws = found.tree["posterior"]["x_0"].values[0, :, :SHOWN]
+    truth, mean, sd = (a[:SHOWN] for a in (found.truth, found.mean, found.sd))
+    axes = plots.posterior_images(truth, y, draws, mean, sd, num_draws=SHOWN_DRAWS, vmax=17.0)
+    return axes[0, 0].figure
