@@ -17,7 +17,9 @@ FIGURES = {
     swiss_roll: {
         "figure_1.png", "samples.png", "bound_per_step.png", "losses.png", "denoising.png",
     },
-    digits: {"samples.png", "bound_per_step.png", "losses.png"},
+    digits: {
+        "samples.png", "bound_per_step.png", "losses.png", "denoised.png", "inpainted.png",
+    },
 }  # fmt: skip
 
 
