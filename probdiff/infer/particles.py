@@ -338,7 +338,7 @@ def _reading(plan: Plan) -> Any:
 
 def _hessian(plan: Plan) -> Any:
     """H of a quadratic log r, None where it is not wanted."""
-    if not (plan.uses_covariance and plan.is_quadratic and plan.conditioned.observed):
+    if not (plan.uses_covariance and plan.is_quadratic):
         return None
     batch_shape = plan.conditioned.batch_shape
     zeros = jnp.zeros((1, *batch_shape, *plan.event_shape))
