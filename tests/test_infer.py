@@ -439,8 +439,8 @@ def test_a_chain_that_does_not_end_in_noise_is_warned_of():
 @pytest.mark.parametrize(
     ("options", "advice"),
     [
-        ({}, "Raise num_particles; use TweedieTwist"),
-        ({"steps": 10}, "Raise num_particles or steps; use TweedieTwist"),
+        ({}, "Raise num_particles; give Diffusion.prior the covariance"),
+        ({"steps": 10}, "Raise num_particles or steps; give Diffusion.prior the covariance"),
         ({"twist": infer.KernelTwist()}, "Use LaplaceTwist, or raise num_particles"),
         ({"twist": infer.TweedieTwist()}, "Raise num_particles, or the twist's rank"),
         ({"is_discrete": True}, "Raise num_particles"),
@@ -451,7 +451,9 @@ def test_advice_fits_the_sampler(options, advice):
     outcome = healthy(ess=np.full((steps + 1, 2), 1.0))
     (complaint,) = complaints_of(outcome, **options)
     assert advice in complaint
-    assert ("use TweedieTwist" in complaint) == ("use TweedieTwist" in advice)
+    assert ("give Diffusion.prior the covariance" in complaint) == (
+        "give Diffusion.prior the covariance" in advice
+    )
 
 
 def test_equal_weights_have_no_tail():
