@@ -26,6 +26,7 @@ from tqdm import tqdm
 from probdiff.infer import particles
 from probdiff.infer.expansion import local, sum_event
 from probdiff.infer.levels import levels
+from probdiff.infer.look import Plan
 from probdiff.infer.program import Program, condition, systems_are_coupled
 from probdiff.infer.twists import LaplaceTwist, Twist
 from probdiff.kernels import DiscreteKernel
@@ -203,9 +204,9 @@ class Walk:
     def _functions(
         self, is_diagonal: bool, is_quadratic: bool, *static: Any
     ) -> tuple[Callable[..., Any], ...]:
-        def plan(arrays: Any) -> particles.Plan:
+        def plan(arrays: Any) -> Plan:
             conditioned = self._condition(static, arrays)
-            return particles.Plan(
+            return Plan(
                 conditioned, levels(conditioned.draw, self.steps), self.twist, self.num_particles,
                 self.num_runs, self.threshold, self.block_size, is_diagonal, is_quadratic,
                 self._constrain,
@@ -303,7 +304,7 @@ def _curvature(conditioned: Any, points: Any, key: Array) -> Array:
     return jnp.stack([jnp.all(off <= 1e-3 * on), is_same & is_finite])
 
 
-def _outcome(plan: particles.Plan, state: particles.State) -> tuple[Any, ...]:
+def _outcome(plan: Plan, state: particles.State) -> tuple[Any, ...]:
     """Arrays of an `Outcome`."""
     diffusion, conditioned = plan.levels.draw.diffusion, plan.conditioned
     x_0 = plan.to_program(state.x)
