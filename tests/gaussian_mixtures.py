@@ -13,10 +13,16 @@ covariance I, and x_0 given x_t and k is N(μ_k + √ᾱ_t (x_t − √ᾱ_t μ_
 Metrics, against 2000 exact draws: SW, the mean over 500 random directions of the distance W1
 between projections; TV, the total variation between the weights of modes.
 
+Problems of one size differ by weights, A, σ and y alone. They reach the program as one array, the
+prior's context, so that what is compiled for a size and a twist serves all its problems; the means,
+and the covariance of x_0 that twists are told, that of even weights, are common to them.
+
 Source: the problem law of Cardoso et al. (2023), section 4.
 """
 
-from typing import NamedTuple
+import dataclasses
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +38,12 @@ STEPS, DRAWS = 100, 2000
 
 
 class Problem(NamedTuple):
-    """Prior, measurement and its outcome."""
+    """Weights of the prior, measurement and its outcome."""
 
-    means: np.ndarray
-    weights: np.ndarray
-    matrix: np.ndarray
-    noise: float
-    y: np.ndarray
+    weights: Any
+    matrix: Any
+    noise: Any
+    y: Any
 
 
 class Posterior(NamedTuple):
@@ -60,31 +65,60 @@ class Score(NamedTuple):
     """Least effective number over levels and runs, a share of the particles."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """How the posterior is drawn from."""
+
+    twist: Twist
+    is_weighted: bool = True
+    """`SMC`, 2 runs of 1000 particles, or `Guided`."""
+    knows_covariance: bool = False
+    """Whether the prior has the whole covariance of x_0, or one variance for all entries."""
+
+
+def means(dx):
+    """μ_k, `(25, dx)`."""
+    corners = [(8.0 * i, 8.0 * j) for i in range(-2, 3) for j in range(-2, 3)]
+    return np.array([np.resize(corner, dx) for corner in corners])
+
+
 def problem(seed, dx, dy):
     """Draw a problem."""
     rng = np.random.default_rng(seed)
-    corners = [(8.0 * i, 8.0 * j) for i in range(-2, 3) for j in range(-2, 3)]
-    means = np.array([np.resize(corner, dx) for corner in corners])
     weights = rng.normal(size=25) ** 2
     weights /= weights.sum()
     u, _, v = np.linalg.svd(rng.normal(size=(dy, dx)), full_matrices=False)
     sizes = np.sort(rng.uniform(size=dy))[::-1]
     noise = rng.uniform() * sizes.max()
     matrix = u @ np.diag(sizes) @ v
-    x = means[rng.choice(25, p=weights)] + rng.normal(size=dx)
-    return Problem(means, weights, matrix, noise, matrix @ x + noise * rng.normal(size=dy))
+    x = means(dx)[rng.choice(25, p=weights)] + rng.normal(size=dx)
+    return Problem(weights, matrix, noise, matrix @ x + noise * rng.normal(size=dy))
+
+
+def packed(p):
+    """A problem as one array."""
+    return jnp.concatenate([jnp.ravel(jnp.asarray(part, jnp.float32)) for part in p])
+
+
+def unpacked(values, dx):
+    """The problem that was packed; `values` may have leading axes."""
+    dy = (values.shape[-1] - 26) // (dx + 1)
+    ends = np.cumsum([25, dy * dx, 1])
+    weights, matrix, noise, y = jnp.split(values, ends, axis=-1)
+    return Problem(weights, matrix.reshape(*matrix.shape[:-1], dy, dx), noise[..., 0], y)
 
 
 def posterior(p):
     """The exact posterior."""
     c = p.matrix @ p.matrix.T + p.noise**2 * np.eye(len(p.y))
-    gap = p.y - p.means @ p.matrix.T
+    mu = means(p.matrix.shape[1])
+    gap = p.y - mu @ p.matrix.T
     log_w = np.log(p.weights) - 0.5 * np.einsum("ki,ij,kj->k", gap, np.linalg.inv(c), gap)
     log_w -= 0.5 * np.linalg.slogdet(2 * np.pi * c)[1]
     log_z = np.logaddexp.reduce(log_w)
     gain = np.linalg.solve(c, p.matrix)
     covariance = np.eye(p.matrix.shape[1]) - p.matrix.T @ gain
-    return Posterior(np.exp(log_w - log_z), p.means + gap @ gain, covariance, log_z)
+    return Posterior(np.exp(log_w - log_z), mu + gap @ gain, covariance, log_z)
 
 
 def draw(rng, q):
@@ -98,39 +132,48 @@ def sliced_distance(a, b):
     """SW between two sets of as many draws."""
     u = np.random.default_rng(0).normal(size=(500, a.shape[1]))
     u /= np.linalg.norm(u, axis=1, keepdims=True)
-    return float(np.mean([np.abs(np.sort(a @ v) - np.sort(b @ v)).mean() for v in u]))
+    return float(np.mean(np.abs(np.sort(a @ u.T, 0) - np.sort(b @ u.T, 0))))
 
 
-def mode_distance(draws, p, q):
+def mode_distance(draws, q):
     """TV between the shares of the nearest modes and the posterior's weights."""
-    nearest = ((draws[:, None] - p.means) ** 2).sum(-1).argmin(1)
+    mu = means(draws.shape[1])
+    nearest = ((mu**2).sum(1) - 2 * draws @ mu.T).argmin(1)
     return float(0.5 * np.abs(np.bincount(nearest, minlength=25) / len(draws) - q.weights).sum())
 
 
-def diffusion(p):
-    """The mixture with its exact denoiser."""
+def log_components(weights, x_t, step):
+    """log p(k | x_t), `(B, 25)`; the square of x_t − √ᾱ_t μ_k multiplied out, |x_t|² cancels."""
+    mu, root = jnp.asarray(means(x_t.shape[-1]), jnp.float32), jnp.sqrt(step.alpha_bar_t)
+    log_likelihood = root * (x_t @ mu.T) - 0.5 * step.alpha_bar_t * (mu**2).sum(-1)
+    return jax.nn.log_softmax(jnp.log(weights) + log_likelihood, -1)
+
+
+def diffusion(dx, dy):
+    """The mixture with its exact denoiser; its context is a packed problem."""
     steps = schedules.steps(BETA)
-    means, log_w = jnp.asarray(p.means, jnp.float32), jnp.log(jnp.asarray(p.weights, jnp.float32))
 
-    def network(x_t, t):
-        root = jnp.sqrt(steps.at(t, 1).alpha_bar_t)
-        gap = x_t[:, None] - root[..., None] * means
-        x_k = jax.nn.softmax(log_w - 0.5 * (gap**2).sum(-1), -1) @ means
-        return x_k + root * (x_t - root * x_k)
+    def network(x_t, t, context):
+        step = steps.at(t, 1)
+        log_k = log_components(unpacked(context, dx).weights, x_t, step)
+        x_k = jnp.exp(log_k) @ jnp.asarray(means(dx), jnp.float32)
+        return step.noise_t * x_k + jnp.sqrt(step.alpha_bar_t) * x_t
 
-    dx = p.means.shape[1]
-    readout = readouts.Data(readouts.BridgeVariance())
-    return Diffusion(GaussianKernel(), BETA, network, event_shape=(dx,), readout=readout)
+    readout, size = readouts.Data(readouts.BridgeVariance()), 26 + dy * (dx + 1)
+    return Diffusion(
+        GaussianKernel(), BETA, network, event_shape=(dx,), readout=readout, context_shape=(size,)
+    )
 
 
-def program(p):
-    """The mixture, measured."""
-    mean = p.weights @ p.means
-    variance = 1 + (p.weights @ p.means**2 - mean**2).mean()
-    prior, matrix = diffusion(p).prior({}, variance=variance), jnp.asarray(p.matrix, jnp.float32)
+def program(dx, dy, *, knows_covariance=False):
+    """The mixture, measured, as a program of a packed problem."""
+    covariance = np.eye(dx) + np.cov(means(dx).T, bias=True)
+    variance = covariance if knows_covariance else np.diag(covariance).mean()
+    prior = diffusion(dx, dy).prior({}, variance=variance)
 
-    def measured(y):
-        numpyro.sample("y", dist.Normal(matrix @ prior(), p.noise).to_event(1), obs=y)
+    def measured(context):
+        p, x_0 = unpacked(context, dx), prior(context=context)
+        numpyro.sample("y", dist.Normal(p.matrix @ x_0, p.noise).to_event(1), obs=p.y)
 
     return measured
 
@@ -138,17 +181,14 @@ def program(p):
 class OptimalTwist(Twist):
     """p(y | x_t), exactly."""
 
-    def __init__(self, p):
-        self.problem = Problem(*(jnp.asarray(a, jnp.float32) for a in p))
-
     def log_psi(self, x_t, view):
         """log Σ_k p(k | x_t) N(y; A E[x_0 | x_t, k], (1 − ᾱ_t) A Aᵀ + σ² I)."""
-        p, step = self.problem, view.levels.step(view.i)
-        root, noise = jnp.sqrt(step.alpha_bar_t).reshape(()), step.noise_t.reshape(())
-        gap = x_t[..., None, :] - root * p.means
-        c = noise * p.matrix @ p.matrix.T + p.noise**2 * jnp.eye(len(p.y))
-        log_k = jax.nn.log_softmax(jnp.log(p.weights) - 0.5 * (gap**2).sum(-1), -1)
-        left = p.y - (p.means + root * gap) @ p.matrix.T
+        p = unpacked(view.levels.draw.trajectory.context, x_t.shape[-1])
+        mu, step = jnp.asarray(means(x_t.shape[-1]), jnp.float32), view.levels.step(view.i)
+        log_k = log_components(p.weights, x_t, step)
+        c = step.noise_t * p.matrix @ p.matrix.T + p.noise**2 * jnp.eye(len(p.y))
+        left = p.y - (jnp.sqrt(step.alpha_bar_t) * x_t) @ p.matrix.T
+        left = left[..., None, :] - step.noise_t * mu @ p.matrix.T
         log_y = -0.5 * jnp.einsum("...i,ij,...j->...", left, jnp.linalg.inv(c), left)
         log_y -= 0.5 * jnp.linalg.slogdet(2 * jnp.pi * c)[1]
         return jax.nn.logsumexp(log_k + log_y, -1)
@@ -164,25 +204,28 @@ class OptimalTwist(Twist):
 
 def floor(seed, dx, dy):
     """Exact draws against exact draws."""
-    p = problem(seed, dx, dy)
-    q, rng = posterior(p), np.random.default_rng(seed + 1000)
+    q, rng = posterior(problem(seed, dx, dy)), np.random.default_rng(seed + 1000)
     a, b = draw(rng, q), draw(rng, q)
-    return Score(sliced_distance(a, b), mode_distance(a, p, q), 0.0, 1.0)
+    return Score(sliced_distance(a, b), mode_distance(a, q), 0.0, 1.0)
 
 
-def run(seed, dx, dy, twist, *, is_weighted=True, steps=STEPS):
-    """Score of `SMC`, 2 runs of 1000 particles, or of `Guided`; `twist` of a problem."""
+@functools.cache
+def sampler(dx, dy, method, steps):
+    """One sampler for all problems of a size, compiled once."""
+    measured = program(dx, dy, knows_covariance=method.knows_covariance)
+    if method.is_weighted:
+        return SMC(measured, num_particles=1000, num_runs=2, twist=method.twist, steps=steps)
+    return Guided(measured, twist=method.twist, num_samples=DRAWS, steps=steps, check=False)
+
+
+def run(seed, dx, dy, method, *, steps=STEPS):
+    """Score of a method on a problem."""
     p = problem(seed, dx, dy)
-    q, y = posterior(p), jnp.asarray(p.y, jnp.float32)
+    q, infer = posterior(p), sampler(dx, dy, method, steps)
+    infer.run(jax.random.key(seed), packed(p))
+    draws, error, ess = infer.get_samples()["x_0"].astype(np.float64), np.nan, np.nan
+    if method.is_weighted:
+        error = infer.log_evidence - q.log_z
+        ess = float(infer.result.outcome.ess.min()) / 1000
     reference = draw(np.random.default_rng(seed + 1000), q)
-    if is_weighted:
-        sampler = SMC(program(p), num_particles=1000, num_runs=2, twist=twist(p), steps=steps)
-    else:
-        sampler = Guided(program(p), twist=twist(p), num_samples=DRAWS, steps=steps, check=False)
-    sampler.run(jax.random.key(seed), y)
-    draws, error, ess = sampler.get_samples()["x_0"], np.nan, np.nan
-    if is_weighted:
-        error = sampler.log_evidence - q.log_z
-        ess = float(sampler.result.outcome.ess.min()) / 1000
-    sw, tv = sliced_distance(draws, reference), mode_distance(draws, p, q)
-    return Score(sw, tv, float(error), ess)
+    return Score(sliced_distance(draws, reference), mode_distance(draws, q), float(error), ess)
