@@ -32,6 +32,7 @@ import numpyro.distributions as dist
 
 from probdiff import Diffusion, GaussianKernel, readouts, schedules
 from probdiff.infer import SMC, Guided, Twist, twists
+from probdiff.infer.levels import Reading, widths
 
 BETA = schedules.linear(1000, beta_1=1e-4, beta_T=0.02)
 STEPS, DRAWS = 100, 2000
@@ -179,27 +180,47 @@ def program(dx, dy, *, knows_covariance=False):
 
 
 class OptimalTwist(Twist):
-    """p(y | x_t), exactly."""
+    """p(y | x_t) of the chain that is walked, and the proposal that it makes exact within k.
 
-    def log_psi(self, x_t, view):
-        """log Σ_k p(k | x_t) N(y; A E[x_0 | x_t, k], (1 − ᾱ_t) A Aᵀ + σ² I)."""
-        p = unpacked(view.levels.draw.trajectory.context, x_t.shape[-1])
-        mu, step = jnp.asarray(means(x_t.shape[-1]), jnp.float32), view.levels.step(view.i)
-        log_k = log_components(p.weights, x_t, step)
-        c = step.noise_t * p.matrix @ p.matrix.T + p.noise**2 * jnp.eye(len(p.y))
-        left = p.y - (jnp.sqrt(step.alpha_bar_t) * x_t) @ p.matrix.T
-        left = left[..., None, :] - step.noise_t * mu @ p.matrix.T
-        log_y = -0.5 * jnp.einsum("...i,ij,...j->...", left, jnp.linalg.inv(c), left)
-        log_y -= 0.5 * jnp.linalg.slogdet(2 * jnp.pi * c)[1]
-        return jax.nn.logsumexp(log_k + log_y, -1)
+    The variance of x_0 given x_t and k is what a chain with data N(·, I) has: 1 − ᾱ_t but where
+    steps are long.
+    """
 
     def __call__(self, view):
-        log_psi, pull_back = jax.vjp(lambda x: self.log_psi(x, view), view.x_t)
-        (gradient,) = pull_back(jnp.ones_like(log_psi))
-        step = view.levels.step(view.i)
-        shift = step.beta * jnp.sqrt(step.alpha_bar_s / step.alpha_bar_t) * gradient
-        none = jnp.zeros((0, *shift.shape))
-        return twists.Tilt(log_psi, shift, jnp.zeros_like(shift), none)
+        draw = view.levels.draw
+        levels = view.levels._replace(draw=draw._replace(variance=np.ones(view.x_t.shape[-1])))
+        variance = widths(levels, Reading(0.0, 0.0)).variance[:, 0]
+        p = unpacked(draw.trajectory.context, view.x_t.shape[-1])
+        w_t, w_s = variance[view.i - 1], variance[view.i - 2]
+        log_psi = log_likelihood(p, view.x_t, levels.step(view.i), w_t)
+        gradient = jax.grad(lambda x: log_likelihood(p, x, levels.step(view.i - 1), w_s).sum())(
+            view.mean
+        )
+        v, step = view.variance.ravel()[0], levels.step(view.i)
+        root = jnp.linalg.cholesky(covariance_of_y(p, w_s))
+        rows = jnp.sqrt(step.alpha_bar_s) * jax.scipy.linalg.solve_triangular(
+            root, p.matrix, lower=True
+        )
+        narrowed = jnp.linalg.inv(jnp.eye(rows.shape[1]) + v * rows.T @ rows)
+        factors = jnp.broadcast_to(rows[:, None], (len(rows), *view.x_t.shape))
+        none = jnp.zeros_like(view.x_t)
+        return twists.Tilt(log_psi, v * gradient @ narrowed, none, factors)
+
+
+def covariance_of_y(p, variance):
+    """Cov[y | x_t, k] for x_0 of this variance given x_t and k."""
+    return variance * p.matrix @ p.matrix.T + p.noise**2 * jnp.eye(len(p.y))
+
+
+def log_likelihood(p, x_t, step, variance):
+    """log p(y | x_t) = log Σ_k p(k | x_t) N(y; A E[x_0 | x_t, k], Cov[y | x_t, k])."""
+    mu = jnp.asarray(means(x_t.shape[-1]), jnp.float32)
+    c = covariance_of_y(p, variance)
+    left = p.y - (jnp.sqrt(step.alpha_bar_t) * x_t) @ p.matrix.T
+    left = left[..., None, :] - step.noise_t * mu @ p.matrix.T
+    log_y = -0.5 * jnp.einsum("...i,ij,...j->...", left, jnp.linalg.inv(c), left)
+    log_y -= 0.5 * jnp.linalg.slogdet(2 * jnp.pi * c)[1]
+    return jax.nn.logsumexp(log_components(p.weights, x_t, step) + log_y, -1)
 
 
 def floor(seed, dx, dy):
