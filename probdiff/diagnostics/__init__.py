@@ -2,10 +2,25 @@
 
     bound, sampled_bound    K on log p(x_0), per example and per step
     entropy_form            the paper's eq. 14, and the correction that makes it a bound
+    compare                 models by their bounds on the same examples, errors paired
+    bits_per_dim            bits per entry of discrete data
+    predictive_check        replicate data sets of the model beside the data, PITs of statistics
 
 Groups have named dims; a bound has dim `example` and no chain or draw.
 """
 
+from probdiff.diagnostics.bits import BitsPerDim, bits_per_dim
 from probdiff.diagnostics.bounds import BITS_PER_NAT, bound, entropy_form, sampled_bound
+from probdiff.diagnostics.comparison import compare
+from probdiff.diagnostics.predictive import predictive_check
 
-__all__ = ["BITS_PER_NAT", "bound", "entropy_form", "sampled_bound"]
+__all__ = [
+    "BITS_PER_NAT",
+    "BitsPerDim",
+    "bits_per_dim",
+    "bound",
+    "compare",
+    "entropy_form",
+    "predictive_check",
+    "sampled_bound",
+]

@@ -10,7 +10,9 @@ It is a bound on log p(x_0) in expectation over those draws. `entropy_form` is t
 in which the first and last terms have been replaced by entropies; where the data do not have the
 stationary law's moments it is no bound, and the correction it then needs is returned beside it.
 
-A bound has dim `example` and no chain or draw: `loo` is not for it and refuses it.
+A bound has dim `example` and no chain or draw: `loo` is not for it and refuses it. Of symbols it
+bounds a probability, of numbers a density in the user's units, which changes with the units: the
+attributes `reference_measure` and `num_dims` say which, and over how many entries.
 
 Source: Sohl-Dickstein et al. (2015), eqs. 10 to 14 and appendix B.
 """
@@ -29,6 +31,7 @@ from tqdm import tqdm
 
 from probdiff.diffusion import Data, Diffusion, Mask
 from probdiff.elbo import StratifiedTimes, prior_kl, step_kl
+from probdiff.kernels import DiscreteKernel
 from probdiff.readouts import Tied
 from probdiff.trajectories import ForwardTrajectory, ReverseTrajectory
 from probdiff.types import Params
@@ -65,19 +68,25 @@ def bound(
     Returns:
         DataTree with group `bound`, all in nats: `bound` and its parts `reconstruction` and
         `prior_kl` per `example`, `kl` per `example` and `step` (2..T). Attributes: `mean`, `se`
-        (standard error over examples), `mean_bits`, `se_bits`, `T`, `num_draws`.
+        (standard error over examples), `mean_bits`, `se_bits`, `T`, `num_draws`;
+        `reference_measure`, "counting" for symbols, else "Lebesgue, in the user's units";
+        `num_dims`, entries observed of one example, nan where examples differ.
 
     Raises:
         ValueError: if data, context, mask or parameters do not fit.
     """
-    _check(diffusion, params, x_0, context, mask, num_draws=num_draws, block_size=block_size)
+    check_examples(
+        diffusion, params, x_0, context, mask, num_draws=num_draws, block_size=block_size
+    )
     blocks = _blocks(key, x_0, context, mask, block_size, progress)
     parts = [_bound_block(k, params, *given, diffusion, num_draws) for k, given in blocks]
-    reconstruction, kl, prior = (np.concatenate(part) for part in zip(*parts, strict=True))
+    reconstruction, kl, prior, se = (np.concatenate(part) for part in zip(*parts, strict=True))
     tree = _tree(reconstruction - kl.sum(1) - prior, reconstruction, prior)
+    tree["bound"].attrs |= _measure(diffusion, mask)
     tree["bound"]["kl"] = xr.DataArray(
         kl, dims=("example", "step"), coords={"step": np.arange(2, diffusion.T + 1)}
     )
+    tree["bound"]["bound_se"] = xr.DataArray(se, dims="example")
     tree["bound"].attrs |= {"T": diffusion.T, "num_draws": num_draws}
     return tree
 
@@ -118,18 +127,22 @@ def sampled_bound(
     Raises:
         ValueError: if data, context, mask or parameters do not fit.
     """
-    _check(diffusion, params, x_0, context, mask, num_times=num_times, block_size=block_size)
+    check_examples(
+        diffusion, params, x_0, context, mask, num_times=num_times, block_size=block_size
+    )
     blocks = _blocks(key, x_0, context, mask, block_size, progress)
     parts = [_sampled_block(k, params, *given, diffusion, num_times) for k, given in blocks]
     reconstruction, kl, prior = (np.concatenate(part) for part in zip(*parts, strict=True))
     tree = _tree(reconstruction - kl - prior, reconstruction, prior)
+    tree["bound"].attrs |= _measure(diffusion, mask)
     tree["bound"].attrs |= {"T": diffusion.T, "num_times": num_times}
     return tree
 
 
-def _check(
+def check_examples(
     diffusion: Diffusion, params: Params, x_0: Any, context: Any, mask: Any, **counts: int
 ) -> None:
+    """Raise a `ValueError` unless examples, what comes with them, and counts fit the model."""
     if np.ndim(x_0) != len(diffusion.event_shape) + 1 or np.shape(x_0)[0] < 1:
         raise ValueError(
             f"x_0 must have shape (N, *{diffusion.event_shape}) with N at least 1; "
@@ -163,7 +176,7 @@ def _bound_block(
     mask: Any,
     diffusion: Diffusion,
     num_draws: int,
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, Any, Any, Any]:
     key_first, key_steps = jax.random.split(key)
     reverse, steps = diffusion.bind(params, context=context, mask=mask)
     forward = diffusion.forward_trajectory(steps, x_0, mask)
@@ -172,12 +185,20 @@ def _bound_block(
     def kl_at(inputs: Any) -> Any:
         t, key = inputs
         times = jnp.full(lead, t)
-        return jnp.mean(step_kl(forward, reverse, forward.sample_at(key, times), times), 0)
+        return _mean_and_variance(step_kl(forward, reverse, forward.sample_at(key, times), times))
 
     keys = jax.random.split(key_steps, steps.T - 1)
-    kl = jax.lax.map(kl_at, (jnp.arange(2, steps.T + 1), keys))
-    reconstruction = _reconstruction(key_first, diffusion, forward, reverse, x_0, num_draws)
-    return reconstruction, kl.T, prior_kl(forward)
+    kl, variance = jax.lax.map(kl_at, (jnp.arange(2, steps.T + 1), keys))
+    reconstruction, first = _reconstruction(key_first, diffusion, forward, reverse, x_0, num_draws)
+    return reconstruction, kl.T, prior_kl(forward), jnp.sqrt(jnp.sum(variance, 0) + first)
+
+
+def _mean_and_variance(draws: Float[Array, "draws N"]) -> tuple[Any, Any]:
+    """Mean over draws and the variance of that mean, NaN of one draw."""
+    count = len(draws)
+    if count == 1:
+        return draws[0], jnp.full_like(draws[0], jnp.nan)
+    return jnp.mean(draws, 0), jnp.var(draws, 0, ddof=1) / count
 
 
 @functools.partial(jax.jit, static_argnames=("diffusion", "num_times"))
@@ -201,7 +222,7 @@ def _sampled_block(
         return step_kl(forward, reverse, forward.sample_at(key, t), t)
 
     kl = jax.lax.map(kl_at, (t, jax.random.split(key_x, num_times)))
-    reconstruction = _reconstruction(key_first, diffusion, forward, reverse, x_0, num_times)
+    reconstruction, _ = _reconstruction(key_first, diffusion, forward, reverse, x_0, num_times)
     return reconstruction, jnp.mean(kl / law, 0), prior_kl(forward)
 
 
@@ -212,16 +233,19 @@ def _reconstruction(
     reverse: ReverseTrajectory,
     x_0: Any,
     num_draws: int,
-) -> Float[Array, " N"]:
-    """E log p(x_0 | x_1): in closed form under a tied last step, else the mean of draws of x_1."""
+) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
+    """E log p(x_0 | x_1) and the variance of its estimate; in closed form under a tied last step,
+    else by draws of x_1.
+    """
     if isinstance(diffusion.last_step, Tied):
-        return _tied_reconstruction(diffusion, forward)
+        exact = _tied_reconstruction(diffusion, forward)
+        return exact, jnp.zeros_like(exact)
 
     def one(key: Array) -> Any:
         x_1 = forward.sample_at(key, jnp.ones(forward.batch_shape, jnp.int32))
         return diffusion.data_given_first(reverse, x_1, forward.observed).log_prob(x_0)
 
-    return jnp.mean(jax.lax.map(one, jax.random.split(key, num_draws)), 0)
+    return _mean_and_variance(jax.lax.map(one, jax.random.split(key, num_draws)))
 
 
 def _tied_reconstruction(diffusion: Diffusion, forward: ForwardTrajectory) -> Float[Array, " N"]:
@@ -239,6 +263,17 @@ def _tied_reconstruction(diffusion: Diffusion, forward: ForwardTrajectory) -> Fl
     if forward.observed is not None:
         terms = jnp.where(forward.observed, terms, 0.0)
     return forward.sum_event(terms)
+
+
+def _measure(diffusion: Diffusion, mask: Mask | None) -> dict[str, Any]:
+    """What a density is taken against, and over how many entries of one example."""
+    is_discrete = isinstance(diffusion.kernel, DiscreteKernel)
+    num_dims = math.prod(diffusion.event_shape)
+    if mask is not None:
+        counts = np.asarray(mask).reshape(len(mask), -1).sum(1)
+        num_dims = int(counts[0]) if (counts == counts[0]).all() else math.nan
+    measure = "counting" if is_discrete else "Lebesgue, in the user's units"
+    return {"reference_measure": measure, "num_dims": num_dims}
 
 
 def _tree(total: Any, reconstruction: Any, prior: Any) -> xr.DataTree:

@@ -7,8 +7,10 @@ Every function takes arrays or the DataTree of `diagnostics.bound`, of a sampler
     pictures     points, slices, drift, images, figure_1
     posterior    posterior_images, posterior_points
     inference    ess_trace, evidence, calibration
+    comparison   comparison
 """
 
+from probdiff.plots.comparison import comparison
 from probdiff.plots.inference import calibration, ess_trace, evidence
 from probdiff.plots.pictures import drift, figure_1, images, points, slices
 from probdiff.plots.posterior import posterior_images, posterior_points
@@ -21,6 +23,7 @@ __all__ = [
     "ORANGE",
     "bound_per_step",
     "calibration",
+    "comparison",
     "drift",
     "ess_trace",
     "evidence",

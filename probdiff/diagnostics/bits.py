@@ -1,0 +1,58 @@
+"""Bits per dimension: the length of a code for discrete data, per entry.
+
+A model of symbols gives an example x of D entries a probability, and an ideal code spends
+−log₂ p(x) bits on it. From a bound K ≤ log p(x) in nats,
+
+    −log₂ p(x) / D ≤ −K / (D ln 2),
+
+so the number is an upper bound on the bits per entry. A density has none: at half the unit of
+length it falls by one bit per entry, and no code goes with it.
+"""
+
+import math
+from typing import NamedTuple
+
+import xarray as xr
+
+
+class BitsPerDim(NamedTuple):
+    """Bits per entry of one example, an upper bound."""
+
+    mean: float
+    """Mean over examples."""
+    se: float
+    """Its standard error over examples; nan for one example."""
+
+
+def bits_per_dim(tree: xr.DataTree) -> BitsPerDim:
+    """Mean bits per entry, −K / (D ln 2), of discrete data; lower is better.
+
+    Args:
+        tree: What `bound` or `sampled_bound` returned for symbols.
+
+    Returns:
+        Mean over examples and its standard error.
+
+    Raises:
+        ValueError: if the tree is no bound, bounds a density, or its examples have different
+            numbers of observed entries, or none.
+    """
+    group = tree.children.get("bound")
+    if group is None or not {"reference_measure", "num_dims"} <= set(group.attrs):
+        raise ValueError(
+            "tree must come from diagnostics.bound or sampled_bound; got groups "
+            f"{list(tree.children)}"
+        )
+    measure, num_dims = group.attrs["reference_measure"], group.attrs["num_dims"]
+    if measure != "counting":
+        raise ValueError(
+            "tree must bound probabilities of discrete data, reference_measure 'counting'; got "
+            f"densities, reference_measure {measure!r}, whose bits change with the units"
+        )
+    if not num_dims >= 1:
+        raise ValueError(
+            "tree must have the same number of observed entries in every example, one or more; "
+            f"got num_dims {num_dims}"
+        )
+    to_bits = 1 / (num_dims * math.log(2))
+    return BitsPerDim(-group.attrs["mean"] * to_bits, group.attrs["se"] * to_bits)

@@ -1,0 +1,128 @@
+"""Models compared by their bounds on the same examples, with paired standard errors.
+
+Bounds of two models on one example rise and fall together, since some examples are hard for both.
+So the difference of the means is far better known than either mean: for models i and b and
+examples n = 1..N,
+
+    d_n = K_i(x_n) − K_b(x_n),    d̄ = (1/N) Σ_n d_n,    se = sd(d_n) / √N,
+
+with N − 1 degrees of freedom in sd, and Student-t intervals d̄ ± t_{N−1} se. b is the model of the
+highest mean. With many models it is partly best by luck; the intervals do not count that.
+
+What is compared are lower bounds. log p = K + slack, and the slack, a KL divergence at least 0, is
+each model's own: a model may come second because its bound is loose, not because its density is
+low. The error covers examples and the draws inside each bound, not the slack.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from scipy import stats
+
+NOTE = (
+    "Lower bounds on log p(x) are compared, not log p(x): a difference may be that of the bounds' "
+    "slack"
+)
+SHARED = "units", "reference_measure", "num_dims"
+"""Attributes in which bounds must agree."""
+
+
+def compare(models: Mapping[str, xr.DataTree], *, prob: float = 0.95) -> xr.DataTree:
+    """Mean bounds of several models on the same examples, and their differences to the best.
+
+        compare({"T = 40": bound(key, short, ...), "T = 200": bound(key, long, ...)})
+
+    Lower bounds are compared, not log p: a difference may be that of the bounds' slack.
+
+    Args:
+        models: What `bound` or `sampled_bound` returned for the same examples in the same order,
+            by the model's name. Two or more.
+        prob: Probability of the Student-t intervals, in (0, 1).
+
+    Returns:
+        DataTree with group `comparison`, dim `model`, best first, all in nats per example: `mean`
+        and its `se`; `difference`, model − best, so 0 for the best and else negative, with its
+        paired `difference_se` and the interval from `difference_low` to `difference_high`;
+        `example_difference` per `model` and `example`. Attributes: `units`, `num_examples`,
+        `reference_measure`, `num_dims`, `prob`, `best`, `note`.
+
+    Raises:
+        ValueError: if there are fewer than two models or examples, a tree is no bound or not
+            finite, or trees differ in examples, units, reference measure or entries observed.
+    """
+    if not 0 < prob < 1:
+        raise ValueError(f"prob must lie in (0, 1); got {prob}")
+    if len(models) < 2:
+        raise ValueError(f"models must be two or more; got {list(models)}")
+    groups = {name: _bound_of(name, tree) for name, tree in models.items()}
+    first = next(iter(groups))
+    for name in groups:
+        _check_same(first, groups[first], name, groups[name])
+    bounds = np.stack([group["bound"].values.astype(np.float64) for group in groups.values()])
+    order = np.argsort(-bounds.mean(1), kind="stable")
+    names, example = np.array(list(groups))[order], groups[first]["example"].values
+    attrs = {key: groups[first].attrs[key] for key in SHARED}
+    attrs |= {"num_examples": len(example), "prob": prob, "best": str(names[0]), "note": NOTE}
+    values = _compared(bounds[order], prob)
+    group = xr.Dataset(values, {"model": names, "example": example}, attrs)
+    return xr.DataTree.from_dict({"comparison": group}, name="probdiff")
+
+
+def _compared(bounds: np.ndarray, prob: float) -> dict[str, Any]:
+    """Means, and differences to row 0, of bounds `(models, examples)`."""
+    difference = bounds - bounds[0]
+    mean, se = _mean_and_se(bounds)
+    shift, shift_se = _mean_and_se(difference)
+    half = stats.t.ppf((1 + prob) / 2, bounds.shape[1] - 1) * shift_se
+    return {
+        "mean": ("model", mean),
+        "se": ("model", se),
+        "difference": ("model", shift),
+        "difference_se": ("model", shift_se),
+        "difference_low": ("model", shift - half),
+        "difference_high": ("model", shift + half),
+        "example_difference": (("model", "example"), difference),
+    }
+
+
+def _mean_and_se(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return values.mean(1), values.std(1, ddof=1) / np.sqrt(values.shape[1])
+
+
+def _bound_of(name: str, tree: xr.DataTree) -> xr.DataTree:
+    """Group `bound` of a tree, refused where it cannot be compared."""
+    group = tree.children.get("bound")
+    if group is None or "bound" not in group or not set(SHARED) <= set(group.attrs):
+        raise ValueError(
+            f"models[{name!r}] must come from diagnostics.bound or sampled_bound; got groups "
+            f"{list(tree.children)}"
+        )
+    values = group["bound"].values
+    if values.size < 2:
+        raise ValueError(f"models[{name!r}] must hold two or more examples; got {values.size}")
+    if not np.isfinite(values).all():
+        index = np.flatnonzero(~np.isfinite(values)).tolist()
+        raise ValueError(f"models[{name!r}] must hold finite bounds; got others at {index[:5]}")
+    return group
+
+
+def _check_same(first: str, one: xr.DataTree, name: str, other: xr.DataTree) -> None:
+    """Raise a `ValueError` unless two bounds are of the same examples, measured alike."""
+    sizes = one.sizes["example"], other.sizes["example"]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"models must have the same number of examples; got {sizes[0]} in {first!r} and "
+            f"{sizes[1]} in {name!r}"
+        )
+    if not np.array_equal(one["example"].values, other["example"].values):
+        raise ValueError(
+            f"models must have the same coordinates of example; {first!r} and {name!r} differ"
+        )
+    for key in SHARED:
+        if not np.array_equal(one.attrs[key], other.attrs[key], equal_nan=key == "num_dims"):
+            raise ValueError(
+                f"models must have the same {key}; got {one.attrs[key]!r} in {first!r} and "
+                f"{other.attrs[key]!r} in {name!r}"
+            )

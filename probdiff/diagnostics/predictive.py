@@ -1,0 +1,190 @@
+"""Model checks: does what the model draws look like the data, one statistic at a time?
+
+R replicate data sets are drawn from the model, each with as many examples (and the contexts) as the
+data. For a statistic f, such as one coordinate of x_0, example n is ranked among its R replicates,
+
+    PIT_n = (#{f(x_n^r) < f(x_n)} + U (1 + #{f(x_n^r) = f(x_n)})) / (R + 1),    U ~ Uniform(0, 1).
+
+Replicates are independent of each other and of the data, so if f has the right law the PITs of all
+examples are independent and uniform on (0, 1), exactly, ties or none: Kolmogorov and Smirnov's test
+then has the level it says. If they are not uniform, the marginal law of f is wrong:
+
+    too many near 0 and 1        draws are too narrow
+    too many near 1/2            draws are too wide
+    too many near 1 (or 0)       draws are too small (or too large)
+
+Nothing is said of what no statistic sees: coordinates may be right one by one and wrong together,
+so add statistics that combine them. Data the model was trained on flatter it. With few replicates
+only coarse errors show: PITs depend on the law of F(x_n) by its first R moments alone, F being the
+model's distribution function.
+
+Sources: Rubin (1984) and Gelman, Meng & Stern (1996) for predictive checks; Dawid (1984) for the
+PIT; Czado, Gneiting & Held (2009) for ties.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import xarray as xr
+from arviz_base import from_dict
+from jaxtyping import Array
+from scipy import stats
+
+from probdiff.diffusion import Data, Diffusion
+from probdiff.sample import ancestral
+from probdiff.types import Params
+
+LEVEL = 0.01
+"""Probability that one or more of all the tests reject a model that is right, at most."""
+
+Statistics = Mapping[str, Callable[[Any], Any]]
+
+
+def predictive_check(
+    key: Array,
+    diffusion: Diffusion,
+    params: Params,
+    x_0: Data,
+    *,
+    num_replicates: int = 50,
+    context: Any = None,
+    statistics: Statistics | None = None,
+    block_size: int = 4096,
+    progress: bool = False,
+) -> xr.DataTree:
+    """Replicate data sets of the model beside the data, and PITs of every coordinate.
+
+        tree = diagnostics.predictive_check(key, diffusion, params, x, num_replicates=50)
+        arviz_plots.plot_ppc_dist(tree)
+        arviz_plots.plot_ppc_pit(tree, coords={"x_0_dim_0": 0})  # one number for each example
+        arviz_plots.plot_ecdf_pit(tree, group="pit", sample_dims=["example"], coverage=False)
+
+    Args:
+        key: Randomness.
+        diffusion: The model.
+        params: Its parameters.
+        x_0: Examples in the user's units, `(N, *event_shape)`; best those it was not trained on.
+        num_replicates: Number R of replicate data sets.
+        context: One context per example, `(N, *context_shape)`.
+        statistics: Further statistics by name, each a function of examples `(..., *event_shape)`
+            to numbers `(...)`, in NumPy or JAX.
+        block_size: Draws made at once.
+        progress: Show a bar over the blocks.
+
+    Returns:
+        Groups `posterior_predictive` (dims `chain` of one, `draw` the replicates, `example` and
+        those of x_0) and `observed_data`, of x_0 and of each statistic, for ArviZ's
+        `plot_ppc_dist`, `plot_ppc_pit` and `plot_ppc_tstat`. Group `pit`: PITs in (0, 1) of the
+        same, by `example`. Group `uniformity`: their Kolmogorov-Smirnov p-values. Attributes of the
+        tree: `num_examples`, `num_replicates`, `num_tests` m, `least_p_value`, where it is,
+        `least_at`, and `bound` = 0.01/m: a least p-value below rejects the model.
+
+    Raises:
+        ValueError: if data, context or parameters do not fit, there are fewer than two examples or
+            one replicate, or a statistic has a name that is taken, another shape or nan.
+    """
+    _check(diffusion, x_0, num_replicates, context, statistics or {})
+    key_draws, key_ties = jax.random.split(key)
+    x_0, shape = np.asarray(x_0), (num_replicates, *np.shape(x_0))
+    rows = None if context is None else np.concatenate([np.asarray(context)] * num_replicates)
+    draws = ancestral(
+        key_draws, diffusion, params, num_replicates * len(x_0), context=rows,
+        block_size=block_size, progress=progress,
+    ).reshape(shape)  # fmt: skip
+    observed = _values(diffusion.name, x_0, len(x_0), statistics or {})
+    replicated = _values(diffusion.name, draws, shape[:2], statistics or {})
+    pits = {
+        name: _pit(jax.random.fold_in(key_ties, i), values, replicated[name])
+        for i, (name, values) in enumerate(observed.items())
+    }
+    return _tree(diffusion.name, observed, replicated, pits)
+
+
+def _check(
+    diffusion: Diffusion, x_0: Any, num_replicates: int, context: Any, statistics: Statistics
+) -> None:
+    if np.ndim(x_0) != len(diffusion.event_shape) + 1 or np.shape(x_0)[0] < 2:
+        raise ValueError(
+            f"x_0 must have shape (N, *{diffusion.event_shape}) with N at least 2; "
+            f"got {np.shape(x_0)}"
+        )
+    if num_replicates < 1:
+        raise ValueError(f"num_replicates must be at least 1; got {num_replicates}")
+    diffusion.check_data(x_0)
+    diffusion.check_context_rows(context, len(x_0))
+    taken = {diffusion.name, "example", *_event_dims(diffusion.name, diffusion.event_shape)}
+    if taken & set(statistics):
+        raise ValueError(
+            f"statistics must have names other than {sorted(taken)}; got {sorted(statistics)}"
+        )
+
+
+def _values(name: str, x: np.ndarray, lead: Any, statistics: Statistics) -> dict[str, np.ndarray]:
+    """x itself and its statistics, of leading shape `lead`."""
+    values = {name: x}
+    for key, statistic in statistics.items():
+        value = np.asarray(statistic(x))
+        expected = np.empty(lead).shape
+        if value.shape != expected:
+            raise ValueError(
+                f"statistics[{key!r}] must map examples {x.shape} to numbers {expected}; "
+                f"got {value.shape}"
+            )
+        if np.isnan(value).any():
+            raise ValueError(f"statistics[{key!r}] must be a number at every draw; got nan")
+        values[key] = value
+    return values
+
+
+def _pit(key: Array, observed: np.ndarray, replicated: np.ndarray) -> np.ndarray:
+    """Randomised PIT of each example among its own replicates."""
+    below, equal = (replicated < observed).sum(0), (replicated == observed).sum(0)
+    u = np.asarray(jax.random.uniform(key, observed.shape), np.float64)
+    return (below + u * (1 + equal)) / (len(replicated) + 1)
+
+
+def _tree(
+    name: str,
+    observed: dict[str, np.ndarray],
+    replicated: dict[str, np.ndarray],
+    pits: dict[str, np.ndarray],
+) -> xr.DataTree:
+    dims = {key: _event_dims(name, pit.shape[1:]) for key, pit in pits.items()}
+    p_values = {key: np.asarray(np.apply_along_axis(_p_value, 0, p)) for key, p in pits.items()}
+    tree = from_dict(
+        {
+            "posterior_predictive": {key: values[None] for key, values in replicated.items()},
+            "observed_data": observed,
+        },
+        dims={key: ["example", *dims[key]] for key in observed},
+    )
+    sizes = dict(zip(["example", *dims[name]], observed[name].shape, strict=True))
+    coords = {dim: np.arange(size) for dim, size in sizes.items()}
+    named = {key: (("example", *dims[key]), pit) for key, pit in pits.items()}
+    tree["pit"] = xr.DataTree(xr.Dataset(named, coords))
+    del coords["example"]
+    tested = {key: (dims[key], p) for key, p in p_values.items()}
+    tree["uniformity"] = xr.DataTree(xr.Dataset(tested, coords))
+    least = min(p_values, key=lambda key: p_values[key].min())
+    place = np.unravel_index(p_values[least].argmin(), p_values[least].shape)
+    num_tests = sum(p.size for p in p_values.values())
+    tree.name = "probdiff"
+    tree.attrs = {
+        "num_examples": len(observed[name]),
+        "num_replicates": len(replicated[name]),
+        "num_tests": num_tests,
+        "least_p_value": float(p_values[least].min()),
+        "least_at": least + (str([int(i) for i in place]) if place else ""),
+        "bound": LEVEL / num_tests,
+    }
+    return tree
+
+
+def _event_dims(name: str, shape: tuple[int, ...]) -> list[str]:
+    return [f"{name}_dim_{i}" for i in range(len(shape))]
+
+
+def _p_value(pit: np.ndarray) -> float:
+    return float(stats.kstest(pit, "uniform").pvalue)
