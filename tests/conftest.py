@@ -19,6 +19,13 @@ numpyro.enable_validation()
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What looks at a finished experiment has to run one: minutes of compiling."""
+    for item in items:
+        if "finished" in getattr(item, "fixturenames", ()):
+            item.add_marker("experiments")
+
+
 @pytest.fixture
 def x64() -> Iterator[None]:
     """Float64 within one test; arrays made before it stay float32."""
