@@ -15,13 +15,14 @@ between projections; TV, the total variation between the weights of modes.
 
 Problems of one size differ by weights, A, σ and y alone. They reach the program as one array, the
 prior's context, so that what is compiled for a size and a twist serves all its problems; the means,
-and the covariance of x_0 that twists are told, that of even weights, are common to them.
+and the covariance Σ of x_0 that twists are told, that of even weights, are common to them.
 
 Source: the problem law of Cardoso et al. (2023), section 4.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -66,6 +67,21 @@ class Score(NamedTuple):
     """Least effective number over levels and runs, a share of the particles."""
 
 
+def widest(covariance):
+    """Variance along the widest direction: 64 dx + 1, where an entry has 129."""
+    return np.linalg.eigvalsh(covariance).max()
+
+
+def of_entries(covariance):
+    """Mean variance of an entry."""
+    return np.diag(covariance).mean()
+
+
+def whole(covariance):
+    """All of Σ."""
+    return covariance
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """How the posterior is drawn from."""
@@ -73,8 +89,8 @@ class Method:
     twist: Twist
     is_weighted: bool = True
     """`SMC`, 2 runs of 1000 particles, or `Guided`."""
-    knows_covariance: bool = False
-    """Whether the prior has the whole covariance of x_0, or one variance for all entries."""
+    variance: Callable[[np.ndarray], Any] = widest
+    """What the prior is told of the covariance Σ of x_0."""
 
 
 def means(dx):
@@ -166,11 +182,10 @@ def diffusion(dx, dy):
     )
 
 
-def program(dx, dy, *, knows_covariance=False):
+def program(dx, dy, variance=widest):
     """The mixture, measured, as a program of a packed problem."""
     covariance = np.eye(dx) + np.cov(means(dx).T, bias=True)
-    variance = covariance if knows_covariance else np.diag(covariance).mean()
-    prior = diffusion(dx, dy).prior({}, variance=variance)
+    prior = diffusion(dx, dy).prior({}, variance=variance(covariance))
 
     def measured(context):
         p, x_0 = unpacked(context, dx), prior(context=context)
@@ -233,7 +248,7 @@ def floor(seed, dx, dy):
 @functools.cache
 def sampler(dx, dy, method, steps):
     """One sampler for all problems of a size, compiled once."""
-    measured = program(dx, dy, knows_covariance=method.knows_covariance)
+    measured = program(dx, dy, method.variance)
     if method.is_weighted:
         return SMC(measured, num_particles=1000, num_runs=2, twist=method.twist, steps=steps)
     return Guided(measured, twist=method.twist, num_samples=DRAWS, steps=steps, check=False)

@@ -14,7 +14,18 @@ import os
 import numpy as np
 import pytest
 
-from gaussian_mixtures import Method, OptimalTwist, Score, floor, means, posterior, problem, run
+from gaussian_mixtures import (
+    Method,
+    OptimalTwist,
+    Score,
+    floor,
+    means,
+    of_entries,
+    posterior,
+    problem,
+    run,
+    whole,
+)
 from probdiff.infer import KernelTwist, LaplaceTwist, PointTwist, TweedieTwist
 
 pytestmark = pytest.mark.filterwarnings("ignore::probdiff.infer.InferenceWarning")
@@ -26,7 +37,8 @@ RULE_2015 = Method(KernelTwist(), is_weighted=False)
 METHODS = {
     "SMC optimal": Method(OptimalTwist()),
     "SMC Laplace": LAPLACE,
-    "SMC Laplace, covariance": Method(LaplaceTwist(), knows_covariance=True),
+    "SMC Laplace, narrow": Method(LaplaceTwist(), variance=of_entries),
+    "SMC Laplace, covariance": Method(LaplaceTwist(), variance=whole),
     "SMC Tweedie": Method(TweedieTwist()),
     "guided, point": Method(PointTwist(), is_weighted=False),
     "guided, 2015": RULE_2015,

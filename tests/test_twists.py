@@ -91,12 +91,22 @@ def test_where_r_is_zero_there_is_no_direction():
     assert np.isfinite(at.curvature(jnp.ones((2, 2)))).all()
 
 
-def test_krylov_finds_the_eigenpairs_its_start_reaches(x64):
-    values = jnp.array([4.0, 2.0, 0.5])
+@pytest.mark.parametrize("last", [0.5, 0.0])
+def test_krylov_opens_a_space_that_its_start_closes(x64, last):
+    values = jnp.array([4.0, 2.0, last])
     start = jnp.array([[1.0, 1.0, 0.0]])  # closed after two steps
     found, vectors = krylov(start, lambda v: values * v, 3, 1)
-    np.testing.assert_allclose(np.sort(found[:, 0]), [0, 2, 4], atol=1e-10)
-    np.testing.assert_allclose(np.sort((vectors**2).sum(-1)[:, 0]), [0, 1, 1], atol=1e-10)
+    np.testing.assert_allclose(np.sort(found[:, 0]), [last, 2, 4], atol=1e-10)
+    lengths = np.sort((vectors**2).sum(-1)[:, 0])
+    np.testing.assert_allclose(lengths, [float(last > 0), 1, 1], atol=1e-10)
+
+
+@pytest.mark.parametrize("tilt", [0.0, 1e-7, 1e-5, 1e-3, 1.0])
+def test_no_start_loses_an_eigenvalue(tilt):
+    """In float32, where a start near an eigenvector leaves rounding for the next direction."""
+    values = jnp.array([4.0, 3.9, 0.0])
+    found, _ = krylov(jnp.array([[1.0, tilt, 0.0]]), lambda v: values * v, 3, 1)
+    np.testing.assert_allclose(np.sort(found[:, 0]), [0, 3.9, 4], atol=1e-4)
 
 
 @pytest.mark.parametrize("k", [1, 2, 4, 9])

@@ -11,8 +11,10 @@ both the integral and the law of x_0 given r are closed:
 
 H is never formed. Where every entry of x_0 has a likelihood of its own H is diagonal, and one
 product H·1 gives all of it. Else k steps of Lanczos from g span the directions that count: exact
-for a linear-Gaussian r of rank up to k. Positive curvature of log r (negative H) counts as zero, so
-that the integral exists.
+for a linear-Gaussian r of rank up to k. Where g is all but an eigenvector of H, its images say
+nothing new, and the image of a fixed vector goes on: else that particle, and few others, would lack
+the rest of H in its log det. Positive curvature of log r (negative H) counts as zero, so that the
+integral exists.
 """
 
 from collections.abc import Callable
@@ -20,7 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from probdiff.infer.jacobi import eigh
 
@@ -29,7 +31,7 @@ Event = Float[Array, "..."]
 
 TINY = 1e-20
 """Squared length below which a direction is taken for none."""
-ROUNDING = 1e-9
+ROUNDING = 1e-6
 """Share of its squared length below which what orthogonalisation leaves is taken for rounding."""
 
 
@@ -161,25 +163,46 @@ def krylov(
 
     Returns:
         Eigenvalues, negative ones set to zero, `(rank, *lead)`, and orthonormal vectors
-        `(rank, *lead, *event)`. A space that closes early is filled up with zero vectors.
+        `(rank, *lead, *event)`. A space that closes early is opened again by the image of a vector
+        of signs, and filled up with zero vectors where that adds nothing.
     """
-    basis, images, v = [], [], start
-    for _ in range(rank):
-        length = sum_event(v * v, lead_dim)
-        for _ in range(2):  # twice is enough for orthogonality to rounding
-            for b in basis:
-                v = v - b * expand(sum_event(v * b, lead_dim), v.ndim)
+    basis, images, v, is_new = [], [], start, True
+    for j in range(rank):
+        if j > 0:
+            v, is_new = remainder(v, basis, basis, lead_dim)
+            other = remainder(operator(probe(j, start, lead_dim)), basis, basis, lead_dim)
+            v, is_new = either(v, is_new, *other)
         square = sum_event(v * v, lead_dim)
-        is_new = square > TINY + ROUNDING * length
+        is_new &= square > TINY
         v = v * expand(
             jnp.where(is_new, jax.lax.rsqrt(jnp.where(is_new, square, 1.0)), 0.0), v.ndim
         )
-        image = operator(v)
         basis.append(v)
-        images.append(image)
-        v = image
+        images.append(operator(v))
+        v = images[-1]
     rows, products = jnp.stack(basis), jnp.stack(images)
     return _eigenpairs(rows, products, lead_dim)
+
+
+def remainder(
+    v: Event, basis: list[Event], duals: list[Event], lead_dim: int
+) -> tuple[Event, Bool[Array, "..."]]:
+    """v without its parts along a basis, measured by its duals; whether that is not rounding."""
+    length = sum_event(v * v, lead_dim)
+    for b, dual in 2 * list(zip(basis, duals, strict=True)):  # twice is enough
+        v = v - b * expand(sum_event(v * dual, lead_dim), v.ndim)
+    return v, sum_event(v * v, lead_dim) > ROUNDING * length
+
+
+def either(v: Event, is_new: Any, other: Event, other_is_new: Any) -> tuple[Event, Any]:
+    """v where it is new, elsewhere the other."""
+    return jnp.where(expand(is_new, v.ndim), v, other), is_new | other_is_new
+
+
+def probe(j: int, like: Event, lead_dim: int) -> Event:
+    """Signs, the same for all particles."""
+    signs = jax.random.rademacher(jax.random.key(j), like.shape[lead_dim:], like.dtype)
+    return jnp.broadcast_to(signs, like.shape)
 
 
 def _eigenpairs(rows: Array, products: Array, lead_dim: int) -> tuple[Array, Array]:

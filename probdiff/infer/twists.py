@@ -34,16 +34,18 @@ import numpy as np
 
 from probdiff.infer.dense import Belief, Given, times
 from probdiff.infer.expansion import (
-    ROUNDING,
     TINY,
     Expansion,
     Local,
     diagonal,
+    either,
     expand,
     known_curvature,
     krylov,
     local,
     low_rank,
+    probe,
+    remainder,
     settle,
     sum_event,
 )
@@ -313,14 +315,15 @@ class TweedieTwist(Twist):
         w_t, w_s = view.widths.variance[view.i - 1], view.widths.variance[view.i - 2]
         slope_t, slope_s = view.widths.slope[view.i - 1], view.widths.slope[view.i - 2]
         spread = jnp.mean(w_t / slope_t)  # (1−ᾱ_t)/√ᾱ_t in an ideal chain
-        vs, us, hs, v = [], [], [], at.gradient
+        vs, us, hs, v, is_new = [], [], [], at.gradient, True
         for j in range(min(self.rank, _size(view))):
-            length = sum_event(v * v, lead)
-            for v_j, u_j in 2 * list(zip(vs, us, strict=True)):  # twice is enough
-                v = v - v_j * expand(sum_event(v * u_j, lead), v.ndim)
+            if j > 0:
+                v, is_new = remainder(v, vs, us, lead)
+                fresh = at.curvature(probe(j, v, lead))
+                v, is_new = either(v, is_new, *remainder(fresh, vs, us, lead))
             u = spread * view.pull_back(v)
             square = sum_event(u * v, lead)
-            is_new = (square > TINY) & (sum_event(v * v, lead) > ROUNDING * length)
+            is_new &= square > TINY
             scale = jnp.where(is_new, jax.lax.rsqrt(jnp.where(is_new, square, 1.0)), 0.0)
             if j == 0:
                 norm = jnp.where(is_new, square, 0.0)
@@ -358,6 +361,7 @@ class PointTwist(Twist):
     def __call__(self, view: View) -> Tilt:
         at = local(view.log_r, view.x_0_hat)
         shift = _shift(view.levels.step(view.i), view.pull_back(at.gradient))
+        shift = _limited(shift, view)  # else, unweighted, it grows without bound where r is sharp
         return Tilt(at.value, shift, jnp.zeros_like(shift), jnp.zeros((0, *shift.shape)))
 
 
