@@ -5,6 +5,7 @@
     compare                 models by their bounds on the same examples, errors paired
     bits_per_dim            bits per entry of discrete data
     predictive_check        replicate data sets of the model beside the data, PITs of statistics
+    to_datatree             a run of MCMC, SMC, SVI or `fit`, dims always right
 
 Groups have named dims; a bound has dim `example` and no chain or draw.
 """
@@ -12,6 +13,7 @@ Groups have named dims; a bound has dim `example` and no chain or draw.
 from probdiff.diagnostics.bits import BitsPerDim, bits_per_dim
 from probdiff.diagnostics.bounds import BITS_PER_NAT, bound, entropy_form, sampled_bound
 from probdiff.diagnostics.comparison import compare
+from probdiff.diagnostics.conversion import to_datatree
 from probdiff.diagnostics.predictive import predictive_check
 
 __all__ = [
@@ -23,4 +25,5 @@ __all__ = [
     "entropy_form",
     "predictive_check",
     "sampled_bound",
+    "to_datatree",
 ]

@@ -51,15 +51,15 @@ def layout(conditioned: Conditioned, steps: int | None, twist: Twist) -> Layout:
     sites = conditioned.sites_at(
         jnp.zeros((*batch_shape, *diffusion.event_shape), diffusion.kernel.dtype)
     )
-    plates = _batch_dims(sites[diffusion.trajectory_name], "plate", batch_shape)
+    plates = plate_dims(sites[diffusion.trajectory_name], "plate", batch_shape)
     events = [f"{diffusion.name}_dim_{i}" for i in range(len(diffusion.event_shape))]
     dims, batch_dims = {diffusion.name: [*plates, *events]}, {}
     for name in conditioned.observed:
         law, value = sites[name]["fn"], sites[name]["value"]
         shape = jnp.broadcast_shapes(law.shape(), jnp.shape(value))
         first = len(shape) - law.event_dim
-        batch_dims[name] = _batch_dims(sites[name], name, shape[:first])
-        dims[name] = batch_dims[name] + _numbered(name, first, len(shape))
+        batch_dims[name] = plate_dims(sites[name], name, shape[:first])
+        dims[name] = batch_dims[name] + numbered(name, first, len(shape))
     for name, site in sites.items():
         if site["type"] == "deterministic" and name != diffusion.name:
             dims[name] = _deterministic_dims(site, plates, batch_shape)
@@ -95,7 +95,7 @@ def _products(twist: Twist, size: int) -> int:
     return min(twist.rank, size) if isinstance(twist, TweedieTwist) else 1
 
 
-def _batch_dims(site: dict[str, Any], name: str, batch_shape: tuple[int, ...]) -> list[str]:
+def plate_dims(site: dict[str, Any], name: str, batch_shape: tuple[int, ...]) -> list[str]:
     """Plates that make the axes of a site's batch."""
     frames = {frame.dim: _free(frame.name) for frame in site["cond_indep_stack"]}
     count = len(batch_shape)
@@ -110,10 +110,10 @@ def _deterministic_dims(
     own = {_free(frame.name) for frame in site["cond_indep_stack"]}
     is_inside = own >= set(plates) and shape[:count] == batch_shape
     first = count if is_inside else 0
-    return plates[:first] + _numbered(site["name"], first, len(shape))
+    return plates[:first] + numbered(site["name"], first, len(shape))
 
 
-def _numbered(name: str, first: int, last: int) -> list[str]:
+def numbered(name: str, first: int, last: int) -> list[str]:
     return [f"{name}_dim_{axis}" for axis in range(first, last)]
 
 

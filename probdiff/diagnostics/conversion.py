@@ -1,0 +1,372 @@
+"""What was fitted or sampled as an ArviZ DataTree, with dims that are always right.
+
+    SMC, Guided             their own `to_datatree`
+    MCMC                    posterior, sample_stats, observed_data
+    Fit, SVIRunResult       training: the loss of each step; held_out: that of each evaluation
+      with svi=             the same, and draws of its guide as posterior, and observed_data
+
+An axis has the name of the plate that makes it, wherever the plate stands, and the axes of an event
+those of the diffusion they belong to:
+
+    x_0                (…plates, x_0_dim_0, x_0_dim_1, …)
+    x_0_trajectory     (…plates, step, x_0_dim_0, …)        step = 1..T, level t of the chain
+    x_0_noise          (…plates, level, x_0_dim_0, …)       level = 0..n, `t` beside it
+
+as in `SMC.to_datatree`. All other axes are `site_dim_i`. Where chains differ in length, or a plate
+is called `step`, the name stands in front: `x_0_step`. ArviZ's own conversion forgets gaps between
+plates, names the axes of a trajectory after the trajectory, so that they are not those of x_0, and
+gives `lp` the sign of an energy; here `lp` is the log density.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import xarray as xr
+from arviz_base import from_dict
+from jaxtyping import Array
+from numpyro import handlers
+from numpyro.infer import MCMC, NUTS, SVI, Predictive
+from numpyro.infer.svi import SVIRunResult
+
+from probdiff.infer.layout import numbered, plate_dims
+from probdiff.infer.sampler import Sampler
+from probdiff.train import Fit
+from probdiff.trajectories import DataGivenFirst, ForwardTrajectory, ReverseTrajectory
+
+STATS = {
+    "num_steps": "n_steps",
+    "accept_prob": "acceptance_rate",
+    "adapt_state.step_size": "step_size",
+}
+"""ArviZ's names of NumPyro's extra fields."""
+
+
+def to_datatree(
+    source: MCMC | Sampler | Fit | SVIRunResult,
+    *args: Any,
+    svi: SVI | None = None,
+    key: Array | None = None,
+    num_draws: int = 500,
+    **kwargs: Any,
+) -> xr.DataTree:
+    """A run as an ArviZ DataTree, NumPy arrays with named dims; see the file's docstring.
+
+        to_datatree(mcmc)                                  # of any program, noncentered or not
+        to_datatree(fitted)                                # losses
+        to_datatree(fitted, x_0, svi=svi, key=key)         # and draws of the guide given x_0
+
+    Args:
+        source: `SMC`, `Guided` or NumPyro's `MCMC` that has run; what `fit` or `SVI.run` returned.
+        args: Arguments of the program of `svi`; a sampler has those of its run.
+        svi: The SVI of a fit, for draws of its guide.
+        key: Randomness of these draws.
+        num_draws: Number of these draws.
+        kwargs: Keyword arguments of the program of `svi`.
+
+    Returns:
+        DataTree. An MCMC has `posterior` with its deterministic sites, `sample_stats` under ArviZ's
+        names (`diverging`, and what `extra_fields` asked for) and `observed_data`, factors left
+        out. A fit has `training` with `loss` by `step`, and `held_out` where there was some.
+
+    Raises:
+        ValueError: if the source has not run or holds no program, or arguments do not belong to it.
+    """
+    if isinstance(source, Fit | SVIRunResult):
+        return _of_fit(source, svi, key, num_draws, args, kwargs)
+    if svi is not None or key is not None or args or kwargs:
+        raise ValueError(
+            "svi, key and arguments of a program must come with a fit; a sampler has those of its "
+            f"run; got them with {type(source).__name__}"
+        )
+    return source.to_datatree() if isinstance(source, Sampler) else _of_mcmc(source)
+
+
+def _of_mcmc(mcmc: MCMC) -> xr.DataTree:
+    program = getattr(mcmc.sampler, "model", None)
+    if program is None:
+        raise ValueError(f"source must sample a program; got {type(mcmc.sampler).__name__} of none")
+    if mcmc.last_state is None:
+        raise ValueError("source must have run; there are no draws yet")
+    draws = _arrays(mcmc.get_samples(group_by_chain=True))
+    values = {name: a[0, 0] for name, a in draws.items()}
+    # MCMC keeps what it ran on in these alone
+    seen = _look(program, values, mcmc._args, mcmc._kwargs)
+    tree = _tree(draws, seen)
+    stats = _sample_stats(
+        mcmc.get_extra_fields(group_by_chain=True), isinstance(mcmc.sampler, NUTS)
+    )
+    if stats:
+        tree["sample_stats"] = _group("sample_stats", stats, {}, {})
+    tree.attrs |= {
+        "sampler": type(mcmc.sampler).__name__,
+        "num_chains": mcmc.num_chains,
+        "num_warmup": mcmc.num_warmup,
+        "num_samples": mcmc.num_samples,
+        "thinning": mcmc.thinning,
+    }
+    return tree
+
+
+def _of_fit(
+    fitted: Fit | SVIRunResult,
+    svi: SVI | None,
+    key: Array | None,
+    num_draws: int,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> xr.DataTree:
+    if (svi is None) != (key is None):
+        raise ValueError("svi and key must be given together; got one of them")
+    if svi is None and (args or kwargs):
+        raise ValueError("arguments of a program must come with svi; got none")
+    if num_draws < 1:
+        raise ValueError(f"num_draws must be at least 1; got {num_draws}")
+    tree = xr.DataTree(name="probdiff")
+    if svi is not None:
+        kwargs = svi.static_kwargs | kwargs
+        draws = _guide_draws(key, svi, fitted.params, num_draws, args, kwargs)
+        model = handlers.substitute(svi.model, data=fitted.params)
+        values = {name: a[0, 0] for name, a in draws.items()}
+        tree = _tree(draws, _look(model, values, args, kwargs))
+    losses = np.asarray(fitted.losses)
+    tree["training"] = _losses(np.arange(1, len(losses) + 1), losses)
+    if isinstance(fitted, Fit) and len(fitted.held_out_losses.step):
+        tree["held_out"] = _losses(*fitted.held_out_losses)
+    tree.attrs |= {"num_steps": len(losses)}
+    return tree
+
+
+def _losses(step: np.ndarray, loss: np.ndarray) -> xr.DataTree:
+    attrs = {"units": "nats, summed as SVI sums them"}
+    return xr.DataTree(xr.Dataset({"loss": ("step", loss)}, {"step": step}, attrs))
+
+
+def _guide_draws(
+    key: Array, svi: SVI, params: Any, num_draws: int, args: Any, kwargs: Any
+) -> dict[str, np.ndarray]:
+    """Draws of the model's latent sites by the guide, and what the model makes of them."""
+    key_guide, key_model = jax.random.split(key)
+    guide = Predictive(svi.guide, params=params, num_samples=num_draws)
+    draws = guide(key_guide, *args, **kwargs)
+    model = handlers.substitute(svi.model, data=params)
+    sites = _kinds(model, args, kwargs)
+    latent = {name: a for name, a in draws.items() if sites.get(name) == "latent"}
+    rest = [name for name, kind in sites.items() if kind == "deterministic"]
+    if rest:
+        model = Predictive(model, posterior_samples=latent, return_sites=rest)
+        latent |= model(key_model, *args, **kwargs)
+    return {name: a[None] for name, a in _arrays(latent).items()}
+
+
+def _kinds(model: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, str]:
+    """Which sites of a model are latent and which deterministic."""
+    kinds = {}
+
+    def look(key: Array) -> None:
+        sites = handlers.trace(handlers.seed(model, key)).get_trace(*args, **kwargs)
+        for name, site in sites.items():
+            if site["type"] == "sample" and not site["is_observed"]:
+                kinds[name] = "latent"
+            elif site["type"] == "deterministic":
+                kinds[name] = "deterministic"
+
+    with handlers.block():
+        jax.eval_shape(look, jax.random.key(0))
+    return kinds
+
+
+# names of axes
+
+
+class _Seen(NamedTuple):
+    """What a program shows at one draw."""
+
+    dims: dict[str, list[str]]
+    """Dims of each site's value."""
+    coords: dict[str, np.ndarray]
+    """Values along `step` and `level`."""
+    times: dict[str, np.ndarray]
+    """Level t of the chain along each dim that counts the levels of a walk."""
+    observed: dict[str, np.ndarray]
+    """Observed values, factors left out."""
+
+
+class _Chain(NamedTuple):
+    """One diffusion in a program."""
+
+    x_dims: list[str]
+    """Axes of x_0."""
+    T: int | None
+    """Steps of its trajectory, where there is one."""
+    times: np.ndarray | None
+    """Level t of each entry of its noise, where there is one."""
+
+
+def _look(
+    program: Callable[..., Any], values: dict[str, np.ndarray], args: Any, kwargs: Any
+) -> _Seen:
+    """Names of axes and observed values of a program at one draw of its sites."""
+    seen = []
+
+    def look(key: Array, values: dict[str, Array]) -> dict[str, Any]:
+        run = handlers.substitute(handlers.seed(program, key), data=values)
+        sites = handlers.trace(run).get_trace(*args, **kwargs)
+        seen.append(_names(sites))
+        return {
+            name: jnp.broadcast_to(site["value"], _shape(site))
+            for name, site in sites.items()
+            if _is_observed(site)
+        }
+
+    with handlers.block():
+        observed = jax.jit(look)(
+            jax.random.key(0), values
+        )  # compiled, what is not returned is not run
+    return _Seen(*seen[0], _arrays(observed))
+
+
+def _names(sites: dict[str, Any]) -> tuple[dict[str, list[str]], dict[str, Any], dict[str, Any]]:
+    """Dims of every site, coordinates, and levels t of walks."""
+    plates = {frame.name for site in sites.values() for frame in site.get("cond_indep_stack", ())}
+    chains = _chains(sites)
+    step = _counter("step", {name: c.T for name, c in chains.items() if c.T}, plates)
+    walks = {name: tuple(c.times) for name, c in chains.items() if c.times is not None}
+    level = _counter("level", walks, set())  # a plate of that name is called level_plate
+    dims = {}
+    for name, site in sites.items():
+        if site["type"] in ("sample", "deterministic"):
+            dims[name] = _site_dims(name, site, _event_dims(name, chains, step, level))
+    coords = {step[name]: np.arange(1, c.T + 1) for name, c in chains.items() if c.T}
+    coords |= {level[name]: np.arange(len(times)) for name, times in walks.items()}
+    return dims, coords, {level[name]: np.array(times) for name, times in walks.items()}
+
+
+def _chains(sites: dict[str, Any]) -> dict[str, _Chain]:
+    """Diffusions in a program, by the name of x_0."""
+    chains = {}
+    for name, site in sites.items():
+        if site["type"] != "sample":
+            continue
+        law, walk = _unwrapped(site["fn"]), site["infer"].get("chain")
+        if walk is not None:
+            diffusion, times = walk.levels.draw.diffusion, np.append(0, walk.levels.times)
+            x_dims = numbered(diffusion.name, 0, len(diffusion.event_shape))
+            chains[diffusion.name] = _Chain(x_dims, None, times)
+        elif isinstance(law, ReverseTrajectory | ForwardTrajectory):
+            x_name = name.removesuffix("_trajectory")
+            chains[x_name] = _Chain(numbered(x_name, 0, law.x_dim), law.steps.T, None)
+        elif isinstance(law, DataGivenFirst):
+            x_name = name.removesuffix("_free") if name not in chains else name
+            found = _Chain(numbered(x_name, 0, law.event_dim), None, None)
+            chains.setdefault(x_name, found)
+    return chains
+
+
+def _counter(word: str, lengths: dict[str, Any], taken: set[str]) -> dict[str, str]:
+    """Name of the dim that counts each chain's levels: one for all where all are alike."""
+    is_one = len(set(lengths.values())) == 1 and word not in taken
+    return {name: word if is_one else f"{name}_{word}" for name in lengths}
+
+
+def _event_dims(
+    name: str, chains: dict[str, _Chain], step: dict[str, str], level: dict[str, str]
+) -> list[str] | None:
+    """Axes of an event that belongs to a diffusion; None of any other."""
+    for x_name, chain in chains.items():
+        if name in (x_name, f"{x_name}_free") or re.fullmatch(
+            rf"{re.escape(x_name)}_trajectory_\d+", name
+        ):
+            return chain.x_dims
+        if name == f"{x_name}_trajectory":
+            return [step[x_name], *chain.x_dims]
+        if name == f"{x_name}_noise" and x_name in level:
+            return [level[x_name], *chain.x_dims]
+    return None
+
+
+def _site_dims(name: str, site: dict[str, Any], event: list[str] | None) -> list[str]:
+    """Plates of a site, then the axes of its event."""
+    shape, gap = _shape(site), name if event is None else "plate"  # what an axis of no plate is
+    if site["type"] == "sample":
+        first = len(shape) - site["fn"].event_dim
+        event = event or site["infer"].get("event_dims")
+    elif event is not None:
+        first = len(shape) - len(event)
+    else:
+        first = _plates_of_value(site, shape)
+    if event is None or len(event) != len(shape) - first:
+        event = numbered(name, first, len(shape))
+    return plate_dims(site, gap, shape[:first]) + list(event)
+
+
+def _plates_of_value(site: dict[str, Any], shape: tuple[int, ...]) -> int:
+    """Leading axes of a deterministic value that its plates make; 0 unless all of them fit."""
+    frames = site["cond_indep_stack"]
+    count = max((-frame.dim for frame in frames), default=0)
+    fits = count <= len(shape) and all(shape[count + f.dim] == f.size for f in frames)
+    return count if fits else 0
+
+
+def _shape(site: dict[str, Any]) -> tuple[int, ...]:
+    """Shape of a site's value; of an observed one with its plates."""
+    shape = jnp.shape(site["value"])
+    return shape if site["type"] != "sample" else jnp.broadcast_shapes(site["fn"].shape(), shape)
+
+
+def _is_observed(site: dict[str, Any]) -> bool:
+    is_observed = site["type"] == "sample" and site["is_observed"]
+    return is_observed and not isinstance(_unwrapped(site["fn"]), dist.Unit)
+
+
+def _unwrapped(law: dist.Distribution) -> dist.Distribution:
+    wrappers = dist.ExpandedDistribution, dist.Independent, dist.MaskedDistribution
+    while isinstance(law, wrappers):
+        law = law.base_dist
+    return law
+
+
+# groups
+
+
+def _tree(draws: dict[str, np.ndarray], seen: _Seen) -> xr.DataTree:
+    """Groups `posterior` and `observed_data`."""
+    tree = xr.DataTree(name="probdiff")
+    tree["posterior"] = _group("posterior", draws, seen.dims, seen.coords)
+    for dim, times in seen.times.items():
+        if dim in tree["posterior"].dims:
+            t = "t" if dim == "level" else dim.removesuffix("level") + "t"
+            posterior = tree["posterior"].to_dataset().assign_coords({t: (dim, times)})
+            tree["posterior"] = xr.DataTree(posterior)
+    if seen.observed:
+        tree["observed_data"] = _group("observed_data", seen.observed, seen.dims, {})
+    tree.attrs = {"inference_library": "numpyro", "inference_library_version": numpyro.__version__}
+    return tree
+
+
+def _group(name: str, data: dict[str, np.ndarray], dims: Any, coords: Any) -> xr.DataTree:
+    dims = {key: dims[key] for key in data if key in dims}
+    used = {dim for names in dims.values() for dim in names}
+    coords = {dim: values for dim, values in coords.items() if dim in used}
+    return from_dict({name: data}, dims=dims, coords=coords, check_conventions=False)[name]
+
+
+def _sample_stats(fields: dict[str, Any], has_trees: bool) -> dict[str, np.ndarray]:
+    """Extra fields under ArviZ's names; those that are no arrays are left out."""
+    is_array = {name: isinstance(value, Array | np.ndarray) for name, value in fields.items()}
+    fields = _arrays({name: value for name, value in fields.items() if is_array[name]})
+    stats = {STATS.get(name, name): value for name, value in fields.items()}
+    if "potential_energy" in stats:
+        stats["lp"] = -stats.pop("potential_energy")
+    if has_trees and "n_steps" in stats:
+        stats["tree_depth"] = np.log2(stats["n_steps"]).astype(int) + 1
+    return stats
+
+
+def _arrays(values: dict[str, Any]) -> dict[str, np.ndarray]:
+    return {name: np.asarray(value) for name, value in values.items()}
