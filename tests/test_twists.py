@@ -18,6 +18,7 @@ import numpyro
 import pytest
 
 from probdiff import Diffusion, GaussianKernel, readouts, schedules
+from probdiff.infer import dense
 from probdiff.infer.expansion import diagonal, krylov, local, low_rank
 from probdiff.infer.jacobi import eigh
 from probdiff.infer.levels import levels
@@ -227,3 +228,21 @@ def test_all_levels_are_the_chain_itself():
     beta = float(full.table.beta[i - 1])
     np.testing.assert_allclose(law.loc, math.sqrt(1 - beta) * x, rtol=1e-6)
     np.testing.assert_allclose(law.scale, math.sqrt(beta), rtol=1e-6)
+
+
+def test_a_sharp_quadratic_keeps_its_digits():
+    """In float32, A ten million times the identity that it is added to."""
+    rng = np.random.default_rng(5)
+    axes, _ = np.linalg.qr(rng.normal(size=(D, D)))
+    variance, row = np.geomspace(1, 500, D), rng.normal(size=D) / 1e-2
+    root = axes * np.sqrt(variance)
+    a = root.T @ np.outer(row, row) @ root
+    g = 30.0 * root.T @ row  # 30 standard deviations of the noise away
+    belief = dense.Belief(*(jnp.asarray(v, jnp.float32) for v in (axes, variance, np.ones(D))))
+    given = dense.condition(belief, jnp.asarray(np.outer(row, row), jnp.float32), None)
+    exact = g / (1 + np.trace(a))
+    found = dense.pulled(given, jnp.asarray(g, jnp.float32))
+    np.testing.assert_allclose(found, exact, atol=1e-4 * np.linalg.norm(exact))
+    assert given.log_det == pytest.approx(np.log1p(np.trace(a)), abs=1e-4)
+    precision = np.linalg.inv(root).T @ (a / (1 + np.trace(a))) @ np.linalg.inv(root)
+    np.testing.assert_allclose(given.precision, precision, atol=1e-4)

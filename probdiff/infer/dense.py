@@ -65,7 +65,9 @@ class Given(NamedTuple):
     project: Any
     """Π."""
     gain: Any
-    """(I + A)⁻¹."""
+    """(I + A)⁻¹ where A is not 0."""
+    untouched: Any
+    """(I + A)⁻¹ where A is 0, a projection."""
     log_det: Any
     """log det(I + A), `plates`."""
     precision: Any
@@ -84,7 +86,7 @@ def condition(belief: Belief, hessian: Any, mask: Any) -> Given:
     identity = jnp.eye(d)
     S = belief.axes * jnp.sqrt(belief.variance)
     S_inverse = (belief.axes / jnp.sqrt(belief.variance)).T
-    known = log_det_known = project = gain = log_det = None
+    known = log_det_known = project = gain = untouched = log_det = None
     precision = jnp.zeros((d, d))
     if mask is not None:
         m = mask.astype(S.dtype)
@@ -97,11 +99,23 @@ def condition(belief: Belief, hessian: Any, mask: Any) -> Given:
     if hessian is not None:
         a = S.T @ hessian @ S
         a = a if project is None else project @ a @ project
-        gain, log_det = _power(identity + a, -1.0)
-        precision = precision + S_inverse.T @ (identity - gain) @ S_inverse
+        gain, untouched, share, log_det = _shrink(a)
+        precision = precision + S_inverse.T @ share @ S_inverse
     jacobian = (belief.axes * belief.slope) @ belief.axes.T
     precision = jacobian @ precision @ jacobian
-    return Given(belief, known, log_det_known, project, gain, log_det, precision)
+    return Given(belief, known, log_det_known, project, gain, untouched, log_det, precision)
+
+
+def pulled(given: Given, g: Any) -> Any:
+    """(I + A)⁻¹ g for g `(*lead, d)`.
+
+    Where r is sharp, what A leaves of g is a millionth of it, and g has as much rounding in the
+    directions that A leaves alone: there only what is more than rounding counts.
+    """
+    rest = times(given.untouched, g)
+    rounding = 10 * g.shape[-1] * jnp.finfo(g.dtype).eps
+    is_there = jnp.sum(rest**2, -1) > rounding**2 * jnp.sum(g**2, -1)
+    return times(given.gain, g) + jnp.where(is_there[..., None], rest, 0.0)
 
 
 def narrowing(precision: Any, variance: Any) -> tuple[Any, Any]:
@@ -133,6 +147,25 @@ def hessian_of(curvature: Any, zeros: Any, batch_dim: int) -> Any:
     hessian = 0.5 * (hessian + jnp.swapaxes(hessian, -1, -2))
     values, vectors = eigh_each(hessian)  # positive curvature of log r counts as zero
     return (vectors * jnp.maximum(values, 0.0)[..., None, :]) @ jnp.swapaxes(vectors, -1, -2)
+
+
+def _shrink(a: Any) -> tuple[Any, Any, Any, Any]:
+    """(I + A)⁻¹ where A is not 0, and where it is, A (I + A)⁻¹, and log det(I + A).
+
+    By the eigenpairs of A and not of I + A, in which the 1 is lost where A is large.
+    """
+    values, vectors = eigh_each(0.5 * (a + jnp.swapaxes(a, -1, -2)))
+    least = a.shape[-1] * jnp.finfo(values.dtype).eps * values[..., -1:]
+    is_there = values > least
+    values = jnp.where(is_there, values, 0.0)
+
+    def scaled(factor: Any) -> Any:
+        return (vectors * factor[..., None, :]) @ jnp.swapaxes(vectors, -1, -2)
+
+    shares = values / (1 + values)
+    gain, untouched = jnp.where(is_there, 1 / (1 + values), 0.0), jnp.where(is_there, 0.0, 1.0)
+    log_det = jnp.sum(jnp.log1p(values), -1)
+    return scaled(gain), scaled(untouched), scaled(shares), log_det
 
 
 def _power(matrix: Any, exponent: float) -> tuple[Any, Any]:

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from probdiff.infer.dense import Belief, Given, times
+from probdiff.infer.dense import Belief, Given, pulled, times
 from probdiff.infer.expansion import (
     TINY,
     Expansion,
@@ -189,7 +189,7 @@ class _Widened(Twist):
 
         g = projected(belief.root_transposed(at.gradient.reshape(mean.shape)))
         if given.gain is not None:
-            u, log_det = times(given.gain, g), given.log_det
+            u, log_det = pulled(given, g), given.log_det
             factors = jnp.zeros((0, *shape), mean.dtype)
         else:
             u, log_det, factors = self._by_lanczos(view, given, at, g, projected)
