@@ -197,6 +197,11 @@ class ReverseTrajectory(_Trajectory):
         """p(x_s | x_t) as the network says it, elementwise; x_t of shape `(*t.shape, *event)`."""
         return self.readout(self.kernel, self.outputs(x_t, t), x_t, self.step_at(t))
 
+    def reverse_step_at(self, x_t: Any, t: Int[Array, ""]) -> dist.Distribution:
+        """p(x_s | x_t) for all x_t at one t: the step's coefficients are a number each."""
+        outputs = self.outputs(x_t, jnp.broadcast_to(t, x_t.shape[: x_t.ndim - self.x_dim]))
+        return self.readout(self.kernel, outputs, x_t, self.step_at(t))
+
     def x_0_hat(self, x_t: Any, t: Int[Array, "..."]) -> Any:
         """Denoised point E[x_0 | x_t] on the scale of the chain."""
         outputs = self.outputs(x_t, t)
@@ -226,16 +231,11 @@ class ReverseTrajectory(_Trajectory):
         return (x_T, x) if keep else (x_1, None)
 
     def _draw(self, key: Array, x_t: Any, t: Int[Array, ""]) -> Any:
-        """One draw of x_s given x_t, all at one t; missing entries stay in their stationary chain.
-
-        The step's coefficients are a number each here, not one for every row.
-        """
-        step, lead = self.step_at(t), x_t.shape[: x_t.ndim - self.x_dim]
-        outputs = self.outputs(x_t, jnp.broadcast_to(t, lead))
-        x_s = self.readout(self.kernel, outputs, x_t, step).sample(key)
+        """One draw of x_s given x_t, all at one t; missing entries stay in the stationary chain."""
+        x_s = self.reverse_step_at(x_t, t).sample(key)
         if self.observed is None:
             return x_s
-        missing = self.kernel.transition(x_t, step).sample(jax.random.fold_in(key, 1))
+        missing = self.kernel.transition(x_t, self.step_at(t)).sample(jax.random.fold_in(key, 1))
         return jnp.where(self.observed, x_s, missing)
 
     def log_prob(self, value: Any, intermediates: Any = None) -> Any:

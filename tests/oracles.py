@@ -7,7 +7,12 @@ For x_0 ~ N(m, s²) entry by entry, x_s given x_t is Gaussian,
 
 so a network that says so makes log p(x_0..T) − log q(x_1..T | x_0) equal to log p(x_0) for every
 draw of the trajectory, whatever is paired, masked or scaled around it.
+
+And models that need not be right, whose own p(x_0) is known: `gaussian_law` of a chain whose steps
+are affine, `enumerate_chain` of a few symbols.
 """
+
+import itertools
 
 import jax.numpy as jnp
 import numpy as np
@@ -53,3 +58,35 @@ def exact_gaussian(mean, sd, T=20, **options):
 def log_normal(x, mean, sd):
     """Log density of N(mean, sd²), entry by entry, nats."""
     return -0.5 * ((x - mean) / sd) ** 2 - np.log(sd) - 0.5 * np.log(2 * np.pi)
+
+
+def gaussian_law(diffusion, params=None):
+    """Mean and sd of p(x_0), entry by entry, of a chain of Gaussian steps affine in each entry."""
+    reverse, _ = diffusion.bind(params or {})
+    ends = jnp.stack([jnp.zeros(diffusion.event_shape), jnp.ones(diffusion.event_shape)])
+    mean, variance = np.zeros(diffusion.event_shape), np.ones(diffusion.event_shape)
+    for t in range(diffusion.T, 0, -1):
+        law = reverse.reverse_step(ends, jnp.full(2, t))
+        law = diffusion.data_given_first(reverse, ends).base if t == 1 else law
+        at_0, at_1 = np.asarray(law.loc, float)
+        spread = np.broadcast_to(np.asarray(law.scale, float), ends.shape)[0]
+        mean = at_0 + (at_1 - at_0) * mean
+        variance = (at_1 - at_0) ** 2 * variance + spread**2
+    return mean, np.sqrt(variance)
+
+
+def enumerate_chain(diffusion, params=None):
+    """States of x_0 and their probabilities, through all states of all levels."""
+    kernel, (length,) = diffusion.kernel, diffusion.event_shape
+    levels = np.array(list(itertools.product(range(kernel.num_states), repeat=length)))
+    data = np.array(list(itertools.product(range(kernel.num_data_states), repeat=length)))
+    reverse, _ = diffusion.bind(params or {})
+
+    def to(targets, law):
+        logs = np.asarray(law.log_prob(jnp.asarray(targets)[:, None]), float)
+        return np.exp(logs if logs.ndim == 2 else logs.sum(-1)).T
+
+    p = to(levels, kernel.stationary((1, length)))[0]
+    for t in range(diffusion.T, 1, -1):
+        p = p @ to(levels, reverse.reverse_step(jnp.asarray(levels), jnp.full(len(levels), t)))
+    return data, p @ to(data, diffusion.data_given_first(reverse, jnp.asarray(levels)))

@@ -16,6 +16,7 @@ FILES = {"report.md", "table.json", "bounds.nc", "params.safetensors", "config.j
 FIGURES = {
     swiss_roll: {
         "figure_1.png", "samples.png", "bound_per_step.png", "losses.png", "denoising.png",
+        "ladder.png",
     },
     digits: {
         "samples.png", "bound_per_step.png", "losses.png", "denoised.png", "inpainted.png",

@@ -23,6 +23,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 
+from oracles import enumerate_chain
 from probdiff import (
     AbsorbingKernel,
     BernoulliKernel,
@@ -84,23 +85,6 @@ def chain(kernel):
         last_step=last_step,
     )
     return Chain(diffusion, *enumerate_chain(diffusion))
-
-
-def enumerate_chain(diffusion):
-    """States of x_0 and their probabilities, through all states of all levels."""
-    kernel = diffusion.kernel
-    levels = np.array(list(itertools.product(range(kernel.num_states), repeat=L)))
-    data = np.array(list(itertools.product(range(kernel.num_data_states), repeat=L)))
-    reverse, _ = diffusion.bind({})
-
-    def to(targets, law):
-        logs = np.asarray(law.log_prob(jnp.asarray(targets)[:, None]), float)
-        return np.exp(logs if logs.ndim == 2 else logs.sum(-1)).T
-
-    p = to(levels, kernel.stationary((1, L)))[0]
-    for t in range(T, 1, -1):
-        p = p @ to(levels, reverse.reverse_step(jnp.asarray(levels), jnp.full(len(levels), t)))
-    return data, p @ to(data, diffusion.data_given_first(reverse, jnp.asarray(levels)))
 
 
 # Likelihoods: log r of states, the same function for the program and for the oracle

@@ -2,6 +2,10 @@
 
     bound, sampled_bound    K on log p(x_0), per example and per step
     entropy_form            the paper's eq. 14, and the correction that makes it a bound
+    ladder                  from K through importance-weighted bounds and SMC towards log p(x_0)
+    sandwich                bounds from below and above, at draws of the model
+    entropies               bounds on the entropy of every reverse step
+    information             bounds on what each level still tells of the data
     compare                 models by their bounds on the same examples, errors paired
     bits_per_dim            bits per entry of discrete data
     predictive_check        replicate data sets of the model beside the data, PITs of statistics
@@ -14,16 +18,23 @@ from probdiff.diagnostics.bits import BitsPerDim, bits_per_dim
 from probdiff.diagnostics.bounds import BITS_PER_NAT, bound, entropy_form, sampled_bound
 from probdiff.diagnostics.comparison import compare
 from probdiff.diagnostics.conversion import to_datatree
+from probdiff.diagnostics.entropies import entropies, information
+from probdiff.diagnostics.ladder import LadderWarning, ladder, sandwich
 from probdiff.diagnostics.predictive import predictive_check
 
 __all__ = [
     "BITS_PER_NAT",
     "BitsPerDim",
+    "LadderWarning",
     "bits_per_dim",
     "bound",
     "compare",
+    "entropies",
     "entropy_form",
+    "information",
+    "ladder",
     "predictive_check",
     "sampled_bound",
+    "sandwich",
     "to_datatree",
 ]

@@ -8,10 +8,12 @@ Every function takes arrays or the DataTree of `diagnostics.bound`, of a sampler
     posterior    posterior_images, posterior_points
     inference    ess_trace, evidence, calibration
     comparison   comparison
+    ladder       ladder, sandwich, entropy_band, information
 """
 
 from probdiff.plots.comparison import comparison
 from probdiff.plots.inference import calibration, ess_trace, evidence
+from probdiff.plots.ladder import entropy_band, information, ladder, sandwich
 from probdiff.plots.pictures import drift, figure_1, images, points, slices
 from probdiff.plots.posterior import posterior_images, posterior_points
 from probdiff.plots.style import BLUE, GREEN, ORANGE
@@ -25,13 +27,17 @@ __all__ = [
     "calibration",
     "comparison",
     "drift",
+    "entropy_band",
     "ess_trace",
     "evidence",
     "figure_1",
     "images",
+    "information",
+    "ladder",
     "losses",
     "points",
     "posterior_images",
     "posterior_points",
+    "sandwich",
     "slices",
 ]

@@ -1,0 +1,218 @@
+"""Entropy of every reverse step, held between bounds, and what depth destroys.
+
+How uncertain x_s is once x_t is known, s = t − 1, is bounded without a model (eq. 24) and with one:
+
+    H(X_s | X_t, X_0) = H(X_t | X_s) + H(X_s | X_0) − H(X_t | X_0)      lower
+                      ≤ H(X_s | X_t)
+                      ≤ H(X_t | X_s)                                    upper
+    H(X_s | X_t)      ≤ H(X_s | X_t, X_0) + KL_t = −E log p(x_s | x_t)  by the model
+
+So a step's term of the bound K is the model's bound less the lower one. The paper's upper bound
+takes H(X_t) ≥ H(X_s), which needs E log π(x_t) to be the same at every level: unit second moment
+for numbers, mean activity m for bits under B(m), nothing for B(½) and uniform classes. Any data
+have
+
+    H(X_s | X_t) ≤ H(X_t | X_s) + E log π(x_t) − E log π(x_s),
+
+as KL(q(x_t) ‖ π) never grows; `correction` is what it adds.
+
+What x_t still tells of x_0 falls with t, and lies between
+
+    E log q(x_t | x_0) − E log (1/N) Σ_j q(x_t | x_0^j)  ≤  I(X_0; X_t)
+                                                         ≤  KL_T^prior + Σ_{u > t} KL_u
+
+where the left contrasts N examples, and cannot exceed log N; the right is what the model pays for
+the levels from T down to t. Gaussian data of variance 1 have I = −½ log(1 − ᾱ_t) a number.
+
+Sources: Sohl-Dickstein et al. (2015), eq. 24 and appendix A; van den Oord et al. (2018) and Poole
+et al. (2019) for the contrastive bound.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xarray as xr
+from jaxtyping import Array, Float
+
+from probdiff.diagnostics.bounds import check_examples
+from probdiff.diffusion import Data, Diffusion
+from probdiff.infer.levels import log_probabilities
+from probdiff.kernels import AbsorbingKernel, DiscreteKernel
+from probdiff.types import Params, Step
+
+
+def entropies(diffusion: Diffusion, params: Params, x_0: Data, tree: xr.DataTree) -> xr.DataTree:
+    """Bounds on the entropy of every reverse step.
+
+    Args:
+        diffusion: The model.
+        params: Its parameters (the schedule may be among them).
+        x_0: Examples in the user's units, `(N, *event_shape)`.
+        tree: What `bound` returned for these examples.
+
+    Returns:
+        DataTree with group `entropy`, nats, mean over examples and summed over an example's entries
+        on the scale of the chain, by `step` (2..T): `lower`, `upper`, `correction` (to be added to
+        `upper` where the data do not meet the condition), `model` and `model_se`. Attributes:
+        `units`, `condition` (what `upper` needs), `log_pi_change` (by how far the data miss it:
+        E log π(x_0) + H(π), 0 where they meet it).
+
+    Raises:
+        ValueError: if data or parameters do not fit, the tree is not of these examples, or the
+            chain is an absorbing one, whose π puts no mass on data.
+    """
+    check_examples(diffusion, params, x_0, None, None)
+    kl = _kl(tree, diffusion, x_0)
+    kernel = diffusion.kernel
+    if isinstance(kernel, AbsorbingKernel):
+        raise ValueError(f"kernel must put mass on data for eq. 24; got {kernel}")
+    x = diffusion.to_chain(jnp.asarray(x_0))
+    steps = diffusion.bound_steps(params)
+    forward, before, after, log_pi = _closed_forms(kernel, x, steps, len(diffusion.event_shape))
+    lower = (forward + before - after).mean(1)
+    pi = kernel.stationary(x.shape)
+    axes = tuple(range(1, x.ndim))
+    miss = float(jnp.mean(jnp.sum(pi.log_prob(x) + pi.entropy(), axes)))
+    step = ("step",)
+    group = xr.Dataset(
+        {
+            "lower": (step, lower),
+            "upper": (step, forward.mean(1)),
+            "correction": (step, log_pi.mean(1)),
+            "model": (step, lower + kl.mean(0)),
+            "model_se": (step, _se((forward + before - after).T + kl)),
+        },
+        {"step": np.arange(2, diffusion.T + 1)},
+        {
+            "units": "nats",
+            "condition": _condition(kernel),
+            "log_pi_change": miss,
+        },
+    )
+    return xr.DataTree.from_dict({"entropy": group})
+
+
+def information(
+    key: Array,
+    diffusion: Diffusion,
+    params: Params,
+    x_0: Data,
+    tree: xr.DataTree,
+    *,
+    num_levels: int = 50,
+) -> xr.DataTree:
+    """Bounds on I(X_0; X_t), what level t still tells of the data.
+
+    Args:
+        key: Randomness.
+        diffusion: The model.
+        params: Its parameters.
+        x_0: Examples in the user's units, `(N, *event_shape)`, N at least 2. Every level compares
+            each with each.
+        tree: What `bound` returned for these examples.
+        num_levels: Levels at which the contrast is made, evenly spread over 1..T.
+
+    Returns:
+        DataTree with group `information`, nats per example: `model` (upper bound) and `model_se` by
+        `level` (1..T); `contrast` (lower bound) and `contrast_se` by `contrasted` level. Attribute
+        `most_contrast`, log N.
+
+    Raises:
+        ValueError: if data or parameters do not fit, or the tree is not of these examples.
+    """
+    check_examples(diffusion, params, x_0, None, None, num_levels=num_levels)
+    if len(x_0) < 2:
+        raise ValueError(f"x_0 must hold at least 2 examples to contrast; got {len(x_0)}")
+    kl = _kl(tree, diffusion, x_0)
+    T = diffusion.T
+    paid = np.concatenate([kl, tree["bound"]["prior_kl"].values[:, None]], 1)  # steps 2..T, and π
+    above = np.cumsum(paid[:, ::-1], 1)[:, ::-1]  # at level t: steps t + 1..T, and π
+    levels = np.unique(np.round(np.linspace(1, T, min(num_levels, T))).astype(int))
+    contrast = np.asarray(_contrast(key, params, jnp.asarray(x_0), jnp.asarray(levels), diffusion))
+    group = xr.Dataset(
+        {
+            "model": ("level", above.mean(0)),
+            "model_se": ("level", _se(above)),
+            "contrast": ("contrasted", contrast.mean(1)),
+            "contrast_se": ("contrasted", _se(contrast.T)),
+        },
+        {"level": np.arange(1, T + 1), "contrasted": levels},
+        {"units": "nats", "most_contrast": math.log(len(x_0))},
+    )
+    return xr.DataTree.from_dict({"information": group})
+
+
+def _kl(tree: xr.DataTree, diffusion: Diffusion, x_0: Any) -> np.ndarray:
+    """KL_t by example and step, of the tree that `bound` made of these examples."""
+    shape = (len(x_0), diffusion.T - 1)
+    if "bound" not in tree.children or "kl" not in tree["bound"]:
+        raise ValueError("tree must be what `diagnostics.bound` returned; got one without its kl")
+    kl = tree["bound"]["kl"].values
+    if kl.shape != shape:
+        raise ValueError(f"tree must hold kl of shape {shape}; got {kl.shape}")
+    return np.asarray(kl, np.float64)
+
+
+def _closed_forms(kernel: Any, x_0: Any, steps: Step, event_dim: int) -> tuple[np.ndarray, ...]:
+    """H(X_t | X_s), H(X_s | X_0), H(X_t | X_0) and E log π(x_t) − E log π(x_s), `(T − 1, N)`."""
+    axes = tuple(range(1, 1 + event_dim))
+
+    def at(t: Any) -> tuple[Any, ...]:
+        before, after = (kernel.marginal(x_0, steps.at(u, event_dim)) for u in (t - 1, t))
+        forward = _transition_entropy(kernel, before, steps.at(t, event_dim))
+        change = kernel.expected_log_stationary(after) - kernel.expected_log_stationary(before)
+        terms = forward, before.entropy(), after.entropy(), change
+        return tuple(jnp.sum(jnp.broadcast_to(a, x_0.shape), axes) for a in terms)
+
+    out = jax.lax.map(at, jnp.arange(2, steps.T + 1))
+    return tuple(np.asarray(a, np.float64) for a in out)
+
+
+def _transition_entropy(kernel: Any, before: Any, step: Step) -> Float[Array, "..."]:
+    """H(X_t | X_s) entry by entry, X_s from an elementwise law."""
+    if not isinstance(kernel, DiscreteKernel):
+        return kernel.transition(before.loc, step).entropy()  # the same wherever x_s is
+    probs = jnp.exp(log_probabilities(before))
+    states = jnp.arange(kernel.num_states).reshape(-1, *[1] * (probs.ndim - 1))
+    states = jnp.broadcast_to(states, (kernel.num_states, *probs.shape[:-1]))
+    return jnp.sum(jnp.moveaxis(probs, -1, 0) * kernel.transition(states, step).entropy(), 0)
+
+
+def _condition(kernel: Any) -> str:
+    if not isinstance(kernel, DiscreteKernel):
+        return "upper holds for data of unit second moment on average over entries"
+    if np.ptp(kernel.log_pi) == 0:
+        return "upper holds for all data, as π is uniform"
+    return "upper holds for data whose mean activity is that of π"
+
+
+@functools.partial(jax.jit, static_argnames="diffusion")
+def _contrast(
+    key: Array, params: Params, x_0: Any, levels: Array, diffusion: Diffusion
+) -> Float[Array, "levels N"]:
+    """log q(x_t | x_0) − log (1/N) Σ_j q(x_t | x_0^j) at one draw per example and level."""
+    forward = diffusion.forward_trajectory(diffusion.bound_steps(params), x_0)
+    n = len(x_0)
+
+    def at(inputs: tuple[Any, Any]) -> Any:
+        t, key = inputs
+        x_t = forward.sample_at(key, jnp.full(n, t))
+        law = forward.kernel.marginal(forward.x_0, forward.step_at(t))
+
+        def one(x: Any) -> Any:
+            return forward.sum_event(law.log_prob(x))
+
+        log_q = jax.lax.map(one, x_t, batch_size=max(1, 2**22 // max(1, x_t.size)))
+        return jnp.diagonal(log_q) - jax.nn.logsumexp(log_q, 1) + math.log(n)
+
+    return jax.lax.map(at, (levels, jax.random.split(key, len(levels))))
+
+
+def _se(values: np.ndarray) -> np.ndarray:
+    """Standard error of means over the first axis, NaN of one value."""
+    n = len(values)
+    return values.std(0, ddof=1) / math.sqrt(n) if n > 1 else np.full(values.shape[1:], math.nan)

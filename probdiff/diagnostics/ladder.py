@@ -1,0 +1,278 @@
+"""The ladder: from the bound K up to log p(x_0), and down to it from above.
+
+With log weights of S trajectories drawn forward from x_0 (see `weights`),
+
+    K = L_1  ≤  L_S = E log (1/S) Σ_i w_i  ≤  log p(x_0),    non-decreasing in S,
+    E log Ẑ  ≤  log p(x_0),                                  Ẑ of an SMC with S particles.
+
+All are below log p by Jensen's inequality; where E log Ẑ stands among the L_S depends on the model,
+and is not assumed. From above, for an x_0 that the model drew itself: the trajectory x_1..x_T that
+made it is a draw of p(x_1..x_T | x_0), so with it and S − 1 forward ones
+
+    E log (1/S) (w_own + Σ_{i < S} w_i)  ≥  log p(x_0),
+
+and the two close in on log p as S grows (bidirectional Monte Carlo). For other examples there is no
+such trajectory, and no upper bound.
+
+How much of L_S to believe is told by Pareto k of an example's weights: above 1 − 1/log₁₀ S the mean
+of S weights has not settled. L_S is a bound all the same; its distance to log p is then unknown,
+and its standard error too small.
+
+Sources: Sohl-Dickstein et al. (2015), eq. 9; Burda et al. (2016) for L_S; Grosse et al. (2015) for
+the upper bound; Vehtari et al. (2024) for k.
+"""
+
+import itertools
+import math
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xarray as xr
+from jaxtyping import Array
+from scipy import stats
+
+from probdiff.diagnostics.bounds import bound, check_examples
+from probdiff.diagnostics.weights import draw_and_weigh, weigh
+from probdiff.diffusion import Data, Diffusion, Mask
+from probdiff.infer.checks import pareto_k
+from probdiff.types import Params
+
+SIZES = (1, 10, 100, 1000)
+"""Numbers of trajectories S at which L_S is told, where nothing else is asked for."""
+PROB = 0.95
+"""Coverage of the intervals."""
+
+
+class LadderWarning(UserWarning):
+    """A rung that may be far below log p(x_0)."""
+
+
+def ladder(
+    key: Array,
+    diffusion: Diffusion,
+    params: Params,
+    x_0: Data,
+    *,
+    context: Any = None,
+    mask: Mask | None = None,
+    sizes: tuple[int, ...] = SIZES,
+    num_repeats: int = 4,
+    num_draws: int = 10,
+    threshold: float = 0.5,
+    block_size: int = 4096,
+    progress: bool = False,
+) -> xr.DataTree:
+    """K, importance-weighted bounds and an SMC estimate of log p(x_0), for every example.
+
+    Args:
+        key: Randomness; an example's figures do not depend on the other examples but for K.
+        diffusion: The model.
+        params: Its parameters.
+        x_0: Examples in the user's units, `(N, *event_shape)`.
+        context: One context per example, `(N, *context_shape)`.
+        mask: True where x_0 is observed; see `bound` for what is then bounded.
+        sizes: Numbers of trajectories S, ascending, each a divisor of the last.
+        num_repeats: Independent repeats R of the largest size, at least 2; a smaller size has R
+            times the largest over S of them.
+        num_draws: Draws per step for K, at least 2.
+        threshold: Share of S below which SMC resamples.
+        block_size: Trajectories at once.
+        progress: Show a bar over the blocks.
+
+    Returns:
+        DataTree with group `ladder`, nats. Per `example`: `bound` (K) and `bound_se`; `importance`
+        (L_S) and `importance_se` also by `size`; `smc` and `smc_se`; `pareto_k` of the weights;
+        `least_ess`, the least share of effective particles of SMC. `importance_low`,
+        `importance_high`, `smc_low` and `smc_high` end Student-t intervals of L_S and of E log Ẑ,
+        of probability `prob`. Means over examples: `bound_mean`, `importance_mean`, `smc_mean`,
+        and each with `_se` its standard error. Attributes: `units`, `T`, `num_repeats`, `prob`, and
+        in `warnings` what is not to be trusted, in words.
+
+    Raises:
+        ValueError: if data, context, mask or parameters do not fit, or sizes or counts do not.
+    """
+    sizes = _check_sizes(sizes)
+    check_examples(diffusion, params, x_0, context, mask, block_size=block_size)
+    for argument, value in {"num_repeats": num_repeats, "num_draws": num_draws}.items():
+        if value < 2:
+            raise ValueError(f"{argument} must be at least 2, for standard errors; got {value}")
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold must lie in (0, 1]; got {threshold}")
+    key_bound, key_weights, key_smc = jax.random.split(key, 3)
+    options: dict[str, Any] = {
+        "size": sizes[-1], "num_repeats": num_repeats, "block_size": block_size,
+        "progress": progress,
+    }  # fmt: skip
+    given = diffusion, params, x_0, context, mask
+    weighed = weigh(key_weights, *given, threshold=0.0, **options)
+    smc = weigh(key_smc, *given, threshold=threshold, **options)
+    k = bound(
+        key_bound, diffusion, params, x_0, context=context, mask=mask, num_draws=num_draws,
+        block_size=max(1, block_size // num_draws), progress=progress,
+    )["bound"]  # fmt: skip
+
+    repeats = [_log_means(weighed.log_weights, size) for size in sizes]
+    rungs = zip(*map(_mean_and_interval, repeats), strict=True)
+    importance = [np.stack(rung, 1) for rung in rungs]
+    log_w = np.moveaxis(weighed.log_weights.reshape(len(x_0), -1), 0, 1)
+    khat = pareto_k(log_w)
+    group = xr.Dataset(
+        {
+            "bound": ("example", k["bound"].values),
+            "bound_se": ("example", k["bound_se"].values),
+            **_named("importance", ("example", "size"), importance),
+            **_named("smc", ("example",), _mean_and_interval(smc.log_evidence)),
+            "pareto_k": ("example", khat),
+            "least_ess": ("example", smc.least_ess.min(1) / sizes[-1]),
+        },
+        {"example": np.arange(len(x_0)), "size": list(sizes)},
+    )
+    for name in ("bound", "importance", "smc"):
+        group = _with_mean(group, name)
+    sentences = _sentences(khat, sizes)
+    for sentence in sentences:
+        warnings.warn(sentence, LadderWarning, stacklevel=2)
+    group.attrs = {
+        "units": "nats", "T": diffusion.T, "num_repeats": num_repeats, "num_draws": num_draws,
+        "prob": PROB, "warnings": "\n".join(sentences),
+    }  # fmt: skip
+    return xr.DataTree.from_dict({"ladder": group})
+
+
+def sandwich(
+    key: Array,
+    diffusion: Diffusion,
+    params: Params,
+    num_examples: int,
+    *,
+    context: Any = None,
+    sizes: tuple[int, ...] = SIZES,
+    num_repeats: int = 4,
+    block_size: int = 4096,
+    progress: bool = False,
+) -> xr.DataTree:
+    """Lower and upper bounds of log p(x_0) at draws of the model itself.
+
+    Args:
+        key: Randomness.
+        diffusion: The model.
+        params: Its parameters.
+        num_examples: Draws N of the model, at least 2.
+        context: One context per draw, `(N, *context_shape)`.
+        sizes: Numbers of trajectories S, ascending, each a divisor of the last.
+        num_repeats: Repeats R of the largest size over which an example's bounds are averaged.
+        block_size: Trajectories at once.
+        progress: Show a bar over the blocks.
+
+    Returns:
+        DataTree with group `sandwich`, nats: `lower` and `upper` by `example` and `size`; by `size`
+        `lower_mean`, `upper_mean`, `gap_mean` over examples, each with `_se`; `pareto_k` per
+        example. Group `draws` holds the examples, `x_0`. An example's upper bound holds in
+        expectation over the one trajectory that made it, which its repeats share, so only means
+        over examples have a standard error.
+
+    Raises:
+        ValueError: if context, parameters, sizes or counts do not fit.
+    """
+    sizes = _check_sizes(sizes)
+    for argument, value, least in (
+        ("num_examples", num_examples, 2), ("num_repeats", num_repeats, 1),
+        ("block_size", block_size, 1),
+    ):  # fmt: skip
+        if value < least:
+            raise ValueError(f"{argument} must be at least {least}; got {value}")
+    diffusion.check_params(params)
+    diffusion.check_context_rows(context, num_examples)
+    key_draws, key_weights = jax.random.split(key)
+    context = None if context is None else jnp.asarray(context)
+    x_0, own = map(
+        np.asarray, draw_and_weigh(key_draws, params, context, jnp.arange(num_examples), diffusion)
+    )
+    log_w = weigh(
+        key_weights, diffusion, params, x_0, context, None, size=sizes[-1],
+        num_repeats=num_repeats, threshold=0.0, block_size=block_size, progress=progress,
+    ).log_weights  # fmt: skip
+    lower = np.stack([_log_means(log_w, size).mean(1) for size in sizes], 1)
+    upper = np.stack([_log_means(log_w, size, own).mean(1) for size in sizes], 1)
+    by_size = ("example", "size")
+    group = xr.Dataset(
+        {
+            "lower": (by_size, lower),
+            "upper": (by_size, upper),
+            "gap": (by_size, upper - lower),
+            "pareto_k": ("example", pareto_k(np.moveaxis(log_w.reshape(num_examples, -1), 0, 1))),
+        },
+        {"example": np.arange(num_examples), "size": list(sizes)},
+        {"units": "nats", "T": diffusion.T, "num_repeats": num_repeats},
+    )
+    for name in ("lower", "upper", "gap"):
+        group = _with_mean(group, name)
+    dims = ["example", *(f"x_0_dim_{i}" for i in range(x_0.ndim - 1))]
+    draws = xr.Dataset({"x_0": (dims, x_0)}, {"example": np.arange(num_examples)})
+    return xr.DataTree.from_dict({"sandwich": group, "draws": draws})
+
+
+def _check_sizes(sizes: Any) -> tuple[int, ...]:
+    sizes = tuple(sizes)
+    is_ascending = all(a < b for a, b in itertools.pairwise(sizes))
+    if not sizes or sizes[0] < 1 or not is_ascending or any(sizes[-1] % s for s in sizes):
+        raise ValueError(
+            f"sizes must be positive, ascending, and each a divisor of the last; got {sizes}"
+        )
+    return sizes
+
+
+def _log_means(log_w: np.ndarray, size: int, own: np.ndarray | None = None) -> np.ndarray:
+    """Log mean weights of groups of S, `(N, R, S_max)` to `(N, R·S_max/S)`.
+
+    `own`, `(N,)`, takes the place of the first of each group.
+    """
+    groups = log_w.astype(np.float64).reshape(len(log_w), -1, size)
+    if own is not None:
+        groups[..., 0] = own[:, None]
+    top = groups.max(-1, keepdims=True)
+    top = np.where(np.isfinite(top), top, 0.0)
+    with np.errstate(divide="ignore"):
+        return np.asarray(top[..., 0] + np.log(np.mean(np.exp(groups - top), -1)))
+
+
+def _mean_and_interval(repeats: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Mean over repeats, `(N, M)` to `(N,)`, its standard error, and its Student-t interval."""
+    count = repeats.shape[1]
+    mean, se = repeats.mean(1), repeats.std(1, ddof=1) / math.sqrt(count)
+    reach = stats.t.ppf((1 + PROB) / 2, count - 1) * se
+    return mean, se, mean - reach, mean + reach
+
+
+def _named(name: str, dims: tuple[str, ...], values: Any) -> dict[str, Any]:
+    """Variables of a mean, its standard error and its interval."""
+    names = (name, f"{name}_se", f"{name}_low", f"{name}_high")
+    return {n: (dims, v) for n, v in zip(names, values, strict=True)}
+
+
+def _with_mean(group: xr.Dataset, name: str) -> xr.Dataset:
+    """Add the mean over examples and its standard error, NaN for one example."""
+    values = group[name]
+    n = values.sizes["example"]
+    spread = values.std("example", ddof=1) if n > 1 else values.mean("example") * math.nan
+    return group.assign(
+        {f"{name}_mean": values.mean("example"), f"{name}_mean_se": spread / math.sqrt(n)}
+    )
+
+
+def _sentences(khat: np.ndarray, sizes: tuple[int, ...]) -> list[str]:
+    size = sizes[-1]
+    if size <= 10:  # too few for a fit
+        return []
+    most = min(1 - 1 / math.log10(size), 0.7)
+    count = int(np.sum(np.nan_to_num(khat) > most))
+    if count == 0:
+        return []
+    return [
+        f"{count} of {len(khat)} examples have Pareto k above {most:.2f} at S = {size}: their "
+        "importance-weighted bounds are still lower bounds, but may be far below log p(x_0), with "
+        "standard errors that are too small; take more trajectories, or read the SMC estimate"
+    ]

@@ -1,0 +1,242 @@
+"""Weights of trajectories, whose mean is p(x_0): by importance sampling and by SMC.
+
+A trajectory drawn forward from an example has the weight
+
+    w = p(x_0 | x_1) π(x_T) ∏_{t ≥ 2} p(x_s | x_t)  /  ∏_{t ≥ 1} q(x_t | x_s),    E_q[w] = p(x_0)
+
+(eq. 9, Jarzynski's average). Step by step, with targets γ_t = π(x_t) ∏_{u ≤ t} p(x_{u−1} | x_u),
+
+    w_1 = π(x_1) p(x_0 | x_1) / q(x_1 | x_0),
+    w_t/w_s = π(x_t) p(x_s | x_t) / (π(x_s) q(x_t | x_s)),
+
+it is the weight of a particle, and particles may be resampled on the way: the product of the mean
+weights between resamplings is again unbiased for p(x_0). By detailed balance a step's factor is
+p(x_s | x_t) over the stationary chain's own T_π(x_s | x_t): 1 where the network has nothing to say.
+An absorbing chain has no π on data; it is left out there until x_T.
+
+A trajectory that the model itself drew down to its x_0 has the same weight, but is distributed as
+p(x_1..x_T | x_0).
+
+Sources: Sohl-Dickstein et al. (2015), eq. 9; Del Moral et al. (2006).
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from tqdm import tqdm
+
+from probdiff.diffusion import Diffusion
+from probdiff.infer.particles import effective_number, log_mean, systematic
+from probdiff.kernels import AbsorbingKernel
+from probdiff.trajectories import ForwardTrajectory, ReverseTrajectory
+from probdiff.types import Params
+
+
+class Weighed(NamedTuple):
+    """Particles of one system at x_T, or of a stack of systems."""
+
+    log_weights: Any
+    """Log weights since the last resampling, `(S,)`."""
+    log_evidence: Any
+    """Log of the product of mean weights, unbiased for p(x_0) in the user's units: a number."""
+    least_ess: Any
+    """Least effective number of any level, before resampling."""
+
+
+class Pair(NamedTuple):
+    """Both chains of one example, parameters bound."""
+
+    diffusion: Diffusion
+    forward: ForwardTrajectory
+    reverse: ReverseTrajectory
+
+    def log_first(self, x_0: Any, x_1: Any) -> Float[Array, " S"]:
+        """log p(x_0 | x_1) − log q(x_1 | x_0)."""
+        x_0 = jnp.broadcast_to(x_0, x_1.shape)
+        law = self.diffusion.data_given_first(self.reverse, x_1, self.forward.observed)
+        q = self.forward.marginal_at(jnp.ones(len(x_1), jnp.int32), x_1.shape)
+        return law.log_prob(x_0) - self.sum_observed(q.log_prob(x_1))
+
+    def log_step(self, law: Any, x_s: Any, x_t: Any, t: Any) -> Any:
+        """log p(x_s | x_t) − log q(x_t | x_s), entry by entry: small, where its parts are large."""
+        q = self.forward.kernel.transition(x_s, self.forward.step_at(t))
+        return law.log_prob(x_s) - q.log_prob(x_t)
+
+    def log_pi(self, x_t: Any) -> Any:
+        """log π(x_t), entry by entry."""
+        return self.forward.kernel.stationary(x_t.shape).log_prob(x_t)
+
+    def sum_observed(self, terms: Any) -> Float[Array, " S"]:
+        """Sum over entries; a missing one runs the same chain both ways, and its terms cancel."""
+        observed = self.forward.observed
+        return self.forward.sum_event(terms if observed is None else jnp.where(observed, terms, 0))
+
+
+def weigh(
+    key: Array,
+    diffusion: Diffusion,
+    params: Params,
+    x_0: Any,
+    context: Any,
+    mask: Any,
+    *,
+    size: int,
+    num_repeats: int,
+    threshold: float,
+    block_size: int,
+    progress: bool,
+) -> Weighed:
+    """Trajectories forward from every example, in independent systems.
+
+    Args:
+        key: System (n, r) uses `fold_in(fold_in(key, n), r)`: it does not depend on its company.
+        diffusion: The model.
+        params: Its parameters.
+        x_0: Examples, `(N, *event_shape)`.
+        context: `(N, *context_shape)` or None.
+        mask: True where x_0 is observed, or None.
+        size: S, trajectories of a system.
+        num_repeats: R, systems of an example.
+        threshold: Share of S below which the effective number calls for resampling; 0 for never.
+        block_size: Trajectories at once; at least one system is.
+        progress: Show a bar over the blocks.
+
+    Returns:
+        NumPy arrays that lead with `(N, R)`.
+    """
+    count = len(x_0) * num_repeats
+    per_block = min(count, max(1, block_size // size))
+    given = [None if a is None else np.asarray(a) for a in (x_0, context, mask)]
+    blocks = []
+    for start in tqdm(range(0, count, per_block), desc="weigh", disable=not progress):
+        system = np.minimum(np.arange(start, start + per_block), count - 1)  # one shape for all
+        example, repeat = np.divmod(system, num_repeats)
+        given = [
+            None if a is None else jnp.asarray(np.asarray(a)[example]) for a in (x_0, context, mask)
+        ]
+        block = _weigh_block(key, params, example, repeat, *given, diffusion, size, threshold)
+        blocks.append(jax.tree.map(np.asarray, block))
+    joined = jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *blocks)
+    return jax.tree.map(lambda a: a.reshape(len(x_0), num_repeats, *a.shape[1:]), joined)
+
+
+@functools.partial(jax.jit, static_argnames=("diffusion", "size", "threshold"))
+def _weigh_block(
+    key: Array,
+    params: Params,
+    example: Array,
+    repeat: Array,
+    x_0: Any,
+    context: Any,
+    mask: Any,
+    diffusion: Diffusion,
+    size: int,
+    threshold: float,
+) -> Weighed:
+    def one(example: Any, repeat: Any, x_0: Any, context: Any, mask: Any) -> Weighed:
+        own = jax.random.fold_in(jax.random.fold_in(key, example), repeat)
+        return _ascend(own, _pair(diffusion, params, x_0, context, mask), x_0, size, threshold)
+
+    axes = tuple(None if a is None else 0 for a in (x_0, context, mask))
+    return jax.vmap(one, (0, 0, *axes))(example, repeat, x_0, context, mask)
+
+
+def _pair(diffusion: Diffusion, params: Params, x_0: Any, context: Any, mask: Any) -> Pair:
+    reverse, steps = diffusion.bind(params, context=context, mask=mask)
+    return Pair(diffusion, diffusion.forward_trajectory(steps, x_0, mask), reverse)
+
+
+def _ascend(key: Array, pair: Pair, x_0: Any, size: int, threshold: float) -> Weighed:
+    """From x_0 to x_T, S particles of one system."""
+    forward, reverse = pair.forward, pair.reverse
+    kernel, T = forward.kernel, forward.steps.T
+    key_first, key_settle, key_steps = jax.random.split(key, 3)
+    has_pi = not isinstance(kernel, AbsorbingKernel)
+
+    def settle(key: Array, x: Any, log_w: Any, log_z: Any, least: Any) -> tuple[Any, ...]:
+        ess = effective_number(log_w[None])[0]
+        least = jnp.minimum(least, ess)
+        if threshold == 0:
+            return x, log_w, log_z, least
+        is_due = (ess < threshold * size) & (ess > 0)
+        index = jnp.where(is_due, systematic(key, log_w), jnp.arange(size))
+        log_z += jnp.where(is_due, log_mean(log_w[None])[0], 0.0)
+        return x[index], jnp.where(is_due, 0.0, log_w), log_z, least
+
+    def advance(state: tuple[Any, ...], inputs: tuple[Any, Any]) -> tuple[tuple[Any, ...], None]:
+        x_s, log_w, *rest = state
+        t, key = inputs
+        key_move, key_resample = jax.random.split(key)
+        step = forward.step_at(t)
+        x_t = kernel.transition(x_s, step).sample(key_move)
+        terms = pair.log_step(reverse.reverse_step_at(x_t, t), x_s, x_t, t)
+        if has_pi:
+            terms += pair.log_pi(x_t) - pair.log_pi(x_s)
+        log_w += pair.sum_observed(terms)
+        return settle(key_resample, x_t, log_w, *rest), None
+
+    x_1 = forward.sample_at(key_first, jnp.ones(size, jnp.int32))
+    log_w = pair.log_first(x_0, x_1)
+    if has_pi:
+        log_w += pair.sum_observed(pair.log_pi(x_1))
+    state = settle(key_settle, x_1, log_w, jnp.zeros(()), jnp.full((), float(size)))
+    inputs = jnp.arange(2, T + 1), jax.random.split(key_steps, T - 1)
+    (x_T, log_w, log_z, least), _ = jax.lax.scan(advance, state, inputs)
+    if not has_pi:
+        log_w += pair.sum_observed(pair.log_pi(x_T))
+    return Weighed(log_w, log_z + log_mean(log_w[None])[0], least)
+
+
+@functools.partial(jax.jit, static_argnames=("diffusion",))
+def draw_and_weigh(
+    key: Array, params: Params, context: Any, rows: Array, diffusion: Diffusion
+) -> tuple[Any, Any]:
+    """Draws of the model, and the log weight of the trajectory that made each.
+
+    Args:
+        key: Draw n uses `fold_in(key, n)`.
+        params: Parameters.
+        context: `(N, *context_shape)` or None.
+        rows: n of each draw, `(N,)`.
+        diffusion: The model.
+
+    Returns:
+        x_0 in the user's units, `(N, *event_shape)`, and log weights, `(N,)`.
+    """
+
+    def one(row: Any, context: Any) -> tuple[Any, Any]:
+        return _descend(jax.random.fold_in(key, row), diffusion, params, context)
+
+    return jax.vmap(one, (0, None if context is None else 0))(rows, context)
+
+
+def _descend(key: Array, diffusion: Diffusion, params: Params, context: Any) -> tuple[Any, Any]:
+    """From x_T ~ π to x_0, one trajectory."""
+    key_last, key_steps, key_data = jax.random.split(key, 3)
+    reverse, steps = diffusion.bind(params, context=context)
+    kernel = diffusion.kernel
+
+    def retreat(state: tuple[Any, Any], inputs: tuple[Any, Any]) -> tuple[tuple[Any, Any], None]:
+        x_t, log_w = state
+        t, key = inputs
+        law = reverse.reverse_step_at(x_t, t)
+        x_s = law.sample(key)
+        q = kernel.transition(x_s, reverse.step_at(t))
+        return (x_s, log_w + reverse.sum_event(law.log_prob(x_s) - q.log_prob(x_t))), None
+
+    pi = kernel.stationary((1, *diffusion.event_shape))
+    x_T = pi.sample(key_last)
+    keys = jax.random.split(key_steps, steps.T - 1)
+    (x_1, log_w), _ = jax.lax.scan(
+        retreat,
+        (x_T, reverse.sum_event(pi.log_prob(x_T))),
+        (jnp.arange(2, steps.T + 1), keys),
+        reverse=True,
+    )
+    x_0 = diffusion.data_given_first(reverse, x_1).sample(key_data)[0]
+    pair = Pair(diffusion, diffusion.forward_trajectory(steps, x_0), reverse)
+    return x_0, (log_w + pair.log_first(x_0, x_1))[0]

@@ -1,0 +1,78 @@
+"""Peak memory of `diagnostics.bound`, and its time over that of its network calls alone.
+
+    python tests/benchmarks/bench_bound.py [--rounds 4] [--T 1000] [--examples 100]
+
+A convolutional network on 28 × 28 images, one draw per step. The floor calls the network T − 1
+times on the same number of images in one compiled loop, and does nothing else. Memory is the
+process's peak before the floor is built, less what it held when data and model were made.
+"""
+
+import argparse
+import math
+import resource
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from probdiff import Diffusion, GaussianKernel, diagnostics, networks, schedules
+
+MEGABYTE = 1024**2
+
+
+def peak():
+    """Largest resident memory so far, MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MEGABYTE
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--T", type=int, default=1000)
+    parser.add_argument("--examples", type=int, default=100)
+    given = parser.parse_args()
+    network = networks.ConvolutionalNetwork((28, 28), 32, 2, given.T, rngs=nnx.Rngs(0))
+    beta = schedules.log_snr_linear(given.T, beta_1=1e-4, alpha_bar_T=1e-3)
+    diffusion = Diffusion(GaussianKernel(), beta, network, event_shape=(28, 28))
+    init, apply = diffusion._binding
+    params = {"x_0_network$params": init}
+    count = sum(leaf.size for leaf in jax.tree.leaves(init))
+    x = np.random.default_rng(0).standard_normal((given.examples, 28, 28)).astype(np.float32)
+    before = peak()
+
+    def ours():
+        tree = diagnostics.bound(jax.random.key(0), diffusion, params, x)
+        return tree["bound"].attrs["mean"]
+
+    ours()
+    print(f"{count:,} parameters; peak memory of the bound: {peak() - before:.0f} MB more than "
+          f"{before:.0f} MB before it")  # fmt: skip
+
+    @jax.jit
+    def calls(weights, x):
+        def one(total, t):
+            out = apply(weights, x + 1e-3 * total, jnp.full(len(x), t), None)
+            return total + jnp.mean(out), None  # each call needs the one before
+
+        return jax.lax.scan(one, 0.0, jnp.arange(2, given.T + 1))[0]
+
+    def floor():
+        return jax.block_until_ready(calls(init, x))
+
+    floor()
+    ratios = []
+    for i in range(given.rounds):
+        spent = {}
+        for run in (ours, floor) if i % 2 else (floor, ours):
+            start = time.perf_counter()
+            run()
+            spent[run] = time.perf_counter() - start
+        ratios.append(spent[ours] / spent[floor])
+    error = np.std(ratios, ddof=1) / math.sqrt(len(ratios)) if len(ratios) > 1 else math.nan
+    print(f"time over the network calls alone: {np.mean(ratios):.3f} ± {error:.3f}")
+
+
+if __name__ == "__main__":
+    main()
