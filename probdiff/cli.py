@@ -7,8 +7,10 @@ wrong (an unknown name, a file that is not there) is said in one line, with exit
 import argparse
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -100,6 +102,13 @@ def _parser() -> argparse.ArgumentParser:
     bound.add_argument("data", metavar="DATA.npy", help="examples along axis 0, the data's units")
     bound.add_argument("--out", metavar="FILE", help="bounds (default: MODEL_DIR/bounds-DATA.nc)")
     bound.add_argument("--seed", type=_seed, default=0, help="seeds the noise (default: 0)")
+    bound.add_argument(
+        "--ladder",
+        type=int,
+        metavar="S",
+        help="also say how loose K is: importance-weighted bounds and SMC with S trajectories for "
+        "each example, four times",
+    )
     bound.set_defaults(command=_bound)
     return parser
 
@@ -149,6 +158,8 @@ def _model_option(args: argparse.Namespace) -> dict[str, Path]:
 
 
 def _bound(args: argparse.Namespace) -> None:
+    if args.ladder is not None and args.ladder < 2:
+        raise UsageError(f"--ladder must be at least 2 trajectories; got {args.ladder}")
     x_0 = _read_array(Path(args.data))
     try:
         diffusion, params = load(args.model)
@@ -162,6 +173,8 @@ def _bound(args: argparse.Namespace) -> None:
     key = jax.random.key(args.seed)
     try:
         tree = diagnostics.bound(key, diffusion, params, x_0, progress=True)
+        if args.ladder is not None:
+            tree["ladder"] = _ladder(key, diffusion, params, x_0, args.ladder)
     except ValueError as error:
         raise UsageError(f"{args.data}: {error}") from error
     tree.to_netcdf(out, engine="h5netcdf")
@@ -169,7 +182,25 @@ def _bound(args: argparse.Namespace) -> None:
     print(
         f"K = {k['mean']:.6g} ± {k['se']:.2g} nats = {k['mean_bits']:.6g} ± {k['se_bits']:.2g} bits"
     )
+    if args.ladder is not None:
+        group = tree["ladder"]
+        for name, text in {"importance": "importance weighted", "smc": "SMC"}.items():
+            mean, se = (
+                float(group[v].values.flat[-1]) for v in (f"{name}_mean", f"{name}_mean_se")
+            )
+            print(f"{text}, S = {args.ladder}: {mean:.6g} ± {se:.2g} nats")
     print(f"per example, mean and standard error over {len(x_0)} examples; each example in {out}")
+
+
+def _ladder(key: Any, diffusion: Any, params: Any, x_0: np.ndarray, size: int) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", diagnostics.LadderWarning)  # said below, as a line
+        tree = diagnostics.ladder(
+            key, diffusion, params, x_0, sizes=(1, size), progress=True
+        )["ladder"]  # fmt: skip
+    if tree.attrs["warnings"]:
+        _say(tree.attrs["warnings"])
+    return tree
 
 
 def _read_array(path: Path) -> np.ndarray:

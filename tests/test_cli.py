@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +82,24 @@ def test_bound_prints_what_diagnostics_say_and_writes_it(model, data, capsys):
         np.testing.assert_allclose(tree["bound"]["bound"], expected["bound"], rtol=1e-6)
 
 
+def test_bound_climbs_the_ladder_when_told(model, data, tmp_path, capsys):
+    folder, diffusion, params = model
+    few = tmp_path / "few.npy"
+    np.save(few, np.load(data)[:5])
+    out = tmp_path / "l.nc"
+    assert cli.main(["bound", str(folder), str(few), "--out", str(out), "--ladder", "20"]) == 0
+    x = np.load(few).astype(np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", diagnostics.LadderWarning)
+        group = diagnostics.ladder(jax.random.key(0), diffusion, params, x, sizes=(1, 20))["ladder"]
+    said = capsys.readouterr().out
+    for text, name in (("importance weighted", "importance"), ("SMC", "smc")):
+        mean, se = (float(group[v].values.flat[-1]) for v in (f"{name}_mean", f"{name}_mean_se"))
+        assert f"{text}, S = 20: {mean:.6g} ± {se:.2g} nats" in said
+    with xr.open_datatree(out, engine="h5netcdf") as tree:
+        assert set(tree.children) == {"bound", "ladder"}
+
+
 def test_bound_writes_where_it_is_told(model, data, tmp_path):
     assert cli.main(["bound", str(model[0]), str(data), "--out", str(tmp_path / "b.nc")]) == 0
     assert (tmp_path / "b.nc").is_file()
@@ -109,13 +128,14 @@ def wrong(tmp_path, model, data):
             ["bound", folder, str(tmp_path / "wide.npy")],
             "must have shape (..., *(2,))",
         ),
+        "no ladder": (["bound", folder, str(data), "--ladder", "1"], "at least 2 trajectories"),
         "no folder": (["bound", folder, str(data), "--out", "no/such/b.nc"], "folder that exists"),
     }
 
 
 @pytest.mark.parametrize("case", [
     "unknown experiment", "out is a file", "no model", "no data", "no array", "two arrays",
-    "no numbers", "other shape", "no folder",
+    "no numbers", "other shape", "no ladder", "no folder",
 ])  # fmt: skip
 def test_what_is_wrong_is_said_in_one_line_with_status_2(case, tmp_path, model, data, capsys):
     argv, message = wrong(tmp_path, model, data)[case]

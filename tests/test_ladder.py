@@ -9,6 +9,7 @@ import xarray as xr
 from flax import nnx
 from numpyro.infer import SVI
 
+from fresh import in_fresh_process
 from oracles import enumerate_chain, exact_gaussian, gaussian_law, gaussian_network, log_normal
 from probdiff import (
     AbsorbingKernel,
@@ -289,8 +290,20 @@ def test_sandwich_refuses_one_example():
         diagnostics.sandwich(jax.random.key(0), WRONG, {}, 1)
 
 
-def test_the_tree_is_kept_by_netcdf(rungs, tmp_path):
+def test_a_fresh_process_reopens_and_plots_the_tree_without_the_package(rungs, tmp_path):
     tree = xr.DataTree.from_dict({"ladder": rungs[0]})
-    tree.to_netcdf(tmp_path / "ladder.nc")
-    with xr.open_datatree(tmp_path / "ladder.nc") as back:
+    code = """
+    import matplotlib.pyplot as plt
+    group = tree["ladder"]
+    assert group["importance"].dims == ("example", "size")
+    assert group["size"].values.tolist() == [1, 10, 100] and group.attrs["units"] == "nats"
+    line, = plt.plot(group["size"], group["importance_mean"])
+    assert np.isfinite(line.get_ydata()).all()
+    arviz_plots.plot_dist(  # examples as draws: how log p is spread over the data
+        xr.DataTree.from_dict({"posterior": group[["importance"]].to_dataset().isel(size=-1)}),
+        sample_dims=["example"], backend="matplotlib",
+    )
+    """
+    in_fresh_process(tree, tmp_path / "ladder.nc", code)
+    with xr.open_datatree(tmp_path / "ladder.nc", engine="h5netcdf") as back:
         xr.testing.assert_identical(back["ladder"].to_dataset(), rungs[0].to_dataset())

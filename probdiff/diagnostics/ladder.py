@@ -60,7 +60,7 @@ def ladder(
     mask: Mask | None = None,
     sizes: tuple[int, ...] = SIZES,
     num_repeats: int = 4,
-    num_draws: int = 10,
+    num_draws: int = 100,
     threshold: float = 0.5,
     block_size: int = 4096,
     progress: bool = False,

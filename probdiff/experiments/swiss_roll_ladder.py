@@ -80,25 +80,18 @@ def ladder_rows(found: Climbed) -> list[Row]:
     ]  # fmt: skip
 
 
-def ranking_rows(trees: Mapping[str, xr.DataTree], few: int) -> list[Row]:
-    """Differences to the best model by all held-out points, and by few of them, paired."""
-    all_of_them = diagnostics.compare(trees)["comparison"]
-    firsts = {
-        name: xr.DataTree.from_dict({"bound": _first(tree, few)}) for name, tree in trees.items()
-    }
-    first = diagnostics.compare(firsts)["comparison"]
+def ranking_rows(*trees: Mapping[str, xr.DataTree]) -> list[Row]:
+    """Differences to the best model, paired, by each set of bounds of the same models."""
     rows = []
-    for group in (first, all_of_them):
-        n = group.attrs["num_examples"]
+    for models in trees:
+        group = diagnostics.compare(models)["comparison"]
+        best, n = group.attrs["best"], group.attrs["num_examples"]
+        difference, se = (group[v] * BITS_PER_NAT for v in ("difference", "difference_se"))
         rows += [
-            Row(
-                f"K less that of the best ({group.attrs['best']}), {n} points: {name}",
-                float(group["difference"].sel(model=name)) * BITS_PER_NAT,
-                float(group["difference_se"].sel(model=name)) * BITS_PER_NAT,
-                UNIT,
-            )
+            Row(f"K less that of the best ({best}), {n} points: {name}",
+                float(difference.sel(model=name)), float(se.sel(model=name)), UNIT)
             for name in group["model"].values[1:]
-        ]
+        ]  # fmt: skip
     return rows
 
 
@@ -109,7 +102,3 @@ def ladder_figure(found: Climbed) -> Figure:
     plots.ladder(found.tree, truth=float(found.log_density.mean()), ax=left)
     plots.sandwich(found.both, ax=right)
     return figure
-
-
-def _first(tree: xr.DataTree, few: int) -> xr.Dataset:
-    return tree["bound"].to_dataset().isel(example=slice(few))
