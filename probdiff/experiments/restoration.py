@@ -49,7 +49,7 @@ class Size(NamedTuple):
 
 SMALL = Size(images=2, num_particles=8, num_runs=2)
 MANY_IMAGES = Size()
-FEWER_IMAGES = Size(images=25, num_particles=256)
+FEWER_IMAGES = Size(images=20, num_particles=1024)
 
 
 @dataclasses.dataclass(frozen=True)
