@@ -1,0 +1,166 @@
+"""What a twist sees, what it says, and what all twists share.
+
+At level i ≥ 2 a twist is shown particles x_t with the law p(x_s | x_t) and the denoised point; it
+says log ψ_t, a shift of the law's mean and the precision that ψ_s adds. At level 1 the integral of
+r under p(x_0 | x_1) = N(mean, variance) is done by every twist alike, log r to second order.
+"""
+
+import abc
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from probdiff.infer.dense import Belief, Given
+from probdiff.infer.expansion import (
+    Expansion,
+    Local,
+    diagonal,
+    expand,
+    local,
+    low_rank,
+    settle,
+    sum_event,
+)
+from probdiff.infer.levels import Levels, Widths
+from probdiff.kernels import bridge_weights
+
+
+class View(NamedTuple):
+    """What a twist sees at level i ≥ 2: particles, and what the network says of them."""
+
+    levels: Levels
+    i: Any
+    x_t: Any
+    """Particles, `(*lead, *event)`."""
+    mean: Any
+    """Mean of p(x_s | x_t)."""
+    variance: Any
+    """Variance of p(x_s | x_t)."""
+    x_0_hat: Any
+    """Denoised point."""
+    pull_back: Callable[[Any], Any]
+    """v ↦ (∂x̂_0/∂x_t)ᵀ v."""
+    log_r: Callable[[Any], Any]
+    """log r on the scale of the chain."""
+    known: Any
+    """Known entries on the scale of the chain, or None."""
+    mask: Any
+    """True where an entry is known, or None."""
+    is_diagonal: bool
+    """Whether each entry of x_0 has a likelihood of its own."""
+    widths: Widths
+    """Slopes and variances of x_0 given each level."""
+    given: Given | None
+    """The same with the data's covariance, where it is known."""
+    nearer: Belief | None
+    """Covariance of x_0 given level s, where it is known."""
+
+
+class Tilt(NamedTuple):
+    """log ψ_t, and how p(x_s | x_t) is moved towards what ψ wants."""
+
+    log_psi: Any
+    """`lead`."""
+    shift: Any
+    """Added to the mean, `(*lead, *event)`."""
+    diagonal: Any
+    """Precision added entry by entry, `(*lead, *event)`."""
+    factors: Any
+    """Rows f with precision Σ f fᵀ added, `(k, *lead, *event)`."""
+
+
+RANK = 4
+"""Directions in which the curvature of log r is kept, where a twist says nothing else."""
+
+
+class Twist(abc.ABC):
+    """A guess of E[r(x_0) | x_t]."""
+
+    takes_known: bool = True
+    """Whether the weights stay finite where entries are known exactly."""
+    uses_covariance: bool = False
+    """Whether it takes the data's covariance where the prior has one."""
+
+    @abc.abstractmethod
+    def __call__(self, view: View) -> Tilt:
+        """log ψ_t at level i ≥ 2, and the proposal for x_s."""
+
+    def last(self, x_1: Any, mean: Any, variance: Any, view: View) -> Tilt:
+        """ψ_1 and the proposal for x_0: r integrated under p(x_0 | x_1) = N(mean, variance)."""
+        point, sd = complete(mean, jnp.sqrt(variance), view)
+        log_psi, e = self.integrate(point, sd, view)
+        shift, precision = variance * e.pull, e.diagonal
+        if view.known is not None:
+            shift = jnp.where(view.mask, view.known - mean, shift)
+            precision = jnp.where(view.mask, jnp.inf, precision)
+            log_psi += log_known(view, mean, variance)
+        return Tilt(log_psi, shift, precision, e.factors)
+
+    def integrate(self, point: Any, sd: Any, view: View) -> tuple[Any, Expansion]:
+        """log ∫ r N(point, sd²), and the expansion it rests on, its pull as far as it helps."""
+        at = local(view.log_r, point)
+        e = self.expand(at, sd, view)
+        lead = at.value.ndim
+        square = sum_event((sd * e.pull) ** 2, lead)
+        value, share = settle(view.log_r, point, at.value, sd**2 * e.pull, square)
+        pull = e.pull * expand(share, e.pull.ndim)
+        return value - 0.5 * e.log_det, e._replace(pull=pull)
+
+    def expand(self, at: Local, sd: Any, view: View) -> Expansion:
+        """log r to second order at a point, against N(point, sd²)."""
+        return diagonal(at, sd) if view.is_diagonal else low_rank(at, sd, min(RANK, size_of(view)))
+
+    def check(self, event_shape: tuple[int, ...]) -> None:  # noqa: B027, most fit any prior
+        """Raise a `ValueError` where the twist does not fit the prior."""
+
+
+def size_of(view: View) -> int:
+    """Numbers of one x_t."""
+    return math.prod(view.levels.draw.diffusion.event_shape)
+
+
+def check_rank(rank: int) -> None:
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1; got {rank}")
+
+
+def shift_of(step: Any, gradient: Any) -> Any:
+    """Move of the mean of p(x_s | x_t) when the score gains a gradient, β_t/√(1−β_t) · gradient."""
+    return step.beta * jnp.sqrt(step.alpha_bar_s / step.alpha_bar_t) * gradient
+
+
+FURTHEST = 5.0
+"""Standard deviations that a proposal's mean moves at most: beyond, the twist is wrong, not x_t."""
+
+
+def limited(shift: Any, view: View) -> Any:
+    """A shift as far as p(x_s | x_t) follows it.
+
+    Over a long step near the data a chain with the bridge's variance is much narrower than an ideal
+    one, and x_s can move only by V ∇ log ψ_s: hence the ratio of the two variances.
+    """
+    step = view.levels.step(view.i)
+    weight_0, _ = bridge_weights(step)
+    ideal = step.noise_t / jnp.sqrt(step.alpha_bar_t) * view.widths.slope[view.i - 1]
+    shift *= view.variance / (step.beta * step.noise_s / step.noise_t + weight_0**2 * ideal)
+    lead = shift.ndim - view.levels.event_dim
+    axes = tuple(range(lead, shift.ndim))
+    furthest = jnp.max(jnp.abs(shift) / jnp.sqrt(view.variance), axis=axes, keepdims=True)
+    shift = jnp.where(jnp.isfinite(furthest), shift, 0.0)
+    return shift * jnp.minimum(1.0, FURTHEST / jnp.where(furthest > 0, furthest, 1.0))
+
+
+def complete(point: Any, sd: Any, view: View) -> tuple[Any, Any]:
+    """Point and width with known entries put in; they have no width."""
+    if view.known is None:
+        return point, sd
+    return jnp.where(view.mask, view.known, point), jnp.where(view.mask, 0.0, sd)
+
+
+def log_known(view: View, mean: Any, variance: Any) -> Any:
+    """log N(known; mean, variance), summed over the known entries."""
+    terms = (view.known - mean) ** 2 / variance + jnp.log(2 * jnp.pi * variance)
+    lead = mean.ndim - view.levels.event_dim
+    return -0.5 * sum_event(jnp.where(view.mask, terms, 0.0), lead)

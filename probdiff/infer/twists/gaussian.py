@@ -1,0 +1,58 @@
+"""A known linear-Gaussian likelihood, whose curvature is given and not looked for."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from probdiff.infer.expansion import Expansion, Local, known_curvature
+from probdiff.infer.twists.base import View
+from probdiff.infer.twists.widened import Widened
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GaussianTwist(Widened):
+    """∫ r N(x̂_0, w_t I) for y = A x_0 + noise with a known map and noise: the exact integral.
+
+    Args:
+        matrix: A, `(m, d)`, acting on x_0 in the user's units, flattened to d numbers.
+        noise: Standard deviation of each measurement, a number or `(m,)`.
+    """
+
+    matrix: Any
+    noise: Any
+    uses_covariance = False
+
+    def __post_init__(self) -> None:
+        matrix, noise = np.asarray(self.matrix, np.float64), np.asarray(self.noise, np.float64)
+        if matrix.ndim != 2:
+            raise ValueError(f"matrix must have shape (m, d); got shape {matrix.shape}")
+        if not np.isfinite(matrix).all():
+            raise ValueError("matrix must be finite; got values that are not")
+        if noise.shape not in ((), (len(matrix),)) or not (noise > 0).all():
+            raise ValueError(
+                f"noise must be positive, a number or one for each of {len(matrix)} measurements; "
+                f"got {self.noise}"
+            )
+
+    def check(self, event_shape: tuple[int, ...]) -> None:
+        """Raise a `ValueError` unless A has a column for each number of x_0."""
+        size = int(np.prod(event_shape))
+        if np.shape(self.matrix)[1] != size:
+            raise ValueError(
+                f"matrix must have {size} columns, one for each number of x_0; got shape "
+                f"{np.shape(self.matrix)}"
+            )
+
+    def expand(self, at: Local, sd: Any, view: View) -> Expansion:
+        """By the eigenvectors of Aᵀ A / noise²."""
+        diffusion = view.levels.draw.diffusion
+        scale = np.broadcast_to(diffusion.scale, diffusion.event_shape).reshape(-1)
+        noise = np.broadcast_to(self.noise, len(self.matrix))[:, None]
+        whitened = np.asarray(self.matrix, np.float64) * scale / noise
+        _, roots, rows = np.linalg.svd(whitened, full_matrices=False)
+        dtype = at.gradient.dtype
+        vectors = jnp.asarray(rows.reshape(-1, *diffusion.event_shape), dtype)
+        width = jnp.mean(sd**2, axis=tuple(range(-view.levels.event_dim, 0)))
+        return known_curvature(at, width, jnp.asarray(roots**2, dtype), vectors)

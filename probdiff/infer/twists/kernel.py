@@ -1,0 +1,53 @@
+"""The rule of 2015: every step multiplied by r, or a power of it.
+
+Source: Sohl-Dickstein et al. (2015), section 2.5 and appendix C.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from probdiff.infer.twists.base import Tilt, Twist, View, complete
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelTwist(Twist):
+    """r(x_t)^c, each step multiplied by r itself: the rule of 2015.
+
+    Without weights (`Guided`) it tends to the wrong law, p r² for Gaussian data with constant r;
+    with weights (`SMC`) to the right one, slowly.
+
+    Args:
+        decays: Whether c = (T − t)/T, which is 0 at t = T, instead of 1 throughout.
+    """
+
+    decays: bool = False
+    takes_known = False
+
+    def __call__(self, view: View) -> Tilt:
+        log_psi = self._power(view, 0) * view.log_r(view.x_t)
+        return self._multiply(view, log_psi, view.mean, view.variance, self._power(view, 1))
+
+    def last(self, x_1: Any, mean: Any, variance: Any, view: View) -> Tilt:
+        log_psi = self._power(view, 0) * view.log_r(x_1)
+        return self._multiply(view, log_psi, mean, variance, 1.0)
+
+    def _power(self, view: View, down: int) -> Any:
+        """c at level i − down."""
+        if not self.decays:
+            return 1.0
+        times = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.asarray(view.levels.table.t)])
+        T = view.levels.draw.trajectory.steps.T
+        return (T - times[view.i - down]) / T
+
+    def _multiply(self, view: View, log_psi: Any, mean: Any, variance: Any, power: Any) -> Tilt:
+        """N(mean, variance) · r^power, log r to second order at the mean."""
+        point, sd = complete(mean, jnp.sqrt(variance), view)
+        powered = view._replace(log_r=lambda x: power * view.log_r(x))
+        _, e = self.integrate(point, sd, powered)
+        shift, precision = variance * e.pull, e.diagonal
+        if view.known is not None:
+            shift = jnp.where(view.mask, view.known - mean, shift)
+            precision = jnp.where(view.mask, jnp.inf, precision)
+        return Tilt(log_psi, shift, precision, e.factors)
