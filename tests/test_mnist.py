@@ -1,7 +1,6 @@
-"""MNIST as published: files, checksums, binarisations. Real files are used where they are given."""
+"""MNIST as published: files, binarisations. Real files are used where they are given."""
 
 import gzip
-import hashlib
 import os
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 from probdiff import datasets
-from probdiff.datasets.mnist import BINARISED, MNIST, _amat, _idx, fetch
+from probdiff.datasets.mnist import BINARISED, MNIST, _amat, _idx
 
 SHARED = Path(os.environ.get("PROBDIFF_SHARED", Path(__file__).parents[2] / "shared")) / "data"
 needs_images = pytest.mark.skipif(
@@ -51,21 +50,6 @@ def test_bits_are_the_published_ones(monkeypatch, tmp_path):
     assert means == pytest.approx([0.130562, 0.131127, 0.132512], abs=1e-6)
     assert [split.shape for split in data] == [(50_000, 28, 28), (10_000, 28, 28), (10_000, 28, 28)]
     assert set(np.unique(data.test)) == {0, 1}
-
-
-def test_altered_file_is_refused_by_name(monkeypatch, tmp_path):
-    name = "t10k-labels-idx1-ubyte.gz"
-    (tmp_path / name).write_bytes(b"something else")
-    monkeypatch.setenv("PROBDIFF_DATA", str(tmp_path))
-    with pytest.raises(ValueError, match=rf"{name} must have the SHA-256 {MNIST[name]}"):
-        fetch(name, MNIST, "https://example.invalid/")
-
-
-def test_file_with_the_right_checksum_is_taken_from_the_folder(monkeypatch, tmp_path):
-    (tmp_path / "a").write_bytes(b"abc")
-    monkeypatch.setenv("PROBDIFF_DATA", str(tmp_path))
-    right = {"a": hashlib.sha256(b"abc").hexdigest()}
-    assert fetch("a", right, "https://example.invalid/") == tmp_path / "a"
 
 
 def test_formats_are_read_as_written(tmp_path):

@@ -4,6 +4,7 @@ Real images come from scikit-learn, or are downloaded once and checked by their 
 folder named by `PROBDIFF_DATA` holds the files, nothing is downloaded.
 """
 
+from probdiff.datasets.cifar10 import Cifar10, cifar10
 from probdiff.datasets.digits import Digits, dequantise, digits
 from probdiff.datasets.gaussian import gaussian, gaussian_mixture, gaussian_mixture_distribution
 from probdiff.datasets.heartbeat import heartbeat, heartbeat_sequences
@@ -12,10 +13,12 @@ from probdiff.datasets.swiss_roll import swiss_roll, swiss_roll_log_density
 
 __all__ = [
     "BinarisedMnist",
+    "Cifar10",
     "Digits",
     "Mnist",
     "binarise",
     "binarised_mnist",
+    "cifar10",
     "dequantise",
     "digits",
     "gaussian",

@@ -4,22 +4,20 @@
                static-binarisation likelihoods are quoted on
     dynamic    bits drawn anew whenever an image is used, P(1) = grey level / 255 (`binarise`)
 
-The two are different data; likelihoods on them are not comparable. Files are the published ones.
-They are looked for in the folder named by `PROBDIFF_DATA`, else downloaded once into the user's
-cache; either way their SHA-256 must be the published one.
+The two are different data; likelihoods on them are not comparable. Files are the published ones,
+found or downloaded, and checked, by `fetch`.
 """
 
 import gzip
-import hashlib
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pooch
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+
+from probdiff.datasets.files import fetch
 
 MNIST = {
     "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",  # noqa: E501
@@ -81,25 +79,6 @@ def binarise(
     """Draw bits with P(1) = grey level / 255."""
     probability: Float[Array, ...] = jnp.asarray(images) / 255.0
     return jax.random.bernoulli(key, probability).astype(jnp.int32)
-
-
-def fetch(name: str, checksums: dict[str, str], url: str) -> Path:
-    """Path of a published file: from the folder `PROBDIFF_DATA`, or downloaded and kept.
-
-    Raises:
-        ValueError: if the file in `PROBDIFF_DATA` has another checksum.
-    """
-    folder = os.environ.get("PROBDIFF_DATA")
-    if folder is None or not (Path(folder) / name).is_file():
-        return Path(
-            pooch.retrieve(url + name, known_hash=checksums[name], fname=name, progressbar=True)
-        )
-    file = Path(folder) / name
-    with open(file, "rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != checksums[name]:
-        raise ValueError(f"{file} must have the SHA-256 {checksums[name]}; got {found}")
-    return file
 
 
 def _idx(file: Path) -> np.ndarray:

@@ -1,0 +1,51 @@
+"""Published data files: taken from a folder that is named, else downloaded once and kept.
+
+    PROBDIFF_DATA    environment variable naming the folder; a file that lies in it is never
+                     downloaded
+    cache            otherwise pooch keeps the file in the user's cache folder
+
+Either way the file's SHA-256 must be the published one, so that all numbers are about the same
+data, and an archive or a binary file is what its authors packed before it is parsed.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import pooch
+
+
+def fetch(name: str, checksums: dict[str, str], url: str) -> Path:
+    """Path of a published file: from the folder `PROBDIFF_DATA`, or downloaded and kept.
+
+    Args:
+        name: The file's name, below the folder and behind `url`.
+        checksums: SHA-256 of the files by name, in hexadecimal digits.
+        url: Address up to the name.
+
+    Raises:
+        ValueError: If a file has another checksum.
+    """
+    file = given(name, checksums)
+    if file is not None:
+        return file
+    return Path(
+        pooch.retrieve(url + name, known_hash=checksums[name], fname=name, progressbar=True)
+    )
+
+
+def given(name: str, checksums: dict[str, str]) -> Path | None:
+    """Path of a published file in the folder `PROBDIFF_DATA`, or None if it is not there.
+
+    Raises:
+        ValueError: If the file has another checksum.
+    """
+    folder = os.environ.get("PROBDIFF_DATA")
+    if folder is None or not (Path(folder) / name).is_file():
+        return None
+    file = Path(folder) / name
+    with open(file, "rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != checksums[name]:
+        raise ValueError(f"{file} must have the SHA-256 {checksums[name]}; got {found}")
+    return file
