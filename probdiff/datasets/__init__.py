@@ -5,6 +5,7 @@ folder named by `PROBDIFF_DATA` holds the files, nothing is downloaded.
 """
 
 from probdiff.datasets.cifar10 import Cifar10, cifar10
+from probdiff.datasets.dead_leaves import dead_leaves
 from probdiff.datasets.digits import Digits, dequantise, digits
 from probdiff.datasets.gaussian import gaussian, gaussian_mixture, gaussian_mixture_distribution
 from probdiff.datasets.heartbeat import heartbeat, heartbeat_sequences
@@ -19,6 +20,7 @@ __all__ = [
     "binarise",
     "binarised_mnist",
     "cifar10",
+    "dead_leaves",
     "dequantise",
     "digits",
     "gaussian",
