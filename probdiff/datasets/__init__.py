@@ -11,12 +11,14 @@ from probdiff.datasets.gaussian import gaussian, gaussian_mixture, gaussian_mixt
 from probdiff.datasets.heartbeat import heartbeat, heartbeat_sequences
 from probdiff.datasets.mnist import BinarisedMnist, Mnist, binarise, binarised_mnist, mnist
 from probdiff.datasets.swiss_roll import swiss_roll, swiss_roll_log_density
+from probdiff.datasets.textures import Textures, grey_images, textures
 
 __all__ = [
     "BinarisedMnist",
     "Cifar10",
     "Digits",
     "Mnist",
+    "Textures",
     "binarise",
     "binarised_mnist",
     "cifar10",
@@ -26,9 +28,11 @@ __all__ = [
     "gaussian",
     "gaussian_mixture",
     "gaussian_mixture_distribution",
+    "grey_images",
     "heartbeat",
     "heartbeat_sequences",
     "mnist",
     "swiss_roll",
     "swiss_roll_log_density",
+    "textures",
 ]

@@ -1,0 +1,175 @@
+"""Textures: random crops of grey images, training and held-out crops from disjoint regions.
+
+Every image is cut once, the upper rows for training and the lower ones held out, so that no pixel
+is seen in both. Within either part all placements of the crop are equally likely, over all images;
+a placement may be drawn again. With c_i the number of placements that cover row i of a region of H
+rows, and c_j that for its column j,
+
+    c_i = Σ_a 1[a ≤ i < a + size],    a = 0 .. H − size,
+
+a grey value of a random training crop has the moments
+
+    loc = Σ c_i c_j x_ij / Σ c_i c_j,        scale² = Σ c_i c_j (x_ij − loc)² / Σ c_i c_j,
+
+sums over the pixels of all training regions. Both parts are returned as (x − loc) / scale: mean 0
+and variance 1 under the law of the training crops, not of the sample, so that all draws share one
+scaling. A model's log density per pixel in units of x is the one in these units minus log scale.
+
+Grey levels stay discrete, 1/scale apart if they were integers: `dequantise(key, crops,
+levels_width=1/scale)` gives them a density.
+
+Source: Sohl-Dickstein et al. (2015), section 3.2, on bark of Lazebnik, Schmid and Ponce (2005);
+crops and split of the paper are unpublished, so its number is not comparable.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib.image
+import numpy as np
+from jaxtyping import Array, Float, Float32, PRNGKeyArray, Real
+
+from probdiff.datasets.checks import check_count
+
+
+class Textures(NamedTuple):
+    """Crops (grey − loc) / scale of the training and of the held-out regions."""
+
+    train: Float32[np.ndarray, "n size size"]
+    test: Float32[np.ndarray, "n_test size size"]
+    loc: float
+    scale: float
+
+
+def textures(
+    key: PRNGKeyArray,
+    n: int,
+    images: Sequence[Real[Array | np.ndarray, "_ _"]],
+    *,
+    size: int,
+    n_test: int = 1_000,
+    test_share: float = 0.25,
+    flip: bool = False,
+) -> Textures:
+    """Random crops of grey images, `n` for training and `n_test` held out, at unit variance.
+
+    Args:
+        key: Random key.
+        n: Number of training crops, at least 1.
+        images: Grey images of any sizes, in any one unit.
+        size: Pixels a side of a crop, at least 1.
+        n_test: Number of held-out crops, at least 1.
+        test_share: Share of every image's rows that is held out, the lowest ones; in (0, 1).
+        flip: Whether to mirror each crop left to right with probability 1/2.
+
+    Returns:
+        Both sets of crops, and the training regions' loc and scale in the images' unit.
+
+    Raises:
+        ValueError: If an argument is out of range, a crop does not fit into a part of an image, or
+            the images do not vary.
+
+    Source: see the module.
+    """
+    check_count(n)
+    if n_test < 1:
+        raise ValueError(f"n_test must be at least 1; got {n_test}")
+    if size < 1:
+        raise ValueError(f"size must be at least 1; got {size}")
+    if not 0 < test_share < 1:
+        raise ValueError(f"test_share must lie in (0, 1); got {test_share}")
+    train, test = _split(images, size, test_share)
+    loc = _mean(train, size)
+    scale = math.sqrt(_mean([(region - loc) ** 2 for region in train], size))
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"images must be finite and vary; got standard deviation {scale}")
+    key_train, key_test = jax.random.split(key)
+    train, test = (
+        [((region - loc) / scale).astype(np.float32) for region in part] for part in (train, test)
+    )
+    return Textures(
+        _crops(key_train, n, train, size, flip),
+        _crops(key_test, n_test, test, size, flip),
+        loc,
+        scale,
+    )
+
+
+def grey_images(folder: Path) -> list[Float[np.ndarray, "_ _"]]:
+    """The grey PNG files of a folder in the order of their names, for `textures`.
+
+    Args:
+        folder: Folder whose `*.png` are read; each without colours and without transparency.
+
+    Returns:
+        One image a file, black 0 and white 1; levels of 8 bits are 1/255 apart.
+
+    Raises:
+        ValueError: If there is no such file, or one that is not grey.
+    """
+    files = sorted(Path(folder).glob("*.png"))
+    if not files:
+        raise ValueError(f"folder must hold files *.png; got {folder}")
+    images = [matplotlib.image.imread(file) for file in files]
+    for file, image in zip(files, images, strict=True):
+        if image.ndim != 2:
+            raise ValueError(f"{file} must be grey; got {image.shape[2]} channels")
+    return images
+
+
+def _split(
+    images: Sequence[Real[Array | np.ndarray, "_ _"]], size: int, test_share: float
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Upper and lower part of every image, in float64."""
+    if not len(images):
+        raise ValueError("images must hold at least one image; got none")
+    train, test = [], []
+    for k, image in enumerate(images):
+        if image.ndim != 2:
+            raise ValueError(f"images[{k}] must have two axes; got shape {image.shape}")
+        height, width = image.shape
+        cut = height - round(test_share * height)
+        if min(cut, height - cut, width) < size:
+            raise ValueError(
+                f"images[{k}] must hold crops of {size} × {size} in its {cut} training and its "
+                f"{height - cut} held-out rows; got shape {image.shape}"
+            )
+        image = np.asarray(image, np.float64)
+        train.append(image[:cut])
+        test.append(image[cut:])
+    return train, test
+
+
+def _mean(regions: list[np.ndarray], size: int) -> float:
+    """Mean of a value in a random crop, Σ c_i c_j x_ij / Σ c_i c_j."""
+    total = weight = 0.0
+    for region in regions:
+        rows, columns = (np.convolve(np.ones(m - size + 1), np.ones(size)) for m in region.shape)
+        total += float(rows @ region @ columns)
+        weight += float(rows.sum() * columns.sum())
+    return total / weight
+
+
+def _crops(
+    key: PRNGKeyArray, n: int, regions: list[np.ndarray], size: int, flip: bool
+) -> Float32[np.ndarray, "{n} {size} {size}"]:
+    """Crops at places drawn uniformly from all that fit into a region."""
+    key_region, key_row, key_column, key_flip = jax.random.split(key, 4)
+    places = np.array([region.shape for region in regions]) - size + 1
+    share = places.prod(axis=1) / places.prod(axis=1).sum()
+    which = np.asarray(jax.random.choice(key_region, len(regions), (n,), p=jnp.asarray(share)))
+    row = np.asarray(jax.random.randint(key_row, (n,), 0, places[which, 0]))
+    column = np.asarray(jax.random.randint(key_column, (n,), 0, places[which, 1]))
+    crops = np.empty((n, size, size), np.float32)
+    for k, region in enumerate(regions):
+        mine = which == k
+        windows = np.lib.stride_tricks.sliding_window_view(region, (size, size))
+        crops[mine] = windows[row[mine], column[mine]]
+    if flip:
+        mirrored = np.asarray(jax.random.bernoulli(key_flip, shape=(n,)))
+        crops[mirrored] = crops[mirrored, :, ::-1]
+    return crops
