@@ -5,14 +5,16 @@ The bound of one example is a sum whose terms say where the nats go (Appendix B)
     K(x_0) = log p(x_0 | x_1) − Σ_{t=2}^{T} KL_t − KL_T^prior,
     KL_t = KL( q(x_s | x_t, x_0) ‖ p(x_s | x_t) ),    KL_T^prior = KL( q(x_T | x_0) ‖ π ),
 
-each estimated at draws of x_1 and of every x_t; under a tied last step the first is in closed form.
+each estimated at draws of x_1 and of every x_t, with control variates (see `control`) where x_t are
+numbers; under a tied last step the first is in closed form.
 It is a bound on log p(x_0) in expectation over those draws. `entropy_form` is the paper's eq. 14,
 in which the first and last terms have been replaced by entropies; where the data do not have the
 stationary law's moments it is no bound, and the correction it then needs is returned beside it.
 
-A bound has dim `example` and no chain or draw: `loo` is not for it and refuses it. Of symbols it
-bounds a probability, of numbers a density in the user's units, which changes with the units: the
-attributes `reference_measure` and `num_dims` say which, and over how many entries.
+A bound has dim `example` and no chain or draw: `loo` is not for it and refuses it. Of symbols, and
+of numbers on a grid, it bounds a probability, of other numbers a density in the user's units, which
+changes with the units: the attributes `reference_measure` and `num_dims` say which, and over how
+many entries.
 
 Source: Sohl-Dickstein et al. (2015), eqs. 10 to 14 and appendix B.
 """
@@ -29,6 +31,7 @@ import xarray as xr
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
+from probdiff.diagnostics.control import controlled
 from probdiff.diffusion import Data, Diffusion, Mask
 from probdiff.elbo import StratifiedTimes, prior_kl, step_kl
 from probdiff.kernels import DiscreteKernel
@@ -69,8 +72,8 @@ def bound(
         DataTree with group `bound`, all in nats: `bound` and its parts `reconstruction` and
         `prior_kl` per `example`, `kl` per `example` and `step` (2..T). Attributes: `mean`, `se`
         (standard error over examples), `mean_bits`, `se_bits`, `T`, `num_draws`;
-        `reference_measure`, "counting" for symbols, else "Lebesgue, in the user's units";
-        `num_dims`, entries observed of one example, nan where examples differ.
+        `reference_measure`, "counting" for symbols and for numbers on a grid, else "Lebesgue, in
+        the user's units"; `num_dims`, entries observed of one example, nan where examples differ.
 
     Raises:
         ValueError: if data, context, mask or parameters do not fit.
@@ -185,7 +188,9 @@ def _bound_block(
     def kl_at(inputs: Any) -> Any:
         t, key = inputs
         times = jnp.full(lead, t)
-        return _mean_and_variance(step_kl(forward, reverse, forward.sample_at(key, times), times))
+        x_t = forward.sample_at(key, times)
+        kl = step_kl(forward, reverse, x_t, times)
+        return _mean_and_variance(controlled(kl, forward, x_t, times))
 
     keys = jax.random.split(key_steps, steps.T - 1)
     kl, variance = jax.lax.map(kl_at, (jnp.arange(2, steps.T + 1), keys))
@@ -267,7 +272,8 @@ def _tied_reconstruction(diffusion: Diffusion, forward: ForwardTrajectory) -> Fl
 
 def _measure(diffusion: Diffusion, mask: Mask | None) -> dict[str, Any]:
     """What a density is taken against, and over how many entries of one example."""
-    is_discrete = isinstance(diffusion.kernel, DiscreteKernel)
+    is_symbol = isinstance(diffusion.kernel, DiscreteKernel)
+    is_discrete = is_symbol or diffusion.last_step.grid is not None
     num_dims = math.prod(diffusion.event_shape)
     if mask is not None:
         counts = np.asarray(mask).reshape(len(mask), -1).sum(1)
