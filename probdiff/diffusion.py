@@ -28,13 +28,20 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 from jaxtyping import Array, Bool, Shaped
+from numpyro.distributions import constraints
 
 from probdiff import readouts, schedules, validation
 from probdiff.kernels import AbsorbingKernel, CategoricalKernel, DiscreteKernel, GaussianKernel
 from probdiff.networks.binding import bind, example_inputs
 from probdiff.networks.radial_basis import output_shape
 from probdiff.prior import Prior
-from probdiff.trajectories import DataGivenFirst, ForwardTrajectory, ReverseTrajectory, first
+from probdiff.trajectories import (
+    DataGivenFirst,
+    ForwardTrajectory,
+    ReverseTrajectory,
+    first,
+    to_data,
+)
 from probdiff.types import Network, Params, Step
 
 Data = Shaped[Array | np.ndarray, "..."]
@@ -70,7 +77,8 @@ class Diffusion:
             event_shape: Shape of one example; `()` for a number.
             readout: How the network's output becomes p(x_s | x_t); by default `Perturbation()` for
                 numbers, `Logits()` for bits, `DataLogits()` for classes.
-            last_step: p(x_0 | x_1): `Tied()` or `Learned()`; tied by default, learned for classes.
+            last_step: p(x_0 | x_1): `Tied()`, `Learned()`, or `Discretised(low, high, levels)` for
+                numbers on a grid; tied by default, learned for classes.
             loc: Subtracted from the data, broadcastable to `event_shape`.
             scale: Then divided by; the chain runs on (x − loc)/scale, which should have second
                 moment near 1. `x_0` and every density stay in the user's units.
@@ -259,11 +267,21 @@ class Diffusion:
         t = jnp.ones(x_1.shape[: x_1.ndim - event_dim], jnp.int32)
         step = trajectory.step_at(t)
         base = self.last_step(self.kernel, lambda x, _: trajectory.reverse_step(x, t), x_1, step)
-        return DataGivenFirst(base, self.kernel.support, event_dim, self.loc, self.scale, mask)
+        return DataGivenFirst(base, self.support, event_dim, self.loc, self.scale, mask)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Values one number of x_0 may take, the user's units."""
+        grid = self.last_step.grid
+        return self.kernel.support if grid is None else grid
 
     def to_chain(self, x_0: Any) -> Any:
         """Data as the chain holds them: (x_0 − loc)/scale, or symbols as int32."""
         return self.kernel.to_state(x_0 if self.scale is None else (x_0 - self.loc) / self.scale)
+
+    def to_data(self, x: Any) -> Any:
+        """What the last step draws on the scale of the chain, as data: the way back."""
+        return to_data(x, self.support, self.loc, self.scale)
 
     @functools.cached_property
     def params_template(self) -> Params:
@@ -286,7 +304,7 @@ class Diffusion:
             if mask is not None:
                 raise ValueError("mask must come with x_0, of which it says what is observed")
             return
-        validation.check_data(self.kernel, self.event_shape, x_0, mask)
+        validation.check_data(self.kernel, self.event_shape, x_0, mask, grid=self.last_step.grid)
         if self.scale is not None and not isinstance(x_0, jax.core.Tracer):
             x = (np.asarray(x_0) - self.loc) / self.scale
             validation.warn_about_moment(self.kernel, self.event_shape, self.rates, x, mask)

@@ -5,9 +5,9 @@
     x = prior(known=values, mask=mask)     the same, given that x_0 = values wherever mask is True
 
 The last is exact conditioning: known entries come back bit for bit, and the program gains the
-factor log p(x_0 = values on the mask | x_1), a density for numbers and a mass for symbols. Under
-handlers that only draw (`Predictive`) the factor is ignored, as every observation is; `infer` and
-`MCMC` count it.
+factor log p(x_0 = values on the mask | x_1), a density for numbers, a mass for symbols and for
+numbers on a grid. Under handlers that only draw (`Predictive`) the factor is ignored, as every
+observation is; `infer` and `MCMC` count it.
 
 Source: Sohl-Dickstein et al. (2015), section 2.5.
 """
@@ -97,7 +97,10 @@ class Prior:
         if (known is None) != (mask is None):
             raise ValueError("known and mask must be given together; got one of them")
         if known is not None:
-            validation.check_data(diffusion.kernel, diffusion.event_shape, known, mask, "known")
+            validation.check_data(
+                diffusion.kernel, diffusion.event_shape, known, mask, "known",
+                grid=diffusion.last_step.grid,
+            )  # fmt: skip
             known, mask = jnp.asarray(known), jnp.asarray(mask)
         trajectory, _ = diffusion.bind(self.params, context=context)
         draw = PriorDraw(diffusion, trajectory, self.variance, self.covariance, known, mask)

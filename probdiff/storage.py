@@ -46,6 +46,7 @@ PARTS = {
         readouts.BridgeVariance,
         readouts.Tied,
         readouts.Learned,
+        readouts.Discretised,
     )
 }
 

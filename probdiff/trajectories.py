@@ -29,6 +29,7 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Float, Int
 from numpyro.distributions import constraints
 
+from probdiff.readouts.grid import Grid
 from probdiff.types import Step
 
 
@@ -255,9 +256,21 @@ def _times(start: int, stop: int, lead_dim: int) -> Int[Array, "..."]:
     return jnp.arange(start, stop + 1).reshape(-1, *[1] * lead_dim)
 
 
+def to_data(x: Any, support: Any, loc: Any, scale: Any) -> Any:
+    """x_0 in the user's units, on the grid where the support is one, from the scale of the chain.
+
+    Symbols are as they are.
+    """
+    if scale is None:
+        return x
+    x_0 = x * scale + loc
+    return support.nearest(x_0) if isinstance(support, Grid) else x_0
+
+
 class DataGivenFirst(dist.Distribution):
     """Last reverse step p(x_0 | x_1) in the user's units, loc + scale · the chain's.
 
+    Where the support is a `Grid` that is put on its nearest value, and `log_prob` is of a mass.
     Symbols have no units: for them `loc` and `scale` are None. Entries whose mask is False do not
     enter `log_prob`.
     """
@@ -278,13 +291,15 @@ class DataGivenFirst(dist.Distribution):
         return constraints.independent(self.data_support, self.event_dim)
 
     def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Any:
-        x_0 = self.base.sample(key, sample_shape)
-        return x_0 if self.scale is None else x_0 * self.scale + self.loc
+        return to_data(self.base.sample(key, sample_shape), self.data_support, self.loc, self.scale)
 
     def log_prob(self, value: Any, intermediates: Any = None) -> Float[Array, "..."]:
         value = _where(self.observed, value, jnp.zeros((), jnp.asarray(value).dtype))
         if self.scale is None:
             terms = self.base.log_prob(value)
+        elif isinstance(self.data_support, Grid):
+            mean, sd = self.base.loc * self.scale + self.loc, self.base.scale * self.scale
+            terms = self.data_support.log_mass(value, mean, sd)
         else:
             terms = self.base.log_prob((value - self.loc) / self.scale) - jnp.log(self.scale)
         terms = _where(self.observed, terms, 0.0)  # a missing entry may be NaN

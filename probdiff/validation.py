@@ -65,6 +65,11 @@ def check_schedule(
             "beta must be fixed for symbols, which cannot be differentiated by it; got a learned "
             "schedule"
         )
+    if isinstance(kernel, DiscreteKernel) and last_step.grid is not None:
+        raise ValueError(
+            "last_step must be Tied() or Learned() for symbols, which lie on no grid; got "
+            f"{last_step}"
+        )
     if not isinstance(kernel, AbsorbingKernel):
         return
     if isinstance(last_step, readouts.Tied):
@@ -80,7 +85,13 @@ def check_schedule(
 
 
 def check_data(
-    kernel: Any, event_shape: tuple[int, ...], x_0: Any, mask: Any, argument: str = "x_0"
+    kernel: Any,
+    event_shape: tuple[int, ...],
+    x_0: Any,
+    mask: Any,
+    argument: str = "x_0",
+    *,
+    grid: readouts.Grid | None = None,
 ) -> None:
     """Shape and dtype of data and mask; their values where they are concrete."""
     shape, dim = np.shape(x_0), len(event_shape)
@@ -95,6 +106,8 @@ def check_data(
         raise ValueError(f"mask must be boolean; got dtype {jnp.asarray(mask).dtype}")
     if _is_concrete(x_0, mask):
         kernel.check_values(_observed(x_0, mask), argument)
+        if grid is not None:
+            grid.check_values(_observed(x_0, mask), argument)
 
 
 def check_variance(event_shape: tuple[int, ...], variance: Any) -> np.ndarray:

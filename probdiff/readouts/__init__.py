@@ -13,16 +13,19 @@ from probdiff.readouts.gaussian import (
     Variance,
     Velocity,
 )
-from probdiff.readouts.last_step import LastStep, Learned, Tied
+from probdiff.readouts.grid import Grid
+from probdiff.readouts.last_step import Discretised, LastStep, Learned, Tied
 
 __all__ = [
     "BridgeVariance",
     "Data",
     "DataLogits",
     "DiscreteReadout",
+    "Discretised",
     "Epsilon",
     "ForwardVariance",
     "GaussianReadout",
+    "Grid",
     "LastStep",
     "Learned",
     "LearnedVariance",

@@ -1,23 +1,32 @@
-"""The last reverse step p(x_0 | x_1): tied to the forward kernel, or learned like the others.
+"""The last reverse step p(x_0 | x_1): tied to the forward kernel, learned, or put on a grid.
 
 Tied, it is the forward kernel with its arguments exchanged, T_π(x_0 | x_1; β_1): no network is
-asked, and no bound exceeds −H(X_1). Learned, the limit is −H(X_0).
+asked, and no bound exceeds −H(X_1). Learned, the limit is −H(X_0). Where numbers take the values of
+a grid, such as the grey levels of pixels, `Discretised` puts what the network says on the nearest
+value k, and x_0 has a probability instead of a density,
 
-Source: Sohl-Dickstein et al. (2015), appendix B.2.
+    p(x_0 = k | x_1) = ∫ over the cell of k of p(x_0 | x_1).
+
+Sources: Sohl-Dickstein et al. (2015), appendix B.2; Ho et al. (2020), section 3.3.
 """
 
 import abc
 import dataclasses
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import numpyro.distributions as dist
 
+from probdiff.readouts.grid import Grid
 from probdiff.types import Step
 
 
 class LastStep(abc.ABC):
     """How x_0 follows from x_1."""
+
+    grid: Grid | None = None
+    """Values that x_0 takes, the user's units; None where it takes any."""
 
     @abc.abstractmethod
     def __call__(
@@ -27,7 +36,10 @@ class LastStep(abc.ABC):
         x_1: Any,
         step: Step,
     ) -> dist.Distribution:
-        """p(x_0 | x_1), elementwise; `reverse_step(x_1, step)` is what the network says."""
+        """p(x_0 | x_1), elementwise; `reverse_step(x_1, step)` is what the network says.
+
+        On the scale of the chain, and before x_0 is put on a grid.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,4 +69,41 @@ class Learned(LastStep):
         step: Step,
     ) -> dist.Distribution:
         """What the network says at t = 1."""
+        return reverse_step(x_1, step)
+
+
+@dataclasses.dataclass(frozen=True)
+class Discretised(LastStep):
+    """Numbers on a grid, DDPM's decoder: the network's Gaussian at t = 1, put on the nearest value.
+
+    `Discretised(0, 255, 256)` is for grey levels 0, 1, …, 255; x_0 stays a float in these units.
+    The bound is then one of a probability, at most −H(X_0), and `diagnostics.bits_per_dim` applies
+    without dequantisation.
+    """
+
+    low: Real
+    """Least value, the user's units."""
+    high: Real
+    """Largest value."""
+    levels: Real
+    """Number of values K, evenly spaced from `low` to `high`."""
+
+    def __post_init__(self) -> None:
+        grid = Grid(self.low, self.high, self.levels)
+        for field in dataclasses.fields(self):  # plain numbers, which a file can hold
+            object.__setattr__(self, field.name, getattr(grid, field.name))
+
+    @property
+    def grid(self) -> Grid:
+        """Values that x_0 takes."""
+        return Grid(self.low, self.high, self.levels)
+
+    def __call__(
+        self,
+        kernel: Any,
+        reverse_step: Callable[[Any, Step], dist.Distribution],
+        x_1: Any,
+        step: Step,
+    ) -> dist.Distribution:
+        """What the network says at t = 1, before it is put on the grid."""
         return reverse_step(x_1, step)

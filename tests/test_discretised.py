@@ -1,0 +1,343 @@
+"""Numbers on a grid: masses of cells against quadrature, and p(x_0) of the exact Gaussian chain."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import pytest
+from flax import nnx
+from numpyro import handlers
+from numpyro.infer import Predictive
+from scipy.special import log_ndtr, ndtr
+
+import probdiff
+from oracles import gaussian_network, log_normal
+from probdiff import Diffusion, GaussianKernel, diagnostics, networks, readouts, schedules
+from probdiff.readouts import Discretised, Grid
+from probdiff.readouts.grid import log_mass_within
+
+GRID = Discretised(0, 16, 17)
+NARROW, WIDE = np.array([6.3, 9.0]), np.array([1.7, 2.5])
+"""Mean and standard deviation of data, the user's units: some cells hold little, some much."""
+
+
+def chain(last_step=GRID, mean=NARROW, sd=WIDE, beta_1=0.2, loc=8.0, scale=2.5):
+    """Exact reverse chain of N(mean, sd²) in the user's units, put on a grid at the end.
+
+    As x_1 is exact, p(x_0) is N(mean, sd²) put on the grid. It is not the chain of gridded data:
+    its x_1 does not know of the grid, so forward noise must fill a cell for weights to be even.
+    """
+    mean, sd = (np.asarray(mean) - loc) / scale, np.asarray(sd) / scale
+    beta = schedules.log_snr_linear(12, beta_1=beta_1, alpha_bar_T=1e-24)
+    return Diffusion(
+        GaussianKernel(), beta, gaussian_network(mean, sd, beta), event_shape=np.shape(mean),
+        readout=readouts.Data(), last_step=last_step, loc=loc, scale=scale,
+    )  # fmt: skip
+
+
+def log_cells(mean=NARROW, sd=WIDE, grid=GRID.grid):
+    """log P of every value, `(levels, *event)`."""
+    values = grid.values.reshape(-1, *[1] * np.ndim(mean))
+    upper, lower = ((values + s * grid.spacing / 2 - mean) / sd for s in (1, -1))
+    upper[-1], lower[0] = np.inf, -np.inf
+    return np.log(ndtr(upper) - ndtr(lower))
+
+
+def on_grid(n, seed=0, mean=NARROW, sd=WIDE):
+    x = mean + sd * np.random.default_rng(seed).standard_normal((n, *np.shape(mean)))
+    return np.asarray(np.clip(np.round(x), 0, 16), np.float32)
+
+
+def log_p(x, **options):
+    """Sum of log P over the entries of whole numbers."""
+    cells = log_cells(**options)
+    return sum(cells[x[:, i].astype(int), i] for i in range(x.shape[1]))
+
+
+# masses
+
+X, W = np.polynomial.legendre.leggauss(400)
+
+
+def by_quadrature(c, h):
+    """log(Φ(c + h) − Φ(c − h)) by Gauss's rule on the cell, scaled by the largest value on it."""
+    near, far = np.abs(c) - h, np.abs(c) + h
+    top = max(near, 0.0)
+    near, far = max(near, -12.0), min(far, top + 12.0)
+    u = near + (far - near) * (X + 1) / 2
+    terms = W * np.exp(-0.5 * (u - top) * (u + top))
+    return -0.5 * top**2 - 0.5 * np.log(2 * np.pi) + np.log((far - near) / 2 * terms.sum())
+
+
+def cells_to_try():
+    rng = np.random.default_rng(0)
+    c = np.concatenate([rng.uniform(-11.5, 11.5, 300), 0.1 * rng.standard_normal(100)])
+    h = np.exp(rng.uniform(np.log(1e-6), np.log(20), 400))
+    return c.astype(np.float32), h.astype(np.float32)
+
+
+def test_masses_down_to_1e_30_have_all_their_digits():
+    """float32, cells from 1e-6 to 40 standard deviations wide."""
+    c, h = cells_to_try()
+    exact = np.array([by_quadrature(*map(float, pair)) for pair in zip(c, h, strict=True)])
+    assert exact.min() < -65  # 1e-30 is −69
+    found = np.asarray(log_mass_within(jnp.asarray(c), jnp.asarray(h)), float)
+    np.testing.assert_allclose(found, exact, rtol=5e-7, atol=5e-7)
+
+
+def test_gradients_of_masses_are_the_densities_at_the_edges():
+    c, h = cells_to_try()
+    gradients = jax.vmap(jax.grad(log_mass_within, (0, 1)))(jnp.asarray(c), jnp.asarray(h))
+    c, h = c.astype(float), h.astype(float)
+    mass = np.array([by_quadrature(*pair) for pair in zip(c, h, strict=True)])
+    above, below = (np.exp(log_normal(c + s * h, 0, 1) - mass) for s in (1, -1))
+    by_c = np.where(np.abs(c) * h < 1e-3, -c * (1 - h**2 / 3), above - below)
+    for found, exact in zip(gradients, (by_c, above + below), strict=True):
+        np.testing.assert_allclose(found, exact, rtol=2e-5, atol=2e-5)
+
+
+def test_masses_and_gradients_are_finite_however_far_out():
+    c, h = (jnp.asarray(a, jnp.float32) for a in np.meshgrid([30.0, 1e3, 1e5, 1e7], [1e-6, 0.1, 9]))
+    for value in (
+        log_mass_within(c, h),
+        *jax.grad(lambda *a: log_mass_within(*a).sum(), (0, 1))(c, h),
+    ):
+        assert np.isfinite(value).all()
+    slope = jax.grad(lambda c, h: log_mass_within(c, h).sum())(c[:, :2], h[:, :2])
+    np.testing.assert_allclose(slope, -c[:, :2] + jnp.where(c * h > 1, h, 0)[:, :2], rtol=0.05)
+
+
+@pytest.mark.parametrize("sd", [1e-3, 0.3, 1.0, 40.0, 1e4])
+@pytest.mark.parametrize(("low", "high", "levels"), [(0, 255, 256), (-1, 1, 2), (-3, 0.5, 15)])
+def test_masses_of_all_values_sum_to_one(x64, low, high, levels, sd):
+    grid = Grid(low, high, levels)
+    mean = np.linspace(2 * low - high, 2 * high - low, 41)
+    total = jax.nn.logsumexp(grid.log_mass(jnp.asarray(grid.values)[:, None], mean, sd), 0)
+    np.testing.assert_allclose(total, 0, atol=1e-11)
+
+
+def test_open_cells_hold_all_that_is_outside(x64):
+    grid, mean = Grid(0, 16, 17), np.array([-30.0, 0.2, 16.0, 45.0])
+    low, high = (grid.log_mass(jnp.full(4, k), mean, 2.0) for k in (0.0, 16.0))
+    np.testing.assert_allclose(low, log_ndtr((0.5 - mean) / 2), rtol=1e-8, atol=1e-30)
+    np.testing.assert_allclose(high, log_ndtr((mean - 15.5) / 2), rtol=1e-8, atol=1e-30)
+
+
+def test_draws_have_the_masses_of_their_cells(key):
+    """40,000 draws of two entries at once; each share within 4.5 standard errors."""
+    n, diffusion = 40_000, chain()
+    law = diffusion.data_given_first(diffusion.bind({})[0], jnp.array([[-0.4, 0.3]]))
+    x = np.asarray(law.sample(key, (n,)))[:, 0]
+    pairs = np.stack(np.meshgrid(np.arange(17.0), np.arange(17.0), indexing="ij"), -1)
+    p = np.exp(np.asarray(law.log_prob(jnp.asarray(pairs, jnp.float32)[:, :, None])))[..., 0]
+    share = np.zeros((17, 17))
+    np.add.at(share, tuple(x.astype(int).T), 1 / n)
+    assert abs(p.sum() - 1) < 1e-5
+    assert (np.abs(share - p) <= 4.5 * np.sqrt(p * (1 - p) / n) + 1e-6).all()
+
+
+def test_values_of_the_grid_come_back_bit_for_bit():
+    for grid in (Grid(0, 255, 256), Grid(0, 1, 256), Grid(-1, 1, 65_536)):
+        values = grid.values.astype(np.float32)
+        np.testing.assert_array_equal(grid.nearest(values), values)
+        np.testing.assert_array_equal(jax.jit(grid.nearest)(values + 0.4 * grid.spacing), values)
+        assert grid(values).all() and not grid(values + 0.1 * grid.spacing).any()
+    assert float(Grid(0, 16, 17).log_mass(jnp.array(3.5), 3.0, 1.0)) == -np.inf
+
+
+# the exact chain
+
+
+def test_importance_weighting_finds_the_mass_of_every_value():
+    """One number; and so the masses of the model sum to 1."""
+    mean, sd = np.array([0.6]), np.array([0.9])
+    last = Discretised(-1, 3, 5)
+    diffusion = chain(last, mean, sd, loc=0.3, scale=1.1)
+    x = last.grid.values[:, None].astype(np.float32)
+    g = diagnostics.ladder(
+        jax.random.key(0), diffusion, {}, x, sizes=(1, 1000), num_repeats=40, num_draws=10
+    )["ladder"]
+    p = np.exp(g["importance"][:, -1].values)
+    se = p * g["importance_se"][:, -1].values
+    exact = np.exp(log_cells(mean, sd, last.grid))[:, 0]
+    assert (np.abs(p - exact) < 4 * se + 1e-5).all()
+    assert abs(p.sum() - 1) < 4 * np.sqrt((se**2).sum()) + 1e-5
+    assert se.max() < 0.01
+
+
+def test_bound_with_fine_cells_is_that_of_the_density_times_their_width():
+    last = Discretised(0, 16, 16_001)
+    x = np.asarray(np.clip(on_grid(200) - 0.337, 0.1, 15.9), np.float32)
+    fine = diagnostics.bound(jax.random.key(0), chain(last), {}, x, num_draws=4)["bound"]
+    smooth = diagnostics.bound(
+        jax.random.key(0), chain(readouts.Learned()), {}, x, num_draws=4
+    )["bound"]  # fmt: skip
+    np.testing.assert_allclose(fine["kl"], smooth["kl"])
+    np.testing.assert_allclose(
+        fine["reconstruction"], smooth["reconstruction"] + 2 * np.log(1e-3), atol=2e-3
+    )
+    assert smooth.attrs["reference_measure"] == "Lebesgue, in the user's units"
+
+
+def test_bound_is_of_a_probability_and_has_bits():
+    x = on_grid(400)
+    tree = diagnostics.bound(jax.random.key(0), chain(), {}, x, num_draws=20)
+    attrs = tree["bound"].attrs
+    assert (attrs["reference_measure"], attrs["num_dims"]) == ("counting", 2)
+    bits = diagnostics.bits_per_dim(tree)
+    exact = log_p(x)
+    gap = exact - tree["bound"]["bound"].values
+    assert bits.mean == pytest.approx(-attrs["mean"] / 2 / np.log(2))
+    assert gap.mean() > -3 * gap.std() / 20
+    some = diagnostics.sampled_bound(jax.random.key(1), chain(), {}, x, num_times=10)["bound"]
+    paired = some["bound"].values - tree["bound"]["bound"].values
+    assert abs(paired.mean()) < 4 * paired.std() / 20
+    assert some.attrs["reference_measure"] == "counting"
+
+
+def test_units_of_the_chain_do_not_enter():
+    """Other loc and scale, the same masses: no Jacobian."""
+    x = on_grid(20)
+    found = []
+    for loc, scale in ((8.0, 2.5), (np.array([6.0, 9.5]), np.array([2.0, 3.0]))):
+        g = diagnostics.ladder(
+            jax.random.key(0), chain(loc=loc, scale=scale), {}, x, sizes=(1, 100), num_repeats=2,
+            num_draws=2,
+        )["ladder"]  # fmt: skip
+        found.append(g["importance"][:, -1].values)
+    for values in found:
+        gap = values - log_p(x)
+        assert abs(gap.mean()) < 4 * gap.std() / np.sqrt(20) + 5e-3
+
+
+def test_bounds_from_both_sides_close_in_on_draws_of_the_grid():
+    tree = diagnostics.sandwich(
+        jax.random.key(1), chain(beta_1=0.05), {}, 200, sizes=(1, 10, 100), num_repeats=2
+    )
+    x, g = tree["draws"]["x_0"].values, tree["sandwich"]
+    np.testing.assert_array_equal(x, np.clip(np.round(x), 0, 16))
+    for name, sign in (("lower", 1), ("upper", -1)):
+        gap = sign * (g[name].values - log_p(x)[:, None])
+        assert (gap.mean(0) < 3 * gap.std(0, ddof=1) / np.sqrt(200) + 1e-4).all()
+    assert (np.diff(g["gap_mean"]) < 0).all()
+    assert 0 < float(g["gap_mean"][-1]) < 0.05
+
+
+def test_missing_entries_do_not_count():
+    x, mask = on_grid(30), np.array([[True, False]] * 30)
+    holes = np.where(mask, x, np.nan).astype(np.float32)
+    tree = diagnostics.bound(jax.random.key(0), chain(), {}, holes, mask=mask, num_draws=50)
+    alone = chain(mean=NARROW[:1], sd=WIDE[:1])
+    other = diagnostics.bound(jax.random.key(1), alone, {}, x[:, :1], num_draws=50)
+    gap = tree["bound"]["bound"].values - other["bound"]["bound"].values
+    assert abs(gap.mean()) < 4 * gap.std() / np.sqrt(30) + 1e-3
+    assert diagnostics.bits_per_dim(tree).mean == pytest.approx(
+        -tree["bound"].attrs["mean"] / np.log(2)
+    )
+
+
+# programs
+
+
+def test_model_draws_and_observes_values_of_the_grid(key):
+    diffusion = chain()
+    draws = Predictive(diffusion.model, params={}, num_samples=4_000)(key)["x_0"]
+    np.testing.assert_array_equal(draws, np.clip(np.round(draws), 0, 16))
+    cells = np.exp(log_cells())
+    mean = (cells * np.arange(17)[:, None]).sum(0)
+    sd = np.sqrt((cells * np.arange(17)[:, None] ** 2).sum(0) - mean**2)
+    assert (np.abs(draws.mean(0) - mean) < 4 * sd / np.sqrt(4_000)).all()
+    x = on_grid(3)
+    sites = handlers.trace(handlers.seed(diffusion.model, key)).get_trace(x)
+    np.testing.assert_array_equal(sites["x_0"]["value"], x)
+    assert sites["x_0"]["value"] is x
+
+
+def test_training_has_a_gradient_from_the_start():
+    """float32, an untrained network on 256 grey levels: some values start 1e3 deviations away."""
+    network = networks.Perceptron((4,), 8, 1, 10, rngs=nnx.Rngs(0))
+    beta = schedules.log_snr_linear(10, beta_1=1e-6, alpha_bar_T=1e-3)
+    diffusion = Diffusion(
+        GaussianKernel(), beta, network, event_shape=(4,), last_step=Discretised(0, 255, 256),
+        loc=127.5, scale=70.0,
+    )  # fmt: skip
+    params = jax.tree.map(lambda p: jnp.full(p.shape, 0.3), diffusion.params_template)
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 256, (64, 4)), jnp.float32)
+
+    def loss(params):
+        return probdiff.SampledTimeELBO().loss(
+            jax.random.key(0), params, diffusion.model, diffusion.guide, x
+        )
+
+    value, gradient = jax.value_and_grad(loss)(params)
+    leaves = jax.tree.leaves(gradient)
+    assert np.isfinite(value) and all(np.isfinite(leaf).all() for leaf in leaves)
+    assert any(np.abs(leaf).max() > 0 for leaf in leaves)
+
+
+BAD_DATA = {
+    "half way": np.array([[3.5, 2.0]], np.float32),
+    "above": np.array([[3.0, 17.0]], np.float32),
+    "dequantised": np.array([[3.02, 4.1]], np.float32),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_DATA)
+def test_values_off_the_grid_are_refused_by_name(kind):
+    x, diffusion = BAD_DATA[kind], chain()
+    message = "x_0 must lie on the grid of 17 values from 0 to 16; got . values that do not, such"
+    with pytest.raises(ValueError, match=message):
+        diffusion.check_data(x)
+    with pytest.raises(ValueError, match=message):
+        diagnostics.bound(jax.random.key(0), diffusion, {}, x)
+    with pytest.raises(ValueError, match="known must lie on the grid"):
+        diffusion.prior({})(known=x[0], mask=np.ones(2, bool))
+    diffusion.check_data(
+        np.where([[True, False]], 3, x).astype(np.float32), np.array([[True, False]])
+    )
+
+
+def test_whole_numbers_of_another_type_are_refused_not_cast():
+    with pytest.raises(ValueError, match="x_0 must hold real numbers; got dtype uint8"):
+        chain().check_data(np.array([[3, 4]], np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Discretised(3, 3, 2), "low < high; got 3 and 3"),
+        (lambda: Discretised(0, np.inf, 2), "low and high must be finite"),
+        (lambda: Discretised(0, 1, 1), "levels must be an integer of at least 2; got 1"),
+        (lambda: Discretised(0, 1, 2.5), "levels must be an integer of at least 2; got 2.5"),
+        (lambda: Discretised(0, 1, 2**20), "float32 would not tell them"),
+        (
+            lambda: Diffusion(
+                probdiff.BernoulliKernel(), schedules.harmonic(4), lambda x, t: x * 1.0,
+                event_shape=(2,), last_step=GRID,
+            ),
+            r"last_step must be Tied\(\) or Learned\(\) for symbols",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_no_grid_is_refused_by_name(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_saved_model_keeps_its_grid(tmp_path):
+    network = networks.RadialBasis((2,), 4, 5, rngs=nnx.Rngs(0))
+    beta = schedules.log_snr_linear(5, beta_1=1e-3, alpha_bar_T=0.01)
+    diffusion = Diffusion(
+        GaussianKernel(), beta, network, event_shape=(2,), loc=1 / 3, scale=0.7,
+        last_step=Discretised(np.float32(-1), 1, np.int64(256)),
+    )  # fmt: skip
+    params = jax.tree.map(lambda p: jnp.full(p.shape, 0.3), diffusion.params_template)
+    probdiff.save(tmp_path, diffusion, params)
+    loaded, again = probdiff.load(tmp_path)
+    assert loaded.last_step == Discretised(-1.0, 1.0, 256) and loaded.support == diffusion.support
+    laws = [
+        d.data_given_first(d.bind(p)[0], jnp.array([0.3, -0.2]))
+        for d, p in ((diffusion, params), (loaded, again))
+    ]
+    x = jnp.asarray(diffusion.last_step.grid.values[[70, 140]], jnp.float32)
+    np.testing.assert_array_equal(*(law.log_prob(x) for law in laws))
