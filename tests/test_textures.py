@@ -16,7 +16,7 @@ SHARED = Path(os.environ.get("PROBDIFF_SHARED", Path(__file__).parents[2] / "sha
 needs_bark = pytest.mark.skipif(
     not (SHARED / "textures").is_dir(), reason="texture images are not at hand"
 )
-SHAPES = [(20, 14), (12, 30)]
+SHAPES = [(20, 14), (12, 50)]
 CUTS = [14, 8]  # rows for training at a share of 0.3
 
 
@@ -67,7 +67,7 @@ def test_no_pixel_is_both_trained_on_and_held_out(data):
 def test_every_placement_is_equally_likely(data):
     """Over all images at once: a small image has fewer crops, not more frequent ones."""
     for crops, heights in [(data.train, CUTS), (data.test, [6, 4])]:
-        counts = np.zeros((2, 20, 30), int)
+        counts = np.zeros((2, 20, 50), int)
         np.add.at(counts, places(crops, data), 1)
         number = sum((h - 3) * (shape[1] - 3) for h, shape in zip(heights, SHAPES, strict=True))
         seen = counts[counts > 0]
@@ -170,7 +170,7 @@ def test_bark_is_cropped_at_unit_variance(key, tmp_path):
         (
             {"size": 5, "test_share": 0.3},
             r"images\[1\] must hold crops of 5 × 5 in its 8 training and its 4 held-out rows; "
-            r"got shape \(12, 30\)",
+            r"got shape \(12, 50\)",
         ),
         ({"images": [np.zeros((40, 3))]}, r"images\[0\] must hold crops .*got shape \(40, 3\)"),
         (

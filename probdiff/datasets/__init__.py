@@ -1,7 +1,8 @@
 """Data: generators with known laws, and real images.
 
 Real images come from scikit-learn, or are downloaded once and checked by their checksums; where the
-folder named by `PROBDIFF_DATA` holds the files, nothing is downloaded.
+folder named by `PROBDIFF_DATA` holds the files, nothing is downloaded. Textures are cropped from
+images that the caller brings.
 """
 
 from probdiff.datasets.cifar10 import Cifar10, cifar10

@@ -15,8 +15,8 @@ sums over the pixels of all training regions. Both parts are returned as (x − 
 and variance 1 under the law of the training crops, not of the sample, so that all draws share one
 scaling. A model's log density per pixel in units of x is the one in these units minus log scale.
 
-Grey levels stay discrete, 1/scale apart if they were integers: `dequantise(key, crops,
-levels_width=1/scale)` gives them a density.
+Grey levels stay discrete, 1/scale apart if they were integers, and want `dequantise` with that
+`levels_width` before a density is asked for.
 
 Source: Sohl-Dickstein et al. (2015), section 3.2, on bark of Lazebnik, Schmid and Ponce (2005);
 crops and split of the paper are unpublished, so its number is not comparable.
