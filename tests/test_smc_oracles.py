@@ -144,7 +144,7 @@ def covariance_of_chain(diffusion, d):
     return a @ cov @ a.T + noise
 
 
-@pytest.mark.parametrize("rho", [0.5, 0.9])
+@pytest.mark.parametrize("rho", [0.5, 0.9, 0.99])
 def test_known_entry_of_a_pair_is_conditioned_on_exactly(rho):
     diffusion = correlated(rho, LONG)
     prior = diffusion.prior({})
@@ -156,7 +156,7 @@ def test_known_entry_of_a_pair_is_conditioned_on_exactly(rho):
     smc.run(jax.random.key(0))
     cov = covariance_of_chain(diffusion, 2)
     mean, var = moments(smc)
-    assert np.abs(cov - [[1, rho], [rho, 1]]).max() < 0.005  # what T = 1000 leaves of it
+    assert np.abs(cov - [[1, rho], [rho, 1]]).max() < 0.006  # what T = 1000 leaves of it
     exact = stats.norm.logpdf(a, 0, math.sqrt(cov[0, 0]))
     assert mean[1] == pytest.approx(rho * a, abs=0.01)
     assert var[1] == pytest.approx(1 - rho**2, rel=0.02)
@@ -164,7 +164,7 @@ def test_known_entry_of_a_pair_is_conditioned_on_exactly(rho):
     assert smc.log_evidence_se < 0.01
 
 
-@pytest.mark.parametrize(("rho", "mean"), [(0.5, 0.347), (0.9, 0.726)])
+@pytest.mark.parametrize(("rho", "mean"), [(0.5, 0.347), (0.9, 0.726), (0.99, 0.914)])
 def test_clamping_a_known_entry_has_its_own_column(rho, mean):
     """The rule of 2015 with r a point mass, constant in t."""
     prior = correlated(rho, LONG).prior({})
