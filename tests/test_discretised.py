@@ -7,12 +7,12 @@ import numpyro
 import pytest
 from flax import nnx
 from numpyro import handlers
-from numpyro.infer import Predictive
+from numpyro.infer import MCMC, NUTS, Predictive
 from scipy.special import log_ndtr, ndtr
 
 import probdiff
 from oracles import gaussian_network, log_normal
-from probdiff import Diffusion, GaussianKernel, diagnostics, networks, readouts, schedules
+from probdiff import Diffusion, GaussianKernel, diagnostics, infer, networks, readouts, schedules
 from probdiff.readouts import Discretised, Grid
 from probdiff.readouts.grid import log_mass_within
 
@@ -273,6 +273,67 @@ def test_training_has_a_gradient_from_the_start():
     leaves = jax.tree.leaves(gradient)
     assert np.isfinite(value) and all(np.isfinite(leaf).all() for leaf in leaves)
     assert any(np.abs(leaf).max() > 0 for leaf in leaves)
+
+
+# inference
+
+
+def posterior(y, noise):
+    """log Z and the probabilities of every value of each entry, given y ~ N(x_0, noise²)."""
+    logs = log_cells() + log_normal(y, np.arange(17.0)[:, None], noise)
+    log_z = np.logaddexp.reduce(logs, 0)
+    return log_z, np.exp(logs - log_z)
+
+
+def test_smc_finds_the_posterior_over_values_of_the_grid():
+    """A likelihood as sharp as a cell: what counts is r at the values, not between them."""
+    prior, y, noise = chain().prior({}), np.array([5.4, 11.2], np.float32), 0.6
+
+    def program():
+        with numpyro.plate("rows", 2):
+            x = prior()
+            numpyro.sample("y", numpyro.distributions.Normal(x, noise).to_event(1), obs=y)
+
+    smc = infer.SMC(program, num_particles=1024, num_runs=8)
+    smc.run(jax.random.key(0))
+    log_z, p = posterior(y, noise)
+    assert (np.abs(smc.log_evidence - log_z.sum()) < 4 * smc.log_evidence_se + 0.01).all()
+    x = smc.get_samples()["x_0"]
+    np.testing.assert_array_equal(x, np.clip(np.round(x), 0, 16))
+    share = (x[..., None] == np.arange(17)).mean(0)
+    np.testing.assert_allclose(share, np.stack([p.T] * 2), atol=0.04)
+
+
+@pytest.mark.parametrize(
+    ("beta_1", "both"), [(0.2, (0, 16)), (0.002, (4, 12))], ids=["wide step", "step within a cell"]
+)
+def test_evidence_of_known_values_is_their_mass(beta_1, both):
+    prior = chain(beta_1=beta_1).prior({}, variance=(WIDE / 2.5) ** 2)
+    known = np.array([[9.0, np.nan], both, [7.0, 9.0]], np.float32)
+    mask = np.array([[True, False], [True, True], [False, False]])
+
+    def program():
+        with numpyro.plate("rows", 3):
+            prior(known=known, mask=mask)
+
+    smc = infer.SMC(program, num_particles=512, num_runs=8)
+    smc.run(jax.random.key(1))
+    cells = log_cells()
+    exact = np.array([cells[9, 0], cells[both[0], 0] + cells[both[1], 1], 0.0])
+    assert (np.abs(smc.log_evidence - exact) < 4 * smc.log_evidence_se + 0.01).all()
+    assert smc.log_evidence_se.max() < 0.2
+    x = smc.get_samples()["x_0"]
+    np.testing.assert_array_equal(x[:, mask], np.broadcast_to(known[mask], (len(x), 3)))
+    np.testing.assert_array_equal(x, np.clip(np.round(x), 0, 16))
+    mean = (np.exp(cells) * np.arange(17)[:, None]).sum(0)
+    for row, entry in ((0, 1), (2, 0), (2, 1)):
+        assert abs(x[:, row, entry].mean() - mean[entry]) < 0.2
+
+
+def test_nuts_is_refused_since_a_grid_has_no_slope():
+    prior = chain().prior({})
+    with pytest.raises(ValueError, match=r"got numbers on a grid.*Use infer\.SMC"):
+        MCMC(NUTS(infer.noncentered(prior)), num_warmup=1, num_samples=1).run(jax.random.key(0))
 
 
 BAD_DATA = {

@@ -81,7 +81,10 @@ class Levels(NamedTuple):
         return dist.Normal(mean, jnp.sqrt(jnp.broadcast_to(variance, mean.shape)))
 
     def last(self, x_1: Any) -> dist.Distribution:
-        """p(x_0 | x_1), elementwise, on the scale of the chain; under a tied step no network."""
+        """p(x_0 | x_1), elementwise, on the scale of the chain; under a tied step no network.
+
+        Before x_0 is put on a grid.
+        """
         diffusion, trajectory = self.draw.diffusion, self.draw.trajectory
         return diffusion.data_given_first(trajectory, x_1).base
 

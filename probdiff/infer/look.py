@@ -180,7 +180,7 @@ def hessian(plan: Plan) -> Any:
         return None
     batch_shape = plan.conditioned.batch_shape
     zeros = jnp.zeros((1, *batch_shape, *plan.event_shape))
-    at = local(lambda x: log_r(plan, x), zeros)
+    at = local(lambda x: _smooth_log_r(plan, x), zeros)
     return dense.hessian_of(lambda v: at.curvature(v[None])[0], zeros[0], len(batch_shape))
 
 
@@ -211,15 +211,17 @@ def _look_at_numbers(
 
 
 def look_at_first(plan: Plan, x_1: Any) -> Look:
-    levels = plan.levels
-    law = levels.last(x_1)
+    levels, draw = plan.levels, plan.levels.draw
+    in_units = draw.diffusion.data_given_first(draw.trajectory, x_1, draw.mask)
+    law = in_units.base
     known, mask = _known(plan)
     if plan.is_discrete:
         log_p = log_probabilities(law)
         informed = symbols.inform(log_p, _symbol_log_r(plan), known, mask, levels.event_dim)
         return _symbol_look(log_p, informed.log_p_0, informed.log_psi, known, mask, levels)
     view = _view(plan, 1, x_1, law, law.loc, lambda v: v, PERFECT, None)
-    pinned = None if known is None else (known, mask)
+    view = view._replace(variance=view.variance + _within_cells(plan))
+    pinned = None if known is None else (in_units.log_prob(draw.known), mask)
     return _look_of(plan, view, plan.twist.last(x_1, view.mean, view.variance, view), pinned)
 
 
@@ -258,9 +260,7 @@ def _look_of(plan: Plan, view: View, tilt: Tilt, pinned: Any) -> Look:
     moved = jnp.abs(tilt.shift) / jnp.sqrt(view.variance)
     log_known = jnp.zeros(tilt.log_psi.shape)
     if pinned is not None:
-        known, mask = pinned
-        terms = (known - view.mean) ** 2 / view.variance + jnp.log(2 * jnp.pi * view.variance)
-        log_known = -0.5 * sum_event(jnp.where(mask, terms, 0.0), lead)
+        log_known, mask = pinned
         moved = jnp.where(mask, 0.0, moved)
     factors = jnp.moveaxis(tilt.factors, 0, lead)
     proposal = GaussianProposal(
@@ -281,9 +281,12 @@ def _view(
 ) -> View:  # fmt: skip
     mean, sd = jnp.broadcast_arrays(law.loc, law.scale)
     known, mask = _known(plan)
+    of_level = widths(plan.levels, read)
+    plates = range(1, 1 + len(plan.conditioned.batch_shape))
+    variance = jnp.expand_dims(of_level.variance, plates) + _within_cells(plan)
     return View(
-        plan.levels, i, x_t, mean, sd**2, x_0_hat, pull_back, lambda x: log_r(plan, x), known,
-        mask, plan.is_diagonal, widths(plan.levels, read),
+        plan.levels, i, x_t, mean, sd**2, x_0_hat, pull_back, lambda x: _smooth_log_r(plan, x),
+        known, mask, plan.is_diagonal, of_level._replace(variance=variance),
         None if covariance is None else covariance.given,
         None if covariance is None else covariance.nearer,
     )  # fmt: skip
@@ -298,8 +301,25 @@ def _known(plan: Plan) -> tuple[Any, Any]:
     return draw.diffusion.to_chain(values), draw.mask
 
 
+def _within_cells(plan: Plan) -> Any:
+    """Variance that a known value of a grid leaves to what is put on it: that of its cell, Δ²/12.
+
+    On the scale of the chain; 0 elsewhere. The end cells are open, and count as if they were not.
+    """
+    draw = plan.levels.draw
+    grid = draw.diffusion.last_step.grid
+    if grid is None or draw.known is None:
+        return 0.0
+    return jnp.where(draw.mask, (grid.spacing / draw.diffusion.scale) ** 2 / 12, 0.0)
+
+
 def log_r(plan: Plan, x: Any) -> Any:
-    """log r of particles on the scale of the chain, `(P, *plates)`."""
+    """log r of particles on the scale of the chain, `(P, *plates)`; at their values on a grid."""
+    return jax.vmap(plan.conditioned.log_r)(plan.levels.draw.diffusion.to_data(x))
+
+
+def _smooth_log_r(plan: Plan, x: Any) -> Any:
+    """The same between the values of a grid: what a twist expands."""
     diffusion = plan.levels.draw.diffusion
     x_0 = x if diffusion.scale is None else x * diffusion.scale + diffusion.loc
     return jax.vmap(plan.conditioned.log_r)(x_0)
@@ -307,14 +327,3 @@ def log_r(plan: Plan, x: Any) -> Any:
 
 def _symbol_log_r(plan: Plan) -> Callable[[Any], Any] | None:
     return (lambda x: log_r(plan, x)) if plan.conditioned.observed else None
-
-
-def log_units(plan: Plan) -> Any:
-    """What the density of known entries gains by the user's units, nats."""
-    draw = plan.levels.draw
-    if draw.known is None or draw.diffusion.scale is None:
-        return 0.0
-    shape = (*plan.conditioned.batch_shape, *plan.event_shape)
-    log_scale = jnp.where(draw.mask, jnp.broadcast_to(jnp.log(draw.diffusion.scale), shape), 0.0)
-    per_system = -sum_event(log_scale, len(plan.conditioned.batch_shape)).reshape(-1)
-    return jnp.tile(per_system, plan.num_runs)[:, None]

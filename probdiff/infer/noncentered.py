@@ -55,8 +55,8 @@ def noncentered(program: Program, *, steps: int | None = None) -> Program:
 
     Returns:
         A program with the arguments of `program`. When called it raises a `ValueError` if it meets
-        no prior, one of symbols, one whose density a handler or a subsampling plate changes, or
-        one whose trajectory has a value, or an unbound parameter.
+        no prior, one of symbols or of numbers on a grid, one whose density a handler or a
+        subsampling plate changes, or one whose trajectory has a value, or an unbound parameter.
     """
 
     def over_noise(*args: Any, **kwargs: Any) -> Any:
@@ -230,6 +230,11 @@ def _check(msg: dict[str, Any]) -> None:
         raise ValueError(
             f"prior {draw.diffusion.name!r} must be one of numbers, which are smooth in their "
             f"noise; got symbols, {kernel}. Use infer.SMC"
+        )
+    if draw.diffusion.last_step.grid is not None:
+        raise ValueError(
+            f"prior {draw.diffusion.name!r} must be one of numbers that are smooth in their noise; "
+            f"got numbers on a grid, {draw.diffusion.last_step}. Use infer.SMC"
         )
     if msg["value"] is not None:
         raise ValueError(

@@ -32,7 +32,6 @@ from probdiff.infer.look import (
     hessian,
     in_blocks,
     log_r,
-    log_units,
     look_at,
     look_at_first,
     measure,
@@ -108,7 +107,7 @@ def finish(plan: Plan, keys: Array, state: State) -> State:
     """From level 1 to x_0 and its likelihood; `x` is then on the scale of the chain."""
     look = in_blocks(plan, state.x, lambda x: look_at_first(plan, x))
     state = _move(plan, keys, state, look, 1, None)
-    likelihood = in_blocks(plan, state.x, lambda x: log_r(plan, x)) + log_units(plan)
+    likelihood = in_blocks(plan, state.x, lambda x: log_r(plan, x))
     state = _weigh(state, likelihood)
     ess = effective_number(state.log_w)
     trace = state.trace._replace(ess=state.trace.ess.at[0].set(ess))

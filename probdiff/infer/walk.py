@@ -307,9 +307,7 @@ def _curvature(conditioned: Any, points: Any, key: Array) -> Array:
 def _outcome(plan: Plan, state: particles.State) -> tuple[Any, ...]:
     """Arrays of an `Outcome`."""
     diffusion, conditioned = plan.levels.draw.diffusion, plan.conditioned
-    x_0 = plan.to_program(state.x)
-    if diffusion.scale is not None:
-        x_0 = x_0 * diffusion.scale + diffusion.loc
+    x_0 = diffusion.to_data(plan.to_program(state.x))
     if plan.levels.draw.known is not None:
         x_0 = jnp.where(plan.levels.draw.mask, plan.levels.draw.known, x_0)
     log_w = jnp.where(jnp.isnan(state.log_w), -jnp.inf, state.log_w)
