@@ -79,6 +79,11 @@ class Discretised(LastStep):
     `Discretised(0, 255, 256)` is for grey levels 0, 1, …, 255; x_0 stays a float in these units.
     The bound is then one of a probability, at most −H(X_0), and `diagnostics.bits_per_dim` applies
     without dequantisation.
+
+    Let the first noise, √β_1 · scale, be about the spacing Δ (1.3 Δ in DDPM): with less, the chain
+    pays for levels on which the network would have to know the grid. Digits of 17 grey levels, a
+    small network after 800 steps: 4.06, 2.52, 2.34 and 2.24 bits per pixel at 0.08, 0.4, 0.7 and
+    1.2 Δ, and 2.69 for the same network on dequantised digits with β_1 = 2e-4 (errors 0.015).
     """
 
     low: Real
