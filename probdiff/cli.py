@@ -184,11 +184,16 @@ def _bound(args: argparse.Namespace) -> None:
     )
     if args.ladder is not None:
         group = tree["ladder"]
-        for name, text in {"importance": "importance weighted", "smc": "SMC"}.items():
+        texts = {
+            "bound": f"K, {group.attrs['num_draws']} draws a step",
+            "importance": f"importance weighted, S = {args.ladder}",
+            "smc": f"SMC, S = {args.ladder}",
+        }
+        for name, text in texts.items():
             mean, se = (
                 float(group[v].values.flat[-1]) for v in (f"{name}_mean", f"{name}_mean_se")
             )
-            print(f"{text}, S = {args.ladder}: {mean:.6g} ± {se:.2g} nats")
+            print(f"{text}: {mean:.6g} ± {se:.2g} nats")
     print(f"per example, mean and standard error over {len(x_0)} examples; each example in {out}")
 
 

@@ -12,6 +12,7 @@ observation is; `infer` and `MCMC` count it.
 Source: Sohl-Dickstein et al. (2015), section 2.5.
 """
 
+import warnings
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -72,6 +73,7 @@ class Prior:
         self.variance = validation.check_variance(diffusion.event_shape, variance)
         self.covariance = None
         if self.variance.ndim == 2 and self.variance.shape != diffusion.event_shape:
+            _warn_about_units(diffusion, self.variance)
             self.covariance = _eigen(self.variance)
             self.variance = np.diag(self.variance).reshape(diffusion.event_shape)
 
@@ -114,6 +116,26 @@ class Prior:
         observed = diffusion.data_given_first(trajectory, x_1, mask)
         numpyro.factor(f"{diffusion.name}_known", observed.log_prob(known))
         return numpyro.deterministic(diffusion.name, jnp.where(mask, known, x_0))
+
+
+def _warn_about_units(diffusion: Any, covariance: np.ndarray) -> None:
+    """Warn of a covariance in the user's units, where that can be told."""
+    if diffusion.scale is None:
+        return
+    sd = np.broadcast_to(np.asarray(diffusion.scale), diffusion.event_shape).reshape(-1)
+    given = np.diag(covariance)
+    scaled = given / sd**2
+
+    def is_near_1(variances: np.ndarray) -> bool:
+        return bool(0.5 < variances.mean() < 2)
+
+    if is_near_1(scaled) and not is_near_1(given):
+        warnings.warn(
+            f"variance has mean {given.mean():.3g} along its diagonal, and {scaled.mean():.3g} if "
+            "divided by scale²: it looks like a covariance in the user's units. Give that of "
+            "(x − loc)/scale",
+            stacklevel=4,
+        )
 
 
 FLOOR = 1e-5

@@ -57,7 +57,7 @@ class Fit(NamedTuple):
             evaluation.
         losses: Loss of each step, summed over the batch as SVI sums it.
         state: SVI's state after the last step.
-        held_out_losses: Evaluations on held-out data; empty without them.
+        held_out_losses: Evaluations on held-out data, summed over all of them; empty without.
         num_steps: Steps done; less than asked for after an early stop.
     """
 

@@ -93,9 +93,14 @@ def test_bound_climbs_the_ladder_when_told(model, data, tmp_path, capsys):
         warnings.simplefilter("ignore", diagnostics.LadderWarning)
         group = diagnostics.ladder(jax.random.key(0), diffusion, params, x, sizes=(1, 20))["ladder"]
     said = capsys.readouterr().out
-    for text, name in (("importance weighted", "importance"), ("SMC", "smc")):
+    texts = {
+        "K, 100 draws a step": "bound",
+        "importance weighted, S = 20": "importance",
+        "SMC, S = 20": "smc",
+    }
+    for text, name in texts.items():
         mean, se = (float(group[v].values.flat[-1]) for v in (f"{name}_mean", f"{name}_mean_se"))
-        assert f"{text}, S = 20: {mean:.6g} ± {se:.2g} nats" in said
+        assert f"{text}: {mean:.6g} ± {se:.2g} nats" in said
     with xr.open_datatree(out, engine="h5netcdf") as tree:
         assert set(tree.children) == {"bound", "ladder"}
 

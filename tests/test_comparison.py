@@ -45,6 +45,14 @@ def trees(num_examples=40):
 # the numbers
 
 
+def test_bounds_of_other_examples_are_refused():
+    diffusion, x = exact_gaussian(np.zeros(2), 1.0), np.ones((10, 2), np.float32)
+    bounds = [diagnostics.bound(jax.random.key(0), diffusion, {}, row) for row in (x, x, 2 * x)]
+    diagnostics.compare({"a": bounds[0], "b": bounds[1]})
+    with pytest.raises(ValueError, match="same examples in the same order"):
+        diagnostics.compare({"a": bounds[0], "b": bounds[2]})
+
+
 def test_differences_and_their_paired_errors_are_those_by_hand():
     given = trees()
     group = diagnostics.compare(given, prob=0.9)["comparison"]

@@ -107,7 +107,9 @@ def test_bounds_hold_at_every_step_of_the_heartbeat():
     np.testing.assert_allclose(g["correction"], 0, atol=1e-5)  # a fifth of the bits are on
     # The best model that treats bins alone is not better than the truth
     assert (g["model"] > exact - 4 * g["model_se"] - 1e-4).all()
-    assert g.attrs["condition"] == "upper holds for data whose mean activity is that of π"
+    assert (
+        g.attrs["condition"] == "eq. 24's upper bound needs data whose mean activity is that of π"
+    )
 
 
 def test_forward_entropy_averages_over_the_states(x64):
@@ -128,7 +130,7 @@ def test_forward_entropy_averages_over_the_states(x64):
         p = a[t - 2] * np.eye(3)[x] + (1 - a[t - 2]) / 3
         expected.append((p @ rows).sum(1).mean())
     np.testing.assert_allclose(g["upper"], expected, rtol=1e-10)
-    assert g.attrs["condition"] == "upper holds for all data, as π is uniform"
+    assert g.attrs["condition"] == "eq. 24's upper bound holds for all data, as π is uniform"
 
 
 def test_information_of_gaussian_data_lies_between_its_bounds():
@@ -185,9 +187,11 @@ def test_what_does_not_fit_is_refused_by_name():
             ValueError, match=r"tree must hold kl of shape \(10, 2\); got \(20, 2\)"
         ):
             call(x[:10], tree)
+        with pytest.raises(ValueError, match="tree must be of the examples in x_0"):
+            call(x + 1, tree)
         with pytest.raises(ValueError, match="tree must be what"):
             call(x, xr.DataTree())
-    with pytest.raises(ValueError, match="at least 2 examples to contrast; got 1"):
+    with pytest.raises(ValueError, match="x_0 must be at least 2 to contrast; got 1"):
         one = diagnostics.bound(KEY, diffusion, {}, x[:1])
         diagnostics.information(KEY, diffusion, {}, x[:1], one)
     table = jnp.zeros((4, 6))

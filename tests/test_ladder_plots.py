@@ -40,7 +40,7 @@ def test_a_ladder_shows_means_beside_the_last_rung_with_paired_errors(rungs):
     expected = 4 * gap.std(0, ddof=1) / np.sqrt(30)
     np.testing.assert_allclose(np.diff(bars, axis=1)[:, 0], expected, atol=1e-12)
     assert [text.get_text() for text in ax.get_xticklabels()] == [
-        "K", "S = 1", "S = 10", "S = 100", "SMC, 100",
+        "K", "S = 1", "S = 10", "S = 100", "SMC, 100\n(any place)",
     ]  # fmt: skip
     assert "log p of the data, 2 nats" in [t.get_text() for t in ax.get_legend().get_texts()]
 

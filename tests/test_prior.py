@@ -17,6 +17,7 @@ from numpyro.infer import Predictive
 from numpyro.infer.util import log_density
 
 import reference
+from oracles import exact_gaussian
 from probdiff import BernoulliKernel, CategoricalKernel, Diffusion, GaussianKernel, schedules
 
 T = 4
@@ -343,3 +344,11 @@ def test_context_that_does_not_fit_is_refused(context_shape, context, message):
 def test_a_variance_that_is_none_is_refused(variance):
     with pytest.raises(ValueError, match="variance must be"):
         numbers().prior({}, variance=variance)
+
+
+def test_a_covariance_in_the_units_of_the_user_is_noticed():
+    diffusion = exact_gaussian(np.zeros(3), 1.0, T=3, loc=0.0, scale=20.0)
+    covariance = np.eye(3) + 0.2
+    diffusion.prior({}, variance=covariance)
+    with pytest.warns(UserWarning, match="looks like a covariance in the user's units"):
+        diffusion.prior({}, variance=400 * covariance)

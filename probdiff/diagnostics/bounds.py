@@ -20,6 +20,7 @@ Source: Sohl-Dickstein et al. (2015), eqs. 10 to 14 and appendix B.
 """
 
 import functools
+import hashlib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -73,7 +74,8 @@ def bound(
         `prior_kl` per `example`, `kl` per `example` and `step` (2..T). Attributes: `mean`, `se`
         (standard error over examples), `mean_bits`, `se_bits`, `T`, `num_draws`;
         `reference_measure`, "counting" for symbols and for numbers on a grid, else "Lebesgue, in
-        the user's units"; `num_dims`, entries observed of one example, nan where examples differ.
+        the user's units"; `num_dims`, entries observed of one example, nan where examples differ;
+        `data`, a digest of the examples, by which other functions know them again.
 
     Raises:
         ValueError: if data, context, mask or parameters do not fit.
@@ -85,7 +87,7 @@ def bound(
     parts = [_bound_block(k, params, *given, diffusion, num_draws) for k, given in blocks]
     reconstruction, kl, prior, se = (np.concatenate(part) for part in zip(*parts, strict=True))
     tree = _tree(reconstruction - kl.sum(1) - prior, reconstruction, prior)
-    tree["bound"].attrs |= _measure(diffusion, mask)
+    tree["bound"].attrs |= _measure(diffusion, mask) | {"data": digest(x_0, mask)}
     tree["bound"]["kl"] = xr.DataArray(
         kl, dims=("example", "step"), coords={"step": np.arange(2, diffusion.T + 1)}
     )
@@ -137,7 +139,7 @@ def sampled_bound(
     parts = [_sampled_block(k, params, *given, diffusion, num_times) for k, given in blocks]
     reconstruction, kl, prior = (np.concatenate(part) for part in zip(*parts, strict=True))
     tree = _tree(reconstruction - kl - prior, reconstruction, prior)
-    tree["bound"].attrs |= _measure(diffusion, mask)
+    tree["bound"].attrs |= _measure(diffusion, mask) | {"data": digest(x_0, mask)}
     tree["bound"].attrs |= {"T": diffusion.T, "num_times": num_times}
     return tree
 
@@ -268,6 +270,14 @@ def _tied_reconstruction(diffusion: Diffusion, forward: ForwardTrajectory) -> Fl
     if forward.observed is not None:
         terms = jnp.where(forward.observed, terms, 0.0)
     return forward.sum_event(terms)
+
+
+def digest(x_0: Any, mask: Any = None) -> str:
+    """A name for examples, the same for the same values."""
+    x_0 = np.asarray(x_0, np.float64)
+    if mask is not None:
+        x_0 = np.where(mask, x_0, np.nan)
+    return hashlib.sha256(x_0.tobytes()).hexdigest()[:16]
 
 
 def _measure(diffusion: Diffusion, mask: Mask | None) -> dict[str, Any]:

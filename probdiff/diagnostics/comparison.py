@@ -120,6 +120,11 @@ def _check_same(first: str, one: xr.DataTree, name: str, other: xr.DataTree) -> 
         raise ValueError(
             f"models must have the same coordinates of example; {first!r} and {name!r} differ"
         )
+    if one.attrs.get("data") != other.attrs.get("data"):
+        raise ValueError(
+            f"models must be bounds of the same examples in the same order; those of {first!r} and "
+            f"{name!r} have other values"
+        )
     for key in SHARED:
         if not np.array_equal(one.attrs[key], other.attrs[key], equal_nan=key == "num_dims"):
             raise ValueError(

@@ -38,7 +38,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Array, Float
 
-from probdiff.diagnostics.bounds import check_examples
+from probdiff.diagnostics.bounds import digest
 from probdiff.diffusion import Data, Diffusion
 from probdiff.infer.levels import log_probabilities
 from probdiff.kernels import AbsorbingKernel, DiscreteKernel
@@ -65,7 +65,8 @@ def entropies(diffusion: Diffusion, params: Params, x_0: Data, tree: xr.DataTree
         ValueError: if data or parameters do not fit, the tree is not of these examples, or the
             chain is an absorbing one, whose π puts no mass on data.
     """
-    check_examples(diffusion, params, x_0, None, None)
+    diffusion.check_params(params)
+    diffusion.check_data(x_0)
     kl = _kl(tree, diffusion, x_0)
     kernel = diffusion.kernel
     if isinstance(kernel, AbsorbingKernel):
@@ -107,6 +108,8 @@ def information(
 ) -> xr.DataTree:
     """Bounds on I(X_0; X_t), what level t still tells of the data.
 
+    Both are estimates: within their standard errors the lower may come out above the upper.
+
     Args:
         key: Randomness.
         diffusion: The model.
@@ -124,9 +127,11 @@ def information(
     Raises:
         ValueError: if data or parameters do not fit, or the tree is not of these examples.
     """
-    check_examples(diffusion, params, x_0, None, None, num_levels=num_levels)
-    if len(x_0) < 2:
-        raise ValueError(f"x_0 must hold at least 2 examples to contrast; got {len(x_0)}")
+    diffusion.check_params(params)
+    diffusion.check_data(x_0)
+    for argument, value, least in (("x_0", len(x_0), 2), ("num_levels", num_levels, 1)):
+        if value < least:
+            raise ValueError(f"{argument} must be at least {least} to contrast; got {value}")
     kl = _kl(tree, diffusion, x_0)
     T = diffusion.T
     paid = np.concatenate([kl, tree["bound"]["prior_kl"].values[:, None]], 1)  # steps 2..T, and π
@@ -154,6 +159,8 @@ def _kl(tree: xr.DataTree, diffusion: Diffusion, x_0: Any) -> np.ndarray:
     kl = tree["bound"]["kl"].values
     if kl.shape != shape:
         raise ValueError(f"tree must hold kl of shape {shape}; got {kl.shape}")
+    if tree["bound"].attrs["data"] != digest(x_0):
+        raise ValueError("tree must be of the examples in x_0; got one of others, or with a mask")
     return np.asarray(kl, np.float64)
 
 
@@ -184,10 +191,10 @@ def _transition_entropy(kernel: Any, before: Any, step: Step) -> Float[Array, ".
 
 def _condition(kernel: Any) -> str:
     if not isinstance(kernel, DiscreteKernel):
-        return "upper holds for data of unit second moment on average over entries"
+        return "eq. 24's upper bound needs data of unit second moment on average over entries"
     if np.ptp(kernel.log_pi) == 0:
-        return "upper holds for all data, as π is uniform"
-    return "upper holds for data whose mean activity is that of π"
+        return "eq. 24's upper bound holds for all data, as π is uniform"
+    return "eq. 24's upper bound needs data whose mean activity is that of π"
 
 
 @functools.partial(jax.jit, static_argnames="diffusion")

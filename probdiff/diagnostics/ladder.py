@@ -44,6 +44,8 @@ SIZES = (1, 10, 100, 1000)
 """Numbers of trajectories S at which L_S is told, where nothing else is asked for."""
 PROB = 0.95
 """Coverage of the intervals."""
+LEAST_ESS = 0.1
+"""Share of effective particles below which an SMC estimate is warned of."""
 
 
 class LadderWarning(UserWarning):
@@ -132,7 +134,7 @@ def ladder(
     )
     for name in ("bound", "importance", "smc"):
         group = _with_mean(group, name)
-    sentences = _sentences(khat, sizes)
+    sentences = _sentences(khat, group["least_ess"].values, sizes)
     for sentence in sentences:
         warnings.warn(sentence, LadderWarning, stacklevel=2)
     group.attrs = {
@@ -263,16 +265,23 @@ def _with_mean(group: xr.Dataset, name: str) -> xr.Dataset:
     )
 
 
-def _sentences(khat: np.ndarray, sizes: tuple[int, ...]) -> list[str]:
-    size = sizes[-1]
+def _sentences(khat: np.ndarray, least_ess: np.ndarray, sizes: tuple[int, ...]) -> list[str]:
+    size, said = sizes[-1], []
     if size <= 10:  # too few for a fit
-        return []
+        return said
     most = min(1 - 1 / math.log10(size), 0.7)
     count = int(np.sum(np.nan_to_num(khat) > most))
-    if count == 0:
-        return []
-    return [
-        f"{count} of {len(khat)} examples have Pareto k above {most:.2f} at S = {size}: their "
-        "importance-weighted bounds are still lower bounds, but may be far below log p(x_0), with "
-        "standard errors that are too small; take more trajectories, or read the SMC estimate"
-    ]
+    if count:
+        said.append(
+            f"{count} of {len(khat)} examples have Pareto k above {most:.2f} at S = {size}: their "
+            "importance-weighted bounds are still lower bounds, but may be far below log p(x_0), "
+            "with standard errors that are too small; take more trajectories"
+        )
+    count = int(np.sum(least_ess < LEAST_ESS))
+    if count:
+        said.append(
+            f"{count} of {len(khat)} examples had fewer than {LEAST_ESS:.0%} effective particles "
+            "at a step of SMC: its estimate may be below the importance-weighted bound; both are "
+            "lower bounds, of which the higher is the nearer; take more trajectories"
+        )
+    return said

@@ -51,7 +51,8 @@ def noncentered(program: Program, *, steps: int | None = None) -> Program:
 
     Args:
         program: A program that calls priors of numbers; condition it before, on what it observes.
-        steps: Steps n of the chain, in 2..T; all T if absent.
+        steps: Steps n of the chain, in 2..T; all T if absent. Fewer are another, coarser model,
+            whose posteriors may be narrower by a quarter.
 
     Returns:
         A program with the arguments of `program`. When called it raises a `ValueError` if it meets

@@ -58,7 +58,9 @@ def ladder(tree: xr.DataTree, *, truth: float | None = None, ax: Axes | None = N
     if truth is not None:
         above = truth - last.mean()
         ax.axhline(above, color=GREEN, linewidth=1.5, label=f"log p of the data, {truth:.4g} nats")
-    ax.set_xticks(places, ["K", *(f"S = {size}" for size in sizes), f"SMC, {sizes[-1]}"])
+    ax.set_xticks(
+        places, ["K", *(f"S = {size}" for size in sizes), f"SMC, {sizes[-1]}\n(any place)"]
+    )
     ax.set(
         xlabel="trajectories per example",
         ylabel=f"less the bound at S = {sizes[-1]} (nats per example)",
@@ -112,7 +114,9 @@ def entropy_band(tree: xr.DataTree, *, ax: Axes | None = None) -> Axes:
     upper = group["upper"].values - lower
     any_data = upper + group["correction"].values
     model, se = group["model"].values - lower, group["model_se"].values
-    ax.fill_between(step, 0, upper, color=BLUE, alpha=0.15, linewidth=0, label="eq. 24")
+    ax.fill_between(
+        step, 0, upper, color=BLUE, alpha=0.15, linewidth=0, label="between eq. 24's bounds"
+    )
     if np.abs(any_data - upper).max() > 1e-3 * max(np.abs(upper).max(), 1e-9):
         ax.plot(step, any_data, color=BLUE, linestyle="--", label="upper bound for any data")
     ax.plot(step, model, color=ORANGE, linewidth=1.5, label="upper bound by the model")

@@ -70,6 +70,8 @@ def bound_per_step(tree: xr.DataTree, *, ax: Axes | None = None) -> Axes:
         tree: What `diagnostics.bound` returned.
         ax: Where to draw; a new figure if absent.
     """
+    if "bound" not in tree.children or "kl" not in tree["bound"]:
+        raise ValueError(f"tree must come from diagnostics.bound; got groups {list(tree.children)}")
     ax = axes_or_new(ax)
     group = tree["bound"]
     kl = group["kl"]
