@@ -4,7 +4,9 @@ Nothing here imports `probdiff`: its annotations become run-time checks through 
 that is set after this file is read (`--jaxtyping-packages` in pyproject.toml).
 """
 
+import gc
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import jaxtyping
@@ -23,7 +25,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What looks at a finished experiment has to run one: minutes of compiling."""
     for item in items:
         if "finished" in getattr(item, "fixturenames", ()):
-            item.add_marker("experiments")
+            item.add_marker("long")
+
+
+COMPUTING = {
+    "test_calibrate", "test_conditioning", "test_control", "test_dead_leaves", "test_discretised",
+    "test_entropies", "test_ladder", "test_oracles", "test_predictive", "test_readme",
+    "test_smc_mixtures", "test_smc_oracles", "test_textures", "test_train",
+}  # fmt: skip
+"""Modules that compute for longer than they compile."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compilation(request: pytest.FixtureRequest) -> None:
+    """All others compile without optimisations, which takes a quarter off their time."""
+    is_plain = request.module.__name__ not in COMPUTING
+    jax.config.update("jax_disable_most_optimizations", is_plain)
+
+
+MOST_MAPS = 20_000
+"""Memory maps of a process, a few for every compiled program, of which Linux allows 65,530."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_memory_maps() -> Iterator[None]:
+    """Forget what one module compiled before the next runs out of maps and the process dies."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.is_file() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        gc.collect()
+        jax.clear_caches()
 
 
 @pytest.fixture

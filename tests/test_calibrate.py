@@ -91,6 +91,7 @@ def _fast_compilation():
 # what is rejected and what is not
 
 
+@pytest.mark.long
 def test_smc_passes_and_the_rule_of_2015_does_not():
     smc = infer.SMC(measured, num_particles=128, num_runs=2)
     rule = infer.Guided(measured, twist=infer.KernelTwist(), num_samples=256, check=False)

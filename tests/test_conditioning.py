@@ -160,6 +160,7 @@ def inferred(request, oracle):
     return task, law, conditioning.posterior(key, smc, task, x)
 
 
+@pytest.mark.long
 def test_posterior_and_evidence_are_those_of_a_gaussian_prior(inferred):
     task, law, found = inferred
     mean, log_p = law.given(task, found.y)

@@ -155,6 +155,7 @@ def test_plates_keep_their_names_across_gaps():
     assert observed["offset"].dims == ("places",) and observed.sizes["places"] == 4
 
 
+@pytest.mark.long
 def test_mcmc_and_smc_of_a_program_have_the_same_dims():
     smc = infer.SMC(rows, num_particles=128, num_runs=2)
     smc.run(jax.random.key(0), Y)

@@ -300,6 +300,7 @@ def enumerate_chain(diffusion, params):
     return data, p_0, bound
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 def test_bound_and_importance_estimate_agree_with_enumeration(case):
     diffusion, params = tiny(*CASES[case])

@@ -16,6 +16,7 @@ from probdiff import Diffusion, GaussianKernel, diagnostics, infer, networks, re
 from probdiff.readouts import Discretised, Grid
 from probdiff.readouts.grid import log_mass_within
 
+pytestmark = pytest.mark.filterwarnings("ignore::probdiff.diagnostics.LadderWarning")
 GRID = Discretised(0, 16, 17)
 NARROW, WIDE = np.array([6.3, 9.0]), np.array([1.7, 2.5])
 """Mean and standard deviation of data, the user's units: some cells hold little, some much."""
@@ -195,6 +196,7 @@ def test_bound_is_of_a_probability_and_has_bits():
     assert some.attrs["reference_measure"] == "counting"
 
 
+@pytest.mark.long
 def test_units_of_the_chain_do_not_enter():
     """Other loc and scale, the same masses: no Jacobian."""
     x = on_grid(20)
@@ -253,6 +255,7 @@ def test_model_draws_and_observes_values_of_the_grid(key):
     assert sites["x_0"]["value"] is x
 
 
+@pytest.mark.long
 def test_training_has_a_gradient_from_the_start():
     """float32, an untrained network on 256 grey levels: some values start 1e3 deviations away."""
     network = networks.Perceptron((4,), 8, 1, 10, rngs=nnx.Rngs(0))

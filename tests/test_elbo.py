@@ -280,6 +280,7 @@ def test_other_latents_are_scored_as_mean_field_does():
     assert with_w.std() < 1.5 * without.std()
 
 
+@pytest.mark.long
 def test_svi_trains_evaluates_and_runs_with_it(rough):
     diffusion, _, x = rough
     svi = SVI(diffusion.model, diffusion.guide, optax.adam(1e-2), SampledTimeELBO(num_times=4))
@@ -361,6 +362,7 @@ def test_model_without_its_guide_statement_is_refused(rough):
         SampledTimeELBO().loss(jax.random.key(0), params, diffusion.model, lambda x: None, x)
 
 
+@pytest.mark.long
 def test_compiled_step_does_not_grow_with_T():
     """Temporary memory and arithmetic of one step, as XLA counts them: T = 1000 over T = 40."""
 

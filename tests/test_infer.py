@@ -83,14 +83,6 @@ def array(value):
     return np.float32(value)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _fast_compilation():
-    """Samplers here run for milliseconds and compile for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def smc():
     """One compiled sampler for many runs; each test runs it anew."""
@@ -610,6 +602,11 @@ def test_a_shorter_chain_says_what_becomes_of_a_learned_variance():
 def test_smc_refuses_options_out_of_range(options, words):
     with pytest.raises(ValueError, match=words):
         infer.SMC(measured, **options)
+
+
+def test_observations_that_are_nan_are_named_before_anything_is_walked(smc):
+    with pytest.raises(ValueError, match=r"must not observe nan.*Mask what is missing"):
+        smc.run(jax.random.key(0), np.float32(np.nan), np.float32(1.0))
 
 
 def test_runs_that_devices_cannot_share_are_refused(unchecked):

@@ -26,6 +26,7 @@ from probdiff import (
 )
 from probdiff.diagnostics import LadderWarning
 
+pytestmark = pytest.mark.filterwarnings("ignore::probdiff.diagnostics.LadderWarning")
 MEAN, SD = np.array([0.3, -0.5]), np.array([0.9, 0.6])
 # A network that holds the data for wider than they are, of a chain that ends before noise
 RATES = schedules.log_snr_linear(8, beta_1=0.01, alpha_bar_T=0.6)
@@ -94,10 +95,9 @@ def test_rungs_do_not_fall_and_stay_below(rungs):
 
 def test_first_rung_is_the_bound(rungs):
     g, _ = rungs
-    gap = g["importance"].sel(size=1) - g["bound"]
-    se = np.sqrt(g["importance_se"].sel(size=1) ** 2 + g["bound_se"] ** 2)
-    assert np.abs(gap / se).max() < 5
-    assert abs(float((gap / se).mean())) < 4 / np.sqrt(gap.size)
+    gap = (g["importance"].sel(size=1) - g["bound"]).values
+    assert abs(gap.mean()) < 4 * gap.std(ddof=1) / np.sqrt(len(gap))
+    assert gap.std() < 0.1  # of log densities that spread over more than a nat
 
 
 def test_bounds_from_both_sides_close_in_on_the_log_density():
@@ -116,6 +116,7 @@ def test_bounds_from_both_sides_close_in_on_the_log_density():
     assert 0 < float(g["gap_mean"][-1]) < 0.02
 
 
+@pytest.mark.long
 def test_stated_intervals_cover_as_they_say():
     """2,000 repetitions: each example's own intervals, of what E log Ẑ and L_S are."""
     mean, sd = of_wrong()
@@ -193,6 +194,7 @@ def test_upper_bound_of_bits_is_not_below(trained):
     assert (np.diff(g["gap_mean"]) < 0).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kernel", [CategoricalKernel(3), AbsorbingKernel(3)])
 def test_estimates_have_no_bias_on_classes(kernel):
     """Mean of Ẑ over repeats, by importance and by SMC, is the enumerated probability."""
@@ -300,7 +302,7 @@ def test_a_fresh_process_reopens_and_plots_the_tree_without_the_package(rungs, t
     line, = plt.plot(group["size"], group["importance_mean"])
     assert np.isfinite(line.get_ydata()).all()
     arviz_plots.plot_dist(  # examples as draws: how log p is spread over the data
-        xr.DataTree.from_dict({"posterior": group[["importance"]].to_dataset().isel(size=-1)}),
+        xr.DataTree.from_dict({"posterior": group.to_dataset()[["importance"]].isel(size=-1)}),
         sample_dims=["example"], backend="matplotlib",
     )
     """

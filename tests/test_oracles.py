@@ -105,6 +105,7 @@ def test_nested_plates_sum_over_all_cells(x):
     assert value == pytest.approx(float(log_normal(data, MEAN, SD).sum()), abs=1e-9)
 
 
+@pytest.mark.long
 def test_subsampled_plate_scales_to_the_whole(x):
     diffusion = exact_gaussian(MEAN, SD)
 
@@ -150,6 +151,7 @@ def test_two_models_in_one_program_keep_their_densities(x):
     assert elbo(pair("reverse"), pair("forward"), x, y) == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.long
 def test_latent_code_and_chain_give_the_evidence(x):
     """z ~ exact Gaussian chain, y ~ N(z, σ²): with the exact guide for z the ELBO is log p(y)."""
     diffusion = exact_gaussian(MEAN, SD, name="z")
@@ -253,6 +255,7 @@ def test_exact_diagonal_kernels_reach_the_golden_bound(rho, T, bits):
     assert abs(value - bits) < 3 * gap.std() / math.sqrt(n) + 1e-4
 
 
+@pytest.mark.long
 def test_trained_perceptron_comes_within_two_hundredths_of_a_bit():
     """rho = 0.9, harmonic schedule, T = 40: the best diagonal chain reaches -3.0760 bits."""
     covariance = jnp.array([[1, 0.9], [0.9, 1]])

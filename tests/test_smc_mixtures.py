@@ -62,6 +62,7 @@ def test_evidence_by_hand_is_the_mean_of_the_likelihood():
     assert (np.abs(mean - q.weights @ q.means) < 4 * error).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [0, 1])
 def test_modes_and_evidence_are_found(seed):
     score = run(seed, 8, 1, LAPLACE)

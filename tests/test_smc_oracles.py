@@ -279,6 +279,7 @@ def functions(x):
     return np.stack([x[:, 0], x[:, 1], x[:, 0] ** 2, x[:, 1] ** 2, x[:, 0] * x[:, 1]], 1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("observe", [counts, heavy_tails, censored, two_peaks])
 def test_posterior_under_a_mixture_is_that_of_importance_sampling(drawn, observe):
     """Evidence within 3 standard errors of both sides together, five moments within 4."""
@@ -315,6 +316,7 @@ def in_a_plate(prior, size):
     return program
 
 
+@pytest.mark.long
 def test_an_entry_of_a_large_plate_is_the_run_without_it(x64):
     prior = standard_normal(NARROW).prior({}, variance=0.3)
 
@@ -355,6 +357,7 @@ def test_a_constant_factor_shifts_the_evidence():
     np.testing.assert_allclose(after - before, 7.5, rtol=0, atol=1e-4)
 
 
+@pytest.mark.long
 def test_squared_error_of_the_mean_falls_as_one_over_the_particles():
     numbers, errors = np.array([64, 256, 1024, 4096]), []
     for n in numbers:

@@ -47,14 +47,6 @@ every_kernel = pytest.mark.parametrize("kernel", KERNELS)
 pytestmark = pytest.mark.filterwarnings("ignore::probdiff.infer.InferenceWarning")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _fast_compilation():
-    """Samplers here run for milliseconds and compile for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 class Chain(NamedTuple):
     """A chain with its exact law."""
 
@@ -160,6 +152,7 @@ def joint_of(model, log_r, mask):
     return model.p * is_met * np.exp(np.asarray(log_r(jnp.asarray(model.data)), float))
 
 
+@pytest.mark.long
 @every_kernel
 def test_evidence_and_posterior_have_no_bias_however_few_the_particles(kernel):
     """E Ẑ = Z, and E Ẑ Σ w f(x_0) = Σ p r f for the indicator f of every state."""

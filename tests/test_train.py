@@ -536,6 +536,7 @@ DIVIDED = """
 """
 
 
+@pytest.mark.long
 def test_four_devices_give_what_one_gives(tmp_path):
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     env = os.environ | flags | {"PYTHONPATH": os.pathsep.join(sys.path)}

@@ -106,8 +106,14 @@ class Walk:
                 "program must keep the entries of the plates around the prior apart; log r of one "
                 "moved with the x_0 of another. Take the prior out of the plate"
             )
+        is_diagonal, is_quadratic, is_impossible = map(bool, shape)
+        if is_impossible and any(np.isnan(a).any() for a in arrays if a.dtype.kind == "f"):
+            raise ValueError(
+                "program must not observe nan: its arguments hold some, and no draw of the prior "
+                "that was tried can have given them. Mask what is missing"
+            )
         n = int(n)
-        begin, walk, end = self._cached(self._functions, *map(bool, shape), *static)
+        begin, walk, end = self._cached(self._functions, is_diagonal, is_quadratic, *static)
         state = begin(keys, arrays)
         stops = np.unique(np.linspace(1, n, CHUNKS + 1 if progress else 2).astype(int))[::-1]
         with tqdm(total=n, desc="infer", disable=not progress) as bar:
@@ -189,7 +195,7 @@ class Walk:
                 points = jax.random.randint(
                     probes, (2, *shape), 0, diffusion.kernel.num_data_states, jnp.int32
                 )
-                curvature = jnp.zeros(2, bool)
+                curvature = jnp.zeros(3, bool)
             else:
                 points = jax.random.normal(probes, (PROBES, *shape)) * jnp.sqrt(
                     jnp.asarray(conditioned.draw.variance, diffusion.kernel.dtype)
@@ -281,7 +287,8 @@ def _system_keys(key: Array, batch_shape: tuple[int, ...], num_runs: int) -> Arr
 
 
 def _curvature(conditioned: Any, points: Any, key: Array) -> Array:
-    """Whether the curvature of log r is diagonal, and whether it is the same everywhere.
+    """Whether the curvature of log r is diagonal, whether it is the same everywhere, and whether
+    r is 0 at all points.
 
     Tried at points on the scale of the chain, by products with random signs.
     """
@@ -301,7 +308,8 @@ def _curvature(conditioned: Any, points: Any, key: Array) -> Array:
     change = jnp.sqrt(sum_event((product - product[:1]) ** 2, lead))
     is_same = jnp.all(change <= 1e-3 * jnp.sqrt(sum_event(product[:1] ** 2, lead)))
     is_finite = jnp.all(jnp.isfinite(at.value))
-    return jnp.stack([jnp.all(off <= 1e-3 * on), is_same & is_finite])
+    is_impossible = ~jnp.any(jnp.isfinite(at.value))
+    return jnp.stack([jnp.all(off <= 1e-3 * on), is_same & is_finite, is_impossible])
 
 
 def _outcome(plan: Plan, state: particles.State) -> tuple[Any, ...]:

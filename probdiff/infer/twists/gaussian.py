@@ -15,6 +15,8 @@ from probdiff.infer.twists.widened import Widened
 class GaussianTwist(Widened):
     """∫ r N(x̂_0, w_t I) for y = A x_0 + noise with a known map and noise: the exact integral.
 
+    Where the prior has the covariance of the data, C_t takes the place of w_t I.
+
     Args:
         matrix: A, `(m, d)`, acting on x_0 in the user's units, flattened to d numbers.
         noise: Standard deviation of each measurement, a number or `(m,)`.
@@ -22,7 +24,7 @@ class GaussianTwist(Widened):
 
     matrix: Any
     noise: Any
-    uses_covariance = False
+    uses_covariance = True
 
     def __post_init__(self) -> None:
         matrix, noise = np.asarray(self.matrix, np.float64), np.asarray(self.noise, np.float64)
