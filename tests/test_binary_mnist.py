@@ -25,6 +25,7 @@ def made_up(monkeypatch):
     return data
 
 
+@pytest.mark.long
 def test_run_leaves_its_files_and_goes_on_from_them(made_up, tmp_path):
     rows = binary_mnist.run(tmp_path / "a", quick=True, progress=False)
     files = {p.name for p in (tmp_path / "a").iterdir()}

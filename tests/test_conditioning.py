@@ -173,6 +173,7 @@ def test_posterior_and_evidence_are_those_of_a_gaussian_prior(inferred):
     assert abs(apart.mean()) < 4 * apart.std() / np.sqrt(32) + 0.02
 
 
+@pytest.mark.long
 def test_intervals_cover_truths_that_came_from_the_prior(inferred):
     task, _, found = inferred
     share, se = conditioning.coverage(found.rank, task.unseen)

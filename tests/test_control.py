@@ -72,6 +72,7 @@ def test_too_few_draws_are_left_as_they_are():
     np.testing.assert_array_equal(kl, better)
 
 
+@pytest.mark.long
 def test_the_bound_of_many_draws_is_told_with_less_error():
     """se over draws of a bound whose steps have most of their variance removed."""
     diffusion = exact_gaussian(MEAN, SD)

@@ -334,6 +334,7 @@ def test_bound_and_importance_estimate_agree_with_enumeration(case):
     assert (np.abs(elbo.mean(0) - bound) < 4.5 * elbo.std(0) / math.sqrt(n) + 1e-4).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 def test_every_objective_estimates_the_enumerated_bound(case):
     diffusion, params = tiny(*CASES[case])

@@ -149,6 +149,7 @@ def test_values_of_the_grid_come_back_bit_for_bit():
 # the exact chain
 
 
+@pytest.mark.long
 def test_importance_weighting_finds_the_mass_of_every_value():
     """One number; and so the masses of the model sum to 1."""
     mean, sd = np.array([0.6]), np.array([0.9])
@@ -288,6 +289,7 @@ def posterior(y, noise):
     return log_z, np.exp(logs - log_z)
 
 
+@pytest.mark.long
 def test_smc_finds_the_posterior_over_values_of_the_grid():
     """A likelihood as sharp as a cell: what counts is r at the values, not between them."""
     prior, y, noise = chain().prior({}), np.array([5.4, 11.2], np.float32), 0.6
@@ -307,6 +309,7 @@ def test_smc_finds_the_posterior_over_values_of_the_grid():
     np.testing.assert_allclose(share, np.stack([p.T] * 2), atol=0.04)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("beta_1", "both"), [(0.2, (0, 16)), (0.002, (4, 12))], ids=["wide step", "step within a cell"]
 )

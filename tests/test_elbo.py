@@ -140,6 +140,7 @@ def test_stratified_spreads_less_than_uniform_and_importance_least(rough):
     assert spread["importance"] < 0.9 * spread["stratified"] < 0.9 * spread["uniform"]
 
 
+@pytest.mark.long
 def test_running_kl_is_the_root_mean_square_of_each_step(rough):
     diffusion, params, x = rough
     guide = track_kl(diffusion.guide)

@@ -98,6 +98,7 @@ def test_upper_bound_needs_its_condition_and_the_correction_repairs_it():
     assert "unit second moment" in g.attrs["condition"]
 
 
+@pytest.mark.long
 def test_bounds_hold_at_every_step_of_the_heartbeat():
     diffusion, entropy = heartbeat()
     x = heartbeat_chains.examples()

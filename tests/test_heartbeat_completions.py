@@ -18,6 +18,7 @@ def both():
     return by_smc, among(draws)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what", ["right", "log_evidence"])
 def test_smc_and_counting_agree(both, what):
     (value, se), (counted, counted_se) = (getattr(found, what) for found in both)

@@ -228,7 +228,7 @@ def test_no_weight_at_all_is_said_and_never_nan(smc):
 
 @pytest.mark.filterwarnings(QUIET)
 def test_a_likelihood_that_is_not_a_number_counts_as_zero(smc):
-    run(smc, 1.0, 0.5, np.nan)
+    run(smc, 1.0, -0.5)  # log of a negative sd
     assert smc.log_evidence == -math.inf
     assert "the twist was not finite" in " ".join(smc.result.complaints)
 

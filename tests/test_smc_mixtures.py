@@ -72,6 +72,7 @@ def test_modes_and_evidence_are_found(seed):
     assert score.sw < 0.5
 
 
+@pytest.mark.long
 def test_unweighted_guidance_does_not_find_the_modes():
     """What a metric must see: the rule of 2015 is far from the posterior."""
     assert run(0, 8, 1, RULE_2015).tv > 0.2

@@ -144,6 +144,7 @@ def covariance_of_chain(diffusion, d):
     return a @ cov @ a.T + noise
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rho", [0.5, 0.9, 0.99])
 def test_known_entry_of_a_pair_is_conditioned_on_exactly(rho):
     diffusion = correlated(rho, LONG)
@@ -184,6 +185,7 @@ def test_clamping_a_known_entry_has_its_own_column(rho, mean):
 # r = 1, and r times a constant
 
 
+@pytest.mark.long
 def test_a_likelihood_of_one_leaves_the_law_of_the_chain(key):
     """Every weight is exactly one; draws are those of ancestral sampling."""
     diffusion = mixture_chain()
@@ -345,6 +347,7 @@ def small_runs(size, num_particles, shift=0.0, *, width=0.3, seed=6):
     return smc
 
 
+@pytest.mark.long
 def test_evidence_has_no_bias_however_few_the_particles():
     n = 2_000
     ratio = np.exp(small_runs(n, 16).log_evidence - stats.norm.logpdf(1, 0, math.sqrt(1.16)))
@@ -352,6 +355,7 @@ def test_evidence_has_no_bias_however_few_the_particles():
     assert ratio.std() > 0.05  # there is something to average
 
 
+@pytest.mark.long
 def test_a_constant_factor_shifts_the_evidence():
     before, after = (small_runs(4, 64, shift).log_evidence for shift in (0.0, 7.5))
     np.testing.assert_allclose(after - before, 7.5, rtol=0, atol=1e-4)

@@ -102,7 +102,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=10)
     rounds = parser.parse_args().rounds
-    cost(64, 560, 3, 1024, rounds)
+    cost(64, 660, 3, 1024, rounds)
     cost(2, 64, 2, 1024, rounds)
     for T, n in ((40, 256), (1000, 256), (40, 4096)):
         print(f"compile time, T = {T}, {n} particles: {compile_time(T, n):.1f} s", flush=True)
