@@ -19,7 +19,7 @@ assert "probdiff" not in sys.modules
 """
 
 
-def in_fresh_process(tree, path, code):
+def check_in_fresh_process(tree, path, code):
     """Write the tree, reopen it elsewhere as `tree` and run code there."""
     tree.to_netcdf(path, engine="h5netcdf")
     program = OPEN + textwrap.dedent(code) + CLOSE

@@ -11,7 +11,7 @@ import xarray as xr
 from flax import nnx
 from scipy import stats
 
-from fresh import in_fresh_process
+from fresh import check_in_fresh_process
 from oracles import exact_gaussian, log_normal
 from probdiff import BernoulliKernel, Diffusion, diagnostics, networks, plots, schedules
 
@@ -176,7 +176,7 @@ def test_the_picture_wants_a_comparison():
 
 
 def test_a_comparison_is_plotted_from_its_file_without_the_package(tmp_path):
-    in_fresh_process(
+    check_in_fresh_process(
         diagnostics.compare(trees()),
         tmp_path / "comparison.nc",
         """

@@ -15,7 +15,7 @@ from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.mcmc import MCMCKernel
 
-from fresh import in_fresh_process
+from fresh import check_in_fresh_process
 from probdiff import Diffusion, GaussianKernel, diagnostics, fit, infer, readouts, schedules
 
 T = 5
@@ -282,7 +282,7 @@ def test_an_autoguide_gives_noise_and_the_x_0_that_follows():
 
 def test_a_run_is_plotted_from_its_file_without_the_package(tmp_path):
     tree = tree_of(rows, Y)
-    in_fresh_process(
+    check_in_fresh_process(
         tree,
         tmp_path / "run.nc",
         """
@@ -297,7 +297,7 @@ def test_a_run_is_plotted_from_its_file_without_the_package(tmp_path):
 
 def test_a_fit_is_plotted_from_its_file_without_the_package(fitted, tmp_path):
     result, svi, x = fitted
-    in_fresh_process(
+    check_in_fresh_process(
         diagnostics.to_datatree(result, x, svi=svi, key=jax.random.key(1), num_draws=20),
         tmp_path / "fit.nc",
         """

@@ -9,7 +9,7 @@ import xarray as xr
 from flax import nnx
 from numpyro.infer import SVI
 
-from fresh import in_fresh_process
+from fresh import check_in_fresh_process
 from oracles import enumerate_chain, exact_gaussian, gaussian_law, gaussian_network, log_normal
 from probdiff import (
     AbsorbingKernel,
@@ -306,6 +306,6 @@ def test_a_fresh_process_reopens_and_plots_the_tree_without_the_package(rungs, t
         sample_dims=["example"], backend="matplotlib",
     )
     """
-    in_fresh_process(tree, tmp_path / "ladder.nc", code)
+    check_in_fresh_process(tree, tmp_path / "ladder.nc", code)
     with xr.open_datatree(tmp_path / "ladder.nc", engine="h5netcdf") as back:
         xr.testing.assert_identical(back["ladder"].to_dataset(), rungs[0].to_dataset())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fresh import in_fresh_process
+from fresh import check_in_fresh_process
 from oracles import exact_gaussian
 from probdiff import BernoulliKernel, Diffusion, diagnostics, schedules
 
@@ -161,7 +161,7 @@ def test_arviz_draws_it_as_it_is(tree, plot):
 
 
 def test_it_is_plotted_from_its_file_without_the_package(tree, tmp_path):
-    in_fresh_process(
+    check_in_fresh_process(
         tree,
         tmp_path / "check.nc",
         """

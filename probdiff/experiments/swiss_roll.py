@@ -164,13 +164,7 @@ def run(
         num_draws=size.draws_for_force, num_particles=size.particles,
     )  # fmt: skip
     say("rank by few points")
-    few = {
-        name: diagnostics.bound(
-            keys["bound"], m.diffusion, m.fitted.params, held_out[: size.few],
-            num_draws=size.draws_of_few,
-        )
-        for name, m in models.items()
-    }  # fmt: skip
+    few = _bound_few(keys["bound"], models, held_out, size)
     say("climb from K to the log density")
     x = held_out[: size.climbed]
     climbed = climb(
@@ -281,6 +275,18 @@ def figure_1(key: Array, diffusion: Diffusion, params: Params, x: Array, x_0: An
         [grid] * 3, drifts, [trajectory[:shown, t - 1] for t in drift_levels],
         [0, T // 4, T], drift_levels=drift_levels,
     )  # fmt: skip
+
+
+def _bound_few(
+    key: Array, models: dict[str, Trained], held_out: Array, size: Size
+) -> dict[str, xr.DataTree]:
+    """Bounds of the first held-out points, with more draws of the noise."""
+    return {
+        name: diagnostics.bound(
+            key, m.diffusion, m.fitted.params, held_out[: size.few], num_draws=size.draws_of_few
+        )
+        for name, m in models.items()
+    }
 
 
 def _define(size: Size) -> dict[str, Diffusion]:
