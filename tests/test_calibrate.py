@@ -80,14 +80,6 @@ def passes(tree):
     return tree.attrs["least_p_value"] > tree.attrs["bound"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _fast_compilation():
-    """Samplers here run for milliseconds and compile for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 # what is rejected and what is not
 
 

@@ -182,6 +182,27 @@ def test_clamping_a_known_entry_has_its_own_column(rho, mean):
     assert guided.get_samples()["x_0"][:, 1].mean() == pytest.approx(mean, abs=0.01)
 
 
+def test_a_known_linear_map_uses_the_covariance_of_the_data_as_any_likelihood_does():
+    """Both twists are the same integral, under the data's covariance if the prior has it."""
+    beta = schedules.log_snr_linear(T=20, beta_1=1e-3, alpha_bar_T=1e-4)
+    diffusion = correlated(0.9, beta)
+    prior = diffusion.prior({}, variance=np.array([[1.0, 0.9], [0.9, 1.0]]))
+    row, noise = np.array([[1.0, -1.0]], np.float32), 0.05
+
+    def program(y):
+        numpyro.sample("y", dist.Normal(jnp.sum(prior() * row[0]), noise), obs=y)
+
+    found = []
+    for twist in (infer.GaussianTwist(row, noise), infer.LaplaceTwist()):
+        smc = infer.SMC(program, num_particles=256, num_runs=4, twist=twist)
+        smc.run(jax.random.key(0), np.float32(1.0))
+        found.append(smc.log_evidence)
+    assert found[0] == pytest.approx(found[1], abs=1e-3)
+    variance = float((row @ covariance_of_chain(diffusion, 2) @ row.T)[0, 0]) + noise**2
+    exact = stats.norm.logpdf(1.0, 0, math.sqrt(variance))
+    assert abs(found[0] - exact) < 4 * smc.log_evidence_se
+
+
 # r = 1, and r times a constant
 
 
