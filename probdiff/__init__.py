@@ -18,6 +18,7 @@ from probdiff.elbo import (
 )
 from probdiff.kernels import AbsorbingKernel, BernoulliKernel, CategoricalKernel, GaussianKernel
 from probdiff.prior import Prior
+from probdiff.simple_loss import CombinedLoss, SimpleLoss
 from probdiff.storage import load, save
 from probdiff.train import Fit, fit
 
@@ -25,12 +26,14 @@ __all__ = [
     "AbsorbingKernel",
     "BernoulliKernel",
     "CategoricalKernel",
+    "CombinedLoss",
     "Diffusion",
     "Fit",
     "GaussianKernel",
     "ImportanceTimes",
     "Prior",
     "SampledTimeELBO",
+    "SimpleLoss",
     "StratifiedTimes",
     "UniformTimes",
     "datasets",

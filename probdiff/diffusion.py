@@ -36,6 +36,7 @@ from probdiff.networks.binding import bind, example_inputs
 from probdiff.networks.radial_basis import output_shape
 from probdiff.prior import Prior
 from probdiff.trajectories import (
+    TRAJECTORY_SUFFIX,
     DataGivenFirst,
     ForwardTrajectory,
     ReverseTrajectory,
@@ -73,7 +74,8 @@ class Diffusion:
             network: `network(x_t, t)`, with x_t `(B, *event_shape)` and t int32 `(B,)` in 1..T,
                 returning `(B, *event_shape)`, the last axis as many times as long as the readout
                 needs outputs (2 with a learned variance, K for K classes);
-                `network(x_t, t, context)` where there is a `context_shape`.
+                `network(x_t, t, context)` where there is a `context_shape`. One whose attribute
+                `takes_log_snr` is true is given log ᾱ_t/(1−ᾱ_t), a float, in place of t.
             event_shape: Shape of one example; `()` for a number.
             readout: How the network's output becomes p(x_s | x_t); by default `Perturbation()` for
                 numbers, `Logits()` for bits, `DataLogits()` for classes.
@@ -103,6 +105,8 @@ class Diffusion:
         )
         self._fixed_steps = None if is_learned else schedules.steps(self.schedule)
         self._binding = bind(network, self.event_shape, self.context_shape, kernel.dtype)
+        # made once, for what is compiled is kept by the identity of the function
+        self._apply_at_log_snr = functools.partial(_at_log_snr, self._binding.apply)
         self._check_network()
 
     def __repr__(self) -> str:
@@ -125,7 +129,7 @@ class Diffusion:
     @property
     def trajectory_name(self) -> str:
         """Name of the trajectory's site."""
-        return self.name + "_trajectory"
+        return self.name + TRAJECTORY_SUFFIX
 
     # statements, for anyone's program
 
@@ -158,7 +162,7 @@ class Diffusion:
         """
         self.check_data(x_0, mask)
         self.check_context(context)
-        trajectory = self.reverse_trajectory(self._bound(), self._steps(), context, mask)
+        trajectory = self.reverse_trajectory(*self._bound(), context, mask)
         return self._reverse(trajectory, x_0, mask)
 
     # programs over examples
@@ -186,7 +190,7 @@ class Diffusion:
         """`model` with a site for every level, from x_T down; sites `name_trajectory_t`."""
         self.check_data(x_0, None)
         self.check_context(context)
-        trajectory = self.reverse_trajectory(self._bound(), self._steps(), context)
+        trajectory = self.reverse_trajectory(*self._bound(), context)
         event_dim = len(self.event_shape)
         with self._plate(x_0, context):
             pi = self.kernel.stationary((*trajectory.batch_shape, *self.event_shape))
@@ -234,7 +238,7 @@ class Diffusion:
         self.check_params(params)
         self.check_context(context)
         with numpyro.handlers.block(), numpyro.handlers.substitute(data=params):
-            network, steps = self._bound(), self._steps()
+            network, steps = self._bound()
         return self.reverse_trajectory(network, steps, context, mask), steps
 
     def bound_steps(self, params: Params) -> Step:
@@ -289,7 +293,7 @@ class Diffusion:
 
         def trace(key: Array) -> Params:
             with numpyro.handlers.trace() as sites, numpyro.handlers.seed(rng_seed=key):
-                self._bound(), self._steps()
+                self._bound()
             return {name: s["value"] for name, s in sites.items() if s["type"] == "param"}
 
         return jax.eval_shape(trace, jax.random.key(0))
@@ -334,12 +338,18 @@ class Diffusion:
 
     # private
 
-    def _bound(self) -> Any:
-        """The network with its parameters, taken from the site `name_network$params`."""
+    @property
+    def _takes_log_snr(self) -> bool:
+        return getattr(self.network, "takes_log_snr", False)
+
+    def _bound(self) -> tuple[Any, Step]:
+        """The network with its parameters, from the site `name_network$params`, and the steps."""
         init, apply = self._binding
-        if init is None:
-            return jax.tree_util.Partial(apply, None)
-        return jax.tree_util.Partial(apply, numpyro.param(f"{self.name}_network$params", init))
+        params = None if init is None else numpyro.param(f"{self.name}_network$params", init)
+        steps = self._steps()
+        if self._takes_log_snr:
+            return jax.tree_util.Partial(self._apply_at_log_snr, params, steps), steps
+        return jax.tree_util.Partial(apply, params), steps
 
     def _steps(self) -> Step:
         """Table of steps; the rates from the site `name_beta` where they are learned."""
@@ -379,9 +389,14 @@ class Diffusion:
 
     def _check_network(self) -> None:
         """Run the network on shapes alone and compare what comes with what the readout needs."""
-        T = getattr(self.network, "T", self.T)
+        T = getattr(self.network, "T", None) or self.T
         if T != self.T:
             raise ValueError(f"network must be made for T = {self.T} steps; got one for T = {T}")
+        if self._takes_log_snr and self.rates[-1] == 1:
+            raise ValueError(
+                "network must know t where beta_T = 1, for the log-SNR of x_T is then −∞; got a "
+                f"{type(self.network).__name__} that takes the log-SNR"
+            )
         inputs = example_inputs(self.event_shape, self.context_shape, self.kernel.dtype)
         try:
             inspect.signature(self.network).bind(*(a for a in inputs if a is not None))
@@ -391,7 +406,7 @@ class Diffusion:
 
         def call(key: Array) -> Any:
             with numpyro.handlers.block(), numpyro.handlers.seed(rng_seed=key):
-                return self._bound()(*inputs)
+                return self._bound()[0](*inputs)
 
         out = jax.eval_shape(call, jax.random.key(0))
         count = self.readout.num_outputs(self.kernel)
@@ -401,6 +416,12 @@ class Diffusion:
                 f"network must return shape (B, {', '.join(map(str, expected[1:]))}) for "
                 f"{self.readout}; got (B, {', '.join(map(str, out.shape[1:]))})"
             )
+
+
+def _at_log_snr(apply: Any, params: Params, steps: Step, x_t: Any, t: Any, context: Any) -> Any:
+    """A network that is told log ᾱ_t/(1 − ᾱ_t) instead of t."""
+    step = steps.at(t, 0)
+    return apply(params, x_t, jnp.log(step.alpha_bar_t) - jnp.log(step.noise_t), context)
 
 
 def _default_readout(kernel: Any) -> Any:

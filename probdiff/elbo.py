@@ -38,13 +38,17 @@ from numpyro.infer.elbo import ELBO
 from numpyro.primitives import Messenger, mutable
 from numpyro.util import check_model_guide_match
 
-from probdiff.trajectories import ForwardTrajectory, ReverseTrajectory, SampledTimes
+from probdiff.trajectories import (
+    TRAJECTORY_SUFFIX,
+    DataGivenFirst,
+    ForwardTrajectory,
+    ReverseTrajectory,
+    SampledTimes,
+)
 from probdiff.types import Params
 
 MEMORY = 0.99
 """Weight of the past in the running mean square of KL_t."""
-
-
 MEMORY_SUFFIX = "_mean_square_kl"
 
 
@@ -174,11 +178,10 @@ class _PlaceTimes(Messenger):
             self.memory[msg["name"]] = msg["value"]
 
 
-class SampledTimeELBO(ELBO):
-    """ELBO of a program with diffusion trajectories, each estimated at random times.
+class SampledTimeLoss(ELBO, abc.ABC):
+    """Objective of a program with diffusion trajectories, each estimated at random times.
 
-    Works with any `SVI`; `loss` is −K summed over examples, nats. Unbiased for what `Trace_ELBO`
-    estimates, at a cost that does not grow with T.
+    Works with any `SVI`, at a cost that does not grow with T.
     """
 
     def __init__(
@@ -206,6 +209,26 @@ class SampledTimeELBO(ELBO):
         self.times = StratifiedTimes() if times is None else times
         super().__init__(num_particles, vectorize_particles)
 
+    @abc.abstractmethod
+    def step_loss(
+        self,
+        forward: ForwardTrajectory,
+        reverse: ReverseTrajectory,
+        x_t: Any,
+        t: Int[Array, "*lead"],
+    ) -> Float[Array, "*lead"]:
+        """What step t adds to the loss of an example, t in 2..T."""
+
+    @abc.abstractmethod
+    def end_loss(self, forward: ForwardTrajectory) -> Float[Array, "*batch"]:
+        """What the start of the reverse chain adds, x_T ~ π."""
+
+    @abc.abstractmethod
+    def data_loss(
+        self, forward: ForwardTrajectory, x_0_given_x_1: DataGivenFirst, x_0: Any
+    ) -> Float[Array, "*batch"]:
+        """What the last step p(x_0 | x_1) adds."""
+
     def loss_with_mutable_state(
         self,
         rng_key: Array,
@@ -215,19 +238,19 @@ class SampledTimeELBO(ELBO):
         *args: Any,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Loss −K in nats, and the mutable sites with the running KL brought up to date."""
+        """The loss, and the mutable sites with the running mean squares brought up to date."""
 
         def particle(key: Array) -> tuple[Any, Any]:
             return self._particle(key, param_map, model, guide, args, kwargs)
 
         if self.num_particles == 1:
-            elbo, state = particle(rng_key)
+            loss, state = particle(rng_key)
         else:
             keys = jax.random.split(rng_key, self.num_particles)
-            elbos, states = self.vectorize_particles_fn(particle, keys)
-            elbo = jnp.mean(elbos)
+            losses, states = self.vectorize_particles_fn(particle, keys)
+            loss = jnp.mean(losses)
             state = {name: _over_particles(name, value) for name, value in states.items()}
-        return {"loss": -elbo, "mutable_state": state or None}
+        return {"loss": loss, "mutable_state": state or None}
 
     def _particle(self, key, param_map, model, guide, args, kwargs):
         key_model, key_guide = jax.random.split(key)
@@ -245,18 +268,72 @@ class SampledTimeELBO(ELBO):
                 continue
             if isinstance(site["value"], SampledTimes):
                 _check_order(name, model_sites, guide_sites)
-                term, memory = _trajectory_term(site, guide_sites[name], state)
+                term, memory = self._trajectory_term(site, guide_sites[name], state)
                 state |= memory
+            elif site["is_observed"] and isinstance(_unwrap(site["fn"])[0], DataGivenFirst):
+                term = self._data_term(site, guide_sites[name + TRAJECTORY_SUFFIX])
             elif site["is_observed"]:
-                term = _log_prob(site)
+                term = -_log_prob(site)
             elif name in guide_sites:
                 is_mean_field = _is_mean_field(name, model_sites, guide_sites)
-                term = _latent_term(site, guide_sites[name], closed_form=is_mean_field)
+                term = _latent_loss(site, guide_sites[name], closed_form=is_mean_field)
             else:
                 raise ValueError(_UNMATCHED.format(name=name))
             terms.append(term)
-        terms += [-_log_prob(site) for site in _auxiliary(guide_sites, model_sites)]
+        terms += [_log_prob(site) for site in _auxiliary(guide_sites, model_sites)]
         return sum(terms, start=jnp.zeros(())), state
+
+    def _trajectory_term(
+        self, model_site: dict[str, Any], guide_site: dict[str, Any], state: dict[str, Any]
+    ) -> tuple[Float[Array, ""], dict[str, Any]]:
+        """Loss of one trajectory site but for its data; its running mean squares if it has them."""
+        levels = model_site["value"]
+        forward, guide_mask = _forward(guide_site), _unwrap(guide_site["fn"])[1]
+        reverse, mask = _unwrap(model_site["fn"])
+        if not isinstance(reverse, ReverseTrajectory):
+            raise ValueError(
+                f"site {model_site['name']!r} is a forward trajectory in the guide, so the model "
+                f"must draw it by diffusion.reverse; got {type(reverse).__name__}"
+            )
+        if guide_mask is not None:
+            mask = guide_mask if mask is None else mask & guide_mask
+        loss = self.step_loss(forward, reverse, levels.x_t, levels.t)
+        total = jnp.sum(levels.weight * loss, 0) + self.end_loss(forward)
+        term = jnp.sum(scale_and_mask(total, guide_site["scale"], mask))
+        name = _memory_name(guide_site["name"])
+        if name not in state:
+            return term, {}
+        return term, {name: _remember(state[name], levels.t, jax.lax.stop_gradient(loss), mask)}
+
+    def _data_term(self, site: dict[str, Any], guide_site: dict[str, Any]) -> Float[Array, ""]:
+        """Loss of the data at the end of a trajectory."""
+        fn, mask = _unwrap(site["fn"])
+        loss = self.data_loss(_forward(guide_site), fn, site["value"])
+        return jnp.sum(scale_and_mask(loss, site["scale"], mask))
+
+
+class SampledTimeELBO(SampledTimeLoss):
+    """The bound: `loss` is −K summed over examples, nats, unbiased for `Trace_ELBO`'s."""
+
+    def step_loss(
+        self,
+        forward: ForwardTrajectory,
+        reverse: ReverseTrajectory,
+        x_t: Any,
+        t: Int[Array, "*lead"],
+    ) -> Float[Array, "*lead"]:
+        """KL( q(x_s | x_t, x_0) ‖ p(x_s | x_t) )."""
+        return step_kl(forward, reverse.reverse_step(x_t, t), x_t, t)
+
+    def end_loss(self, forward: ForwardTrajectory) -> Float[Array, "*batch"]:
+        """KL( q(x_T | x_0) ‖ π )."""
+        return prior_kl(forward)
+
+    def data_loss(
+        self, forward: ForwardTrajectory, x_0_given_x_1: DataGivenFirst, x_0: Any
+    ) -> Float[Array, "*batch"]:
+        """−log p(x_0 | x_1)."""
+        return -x_0_given_x_1.log_prob(x_0)
 
 
 _UNMATCHED = (
@@ -303,13 +380,17 @@ def _draw_levels(
     return SampledTimes(x_1, forward.sample_at(key_x, t), t, 1 / (num_times * probability))
 
 
+def bridge_at(forward: ForwardTrajectory, x_t: Any, t: Int[Array, "*lead"]) -> dist.Distribution:
+    """q(x_s | x_t, x_0) at given levels, elementwise."""
+    x_0 = jnp.broadcast_to(forward.x_0, x_t.shape)
+    return forward.kernel.bridge(x_t, x_0, forward.step_at(t))
+
+
 def step_kl(
-    forward: ForwardTrajectory, reverse: ReverseTrajectory, x_t: Any, t: Int[Array, "*lead"]
+    forward: ForwardTrajectory, reverse_step: dist.Distribution, x_t: Any, t: Int[Array, "*lead"]
 ) -> Float[Array, "*lead"]:
     """KL( q(x_s | x_t, x_0) ‖ p(x_s | x_t) ) at given levels, nats, summed over the event."""
-    x_0 = jnp.broadcast_to(forward.x_0, x_t.shape)
-    bridge = forward.kernel.bridge(x_t, x_0, forward.step_at(t))
-    kl = dist.kl_divergence(bridge, reverse.reverse_step(x_t, t))
+    kl = dist.kl_divergence(bridge_at(forward, x_t, t), reverse_step)
     if forward.observed is not None:  # a missing entry runs the same chain in guide and model
         kl = jnp.where(forward.observed, kl, 0.0)
     return forward.sum_event(kl)
@@ -323,29 +404,6 @@ def prior_kl(forward: ForwardTrajectory) -> Float[Array, "*batch"]:
     if forward.observed is not None:
         kl = jnp.where(forward.observed, kl, 0.0)
     return forward.sum_event(kl)
-
-
-def _trajectory_term(
-    model_site: dict[str, Any], guide_site: dict[str, Any], state: dict[str, Any]
-) -> tuple[Float[Array, ""], dict[str, Any]]:
-    """−Σ_t KL_t − KL_T of one trajectory site, and its running mean squares where it has them."""
-    levels = model_site["value"]
-    forward, guide_mask = _forward(guide_site), _unwrap(guide_site["fn"])[1]
-    reverse, mask = _unwrap(model_site["fn"])
-    if not isinstance(reverse, ReverseTrajectory):
-        raise ValueError(
-            f"site {model_site['name']!r} is a forward trajectory in the guide, so the model must "
-            f"draw it by diffusion.reverse; got {type(reverse).__name__}"
-        )
-    if guide_mask is not None:
-        mask = guide_mask if mask is None else mask & guide_mask
-    kl = step_kl(forward, reverse, levels.x_t, levels.t)
-    total = jnp.sum(levels.weight * kl, 0) + prior_kl(forward)
-    term = -jnp.sum(scale_and_mask(total, guide_site["scale"], mask))
-    name = _memory_name(guide_site["name"])
-    if name not in state:
-        return term, {}
-    return term, {name: _remember(state[name], levels.t, jax.lax.stop_gradient(kl), mask)}
 
 
 def _remember(memory: Any, t: Any, kl: Any, mask: Any) -> Float[Array, " steps"]:
@@ -395,17 +453,17 @@ def _over_particles(name: str, values: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf[-1], values)
 
 
-def _latent_term(
+def _latent_loss(
     model_site: dict[str, Any], guide_site: dict[str, Any], *, closed_form: bool
 ) -> Float[Array, ""]:
-    """−KL(guide ‖ model) in closed form where that is right and known, else the log-ratio."""
+    """KL(guide ‖ model) in closed form where that is right and known, else the log-ratio."""
     if not closed_form:
-        return _log_prob(model_site) - _log_prob(guide_site)
+        return _log_prob(guide_site) - _log_prob(model_site)
     try:
         kl = dist.kl_divergence(guide_site["fn"], model_site["fn"])
     except NotImplementedError:
-        return _log_prob(model_site) - _log_prob(guide_site)
-    return -jnp.sum(scale_and_mask(kl, guide_site["scale"]))
+        return _log_prob(guide_site) - _log_prob(model_site)
+    return jnp.sum(scale_and_mask(kl, guide_site["scale"]))
 
 
 def _auxiliary(guide_sites: Any, model_sites: Any) -> list[dict[str, Any]]:

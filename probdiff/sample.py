@@ -26,6 +26,7 @@ def ancestral(
     num_samples: int,
     *,
     context: Any = None,
+    steps: int | None = None,
     keep_trajectory: bool = False,
     block_size: int = 4096,
     progress: bool = False,
@@ -38,20 +39,25 @@ def ancestral(
         params: Its parameters.
         num_samples: Number of draws.
         context: One context for each draw, `(num_samples, *context_shape)`.
-        keep_trajectory: Also return x_1..x_T, on the scale of the chain.
+        steps: Levels to walk, evenly spread over T; None walks them all. Fewer is faster and
+            draws from another law: each longer step is one Gaussian, or one draw of every symbol
+            by itself, where several would have followed each other.
+        keep_trajectory: Also return the levels walked, x_1 first, on the scale of the chain.
         block_size: Draws made at once.
         progress: Show a bar over the blocks.
 
     Returns:
         NumPy array `(num_samples, *event_shape)` in the user's units; with `keep_trajectory` a
-        pair of it and the trajectories, `(num_samples, T, *event_shape)`.
+        pair of it and the trajectories, `(num_samples, T or steps, *event_shape)`.
 
     Raises:
-        ValueError: if a number is below 1, parameters do not fit, or contexts do not match.
+        ValueError: if a number is out of range, parameters do not fit, or contexts do not match.
     """
     for argument, value in {"num_samples": num_samples, "block_size": block_size}.items():
         if value < 1:
             raise ValueError(f"{argument} must be at least 1; got {value}")
+    if steps is not None and not 2 <= steps <= diffusion.T:
+        raise ValueError(f"steps must lie in 2..T = {diffusion.T}; got {steps}")
     diffusion.check_params(params)
     diffusion.check_context_rows(context, num_samples)
     draws, trajectories = [], []
@@ -60,7 +66,7 @@ def ancestral(
         size = min(block_size, num_samples - start)
         rows = None if context is None else context[start : start + size]
         out = _draw_block(
-            jax.random.fold_in(key, block), params, rows, diffusion, size, keep_trajectory
+            jax.random.fold_in(key, block), params, rows, diffusion, size, steps, keep_trajectory
         )
         draws.append(np.asarray(out[0]))
         trajectories.append(None if out[1] is None else np.asarray(out[1]))
@@ -68,16 +74,18 @@ def ancestral(
     return (x_0, np.concatenate(trajectories)) if keep_trajectory else x_0
 
 
-@functools.partial(jax.jit, static_argnames=("diffusion", "size", "keep_trajectory"))
+@functools.partial(jax.jit, static_argnames=("diffusion", "size", "steps", "keep_trajectory"))
 def _draw_block(
-    key: Array, params: Params, context: Any, diffusion: Diffusion, size: int, keep_trajectory: bool
+    key: Array,
+    params: Params,
+    context: Any,
+    diffusion: Diffusion,
+    size: int,
+    steps: int | None,
+    keep_trajectory: bool,
 ) -> tuple[Any, Any]:
     key_chain, key_last = jax.random.split(key)
     reverse, _ = diffusion.bind(params, context=context)
     shape = () if context is not None else (size,)  # contexts bring the batch themselves
-    if keep_trajectory:
-        trajectory = reverse.sample(key_chain, shape)
-        x_1 = trajectory[(slice(None), 0)]
-    else:
-        trajectory, x_1 = None, reverse.sample_first(key_chain, shape)
+    x_1, trajectory = reverse.walk(key_chain, shape, num_steps=steps, keep=keep_trajectory)
     return diffusion.data_given_first(reverse, x_1).sample(key_last), trajectory

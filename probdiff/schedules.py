@@ -19,11 +19,12 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from probdiff.types import Step
 
@@ -129,6 +130,34 @@ def steps(beta: Any) -> Step:
     )
     t = jnp.arange(1, beta.shape[0] + 1, dtype=jnp.int32)
     return Step(t, *(jnp.asarray(column, jnp.result_type(float)) for column in columns))
+
+
+def respaced(table: Step, n: int) -> tuple[Int[np.ndarray, " n"], Step]:
+    """Fewer and longer steps: n levels of a table, evenly spread, the first and the last of them.
+
+    Args:
+        table: Coefficients of all T steps.
+        n: Number of steps, in 2..T.
+
+    Returns:
+        The levels' times, and the coefficients of the step from each level to the one before it;
+        their `t` is the time.
+
+    Raises:
+        ValueError: if n is not in 2..T.
+    """
+    if not 2 <= n <= table.T:
+        raise ValueError(f"steps must lie in 2..T = {table.T}; got {n}")
+    times = np.unique(np.round(np.linspace(1, table.T, n)).astype(int))
+    if n == table.T:
+        return times, table
+    at = jax.tree.map(lambda column: column[times - 1], table)
+    alpha_bar_s = jnp.concatenate([table.alpha_bar_s[:1], at.alpha_bar_t[:-1]])
+    noise_s = jnp.concatenate([table.noise_s[:1], at.noise_t[:-1]])
+    # 1 − ᾱ_t/ᾱ_s by the smaller of ᾱ and 1 − ᾱ, which has the digits
+    by_noise = (at.noise_t - noise_s) / alpha_bar_s
+    beta = jnp.where(at.noise_t < 0.5, by_noise, 1 - at.alpha_bar_t / alpha_bar_s)
+    return times, at._replace(beta=beta, alpha_bar_s=alpha_bar_s, noise_s=noise_s)
 
 
 def _check_T(T: int) -> None:

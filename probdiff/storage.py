@@ -39,6 +39,7 @@ PARTS = {
         readouts.Data,
         readouts.DataLogits,
         readouts.Logits,
+        readouts.Mixture,
         readouts.Velocity,
         readouts.Score,
         readouts.LearnedVariance,

@@ -29,8 +29,12 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Float, Int
 from numpyro.distributions import constraints
 
+from probdiff import schedules
 from probdiff.readouts.grid import Grid
 from probdiff.types import Step
+
+TRAJECTORY_SUFFIX = "_trajectory"
+"""Of a trajectory's site, behind the name of its data."""
 
 
 class SampledTimes(NamedTuple):
@@ -209,34 +213,51 @@ class ReverseTrajectory(_Trajectory):
         return self.readout.x_0_hat(self.kernel, outputs, x_t, self.step_at(t))
 
     def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Any:
-        x_T, x = self._walk(key, (*sample_shape, *self.batch_shape), keep=True)
-        return jnp.moveaxis(jnp.concatenate([x, x_T[None]]), 0, -1 - self.x_dim)
+        return self.walk(key, sample_shape, keep=True)[1]
 
-    def sample_first(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Any:
-        """x_1 of a trajectory, the very one that `sample` draws from this key; keeps no other."""
-        return self._walk(key, (*sample_shape, *self.batch_shape), keep=False)[0]
+    def walk(
+        self,
+        key: Array,
+        sample_shape: tuple[int, ...] = (),
+        *,
+        num_steps: int | None = None,
+        keep: bool = False,
+    ) -> tuple[Any, Any]:
+        """Draw from x_T down to x_1, over all T levels or over `num_steps` of them.
 
-    def _walk(self, key: Array, lead: tuple[int, ...], keep: bool) -> tuple[Any, Any]:
-        """From x_T to x_1; (x_T, x_1..x_{T−1}) where all are kept, else (x_1, None)."""
+        Returns:
+            x_1, and the levels x_1..x_T on the axis in front of x's own if they are kept, or None.
+        """
+        n = self.steps.T if num_steps is None else num_steps
+        times, table = schedules.respaced(self.steps, n)
         key_last, key_steps = jax.random.split(key)
+        lead = (*sample_shape, *self.batch_shape)
         x_T = self.kernel.stationary((*lead, *self.x_shape)).sample(key_last)
 
         def retreat(x_t: Any, inputs: Any) -> Any:
-            t, key = inputs
-            x_s = self._draw(key, x_t, t)
+            t, step, key = inputs
+            x_s = self._draw(key, x_t, t, step, is_longer=n < self.steps.T)
             return x_s, x_s if keep else None
 
-        t = jnp.arange(2, self.steps.T + 1)
-        keys = jax.random.split(key_steps, self.steps.T - 1)
-        x_1, x = jax.lax.scan(retreat, x_T, (t, keys), reverse=True)
-        return (x_T, x) if keep else (x_1, None)
+        keys = jax.random.split(key_steps, n - 1)
+        steps = (jnp.asarray(times[1:]), jax.tree.map(lambda column: column[1:], table), keys)
+        x_1, x = jax.lax.scan(retreat, x_T, steps, reverse=True)
+        if keep:
+            x = jnp.moveaxis(jnp.concatenate([x, x_T[None]]), 0, -1 - self.x_dim)
+        return x_1, x
 
-    def _draw(self, key: Array, x_t: Any, t: Int[Array, ""]) -> Any:
+    def _draw(self, key: Array, x_t: Any, t: Int[Array, ""], step: Step, *, is_longer: bool) -> Any:
         """One draw of x_s given x_t, all at one t; missing entries stay in the stationary chain."""
-        x_s = self.reverse_step_at(x_t, t).sample(key)
+        if is_longer:
+            outputs = self.outputs(x_t, jnp.broadcast_to(t, x_t.shape[: x_t.ndim - self.x_dim]))
+            trained = self.step_at(t)
+            law = self.readout.longer_step(self.kernel, outputs, x_t, trained, step)
+        else:
+            law = self.reverse_step_at(x_t, t)
+        x_s = law.sample(key)
         if self.observed is None:
             return x_s
-        missing = self.kernel.transition(x_t, self.step_at(t)).sample(jax.random.fold_in(key, 1))
+        missing = self.kernel.transition(x_t, step).sample(jax.random.fold_in(key, 1))
         return jnp.where(self.observed, x_s, missing)
 
     def log_prob(self, value: Any, intermediates: Any = None) -> Any:
@@ -285,6 +306,11 @@ class DataGivenFirst(dist.Distribution):
         self.data_support = support
         split = len(base.batch_shape) - x_dim
         super().__init__(base.batch_shape[:split], base.batch_shape[split:])
+
+    def with_base(self, base: dist.Distribution) -> "DataGivenFirst":
+        """The same with another law on the scale of the chain."""
+        scaled = (self.loc, self.scale, self.observed)
+        return DataGivenFirst(base, self.data_support, self.event_dim, *scaled)
 
     @property
     def support(self) -> constraints.Constraint:

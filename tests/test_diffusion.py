@@ -252,7 +252,7 @@ def test_one_level_alone_has_the_law_it_has_in_the_trajectory(x64, key):
 
 def test_x_1_alone_is_the_one_of_the_trajectory(key):
     reverse, _ = make((2, 3)).bind({})
-    whole, x_1 = reverse.sample(key, (4,)), reverse.sample_first(key, (4,))
+    whole, x_1 = reverse.sample(key, (4,)), reverse.walk(key, (4,))[0]
     np.testing.assert_allclose(whole[:, 0], x_1, rtol=1e-6)
 
 

@@ -22,6 +22,7 @@ ORDER = [
     "diffusion",
     "storage",
     "elbo",
+    "simple_loss",
     "checkpoint",
     "batches",
     "steps",

@@ -191,7 +191,7 @@ def _bound_block(
         t, key = inputs
         times = jnp.full(lead, t)
         x_t = forward.sample_at(key, times)
-        kl = step_kl(forward, reverse, x_t, times)
+        kl = step_kl(forward, reverse.reverse_step(x_t, times), x_t, times)
         return _mean_and_variance(controlled(kl, forward, x_t, times))
 
     keys = jax.random.split(key_steps, steps.T - 1)
@@ -226,7 +226,8 @@ def _sampled_block(
 
     def kl_at(inputs: Any) -> Any:
         t, key = inputs
-        return step_kl(forward, reverse, forward.sample_at(key, t), t)
+        x_t = forward.sample_at(key, t)
+        return step_kl(forward, reverse.reverse_step(x_t, t), x_t, t)
 
     kl = jax.lax.map(kl_at, (t, jax.random.split(key_x, num_times)))
     reconstruction, _ = _reconstruction(key_first, diffusion, forward, reverse, x_0, num_times)

@@ -37,7 +37,12 @@ from numpyro.infer.svi import SVIRunResult
 from probdiff.infer.layout import numbered, plate_dims
 from probdiff.infer.sampler import Sampler
 from probdiff.train import Fit
-from probdiff.trajectories import DataGivenFirst, ForwardTrajectory, ReverseTrajectory
+from probdiff.trajectories import (
+    TRAJECTORY_SUFFIX,
+    DataGivenFirst,
+    ForwardTrajectory,
+    ReverseTrajectory,
+)
 
 STATS = {
     "num_steps": "n_steps",
@@ -259,7 +264,7 @@ def _chains(sites: dict[str, Any]) -> dict[str, _Chain]:
             x_dims = numbered(diffusion.name, 0, len(diffusion.event_shape))
             chains[diffusion.name] = _Chain(x_dims, None, times)
         elif isinstance(law, ReverseTrajectory | ForwardTrajectory):
-            x_name = name.removesuffix("_trajectory")
+            x_name = name.removesuffix(TRAJECTORY_SUFFIX)
             chains[x_name] = _Chain(numbered(x_name, 0, law.x_dim), law.steps.T, None)
         elif isinstance(law, DataGivenFirst):
             x_name = name.removesuffix("_free") if name not in chains else name
@@ -283,7 +288,7 @@ def _event_dims(
             rf"{re.escape(x_name)}_trajectory_\d+", name
         ):
             return chain.x_dims
-        if name == f"{x_name}_trajectory":
+        if name == x_name + TRAJECTORY_SUFFIX:
             return [step[x_name], *chain.x_dims]
         if name == f"{x_name}_noise" and x_name in level:
             return [level[x_name], *chain.x_dims]

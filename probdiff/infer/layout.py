@@ -14,7 +14,7 @@ from probdiff.infer.levels import Levels, levels
 from probdiff.infer.program import Conditioned
 from probdiff.infer.twists import KernelTwist, TweedieTwist, Twist
 from probdiff.kernels import DiscreteKernel
-from probdiff.readouts import GaussianReadout, LearnedVariance, Tied
+from probdiff.readouts import GaussianReadout, Tied
 
 TAKEN = {"chain", "draw", "level", "run"}
 
@@ -78,10 +78,12 @@ def layout(conditioned: Conditioned, steps: int | None, twist: Twist) -> Layout:
 def _note(chain: Levels) -> str:
     """A learned variance has no value for the longer steps of a shorter chain."""
     readout = chain.draw.trajectory.readout
-    is_learned = isinstance(readout, GaussianReadout) and isinstance(
-        readout.variance, LearnedVariance
+    loses_variance = (
+        isinstance(readout, GaussianReadout)
+        and readout.fixed_variance(longer=False) is None
+        and readout.fixed_variance(longer=True) is not None
     )
-    if not (is_learned and chain.is_respaced):
+    if not (loses_variance and chain.is_respaced):
         return ""
     return (
         f"steps={chain.n} has no learned variance, which belongs to T steps: the bridge's is used"

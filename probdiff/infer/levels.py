@@ -19,8 +19,8 @@ import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array, Float, Int
 
-from probdiff import readouts
-from probdiff.kernels import bridge_mean, bridge_weights
+from probdiff import readouts, schedules
+from probdiff.kernels import bridge_weights
 from probdiff.prior import PriorDraw
 from probdiff.types import Step
 
@@ -71,14 +71,10 @@ class Levels(NamedTuple):
     def reverse(self, outputs: tuple[Any, ...], x_t: Any, i: Any) -> dist.Distribution:
         """p(x_s | x_t) for i ≥ 2, elementwise."""
         trajectory, step = self.draw.trajectory, self.step(i)
-        if not self.is_respaced:
-            return trajectory.readout(trajectory.kernel, outputs, x_t, step)
-        if not isinstance(trajectory.readout, readouts.GaussianReadout):
-            law = self.x_0_given(outputs, x_t, i)
-            return trajectory.kernel.bridge_given(log_probabilities(law), x_t, step)
-        mean = bridge_mean(x_t, self.x_0_hat(outputs, x_t, i), step)
-        variance = respaced_variance(trajectory.readout)(None, step)
-        return dist.Normal(mean, jnp.sqrt(jnp.broadcast_to(variance, mean.shape)))
+        kernel, readout = trajectory.kernel, trajectory.readout
+        if self.is_respaced:
+            return readout.longer_step(kernel, outputs, x_t, self._trained(i), step)
+        return readout(kernel, outputs, x_t, step)
 
     def last(self, x_1: Any) -> dist.Distribution:
         """p(x_0 | x_1), elementwise, on the scale of the chain; under a tied step no network.
@@ -191,10 +187,9 @@ def _exact_widths(levels: Levels, step: Step, tau2: Any) -> Widths:
     draw, readout = levels.draw, levels.draw.trajectory.readout
     ideal = tau2 * step.noise_t / (step.noise_t + step.alpha_bar_t * tau2)
     slope = jnp.sqrt(step.alpha_bar_t) * ideal / step.noise_t
-    is_learned = isinstance(readout.variance, readouts.LearnedVariance)
-    if is_learned and not levels.is_respaced:
+    moves = readout.fixed_variance(longer=levels.is_respaced)
+    if moves is None:
         return Widths(slope, ideal)
-    moves = readouts.BridgeVariance() if is_learned else readout.variance
     variance = jnp.broadcast_to(moves(None, step), ideal.shape)
     first = variance[:1]
     if isinstance(draw.diffusion.last_step, readouts.Tied):
@@ -207,16 +202,11 @@ def _exact_widths(levels: Levels, step: Step, tau2: Any) -> Widths:
 def step_variance(levels: Levels, ideal: Any, i: Any) -> Any:
     """Var[x_s | x_t] at level i for every particle alike; `ideal` is Var[x_0 | x_t]."""
     step, readout = levels.table.at(i, 0), levels.draw.trajectory.readout
-    if isinstance(readout.variance, readouts.LearnedVariance) and not levels.is_respaced:
-        weight_0, _ = bridge_weights(step)
-        return step.beta * step.noise_s / step.noise_t + weight_0**2 * ideal
-    return respaced_variance(readout)(None, step)
-
-
-def respaced_variance(readout: readouts.GaussianReadout) -> readouts.Variance:
-    """Variance of a longer step: of β as it is, else the bridge's."""
-    is_forward = isinstance(readout.variance, readouts.ForwardVariance)
-    return readout.variance if is_forward else readouts.BridgeVariance()
+    fixed = readout.fixed_variance(longer=levels.is_respaced)
+    if fixed is not None:
+        return fixed(None, step)
+    weight_0, _ = bridge_weights(step)
+    return step.beta * step.noise_s / step.noise_t + weight_0**2 * ideal
 
 
 def levels(draw: PriorDraw, n: int | None = None) -> Levels:
@@ -226,18 +216,9 @@ def levels(draw: PriorDraw, n: int | None = None) -> Levels:
         ValueError: if n is not in 2..T.
     """
     steps = draw.trajectory.steps
-    if n is not None and not 2 <= n <= steps.T:
-        raise ValueError(f"steps must lie in 2..T = {steps.T}; got {n}")
     if n is None or n == steps.T:
         return Levels(draw, np.arange(1, steps.T + 1), steps)
-    times = np.unique(np.round(np.linspace(1, steps.T, n)).astype(int))
-    at = jax.tree.map(lambda column: column[times - 1], steps)
-    alpha_bar_s = jnp.concatenate([steps.alpha_bar_s[:1], at.alpha_bar_t[:-1]])
-    noise_s = jnp.concatenate([steps.noise_s[:1], at.noise_t[:-1]])
-    # 1 − ᾱ_t/ᾱ_s by the smaller of ᾱ and 1 − ᾱ, which has the digits
-    by_noise = (at.noise_t - noise_s) / alpha_bar_s
-    beta = jnp.where(at.noise_t < 0.5, by_noise, 1 - at.alpha_bar_t / alpha_bar_s)
-    return Levels(draw, times, at._replace(beta=beta, alpha_bar_s=alpha_bar_s, noise_s=noise_s))
+    return Levels(draw, *schedules.respaced(steps, n))
 
 
 def log_probabilities(law: Any) -> Float[Array, "*shape K"]:

@@ -5,5 +5,13 @@ from probdiff.networks.perceptron import Perceptron
 from probdiff.networks.radial_basis import RadialBasis
 from probdiff.networks.shared_head import SharedHead
 from probdiff.networks.sigmoid_perceptron import SigmoidPerceptron
+from probdiff.networks.unet import UNet
 
-__all__ = ["ConvolutionalNetwork", "Perceptron", "RadialBasis", "SharedHead", "SigmoidPerceptron"]
+__all__ = [
+    "ConvolutionalNetwork",
+    "Perceptron",
+    "RadialBasis",
+    "SharedHead",
+    "SigmoidPerceptron",
+    "UNet",
+]

@@ -15,11 +15,13 @@ from probdiff.readouts.gaussian import (
 )
 from probdiff.readouts.grid import Grid
 from probdiff.readouts.last_step import Discretised, LastStep, Learned, Tied
+from probdiff.readouts.mixture import Mixture
 
 __all__ = [
     "BridgeVariance",
     "Data",
     "DataLogits",
+    "Denoiser",
     "DiscreteReadout",
     "Discretised",
     "Epsilon",
@@ -30,6 +32,7 @@ __all__ = [
     "Learned",
     "LearnedVariance",
     "Logits",
+    "Mixture",
     "Perturbation",
     "Score",
     "Tied",

@@ -45,6 +45,26 @@ class DiscreteReadout(abc.ABC):
     ) -> States | Bits:
         """Law p(x_0 | x_t), elementwise."""
 
+    def longer_step(
+        self,
+        kernel: DiscreteKernel,
+        outputs: tuple[Any, ...],
+        x_t: Any,
+        trained: Step,
+        step: Step,
+    ) -> States | Bits:
+        """Reverse step from x_t over several levels at once: the bridge averaged over x_0.
+
+        Args:
+            kernel: The forward kernel.
+            outputs: What the network says at x_t.
+            x_t: State.
+            trained: Coefficients of the single step from x_t, which the network was trained for.
+            step: Coefficients of the longer one.
+        """
+        law = self.x_0_given(kernel, outputs, x_t, trained)
+        return kernel.bridge_given(law.log_probs, x_t, step)
+
     def x_0_hat(
         self, kernel: DiscreteKernel, outputs: tuple[Any, ...], x_t: Any, step: Step
     ) -> Float[Array, "..."]:

@@ -13,7 +13,7 @@ linked by the bridge, mean = w_0 x̂_0 + w_t x_t:
 `Perturbation` is the 2015 readout in the form of its authors' program: the paper prints
 (x − z)(1 − Σ) + z, whose stationary variance is about one half.
 
-The variance is learned, sigmoid(v + logit β_t) with v the network's second output, or one of the
+Their variance is learned, sigmoid(v + logit β_t) with v the network's second output, or one of the
 two ends between which the true one lies when the data have unit variance (eq. 24): β_t
 (`ForwardVariance`), or the bridge's β_t (1−ᾱ_s)/(1−ᾱ_t) (`BridgeVariance`, too narrow: on N(0, 1)
 data with a perfect denoiser x_1 gets variance .819, .961, .992 at T = 40, 200, 1000 under
@@ -85,31 +85,100 @@ class BridgeVariance(Variance):
 class GaussianReadout(abc.ABC):
     """Reverse step N(mean, variance) of a Gaussian chain, read from a network's output."""
 
-    variance: Variance
     needs_signal: bool = False
     """Whether x̂_0 divides by √ᾱ_t, which rules out ᾱ_T = 0."""
 
     def num_outputs(self, kernel: Any) -> int:
-        """Numbers the network gives per number of x: 2 with a learned variance, else 1."""
+        """Numbers the network gives per number of x."""
         if not isinstance(kernel, GaussianKernel):
             raise ValueError(
                 f"readout {type(self).__name__} is for GaussianKernel; got {kernel}. Use Logits "
                 "or DataLogits"
             )
+        return self.outputs_per_number
+
+    @property
+    @abc.abstractmethod
+    def outputs_per_number(self) -> int:
+        """How many numbers the network gives for each number of x."""
+
+    @abc.abstractmethod
+    def __call__(
+        self, kernel: GaussianKernel, outputs: tuple[Any, ...], x_t: State, step: Step
+    ) -> dist.Distribution:
+        """Reverse step p(x_s | x_t), elementwise; as many outputs as `num_outputs`."""
+
+    @abc.abstractmethod
+    def longer_step(
+        self,
+        kernel: GaussianKernel,
+        outputs: tuple[Any, ...],
+        x_t: State,
+        trained: Step,
+        step: Step,
+    ) -> dist.Distribution:
+        """Reverse step from x_t over several levels at once.
+
+        Args:
+            kernel: The forward kernel.
+            outputs: What the network says at x_t.
+            x_t: State.
+            trained: Coefficients of the single step from x_t, which the network was trained for.
+            step: Coefficients of the longer one.
+        """
+
+    @abc.abstractmethod
+    def x_0_hat(
+        self, kernel: GaussianKernel, outputs: tuple[Any, ...], x_t: State, step: Step
+    ) -> Output:
+        """Denoised point x̂_0 = E[x_0 | x_t]."""
+
+    @abc.abstractmethod
+    def fixed_variance(self, *, longer: bool) -> Variance | None:
+        """Variance of a reverse step, a longer one or not; None where the network says it."""
+
+
+class Denoiser(GaussianReadout):
+    """A readout of one point x̂_0, and a variance beside it."""
+
+    variance: Variance
+
+    @property
+    def outputs_per_number(self) -> int:
+        """2 with a learned variance, else 1."""
         return 1 + self.variance.num_outputs
 
     def __call__(
         self, kernel: GaussianKernel, outputs: tuple[Any, ...], x_t: State, step: Step
     ) -> dist.Distribution:
-        """Reverse step p(x_s | x_t), elementwise; as many outputs as `num_outputs`."""
+        """N(mean, variance)."""
         variance = self.variance(outputs[1] if len(outputs) > 1 else None, step)
         return dist.Normal(self.mean(outputs[0], x_t, step), jnp.sqrt(variance))
+
+    def longer_step(
+        self,
+        kernel: GaussianKernel,
+        outputs: tuple[Any, ...],
+        x_t: State,
+        trained: Step,
+        step: Step,
+    ) -> dist.Distribution:
+        """N(mean of the bridge at x̂_0, variance), a learned variance giving way to the bridge's."""
+        mean = bridge_mean(x_t, self.denoise(outputs[0], x_t, trained), step)
+        variance = self.fixed_variance(longer=True)(None, step)
+        return dist.Normal(mean, jnp.sqrt(jnp.broadcast_to(variance, mean.shape)))
 
     def x_0_hat(
         self, kernel: GaussianKernel, outputs: tuple[Any, ...], x_t: State, step: Step
     ) -> Output:
         """Denoised point x̂_0 = E[x_0 | x_t]."""
         return self.denoise(outputs[0], x_t, step)
+
+    def fixed_variance(self, *, longer: bool) -> Variance | None:
+        """The variance unless it is learned, which it is for single steps alone."""
+        if not isinstance(self.variance, LearnedVariance):
+            return self.variance
+        return BridgeVariance() if longer else None
 
     def mean(self, z: Output, x_t: State, step: Step) -> Output:
         """Mean of the reverse step: the bridge's at x_0 = x̂_0."""
@@ -121,7 +190,7 @@ class GaussianReadout(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
-class Perturbation(GaussianReadout):
+class Perturbation(Denoiser):
     """Perturbed forward kernel, mean √(1−β_t) x_t + √β_t z: the readout of 2015."""
 
     variance: Variance = LearnedVariance()
@@ -137,7 +206,7 @@ class Perturbation(GaussianReadout):
 
 
 @dataclasses.dataclass(frozen=True)
-class Epsilon(GaussianReadout):
+class Epsilon(Denoiser):
     """The network predicts the noise ε of x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε (Ho et al. 2020)."""
 
     variance: Variance = LearnedVariance()
@@ -149,7 +218,7 @@ class Epsilon(GaussianReadout):
 
 
 @dataclasses.dataclass(frozen=True)
-class Data(GaussianReadout):
+class Data(Denoiser):
     """The network predicts x_0 itself."""
 
     variance: Variance = LearnedVariance()
@@ -160,7 +229,7 @@ class Data(GaussianReadout):
 
 
 @dataclasses.dataclass(frozen=True)
-class Velocity(GaussianReadout):
+class Velocity(Denoiser):
     """The network predicts √ᾱ_t ε − √(1−ᾱ_t) x_0 (Salimans & Ho 2022)."""
 
     variance: Variance = LearnedVariance()
@@ -171,7 +240,7 @@ class Velocity(GaussianReadout):
 
 
 @dataclasses.dataclass(frozen=True)
-class Score(GaussianReadout):
+class Score(Denoiser):
     """The network predicts the score ∇ log p(x_t) = −E[ε | x_t] / √(1−ᾱ_t)."""
 
     variance: Variance = LearnedVariance()

@@ -1,0 +1,133 @@
+"""L_simple and its sum with the bound: objectives that pay for samples rather than for nats.
+
+The reverse step's mean and the bridge's differ by how far x̂_0 is from x_0, which in units of the
+noise in x_t is the error of the noise that the network reads,
+
+    |ε̂ − ε|² = ᾱ_t/(1−ᾱ_t) |x̂_0 − x_0|² = ᾱ_t/(1−ᾱ_t) |mean_p − mean_q|² / w_0²,
+
+w_0 the bridge's weight on x_0. The bound weighs it by β_t² / (2σ² (1−β_t)(1−ᾱ_t)) and so looks
+hardest at the smallest noise, where the bits are; L_simple weighs all steps alike:
+
+    L_simple = (1/T) Σ_t E |ε̂ − ε|².
+
+It says nothing of the variance of a reverse step. `CombinedLoss` adds a small multiple of −K in
+which the means are held fixed, so that the bound trains the variances and L_simple the means.
+
+Neither is a bound: report K of what they trained. Under a tied last step the term of t = 1 is that
+of the tied kernel, which no network has part in.
+
+Sources: Ho et al. (2020), eqs. 12 and 14; Nichol & Dhariwal (2021), section 3.1, for the sum.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jaxtyping import Array, Float, Int
+
+from probdiff.elbo import SampledTimeLoss, bridge_at, prior_kl, step_kl
+from probdiff.kernels import GaussianKernel, bridge_weights
+from probdiff.trajectories import DataGivenFirst, ForwardTrajectory, ReverseTrajectory
+
+
+class SimpleLoss(SampledTimeLoss):
+    """L_simple: the mean squared error of the noise, summed over the numbers of an example."""
+
+    def step_loss(
+        self,
+        forward: ForwardTrajectory,
+        reverse: ReverseTrajectory,
+        x_t: Any,
+        t: Int[Array, "*lead"],
+    ) -> Float[Array, "*lead"]:
+        """|ε̂ − ε|² / T at t."""
+        return _noise_error(forward, reverse.reverse_step(x_t, t), x_t, t)
+
+    def end_loss(self, forward: ForwardTrajectory) -> Float[Array, "*batch"]:
+        """0."""
+        return jnp.zeros(forward.batch_shape)
+
+    def data_loss(
+        self, forward: ForwardTrajectory, x_0_given_x_1: DataGivenFirst, x_0: Any
+    ) -> Float[Array, "*batch"]:
+        """|ε̂ − ε|² / T at t = 1."""
+        return _first_noise_error(forward, x_0_given_x_1)
+
+
+class CombinedLoss(SampledTimeLoss):
+    """L_simple − `weight` · K, the means of the reverse steps held fixed in K."""
+
+    def __init__(self, weight: float = 1e-3, **options: Any):
+        """Set the weight of the bound.
+
+        Args:
+            weight: Weight of −K in nats, above 0; 0.001 in Nichol & Dhariwal (2021).
+            **options: Those of `SampledTimeELBO`.
+        """
+        if not weight > 0:
+            raise ValueError(f"weight must be above 0; got {weight}")
+        self.weight = weight
+        super().__init__(**options)
+
+    def step_loss(
+        self,
+        forward: ForwardTrajectory,
+        reverse: ReverseTrajectory,
+        x_t: Any,
+        t: Int[Array, "*lead"],
+    ) -> Float[Array, "*lead"]:
+        """|ε̂ − ε|² / T, and `weight` times the KL of the step."""
+        step = reverse.reverse_step(x_t, t)
+        kl = step_kl(forward, _mean_held(step), x_t, t)
+        return _noise_error(forward, step, x_t, t) + self.weight * kl
+
+    def end_loss(self, forward: ForwardTrajectory) -> Float[Array, "*batch"]:
+        """`weight` times KL( q(x_T | x_0) ‖ π )."""
+        return self.weight * prior_kl(forward)
+
+    def data_loss(
+        self, forward: ForwardTrajectory, x_0_given_x_1: DataGivenFirst, x_0: Any
+    ) -> Float[Array, "*batch"]:
+        """|ε̂ − ε|² / T at t = 1, and −`weight` log p(x_0 | x_1)."""
+        held = x_0_given_x_1.with_base(_mean_held(x_0_given_x_1.base))
+        return _first_noise_error(forward, x_0_given_x_1) - self.weight * held.log_prob(x_0)
+
+
+def _mean_held(step: dist.Distribution) -> dist.Distribution:
+    return dist.Normal(jax.lax.stop_gradient(step.loc), step.scale)
+
+
+def _noise_error(
+    forward: ForwardTrajectory, reverse_step: dist.Distribution, x_t: Any, t: Int[Array, "*lead"]
+) -> Float[Array, "*lead"]:
+    """|ε̂ − ε|² / T at given levels."""
+    _check(forward)
+    step = forward.step_at(t)
+    weight_0, _ = bridge_weights(step)
+    error = (reverse_step.mean - bridge_at(forward, x_t, t).mean) / weight_0
+    return _scaled(forward, error, t)
+
+
+def _first_noise_error(
+    forward: ForwardTrajectory, x_0_given_x_1: DataGivenFirst
+) -> Float[Array, "*batch"]:
+    _check(forward)
+    return _scaled(forward, x_0_given_x_1.base.mean - forward.x_0, jnp.ones((), jnp.int32))
+
+
+def _scaled(forward: ForwardTrajectory, error: Any, t: Int[Array, "*lead"]) -> Any:
+    """ᾱ_t/(1−ᾱ_t) |x̂_0 − x_0|² / T over the observed entries."""
+    step = forward.step_at(t)
+    square = step.alpha_bar_t / step.noise_t * error**2
+    if forward.observed is not None:
+        square = jnp.where(forward.observed, square, 0.0)
+    return forward.sum_event(square) / forward.steps.T
+
+
+def _check(forward: ForwardTrajectory) -> None:
+    if not isinstance(forward.kernel, GaussianKernel):
+        raise ValueError(
+            f"L_simple must have numbers, whose noise is Gaussian; got {forward.kernel}. "
+            "Use SampledTimeELBO"
+        )
