@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from probdiff import batches
 from probdiff import checkpoint as checkpoints
+from probdiff.journal import Journal, Progress
 from probdiff.steps import Carry, Steps, Weights, batch_at, is_finite, steps_of
 
 _CHUNK_SECONDS = 0.3
@@ -90,6 +91,7 @@ class _Run(NamedTuple):
     evaluate_every: int
     patience: int | None
     mesh: Mesh | None
+    journal: Journal
     losses: np.ndarray
 
     def chunk(self, carry: Carry, feed: tuple, start: int, n: int) -> tuple:
@@ -101,9 +103,13 @@ class _Run(NamedTuple):
     def room(self, step: int, n: int) -> int:
         """How many steps may follow `step` in one chunk, at most n."""
         n = min(n, self.source.capacity, self.num_steps - step)
-        if self.held_out is not None:
+        if self.held_out is not None or self.journal:
             n = min(n, self.evaluate_every - step % self.evaluate_every)
         return n
+
+    def is_report_due(self, step: int) -> bool:
+        """Whether the journal gets a word after this many steps."""
+        return bool(self.journal) and (step % self.evaluate_every == 0 or step == self.num_steps)
 
 
 def fit(
@@ -119,6 +125,8 @@ def fit(
     patience: int | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: float = 30.0,
+    log: str | Path | None = None,
+    callback: Callable[[Progress], Any] | None = None,
     mesh: Mesh | None = None,
     progress: bool = True,
 ) -> Fit:
@@ -134,13 +142,18 @@ def fit(
             gives each step all of the data: so is a program with its own subsampling plate fitted.
         ema_decay: Decay of the averaged weights, in (0, 1), after a warm-up; None keeps no average.
         held_out: Data to evaluate on, in the form of `data`, with the same noise every time.
-        evaluate_every: Steps between evaluations; there is one more at the end.
+        evaluate_every: Steps between evaluations, between lines of the log and calls of the
+            callback; there is one more of each at the end.
         patience: Evaluations without improvement after which to stop; the best one's weights are
             then returned, whether it stopped or not.
         checkpoint: File of the run, `.safetensors`. A run whose file is there goes on from it;
             `num_steps` may then be larger than before, all other arguments that change the
             result must be the same.
         checkpoint_every: Seconds between checkpoints; there is one more at the end or interrupt.
+        log: File that gets a line of JSON with step, seconds and losses; see `journal`. A run that
+            goes on adds to it, a new one starts it afresh.
+        callback: Called with the run's `Progress`, to draw samples or a picture as it goes, such as
+            `plots.LiveLosses`.
         mesh: Devices to divide each batch among, on one axis. Data and weights are on all of them.
         progress: Whether to show a bar, with the loss per example.
 
@@ -176,12 +189,14 @@ def fit(
         evaluate_every=evaluate_every,
         patience=patience,
         mesh=mesh,
+        journal=Journal(None if log is None else Path(log), callback),
         losses=np.zeros(num_steps, jnp.result_type(float)),
     )
     record, save = _start(run, state), lambda record: None
     if checkpoint is not None:
         file = _File(Path(checkpoint), _identity(key, run, batch_size))
         record, save = file.resume(run, record), partial(file.save, run)
+    run.journal.resume(record.step)
     return _result(run, _train(run, record, save, checkpoint_every, progress))
 
 
@@ -257,6 +272,8 @@ def _records(run: _Run, record: _Record) -> Iterator[_Record]:
         length = _chunk_length(n, time.monotonic() - began)
         if run.held_out is not None and record.step % run.evaluate_every == 0:
             record = _evaluated(run, record)
+        if run.is_report_due(record.step):
+            _report(run, record)
         yield record
         if _is_stale(run, record):
             return
@@ -323,6 +340,19 @@ def _evaluated(run: _Run, record: _Record) -> _Record:
     return record._replace(evaluations=(*record.evaluations, (record.step, loss)))
 
 
+def _report(run: _Run, record: _Record) -> None:
+    params = run.steps.weights(record.carry).params
+    losses, held_out = run.losses[: record.step], _held_out_losses(record)
+    run.journal.report(Progress(record.step, params, losses, held_out), run.source.examples)
+
+
+def _held_out_losses(record: _Record) -> HeldOutLosses:
+    return HeldOutLosses(
+        np.array([step for step, _ in record.evaluations], np.int64),
+        np.array([loss for _, loss in record.evaluations], np.float64),
+    )
+
+
 def _is_stale(run: _Run, record: _Record) -> bool:
     """Whether the last `patience` evaluations brought no improvement."""
     losses = [loss for _, loss in record.evaluations]
@@ -341,10 +371,7 @@ def _result(run: _Run, record: _Record) -> Fit:
         raw_params=weights.raw_params,
         losses=run.losses[: record.step],
         state=record.carry.state,
-        held_out_losses=HeldOutLosses(
-            np.array([step for step, _ in record.evaluations], np.int64),
-            np.array([loss for _, loss in record.evaluations], np.float64),
-        ),
+        held_out_losses=_held_out_losses(record),
         num_steps=record.step,
     )
 

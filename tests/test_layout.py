@@ -26,6 +26,7 @@ ORDER = [
     "checkpoint",
     "batches",
     "steps",
+    "journal",
     "train",
     "sample",
     "infer",

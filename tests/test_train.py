@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import json
 import os
 import signal
 import subprocess
@@ -625,3 +626,41 @@ def test_data_that_a_diffusion_cannot_take_are_refused_before_training(spoil, me
     x = random.normal(random.key(0), (80, 2))
     with pytest.raises(ValueError, match=message):
         fit(random.key(1), svi, spoil(x), num_steps=3, batch_size=8, progress=False)
+
+
+def test_log_and_callback_hear_of_every_report_and_change_nothing(key, svi, tmp_path):
+    x = data()
+    heard, held_out = [], jax.tree.map(lambda leaf: leaf[:16], x)
+    options = {"num_steps": 25, "batch_size": 8, "held_out": held_out, "evaluate_every": 10}
+    untold = quiet(key, svi, x, **options)
+    log = tmp_path / "metrics.jsonl"
+    told = quiet(key, svi, x, log=log, callback=heard.append, **options)
+    assert_equal(told, untold)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [p.step for p in heard] == [10, 20, 25]
+    means = [told.losses[a:b].mean() / 8 for a, b in ((0, 10), (10, 20), (20, 25))]
+    np.testing.assert_allclose([line["loss"] for line in lines], means, rtol=1e-6)
+    held_out = [line["held_out"] for line in lines[:2]]
+    np.testing.assert_allclose(held_out, told.held_out_losses.loss[:2], rtol=1e-6)
+    seconds = [line["seconds"] for line in lines]
+    assert sorted(seconds) == seconds
+    assert_equal(heard[-1].params, told.params)
+
+
+def test_a_run_that_goes_on_takes_back_the_lines_it_does_again(key, svi, tmp_path):
+    x, log, file = data(), tmp_path / "metrics.jsonl", tmp_path / "run.safetensors"
+    options = {"batch_size": 8, "evaluate_every": 10, "log": log}
+    quiet(key, svi, x, num_steps=20, checkpoint=file, **options)
+    first = log.read_text()
+    log.write_text(first + '{"step": 30, "seconds": 9.0, "loss": 1.0}\n')  # killed before saving
+    quiet(key, svi, x, num_steps=40, checkpoint=file, **options)
+    lines = log.read_text()
+    assert lines.startswith(first)
+    assert [json.loads(line)["step"] for line in lines.splitlines()] == [10, 20, 30, 40]
+    quiet(key, svi, x, num_steps=10, **options)  # a new run starts its log afresh
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [10]
+
+
+def test_a_log_without_a_folder_is_refused(key, svi, tmp_path):
+    with pytest.raises(ValueError, match="log must lie in a folder that exists"):
+        quiet(key, svi, data(), num_steps=1, log=tmp_path / "no" / "log.jsonl")

@@ -1,0 +1,83 @@
+"""What a long run tells as it goes: a line of JSON for each report, and a call of one's own.
+
+A line of the log has
+
+    {"step": 2000, "seconds": 371.2, "loss": 612.4, "held_out": 598.1}
+
+with the seconds of training up to then, interrupted parts left out, the mean loss per example since
+the line before, and the loss of the held-out data if there are any. A run that goes on from its
+checkpoint first takes back the lines of steps that it has to do again.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+
+class Progress(NamedTuple):
+    """Where a run stands, for a callback.
+
+    Args:
+        step: Steps done.
+        params: Values at the parameter sites: the average where one is kept.
+        losses: Loss of each step so far, summed over the batch.
+        held_out_losses: Steps and losses of the evaluations so far.
+    """
+
+    step: int
+    params: dict[str, Any]
+    losses: Float[np.ndarray, " steps"]
+    held_out_losses: Any
+
+
+class Journal:
+    """The reports of a run, to a file or to a function or to both."""
+
+    def __init__(self, path: Path | None, callback: Callable[[Progress], Any] | None):
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"log must lie in a folder that exists; got {path}")
+        self.path, self.callback = path, callback
+        self.last_step, self.seconds, self.began = 0, 0.0, time.monotonic()
+
+    def __bool__(self) -> bool:
+        return self.path is not None or self.callback is not None
+
+    def resume(self, step: int) -> None:
+        """Keep the lines up to this step, and start the clock."""
+        self.last_step = step
+        if self.path is not None:
+            lines = self.path.read_text().splitlines() if step and self.path.exists() else []
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            self.path.write_text("".join(line + "\n" for line in kept))
+            if kept:
+                last = json.loads(kept[-1])
+                self.last_step, self.seconds = last["step"], last["seconds"]
+        self.began = time.monotonic()
+
+    def report(self, progress: Progress, examples: int) -> None:
+        """Append a line, and call the callback, whose time does not count."""
+        if self.path is not None:
+            self._write(progress, examples)
+        if self.callback is not None:
+            before = time.monotonic()
+            self.callback(progress)
+            self.began += time.monotonic() - before
+        self.last_step = progress.step
+
+    def _write(self, progress: Progress, examples: int) -> None:
+        losses = progress.losses[self.last_step :]
+        steps, held_out = progress.held_out_losses
+        line = {
+            "step": progress.step,
+            "seconds": round(self.seconds + time.monotonic() - self.began, 1),
+            "loss": float(losses.mean()) / examples if len(losses) else None,
+        }
+        if len(steps) and steps[-1] == progress.step:
+            line["held_out"] = float(held_out[-1])
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
