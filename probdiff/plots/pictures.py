@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Array, Float
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from probdiff.plots.style import BLUE, GREEN, ORANGE, SKY, axes_or_new, square
@@ -106,7 +107,7 @@ def drift(
 
 
 def images(
-    x: Float[Array | np.ndarray, "images height width"],
+    x: Float[Array | np.ndarray, "images height width *channels"],
     *,
     columns: int = 10,
     title: str = "",
@@ -114,10 +115,10 @@ def images(
     vmax: float = 1.0,
     ax: Axes | None = None,
 ) -> Axes:
-    """A sheet of grey images in reading order, a pixel apart.
+    """A sheet of grey or coloured images in reading order, a pixel apart.
 
     Args:
-        x: Images.
+        x: Images; colours are red, green, blue on the last axis.
         columns: Images in a row.
         title: Title of the sheet.
         vmin: Value shown black; what is below is black too.
@@ -126,14 +127,20 @@ def images(
     """
     ax = axes_or_new(ax)
     x = np.asarray(x, np.float64)
-    n, height, width = x.shape
+    n, height, width, *channels = x.shape
     rows = math.ceil(n / columns)
-    sheet = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1), np.nan)
+    shape = (rows * (height + 1) - 1, columns * (width + 1) - 1, *channels)
+    paper = to_rgb(SKY)  # else black images merge
+    if channels:
+        x = np.clip((x - vmin) / (vmax - vmin), 0, 1)
+        sheet = np.broadcast_to(paper, shape).copy()
+    else:
+        sheet = np.full(shape, np.nan)
     for i, image in enumerate(x):
         top, left = (i // columns) * (height + 1), (i % columns) * (width + 1)
         sheet[top : top + height, left : left + width] = image
-    paper = plt.get_cmap("gray").with_extremes(bad=SKY)  # else black images merge
-    ax.imshow(sheet, cmap=paper, vmin=vmin, vmax=vmax, interpolation="nearest")
+    grey = plt.get_cmap("gray").with_extremes(bad=paper)
+    ax.imshow(sheet, cmap=grey, vmin=vmin, vmax=vmax, interpolation="nearest")
     ax.set(title=title, xticks=[], yticks=[])
     ax.set_frame_on(False)
     return ax
