@@ -1,6 +1,7 @@
 """Networks `network(x_t, t, context=None)`: flax.nnx modules that hold no probability."""
 
 from probdiff.networks.convolution import ConvolutionalNetwork
+from probdiff.networks.multi_scale import MultiScaleConvolution
 from probdiff.networks.perceptron import Perceptron
 from probdiff.networks.radial_basis import RadialBasis
 from probdiff.networks.shared_head import SharedHead
@@ -9,6 +10,7 @@ from probdiff.networks.unet import UNet
 
 __all__ = [
     "ConvolutionalNetwork",
+    "MultiScaleConvolution",
     "Perceptron",
     "RadialBasis",
     "SharedHead",
