@@ -34,7 +34,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int32, PRNGKeyArray
 
-from probdiff import checkpoint
+from probdiff import checkpoint, devices
 
 _MAX_STEPS = 1024  # of a chunk: their losses and indices are kept
 _MAX_INDICES = 2**20  # 4 MiB of indices a chunk
@@ -67,11 +67,6 @@ def as_arrays(data: Any, name: str = "data") -> Any:
             f"{name} must be an array, or a tuple or dict of arrays; got {type(data).__name__}"
         )
     return jax.tree.map(jnp.asarray, data)
-
-
-def replicate(tree: Any, mesh: Mesh | None) -> Any:
-    """The tree on every device of the mesh; the tree itself without a mesh."""
-    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def from_data(
@@ -151,7 +146,7 @@ class Minibatches:
         self.examples = batch_size
         self.capacity = max(1, min(_MAX_STEPS, _MAX_INDICES // batch_size))
         self._sharding = _divided(batch_size, mesh)
-        self._data = replicate(data, mesh)
+        self._data = devices.replicate(data, mesh)
         words = np.asarray(jax.random.key_data(key)).ravel().tolist()
         # Two blocks: a chunk may end one and begin the next.
         self._block = functools.lru_cache(maxsize=2)(functools.partial(_block, words, self._N))
@@ -173,7 +168,7 @@ class Minibatches:
         """Data, and the rows of steps start, …, start + n − 1."""
         indices = np.zeros((self.capacity, self.examples), np.int32)
         indices[:n] = self.rows(start, n)
-        return self._data, jax.device_put(indices, self._sharding)
+        return self._data, devices.place(indices, self._sharding)
 
     def identity(self) -> dict[str, str]:
         """What tells these data from others."""
@@ -206,7 +201,7 @@ class Stream:
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(self.first))
         self.capacity = max(1, min(_MAX_STEPS, _MAX_STREAM_BYTES // max(size, 1)))
         self._sharding = _divided(self.examples, mesh)
-        self._indices = replicate(jnp.arange(self.capacity, dtype=np.int32), mesh)
+        self._indices = devices.replicate(jnp.arange(self.capacity, dtype=np.int32), mesh)
         self._batches = itertools.chain([first], iterator)
         self._ready: queue.Queue = queue.Queue(self.capacity)
         self._closed = threading.Event()
@@ -227,7 +222,7 @@ class Stream:
                 raise batch
             for into, leaf in zip(jax.tree.leaves(stacked), batch, strict=True):
                 into[i] = leaf
-        return jax.device_put(stacked, self._sharding), self._indices
+        return devices.place(stacked, self._sharding), self._indices
 
     def identity(self) -> dict[str, str]:
         """What tells these batches from others: their shapes, for their values pass by once."""

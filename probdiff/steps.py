@@ -167,7 +167,7 @@ class Steps:
         carry, losses = lax.fori_loop(0, n, step, (carry, losses))
         leaves = jax.tree.leaves(svi.get_params(carry.state))
         finite = jnp.all(jnp.array([is_finite(leaf) for leaf in leaves]))
-        return _shard(carry, mesh, divided=False), losses, finite
+        return _shard((carry, losses, finite), mesh, divided=False)
 
     def _weights(self, carry: Carry) -> Weights:
         raw_params = self._svi().get_params(carry.state)

@@ -13,6 +13,7 @@ last whole chunk.
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -29,7 +30,7 @@ from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 from tqdm import tqdm
 
-from probdiff import batches
+from probdiff import batches, devices
 from probdiff import checkpoint as checkpoints
 from probdiff.journal import Journal, Progress
 from probdiff.steps import Carry, Steps, Weights, batch_at, is_finite, steps_of
@@ -134,7 +135,10 @@ def fit(
 
     Args:
         key: Seeds the parameters, the noise, the order of batches and the evaluations.
-        svi: Any SVI; it starts from the initial values that its program has at this call.
+        svi: Any SVI; it starts from the initial values that its program has at this call. With
+            `optax.MultiSteps(optimiser, k).gradient_transformation()` for its optimiser the
+            weights move at every k-th batch, by the mean of the k gradients; a batch k times as
+            large would give their sum. All counts of steps are then of the small batches.
         data: Arguments of guide and model: an array or a tuple goes by position, a dict by
             keyword. Or an iterator of such batches; a resumed run skips one for each step done.
         num_steps: Steps in all, those of an interrupted run included.
@@ -155,6 +159,8 @@ def fit(
         callback: Called with the run's `Progress`, to draw samples or a picture as it goes, such as
             `plots.LiveLosses`.
         mesh: Devices to divide each batch among, on one axis. Data and weights are on all of them.
+            If they belong to several processes (`jax.distributed`), each calls `fit` with the same
+            arguments; the first writes the files, and all must see the checkpoint.
         progress: Whether to show a bar, with the loss per example.
 
     Returns:
@@ -164,10 +170,9 @@ def fit(
         ValueError: An argument does not fit, or the checkpoint is damaged or another run's.
         FloatingPointError: Loss or weights are not finite; says at which step and sites.
     """
-    _check(num_steps, ema_decay, held_out, evaluate_every, patience, mesh)
+    _check(num_steps, ema_decay, held_out, evaluate_every, patience)
+    mesh = devices.checked(mesh)
     key_init, key_batches, key_held_out = random.split(key, 3)
-    # Axes of `jax.make_mesh` are explicit unless told, and most programs do not run on such.
-    mesh = None if mesh is None else Mesh(mesh.devices, mesh.axis_names)
     source = batches.from_data(key_batches, data, batch_size, mesh)
     held_out = None if held_out is None else batches.as_arrays(held_out, "held_out")
     steps = steps_of(svi)
@@ -184,18 +189,20 @@ def fit(
         source=source,
         num_steps=num_steps,
         ema_decay=ema_decay,
-        held_out=batches.replicate(held_out, mesh),
-        key_held_out=key_held_out,
+        held_out=devices.replicate(held_out, mesh),
+        key_held_out=devices.replicate(key_held_out, mesh),
         evaluate_every=evaluate_every,
         patience=patience,
         mesh=mesh,
-        journal=Journal(None if log is None else Path(log), callback),
+        journal=_journal(log, callback, mesh),
         losses=np.zeros(num_steps, jnp.result_type(float)),
     )
     record, save = _start(run, state), lambda record: None
     if checkpoint is not None:
         file = _File(Path(checkpoint), _identity(key, run, batch_size))
         record, save = file.resume(run, record), partial(file.save, run)
+    if devices.is_shared(mesh):
+        _check_same(run, record, state, _identity(key, run, batch_size))
     run.journal.resume(record.step)
     return _result(run, _train(run, record, save, checkpoint_every, progress))
 
@@ -206,7 +213,6 @@ def _check(
     held_out: Any,
     evaluate_every: int,
     patience: int | None,
-    mesh: Mesh | None,
 ) -> None:
     counts = {"num_steps": num_steps, "evaluate_every": evaluate_every, "patience": patience}
     for name, count in counts.items():
@@ -216,13 +222,23 @@ def _check(
         raise ValueError(f"ema_decay must lie in (0, 1); got {ema_decay}")
     if patience is not None and held_out is None:
         raise ValueError(f"patience needs held_out, which must then be given; got {patience}")
-    if mesh is not None and len(mesh.axis_names) != 1:
-        raise ValueError(f"mesh must have one axis; got {mesh.axis_names}")
+
+
+def _check_same(run: _Run, record: _Record, state: SVIState, identity: dict[str, str]) -> None:
+    """Raise a `ValueError` where processes that share the devices would do different things."""
+    steps = {"num_steps": str(run.num_steps), "the step that checkpoint is at": str(record.step)}
+    devices.check_same({**identity, **steps, "the first state": checkpoints.digest(state)})
+
+
+def _journal(log: Any, callback: Any, mesh: Mesh | None) -> Journal:
+    if log is not None and not devices.is_first(mesh):
+        log = os.devnull  # for a run with a log is cut into other chunks than one without
+    return Journal(None if log is None else Path(log), callback)
 
 
 def _start(run: _Run, state: SVIState) -> _Record:
     carry = run.steps.start(state, averaged=run.ema_decay is not None)
-    carry = batches.replicate(carry, run.mesh)
+    carry = devices.replicate(carry, run.mesh)
     # A stand-in until the first evaluation, so that the tree of a checkpoint is always the same.
     best = None if run.patience is None else run.steps.weights(carry)
     return _Record(0, carry, best, ())
@@ -237,7 +253,8 @@ def _train(
 ) -> _Record:
     """The record after the last step; saved by the clock, at the end, and when interrupted."""
     saved_step, saved_time = record.step, time.monotonic()
-    bar = tqdm(total=run.num_steps, initial=record.step, disable=not progress, unit="step")
+    disable = not (progress and devices.is_first(run.mesh))
+    bar = tqdm(total=run.num_steps, initial=record.step, disable=disable, unit="step")
     with contextlib.closing(run.source), bar:
         try:
             for newer in _records(run, record):
@@ -269,7 +286,7 @@ def _records(run: _Run, record: _Record) -> Iterator[_Record]:
         following = run.room(record.step + n, length)
         ahead = run.source.take(record.step + n, following) if following else None
         record = _checked(run, record, feed, n, output)
-        length = _chunk_length(n, time.monotonic() - began)
+        length = devices.agreed(_chunk_length(n, time.monotonic() - began), run.mesh)
         if run.held_out is not None and record.step % run.evaluate_every == 0:
             record = _evaluated(run, record)
         if run.is_report_due(record.step):
@@ -383,7 +400,9 @@ class _File(NamedTuple):
     identity: dict[str, str]
 
     def save(self, run: _Run, record: _Record) -> None:
-        """Write the record."""
+        """Write the record, in one process if several share the devices."""
+        if not devices.is_first(run.mesh):
+            return
         arrays = checkpoints.flatten({"best": record.best, "carry": record.carry})
         arrays["losses"] = run.losses[: record.step]
         arrays["evaluations"] = np.array(record.evaluations, np.float64).reshape(-1, 2)
@@ -409,7 +428,7 @@ class _File(NamedTuple):
             )
         template = {"best": record.best, "carry": record.carry}
         try:
-            tree = batches.replicate(checkpoints.unflatten(template, arrays), run.mesh)
+            tree = devices.replicate(checkpoints.unflatten(template, arrays), run.mesh)
         except ValueError as error:
             raise ValueError(f"{self.path} holds another run: {error}") from error
         run.losses[: losses.size] = losses

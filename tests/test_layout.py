@@ -24,6 +24,7 @@ ORDER = [
     "elbo",
     "simple_loss",
     "checkpoint",
+    "devices",
     "batches",
     "steps",
     "journal",

@@ -1,0 +1,212 @@
+"""Devices that share a computation, be they one process's or several processes'.
+
+A mesh of D devices on one axis divides work in two ways.
+
+*Rows of a batch*, in `fit`. The loss is a sum over examples, so its gradient is one too,
+
+    ∇ Σ_i ℓ(x_i) = Σ_d ∇ Σ_{i in share d} ℓ(x_i),
+
+and a step exchanges D partial sums, in one all-reduce of loss and gradient. The compiler divides
+the arrays; a program does not know of it, and draws the noise that it would draw on one device.
+
+*Blocks*, in `ancestral`, `bound` and the ladder. Block b of draws or examples takes its noise from
+`fold_in(key, b)` and shares nothing with the others: each device does one at a time and nothing is
+exchanged. A block has the same shape as on one device, so its numbers are the same bit for bit, and
+a mesh with more devices than blocks leaves some of them idle.
+
+Where the devices belong to several processes (`jax.distributed`), every process runs the same
+program with the same arguments and holds what its own devices hold. An array that is whole on each
+device can be read everywhere; one that is divided is gathered first. What follows a clock or a disk
+has to be agreed on, or the processes would wait for each other for ever.
+"""
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import random
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+def checked(mesh: Mesh | None) -> Mesh | None:
+    """The mesh with an axis that the compiler may use as it sees fit.
+
+    Args:
+        mesh: Devices on one axis, of this process alone or of all processes; or None.
+
+    Returns:
+        A mesh of the same devices, or None.
+
+    Raises:
+        ValueError: It has several axes, or leaves a process out.
+    """
+    if mesh is None:
+        return None
+    if len(mesh.axis_names) != 1:
+        raise ValueError(f"mesh must have one axis; got {mesh.axis_names}")
+    count = len({device.process_index for device in mesh.devices.flat})
+    if count not in (1, jax.process_count()):
+        raise ValueError(
+            f"mesh must hold devices of one process or of all {jax.process_count()}; "
+            f"got those of {count}"
+        )
+    # Axes of `jax.make_mesh` are explicit unless told, and most programs do not run on such.
+    return Mesh(mesh.devices, mesh.axis_names)
+
+
+def is_shared(mesh: Mesh | None) -> bool:
+    """Whether the devices belong to several processes."""
+    return mesh is not None and mesh.is_multi_process
+
+
+def is_first(mesh: Mesh | None) -> bool:
+    """Whether this is the one process of those that share the mesh that writes and shows."""
+    return not is_shared(mesh) or jax.process_index() == 0
+
+
+def agreed(number: int, mesh: Mesh | None) -> int:
+    """The first process's number, in every process."""
+    if not is_shared(mesh):
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def check_same(values: dict[str, str]) -> None:
+    """Raise a `ValueError` in every process unless all have the same text under every name."""
+    for name, text in {"arguments": str(list(values)), **values}.items():
+        digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.int32)
+        digests = multihost_utils.process_allgather(digest)
+        if (digests != digests[0]).any():
+            raise ValueError(f"{name} must be the same in every process; here it is {text}")
+
+
+def replicate(tree: Any, mesh: Mesh | None) -> Any:
+    """The tree on every device of the mesh; the tree itself without a mesh."""
+    return tree if mesh is None else place(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def place(tree: Any, sharding: NamedSharding | None) -> Any:
+    """The tree on devices as `sharding` says, from arrays that every process has whole."""
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(functools.partial(_place_shares, sharding=sharding), tree)
+
+
+def fetch(tree: Any) -> Any:
+    """The tree with NumPy arrays for leaves, whole in every process."""
+
+    def whole(leaf: jax.Array) -> np.ndarray:
+        if leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return np.asarray(leaf)
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(whole, tree)
+
+
+def check_block_size(block_size: int, count: int, of_what: str, mesh: Mesh | None) -> None:
+    """Raise a `ValueError` unless every device of the mesh gets a whole block of so many rows."""
+    if mesh is None:
+        return
+    most = max(1, count // mesh.size)
+    if block_size > most:
+        raise ValueError(
+            f"block_size must be at most {most}, or some of the {mesh.size} devices in mesh would "
+            f"have no block of the {count} {of_what}; got {block_size}"
+        )
+
+
+def blockwise(
+    function: Callable[..., Any],
+    params: Any,
+    blocks: Iterable[tuple[Any, ...]],
+    static: tuple[Any, ...],
+    mesh: Mesh | None,
+) -> Iterator[Any]:
+    """Apply a function to every block, on all devices at once where there is a mesh.
+
+    Args:
+        function: `function(key, params, *rows, *static)`, compiled for each `static`.
+        params: Given to every block.
+        blocks: Tuples `(key, *rows)`, rows arrays or None.
+        static: Hashable.
+        mesh: As `checked` returns it.
+
+    Returns:
+        What the function returns for each block, in their order, as NumPy arrays.
+    """
+    if mesh is None:
+        for key, *rows in blocks:
+            yield fetch(function(key, params, *rows, *static))
+        return
+    params = replicate(params, mesh)
+    divided = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    for group in _rounds(blocks, mesh.size):
+        # A round that is not full does its last block again: what else would the others do?
+        filled = group + group[-1:] * (mesh.size - len(group))
+        own = place(jax.tree.map(_stack, *filled), divided)
+        out = fetch(on_each_device(params, own, function=function, static=static, mesh=mesh))
+        for i in range(len(group)):
+            yield jax.tree.map(lambda leaf, i=i: leaf[i], out)
+
+
+@functools.partial(jax.jit, static_argnames=("function", "static", "mesh"))
+def on_each_device(
+    params: Any, own: Any, *, function: Callable[..., Any], static: tuple[Any, ...], mesh: Mesh
+) -> Any:
+    """One block on each device; `own` leads with an axis of devices, and so does what is returned.
+
+    Args:
+        params: Given to every block.
+        own: `(key, *rows)` of D blocks, stacked.
+        function: As in `blockwise`.
+        static: As in `blockwise`.
+        mesh: As in `blockwise`.
+    """
+
+    def on_one(params: Any, own: Any) -> Any:
+        key, *rows = jax.tree.map(lambda leaf: leaf[0], own)
+        return jax.tree.map(lambda leaf: leaf[None], function(key, params, *rows, *static))
+
+    divided = PartitionSpec(mesh.axis_names)
+    # Unchecked: what a program's loops start from is the same everywhere, and then it is not.
+    return jax.shard_map(
+        on_one, mesh=mesh, in_specs=(PartitionSpec(), divided), out_specs=divided, check_vma=False
+    )(params, own)
+
+
+def _place_shares(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+        return leaf
+    if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+        words = _place_shares(random.key_data(leaf), sharding)
+        return random.wrap_key_data(words, impl=random.key_impl(leaf))
+    # `device_put` would send all of the array between processes, to see whether it is the same.
+    array = np.asarray(leaf)
+    array = array.astype(jnp.result_type(leaf), copy=False)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def _rounds(blocks: Iterable[tuple[Any, ...]], size: int) -> Iterator[list[tuple[Any, ...]]]:
+    """Blocks in groups of one shape, at most `size` in each."""
+    group: list[tuple[Any, ...]] = []
+    for block in blocks:
+        if group and (len(group) == size or _shapes(block) != _shapes(group[0])):
+            yield group
+            group = []
+        group.append(block)
+    if group:
+        yield group
+
+
+def _shapes(block: tuple[Any, ...]) -> list[tuple[int, ...]]:
+    return [np.shape(leaf) for leaf in jax.tree.leaves(block)]
+
+
+def _stack(*leaves: Any) -> Any:
+    is_key = jnp.issubdtype(jnp.result_type(leaves[0]), jax.dtypes.prng_key)
+    return (jnp if is_key else np).stack(leaves)
