@@ -18,8 +18,11 @@ import numpy as np
 from probdiff import GaussianKernel, diagnostics, load
 from probdiff.experiments import (
     binary_mnist,
+    cifar10,
     digits,
     heartbeat,
+    mnist,
+    mnist_inpainting,
     restoration,
     swiss_roll,
     toy_language,
@@ -31,14 +34,22 @@ RESTORATIONS = {
     "inpaint": restoration.INPAINT,
     "super-resolution": restoration.SUPER_RESOLUTION,
 }
-"""Experiments that take a trained model."""
 EXPERIMENTS = {
     "digits": digits,
     "swiss-roll": swiss_roll,
     "heartbeat": heartbeat,
     "toy-language": toy_language,
     "binary-mnist": binary_mnist,
+    "mnist": mnist,
+    "mnist-inpaint": mnist_inpainting,
+    "cifar10": cifar10,
 } | RESTORATIONS
+LOADERS = dict.fromkeys(RESTORATIONS, restoration.load_digits) | {
+    "mnist-inpaint": mnist_inpainting.load_mnist
+}
+"""What reads, and checks, the trained model of an experiment that takes one."""
+WITH_RECIPES = ("mnist", "mnist-inpaint", "cifar10")
+"""Experiments that have a recipe for a CPU and one for a GPU."""
 
 
 class UsageError(Exception):
@@ -82,8 +93,13 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--model",
         metavar="DIR",
-        help=f"trained model of digits, for {', '.join(RESTORATIONS)} (default: "
-        f"{restoration.TRAINED.as_posix()}, trained first if it is not there)",
+        help=f"trained model, for {', '.join(LOADERS)} (default: what `probdiff run digits`, or "
+        "mnist, leaves, trained first if it is not there)",
+    )
+    run.add_argument(
+        "--recipe",
+        choices=("cpu", "gpu"),
+        help=f"how much to train and measure, for {', '.join(WITH_RECIPES)} (default: cpu)",
     )
     run.add_argument("--seed", type=_seed, default=0, help="same seed, same table (default: 0)")
     run.add_argument(
@@ -130,7 +146,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.name not in EXPERIMENTS:
         raise UsageError(f"no experiment {args.name!r}; there are {', '.join(EXPERIMENTS)}")
     experiment = EXPERIMENTS[args.name]
-    options = _model_option(args)
+    options = _model_option(args) | _recipe_option(args)
     out = Path(args.out or Path("runs") / args.name)
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out must be a folder; {out} is a file")
@@ -148,13 +164,22 @@ def _model_option(args: argparse.Namespace) -> dict[str, Path]:
     """`--model` as an option of the experiment, looked at before anything is run."""
     if args.model is None:
         return {}
-    if args.name not in RESTORATIONS:
-        raise UsageError(f"--model is for {', '.join(RESTORATIONS)}; {args.name} trains its own")
+    if args.name not in LOADERS:
+        raise UsageError(f"--model is for {', '.join(LOADERS)}; {args.name} trains its own")
     try:
-        restoration.load_digits(args.model)
+        LOADERS[args.name](args.model)
     except ValueError as error:
         raise UsageError(f"--model: {error}") from error
     return {"model": Path(args.model)}
+
+
+def _recipe_option(args: argparse.Namespace) -> dict[str, str]:
+    """`--recipe` as an option of the experiment."""
+    if args.recipe is None:
+        return {}
+    if args.name not in WITH_RECIPES:
+        raise UsageError(f"--recipe is for {', '.join(WITH_RECIPES)}; {args.name} has one")
+    return {"recipe": args.recipe}
 
 
 def _bound(args: argparse.Namespace) -> None:

@@ -246,3 +246,13 @@ def test_dequantise_stays_below_the_next_level(monkeypatch, key):
 def test_bad_arguments_are_named(key, call, message):
     with pytest.raises(ValueError, match=message):
         call(key)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 4), (3, 2, 4, 3)])
+def test_mirrored_images_stand_behind_the_images(shape):
+    images = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
+    both = datasets.with_mirrored(images)
+    assert both.shape == (6, *shape[1:])
+    np.testing.assert_array_equal(both[:3], images)
+    for column in range(4):
+        np.testing.assert_array_equal(both[3:, :, column], images[:, :, 3 - column])

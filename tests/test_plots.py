@@ -1,6 +1,8 @@
 """Pictures show the numbers they were given, and no others."""
 
 import math
+import sys
+import types
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -8,6 +10,8 @@ import pytest
 import xarray as xr
 
 from probdiff import plots
+from probdiff.journal import Progress
+from probdiff.train import HeldOutLosses
 
 
 @pytest.fixture(autouse=True)
@@ -141,3 +145,46 @@ def test_a_given_axes_is_drawn_into():
     _, ax = plt.subplots()
     assert plots.points(np.zeros((1, 2)), ax=ax) is ax
     assert plt.get_fignums() == [ax.figure.number]
+
+
+def test_live_losses_draws_what_fit_tells_it():
+    live = plots.LiveLosses(batch_size=4, held_out_size=2)
+    held_out = HeldOutLosses(np.array([50]), np.array([6.0]))
+    for step in (50, 100):
+        live(Progress(step, {}, np.full(step, 8.0), held_out))
+    ax = live.figure.axes[0]
+    training, held_out_line = ax.lines
+    np.testing.assert_allclose(training.get_ydata(), 2.0)
+    assert len(training.get_ydata()) == 100
+    np.testing.assert_allclose(held_out_line.get_ydata(), 3.0)
+
+
+def test_live_losses_keeps_its_place_in_a_notebook(monkeypatch):
+    shown = []
+
+    class Handle:
+        def update(self, figure):
+            shown.append(("update", figure))
+
+    def display(figure, display_id):
+        shown.append(("display", figure))
+        return Handle()
+
+    ipython = types.SimpleNamespace(
+        get_ipython=lambda: object(), display=types.SimpleNamespace(display=display)
+    )
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    live = plots.LiveLosses()
+    for step in (10, 20, 30):
+        live(Progress(step, {}, np.ones(step), HeldOutLosses(np.array([]), np.array([]))))
+    assert [what for what, _ in shown] == ["display", "update", "update"]
+    assert all(figure is live.figure for _, figure in shown)
+
+
+def test_coloured_images_keep_their_colours():
+    x = np.random.default_rng(0).uniform(0, 255, (3, 4, 5, 3))
+    ax = plots.images(x, columns=2, vmax=255.0)
+    sheet = np.asarray(ax.images[0].get_array())
+    assert sheet.shape == (9, 11, 3)
+    np.testing.assert_allclose(sheet[:4, 6:11], x[1] / 255)
+    np.testing.assert_allclose(sheet[5:9, :5], x[2] / 255)

@@ -10,6 +10,7 @@ from probdiff.datasets.dead_leaves import dead_leaves
 from probdiff.datasets.digits import Digits, dequantise, digits
 from probdiff.datasets.gaussian import gaussian, gaussian_mixture, gaussian_mixture_distribution
 from probdiff.datasets.heartbeat import heartbeat, heartbeat_sequences
+from probdiff.datasets.mirror import with_mirrored
 from probdiff.datasets.mnist import BinarisedMnist, Mnist, binarise, binarised_mnist, mnist
 from probdiff.datasets.swiss_roll import swiss_roll, swiss_roll_log_density
 from probdiff.datasets.textures import Textures, grey_images, textures
@@ -36,4 +37,5 @@ __all__ = [
     "swiss_roll",
     "swiss_roll_log_density",
     "textures",
+    "with_mirrored",
 ]

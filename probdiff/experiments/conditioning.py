@@ -2,18 +2,18 @@
 
 Each task measures an image linearly and infers the rest by SMC, with σ the data's overall sd:
 
-    denoising           y = x + σ ε                             all 64 pixels are inferred
+    denoising           y = x + σ ε                             all pixels are inferred
     inpainting          y = upper half of x, known exactly      the lower half is inferred
-    super-resolution    y = means of 2 × 2 blocks + σ/20 · ε    all 64 pixels are inferred
+    super-resolution    y = means of 2 × 2 blocks + σ/20 · ε    all pixels are inferred
 
 Where truths x are draws of the prior itself, the rank of a pixel among its posterior draws is
 uniform and a central 90 % interval holds it 90 % of the time, whatever the model. With weights W_i
 of effective number n = 1/Σ W_i², and V uniform on [0, 1),
 
-    u = (n Σ_i W_i 1[x_i < x] + V) / (n + 1)
+    u = (n Σ_i W_i 1[x_i < x] + V (n Σ_i W_i 1[x_i = x] + 1)) / (n + 1)
 
-is uniform for n equal weights and n + 1 exchangeable values; a pixel is covered where
-0.05 < u < 0.95. Pixels of one image are not independent: errors are over images.
+is uniform for n equal weights and n + 1 exchangeable values, on a grid too; a pixel is covered
+where 0.05 < u < 0.95. Pixels of one image are not independent: errors are over images.
 
 Beside it stands the Gaussian with the training images' mean m and covariance C, in closed form:
 
@@ -40,7 +40,6 @@ from probdiff import Diffusion, Prior, infer, plots
 from probdiff.experiments.report import Row, mean_and_se
 from probdiff.types import Params
 
-SIDE, PIXELS = 8, 64
 SHOWN, SHOWN_DRAWS = 8, 6
 DEQUANTISED = 1 / 12
 """Variance of U: what a pixel has whose level never changes."""
@@ -48,26 +47,27 @@ INSIDE = 0.9
 COVERAGE = "inside 90 % intervals"
 LEVELS, NATS = "grey levels", "nats per image"
 
-Images = Float[Array | np.ndarray, "_ 8 8"]
+Images = Float[Array | np.ndarray, "_ side side"]
 
 
 class Task(NamedTuple):
     """One way to observe an image."""
 
     measure: Callable[[Any], Any]
-    """What is measured of images `(..., 8, 8)`; linear."""
+    """What is measured of images `(..., side, side)`; linear."""
     noise: float
     """Standard deviation of a measurement; 0 where it is exact."""
     program: Callable[[Any], None]
     """What is conditioned, a function of the observations."""
     unseen: np.ndarray
-    """True where a pixel is inferred, `(8, 8)`."""
+    """True where a pixel is inferred, `(side, side)`."""
 
     @property
-    def matrix(self) -> Float[np.ndarray, "m 64"]:
+    def matrix(self) -> Float[np.ndarray, "m pixels"]:
         """A of y = A x + noise."""
-        basis = self.measure(np.eye(PIXELS).reshape(PIXELS, SIDE, SIDE))
-        return np.asarray(basis, np.float64).reshape(PIXELS, -1).T
+        pixels = self.unseen.size
+        basis = self.measure(np.eye(pixels).reshape(pixels, *self.unseen.shape))
+        return np.asarray(basis, np.float64).reshape(pixels, -1).T
 
     def observe(self, key: Array, x: Images) -> Array:
         """Observations of images."""
@@ -83,20 +83,21 @@ def denoising(prior: Prior, sigma: float) -> Task:
             x = prior()
             numpyro.sample("y", dist.Normal(x, sigma).to_event(2), obs=y)
 
-    return Task(lambda x: x, sigma, program, np.ones((SIDE, SIDE), bool))
+    return Task(lambda x: x, sigma, program, np.ones(prior.diffusion.event_shape, bool))
 
 
 def inpainting(prior: Prior) -> Task:
     """The upper half as it is, nothing of the lower."""
-    is_known = np.arange(SIDE)[:, None] < SIDE // 2
-    is_known = np.broadcast_to(is_known, (SIDE, SIDE))
+    shape = prior.diffusion.event_shape
+    half = shape[0] // 2
+    is_known = np.broadcast_to(np.arange(shape[0])[:, None] < half, shape)
 
     def program(y: Any) -> None:
         known = jnp.concatenate([y, jnp.zeros_like(y)], -2)
         with numpyro.plate("image", len(y)):
             prior(known=known, mask=np.broadcast_to(is_known, known.shape))
 
-    return Task(lambda x: x[..., : SIDE // 2, :], 0.0, program, ~is_known)
+    return Task(lambda x: x[..., :half, :], 0.0, program, ~is_known)
 
 
 def super_resolution(prior: Prior, sigma: float) -> Task:
@@ -107,40 +108,43 @@ def super_resolution(prior: Prior, sigma: float) -> Task:
             x = prior()
             numpyro.sample("y", dist.Normal(block_means(x), sigma).to_event(2), obs=y)
 
-    return Task(block_means, sigma, program, np.ones((SIDE, SIDE), bool))
+    return Task(block_means, sigma, program, np.ones(prior.diffusion.event_shape, bool))
 
 
 def block_means(x: Any) -> Any:
     """Means of blocks of 2 × 2 pixels."""
-    return x.reshape(*x.shape[:-2], SIDE // 2, 2, SIDE // 2, 2).mean((-3, -1))
+    *lead, height, width = x.shape
+    return x.reshape(*lead, height // 2, 2, width // 2, 2).mean((-3, -1))
 
 
 class Gaussian(NamedTuple):
     """A Gaussian law of images."""
 
-    mean: Float[np.ndarray, " 64"]
-    covariance: Float[np.ndarray, "64 64"]
+    mean: Float[np.ndarray, "side side"]
+    covariance: Float[np.ndarray, "pixels pixels"]
 
     @property
     def is_constant(self) -> np.ndarray:
-        """Pixels whose level varies less than the noise that dequantises it, `(8, 8)`."""
-        return (np.diag(self.covariance) < 2 * DEQUANTISED).reshape(SIDE, SIDE)
+        """Pixels whose level varies less than the noise that dequantises it, `(side, side)`."""
+        return (np.diag(self.covariance) < 2 * DEQUANTISED).reshape(self.mean.shape)
 
     def given(self, task: Task, y: Any) -> tuple[np.ndarray, np.ndarray]:
         """E[x | y] and log p(y) of each observation."""
         A, flat = task.matrix, np.asarray(y, np.float64).reshape(len(y), -1)
         covariance = A @ self.covariance @ A.T + task.noise**2 * np.eye(len(A))
         gain = np.linalg.solve(covariance, A @ self.covariance).T
-        mean = self.mean + (flat - A @ self.mean) @ gain.T
-        log_p = multivariate_normal(A @ self.mean, covariance).logpdf(flat)
-        return mean.reshape(-1, SIDE, SIDE), np.atleast_1d(log_p)
+        expected = A @ self.mean.ravel()
+        mean = self.mean.ravel() + (flat - expected) @ gain.T
+        log_p = multivariate_normal(expected, covariance).logpdf(flat)
+        return mean.reshape(-1, *self.mean.shape), np.atleast_1d(log_p)
 
 
 def gaussian_of(images: Images) -> Gaussian:
     """Mean and covariance of images of levels once they are dequantised, which needs no U."""
-    flat = np.asarray(images, np.float64).reshape(len(images), PIXELS)
-    covariance = np.cov(flat, rowvar=False) + DEQUANTISED * np.eye(PIXELS)
-    return Gaussian(flat.mean(0) + 0.5, covariance)
+    images = np.asarray(images, np.float64)
+    flat = images.reshape(len(images), -1)
+    covariance = np.cov(flat, rowvar=False) + DEQUANTISED * np.eye(flat.shape[1])
+    return Gaussian(images.mean(0) + 0.5, covariance)
 
 
 def prior_of(diffusion: Diffusion, params: Params, gaussian: Gaussian) -> Prior:
@@ -150,7 +154,7 @@ def prior_of(diffusion: Diffusion, params: Params, gaussian: Gaussian) -> Prior:
 
 def sampler(task: Task, *, num_particles: int, num_runs: int, progress: bool = False) -> infer.SMC:
     """SMC of a task, its twist the exact integral where measurements mix pixels."""
-    is_mixed = 0 < len(task.matrix) < PIXELS and task.noise > 0
+    is_mixed = 0 < len(task.matrix) < task.unseen.size and task.noise > 0
     return infer.SMC(
         task.program, num_particles=num_particles, num_runs=num_runs, progress=progress,
         twist=infer.GaussianTwist(task.matrix, task.noise) if is_mixed else infer.LaplaceTwist(),
@@ -160,11 +164,11 @@ def sampler(task: Task, *, num_particles: int, num_runs: int, progress: bool = F
 class Posterior(NamedTuple):
     """What was inferred of B images of which the truth is known, grey levels."""
 
-    truth: Float[np.ndarray, "B 8 8"]
+    truth: Float[np.ndarray, "B side side"]
     y: Float[np.ndarray, "B ..."]
-    mean: Float[np.ndarray, "B 8 8"]
-    sd: Float[np.ndarray, "B 8 8"]
-    rank: Float[np.ndarray, "B 8 8"]
+    mean: Float[np.ndarray, "B side side"]
+    sd: Float[np.ndarray, "B side side"]
+    rank: Float[np.ndarray, "B side side"]
     """u of every pixel, uniform where the truth came from the prior."""
     tree: xr.DataTree
     """All of the run."""
@@ -215,8 +219,11 @@ def rank(
     """
     n = 1 / np.sum(weights**2, 0)
     n = n.reshape(-1, *[1] * (truth.ndim - 1))
-    below = np.einsum("mb,mb...->b...", weights, draws < truth)
-    return (n * below + uniform) / (n + 1)
+    below, equal = (
+        np.einsum("mb,mb...->b...", weights, compare(draws, truth))
+        for compare in (np.less, np.equal)
+    )
+    return (n * below + uniform * (n * equal + 1)) / (n + 1)
 
 
 def coverage(
@@ -299,12 +306,12 @@ def _sampler_rows(health: Any) -> list[Row]:
     ]
 
 
-def sheet(found: Posterior) -> Figure:
+def sheet(found: Posterior, *, vmax: float = 17.0) -> Figure:
     """Truth, observation, draws, mean and sd, an image a row."""
     y = found.y[:SHOWN]
     if y.shape[1] < y.shape[2]:  # the rows below were not observed
         y = np.concatenate([y, np.full_like(y, np.nan)], 1)
     draws = found.tree["posterior"]["x_0"].values[0, :, :SHOWN]
     truth, mean, sd = (a[:SHOWN] for a in (found.truth, found.mean, found.sd))
-    axes = plots.posterior_images(truth, y, draws, mean, sd, num_draws=SHOWN_DRAWS, vmax=17.0)
+    axes = plots.posterior_images(truth, y, draws, mean, sd, num_draws=SHOWN_DRAWS, vmax=vmax)
     return axes[0, 0].figure

@@ -26,7 +26,6 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 from flax import nnx
-from matplotlib.figure import Figure
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 
@@ -35,21 +34,20 @@ from probdiff import (
     GaussianKernel,
     datasets,
     diagnostics,
-    plots,
     readouts,
     sample,
     save,
     schedules,
 )
 from probdiff.experiments.report import QUICK, Row, mean_and_se, write_report
-from probdiff.experiments.training import CALLS, Recipe, train
+from probdiff.experiments.training import CALLS, Recipe, bits_rows, curve, sheets, train
 
 SUMMARY = "grey digits of 28 × 28 pixels: bits per pixel, and draws"
 DURATION = "about 50 minutes on two CPU cores"
 
 T, ALPHA_BAR_T, COMPONENTS, LEVELS = 1000, 1e-4, 4, 256
 PIXELS = 784
-BITS, NATS = "bits per pixel, 256 levels", "nats per image"
+BITS = "bits per pixel, 256 levels"
 PUBLISHED = 0.936
 
 RECIPES = {
@@ -132,16 +130,13 @@ def run(
     classifier = train_classifier(images, data.train_labels[: size.train_images], size.epochs, seed)
     counts = np.bincount(classifier.predict(_flat(draws)), minlength=10)
     rows = [
-        *_bound_rows(tree),
+        *bits_rows(tree, PIXELS, BITS, PUBLISHED),
         *_judge(classifier, test, data.test_labels[: size.test_images], draws, counts),
     ]
     figures = {
-        "samples": _samples(data.test, draws),
-        "losses": plots.losses(
-            fitted.losses, batch_size=chosen.batch_size,
-            held_out=(fitted.held_out_losses.step, fitted.held_out_losses.loss / size.held_out),
-        ).figure,
-    }  # fmt: skip
+        "samples": sheets(data.test, draws, (0, LEVELS - 1), calls=CALLS),
+        "curve": curve(out_dir, PIXELS, size.held_out, PUBLISHED),
+    }
     sections = ({"Quick run": QUICK} if quick else {}) | _sections(size, chosen, diffusion, counts)
     write_report(out_dir, "MNIST", rows, sections=sections, figures=figures)
     for figure in figures.values():
@@ -159,7 +154,7 @@ def define(images: np.ndarray, recipe: Recipe, rngs: nnx.Rngs) -> Diffusion:
         schedules.log_snr_linear(T, beta_1=scale**-2, alpha_bar_T=ALPHA_BAR_T),
         recipe.network((28, 28), rngs, outputs=outputs),
         event_shape=(28, 28),
-        readout=readouts.Mixture(COMPONENTS),
+        readout=readouts.Mixture(COMPONENTS, -loc / scale, (LEVELS - 1 - loc) / scale),
         last_step=readouts.Discretised(0, LEVELS - 1, LEVELS),
         loc=loc,
         scale=scale,
@@ -179,23 +174,6 @@ def train_classifier(
 
 def _flat(images: np.ndarray) -> np.ndarray:
     return np.asarray(images, np.float32).reshape(len(images), -1) / 255
-
-
-def _bound_rows(tree) -> list[Row]:
-    bound = tree["bound"]
-    bits = -bound["bound"].values / (PIXELS * math.log(2))
-    reconstruction, prior = bound["reconstruction"].values, bound["prior_kl"].values
-    parts = {
-        "of which −log p(x_0 | x_1)": -reconstruction,
-        "of which KL of the steps": reconstruction - prior - bound["bound"].values,
-        "of which KL of the prior": prior,
-    }
-    return [
-        Row("diffusion, −K, test", *mean_and_se(bits), BITS, None, PUBLISHED),
-        Row("diffusion, K, test", *mean_and_se(bound["bound"].values), NATS),
-        *(Row(name, *mean_and_se(part / (PIXELS * math.log(2))), BITS)
-          for name, part in parts.items()),
-    ]  # fmt: skip
 
 
 def _judge(
@@ -243,13 +221,3 @@ def _sections(
             f"by a perceptron trained on real digits: {', '.join(map(str, counts))}."
         ),
     }
-
-
-def _samples(test: np.ndarray, draws: np.ndarray) -> Figure:
-    figure = plt.figure(figsize=(9, 4.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for images, title, ax in (
-        (test[:64], "held-out digits", left), (draws[:64], f"draws, {CALLS} network calls", right)
-    ):  # fmt: skip
-        plots.images(images.astype(float), columns=8, vmax=255.0, title=title, ax=ax)
-    return figure

@@ -165,7 +165,7 @@ def load_digits(folder: str | Path) -> tuple[Diffusion, Params]:
         ValueError: if there is no model, or one of something else.
     """
     diffusion, params = load(folder)
-    shape = (conditioning.SIDE, conditioning.SIDE)
+    shape = (8, 8)
     if diffusion.event_shape != shape or diffusion.scale is None:
         raise ValueError(
             f"model must be one of digits, numbers of event_shape {shape}; got event_shape "

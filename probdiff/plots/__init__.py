@@ -4,6 +4,7 @@ Every function takes arrays or the DataTree of `diagnostics.bound`, of a sampler
 `infer.calibrate`, and axes to draw into; it returns the axes, or a figure where it makes one.
 
     training     losses, bound_per_step
+    live         LiveLosses, a callback of `fit`
     pictures     points, slices, drift, images, figure_1
     posterior    posterior_images, posterior_points
     inference    ess_trace, evidence, calibration
@@ -14,6 +15,7 @@ Every function takes arrays or the DataTree of `diagnostics.bound`, of a sampler
 from probdiff.plots.comparison import comparison
 from probdiff.plots.inference import calibration, ess_trace, evidence
 from probdiff.plots.ladder import entropy_band, information, ladder, sandwich
+from probdiff.plots.live import LiveLosses
 from probdiff.plots.pictures import drift, figure_1, images, points, slices
 from probdiff.plots.posterior import posterior_images, posterior_points
 from probdiff.plots.style import BLUE, GREEN, ORANGE
@@ -23,6 +25,7 @@ __all__ = [
     "BLUE",
     "GREEN",
     "ORANGE",
+    "LiveLosses",
     "bound_per_step",
     "calibration",
     "comparison",

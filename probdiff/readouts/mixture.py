@@ -24,7 +24,8 @@ the form suggests to it, not what it is held to.)
 Numbers that pile up at a few values are where this pays: a pixel that is black or white turns from
 one to the other as x_t passes the middle, the more sharply the less noise there is, which a network
 would have to learn at every level of noise and here follows from two narrow components. On MNIST
-the same network after 400 steps has 1.31 bits per pixel by `Mixture()`, 1.61 by `Epsilon()`.
+the same network after 400 steps has 1.31 bits per pixel with four components that start between
+black and white, 1.60 where they start at −2 to 2, and 1.61 by `Epsilon()`.
 """
 
 import dataclasses
@@ -50,7 +51,8 @@ class Mixture(GaussianReadout):
     components: int = 4
     """K, at least 2."""
     low: float = -2.0
-    """Mean of the first component where the network's output is 0, on the scale of the chain."""
+    """Mean of the first component where the network's output is 0, on the scale of the chain: the
+    least value of the data is a good start, (0 − loc)/scale for grey levels."""
     high: float = 2.0
     """Mean of the last; the others lie evenly between, a quarter of their distance wide."""
 

@@ -1,0 +1,41 @@
+"""Losses drawn anew as a run goes: a callback of `fit` for notebooks.
+
+In a notebook the picture stays in its place and changes; elsewhere `figure` is there to be saved.
+"""
+
+import sys
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+from probdiff.plots.training import losses
+
+
+class LiveLosses:
+    """`fit(..., callback=LiveLosses(batch_size), evaluate_every=...)`."""
+
+    def __init__(self, batch_size: int = 1, *, held_out_size: int = 1):
+        """Make an empty picture.
+
+        Args:
+            batch_size: Examples in a batch, so that losses are per example.
+            held_out_size: Examples in `held_out`.
+        """
+        self.batch_size, self.held_out_size = batch_size, held_out_size
+        self.figure, self._ax = plt.subplots(figsize=(6, 4), layout="constrained")
+        self._display: Any = None
+
+    def __call__(self, progress: Any) -> None:
+        """Draw the losses so far, `progress` being what `fit` hands to a callback."""
+        steps, values = progress.held_out_losses
+        held_out = (steps, values / self.held_out_size) if len(steps) else None
+        self._ax.clear()
+        losses(progress.losses, batch_size=self.batch_size, held_out=held_out, ax=self._ax)
+        ipython = sys.modules.get("IPython")
+        if ipython is None or ipython.get_ipython() is None:
+            return
+        if self._display is None:
+            plt.close(self.figure)  # or the notebook shows it once more at the end of the cell
+            self._display = ipython.display.display(self.figure, display_id=True)
+        else:
+            self._display.update(self.figure)
