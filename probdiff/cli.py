@@ -23,6 +23,7 @@ from probdiff.experiments import (
     heartbeat,
     mnist,
     mnist_inpainting,
+    patches,
     restoration,
     swiss_roll,
     toy_language,
@@ -43,12 +44,14 @@ EXPERIMENTS = {
     "mnist": mnist,
     "mnist-inpaint": mnist_inpainting,
     "cifar10": cifar10,
+    "dead-leaves": patches.DEAD_LEAVES,
+    "bark": patches.BARK,
 } | RESTORATIONS
 LOADERS = dict.fromkeys(RESTORATIONS, restoration.load_digits) | {
     "mnist-inpaint": mnist_inpainting.load_mnist
 }
 """What reads, and checks, the trained model of an experiment that takes one."""
-WITH_RECIPES = ("mnist", "mnist-inpaint", "cifar10")
+WITH_RECIPES = ("mnist", "mnist-inpaint", "cifar10", "dead-leaves", "bark")
 """Experiments that have a recipe for a CPU and one for a GPU."""
 
 

@@ -52,7 +52,7 @@ PUBLISHED = 0.936
 
 RECIPES = {
     "cpu": Recipe(
-        widths=(32, 64), depth=1, patch=2, num_steps=9_000, batch_size=64, learning_rate=2e-3
+        widths=(32, 64), depth=1, patch=2, num_steps=7_000, batch_size=64, learning_rate=2e-3
     ),
     "gpu": Recipe(
         widths=(96, 192, 256), depth=2, num_steps=12_000, batch_size=256, learning_rate=1e-3,

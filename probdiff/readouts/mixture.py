@@ -17,8 +17,8 @@ reverse step:
 
     p(x_s | x_t) = N( w_0 x̂_0 + w_t x_t,  bridge variance + w_0² Var[x_0 | x_t] ),
 
-w_0 and w_t the bridge's weights. The variance is thus no guess of its own, and it has a value for a
-step over many levels too. (The network sees x_t,i as well, so that "in view of the rest" is what
+w_0 and w_t the bridge's weights; at t = 1, where it has no width, β_1/100 stands there. The
+variance is thus no guess of its own, and it has a value for a step over many levels too. (The network sees x_t,i as well, so that "in view of the rest" is what
 the form suggests to it, not what it is held to.)
 
 Numbers that pile up at a few values are where this pays: a pixel that is black or white turns from
@@ -40,8 +40,10 @@ from probdiff.kernels import GaussianKernel, bridge_mean, bridge_weights
 from probdiff.readouts.gaussian import GaussianReadout, Output, State, Variance
 from probdiff.types import Step
 
-LEAST_VARIANCE = 1e-6
-"""Of a reverse step, over β_t: for √ to have a slope, and float32 a density."""
+LEAST_VARIANCE = 1e-2
+"""Of the last step, over β_1. A number whose value is certain would make p(x_0 | x_1) as narrow as
+it can; with no limit the bound of a pixel that is then off by a level, and its gradient, have none
+either. Where √β_1 is a level the cell of the level holds all but 6e-7 of what is this narrow."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +86,9 @@ class Mixture(GaussianReadout):
         """The same: what is known of x_0 does not depend on the step."""
         x_0_hat, variance = self.moments(outputs, x_t, trained)
         weight_0, _ = bridge_weights(step)
-        bridge = jnp.where(step.t == 1, 0.0, step.beta * step.noise_s / step.noise_t)
-        total = bridge + weight_0**2 * variance + LEAST_VARIANCE * step.beta
+        least = LEAST_VARIANCE * step.beta
+        bridge = jnp.where(step.t == 1, least, step.beta * step.noise_s / step.noise_t)
+        total = bridge + weight_0**2 * variance
         return dist.Normal(bridge_mean(x_t, x_0_hat, step), jnp.sqrt(total))
 
     def x_0_hat(
