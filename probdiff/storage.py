@@ -26,7 +26,7 @@ from probdiff.networks.binding import built_in_config
 from probdiff.types import Network, Params
 
 FORMAT = 1
-NETWORKS = {name: getattr(networks, name) for name in networks.__all__}
+NETWORKS = {n: c for n in networks.__all__ if isinstance(c := getattr(networks, n), type)}
 PARTS = {
     cls.__name__: cls
     for cls in (

@@ -6,6 +6,7 @@ from probdiff.networks.perceptron import Perceptron
 from probdiff.networks.radial_basis import RadialBasis
 from probdiff.networks.shared_head import SharedHead
 from probdiff.networks.sigmoid_perceptron import SigmoidPerceptron
+from probdiff.networks.summary import summary
 from probdiff.networks.unet import UNet
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "SharedHead",
     "SigmoidPerceptron",
     "UNet",
+    "summary",
 ]

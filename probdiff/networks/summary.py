@@ -1,0 +1,71 @@
+"""A table of a network's layers: parameters, shapes, floating-point operations.
+
+    print(networks.summary(diffusion.network, diffusion.event_shape))
+
+The table is flax's own (`nnx.tabulate`), a row for each call of a layer in the order of the calls,
+the whole network first; a row of a block counts all that is inside it. It is plain text, without
+colours, and never wraps.
+
+Operations are XLA's count: a layer y = A x + b of n inputs and m outputs has 2nm + m for each
+example, and tanh, exp and their like have none. They are those of one call of the network, which
+trains at some three times the operations with its gradients, and is called T times for a draw.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from probdiff.networks.binding import bind
+
+PLAIN = {"force_terminal": False, "force_jupyter": False, "color_system": None, "width": 1000}
+
+
+def summary(
+    network: Any,
+    event_shape: tuple[int, ...],
+    *,
+    batch_size: int = 1,
+    context_shape: tuple[int, ...] | None = None,
+    dtype: Any = float,
+    depth: int | None = None,
+) -> str:
+    """Table of layers with parameters, shapes and FLOPs, and their totals for one call.
+
+    Args:
+        network: A flax.nnx module, called as `network(x_t, t)` or `network(x_t, t, context)`.
+        event_shape: Shape of one example.
+        batch_size: Examples in the call.
+        context_shape: Shape of one example's context; None where there is none.
+        dtype: Type of x_t; int for symbols.
+        depth: Most parts of a path, such as 2 of `layers/0`, in what is shown; None for all.
+
+    Returns:
+        The table as text.
+
+    Raises:
+        ValueError: if the network is of another kind, keeps state, or batch_size is below 1.
+    """
+    if not isinstance(network, nnx.Module):
+        raise ValueError(f"network must be a flax.nnx module; got {type(network).__name__}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+    inputs = [jnp.zeros((batch_size, *event_shape), dtype), jnp.ones(batch_size, jnp.int32)]
+    if context_shape is not None:
+        inputs.append(jnp.zeros((batch_size, *context_shape)))
+    # before the table, during which an error would leave flax's classes with replaced methods
+    flops = _flops(network, inputs)
+    table = nnx.tabulate(network, *inputs, depth=depth, compute_flops=True, console_kwargs=PLAIN)
+    lines = [line.rstrip() for line in table.strip("\n").splitlines()]
+    totals = [lines.pop().strip(), f"Total FLOPs: {flops:,} (one call, batch of {batch_size})"]
+    return "\n".join([*lines, *totals])
+
+
+def _flops(network: nnx.Module, inputs: list[Any]) -> int:
+    """Operations of one call, as XLA counts them."""
+    binding = bind(network, (), None)
+    x_t, t, context = (*inputs, None)[:3]
+    lowered = jax.jit(binding.apply).lower(binding.init, x_t, t, context)
+    cost = lowered.cost_analysis() or lowered.compile().cost_analysis() or {}
+    return int(cost.get("flops", 0))
