@@ -7,6 +7,7 @@
     entropies               bounds on the entropy of every reverse step
     information             bounds on what each level still tells of the data
     compare                 models by their bounds on the same examples, errors paired
+    parzen                  log density of test images under Gaussians around draws
     bits_per_dim            bits per entry of discrete data
     predictive_check        replicate data sets of the model beside the data, PITs of statistics
     to_datatree             a run of MCMC, SMC, SVI or `fit`, dims always right
@@ -20,6 +21,7 @@ from probdiff.diagnostics.comparison import compare
 from probdiff.diagnostics.conversion import to_datatree
 from probdiff.diagnostics.entropies import entropies, information
 from probdiff.diagnostics.ladder import LadderWarning, ladder, sandwich
+from probdiff.diagnostics.parzen import parzen
 from probdiff.diagnostics.predictive import predictive_check
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "entropy_form",
     "information",
     "ladder",
+    "parzen",
     "predictive_check",
     "sampled_bound",
     "sandwich",
