@@ -11,8 +11,9 @@ the arrays; a program does not know of it, and draws the noise that it would dra
 
 *Blocks*, in `ancestral`, `bound` and the ladder. Block b of draws or examples takes its noise from
 `fold_in(key, b)` and shares nothing with the others: each device does one at a time and nothing is
-exchanged. A block has the same shape as on one device, so its numbers are the same bit for bit, and
-a mesh with more devices than blocks leaves some of them idle.
+exchanged. A block has the shape that it has on one device, hence the same noise, and the same
+numbers but for a last digit that the compiler may round otherwise. Devices without a block are
+idle, which is why blocks that are too large for the mesh are refused.
 
 Where the devices belong to several processes (`jax.distributed`), every process runs the same
 program with the same arguments and holds what its own devices hold. An array that is whole on each
@@ -109,14 +110,11 @@ def fetch(tree: Any) -> Any:
 
 
 def check_block_size(block_size: int, count: int, of_what: str, mesh: Mesh | None) -> None:
-    """Raise a `ValueError` unless every device of the mesh gets a whole block of so many rows."""
-    if mesh is None:
-        return
-    most = max(1, count // mesh.size)
-    if block_size > most:
+    """Raise a `ValueError` unless every device of the mesh has a block, or there are fewer rows."""
+    if mesh is not None and -(-count // block_size) < min(mesh.size, count):
         raise ValueError(
-            f"block_size must be at most {most}, or some of the {mesh.size} devices in mesh would "
-            f"have no block of the {count} {of_what}; got {block_size}"
+            f"block_size must be at most {max(1, count // mesh.size)}, so that each of the "
+            f"{mesh.size} devices in mesh has a block of the {count} {of_what}; got {block_size}"
         )
 
 

@@ -2,19 +2,24 @@
 
 `numpyro.infer.Predictive(diffusion.model, params=..., num_samples=...)` does the same through the
 program. `ancestral` is for many draws: one compiled loop, kept between calls, that holds a single
-level of the chain unless trajectories are asked for, and runs in blocks that fit memory.
+level of the chain unless trajectories are asked for, and runs in blocks that fit memory. Blocks
+have keys of their own, so several devices draw one each at the same time and never exchange
+anything (see `devices`).
 
 Source: Sohl-Dickstein et al. (2015), section 2.2.
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array
 from tqdm import tqdm
 
+from probdiff import devices
 from probdiff.diffusion import Diffusion
 from probdiff.types import Params
 
@@ -29,6 +34,7 @@ def ancestral(
     steps: int | None = None,
     keep_trajectory: bool = False,
     block_size: int = 4096,
+    mesh: Mesh | None = None,
     progress: bool = False,
 ) -> Any:
     """Draw x_0 from the learned reverse chain.
@@ -43,7 +49,8 @@ def ancestral(
             draws from another law: each longer step is one Gaussian, or one draw of every symbol
             by itself, where several would have followed each other.
         keep_trajectory: Also return the levels walked, x_1 first, on the scale of the chain.
-        block_size: Draws made at once.
+        block_size: Draws made at once, by each device.
+        mesh: Devices that draw a block each at the same time, on one axis; no draw depends on it.
         progress: Show a bar over the blocks.
 
     Returns:
@@ -51,7 +58,8 @@ def ancestral(
         pair of it and the trajectories, `(num_samples, T or steps, *event_shape)`.
 
     Raises:
-        ValueError: if a number is out of range, parameters do not fit, or contexts do not match.
+        ValueError: if a number is out of range, parameters do not fit, contexts do not match, or
+            blocks are too large to give every device of the mesh one.
     """
     for argument, value in {"num_samples": num_samples, "block_size": block_size}.items():
         if value < 1:
@@ -60,32 +68,39 @@ def ancestral(
         raise ValueError(f"steps must lie in 2..T = {diffusion.T}; got {steps}")
     diffusion.check_params(params)
     diffusion.check_context_rows(context, num_samples)
-    draws, trajectories = [], []
+    mesh = devices.checked(mesh)
+    devices.check_block_size(block_size, num_samples, "draws", mesh)
+    progress = progress and devices.is_first(mesh)
+    blocks = _blocks(key, num_samples, context, block_size, progress)
+    static = diffusion, steps, keep_trajectory
+    drawn = list(devices.blockwise(_draw_block, params, blocks, static, mesh))
+    x_0 = np.concatenate([block[0] for block in drawn])
+    return (x_0, np.concatenate([block[1] for block in drawn])) if keep_trajectory else x_0
+
+
+def _blocks(
+    key: Array, num_samples: int, context: Any, block_size: int, progress: bool
+) -> Iterator[tuple[Any, ...]]:
+    """A key for each block of draws, their numbers and their contexts."""
     starts = range(0, num_samples, block_size)
     for block, start in enumerate(tqdm(starts, desc="sample", disable=not progress)):
-        size = min(block_size, num_samples - start)
-        rows = None if context is None else context[start : start + size]
-        out = _draw_block(
-            jax.random.fold_in(key, block), params, rows, diffusion, size, steps, keep_trajectory
-        )
-        draws.append(np.asarray(out[0]))
-        trajectories.append(None if out[1] is None else np.asarray(out[1]))
-    x_0 = np.concatenate(draws)
-    return (x_0, np.concatenate(trajectories)) if keep_trajectory else x_0
+        numbers = np.arange(start, min(start + block_size, num_samples))
+        given = None if context is None else np.asarray(context[start : start + block_size])
+        yield jax.random.fold_in(key, block), numbers, given
 
 
-@functools.partial(jax.jit, static_argnames=("diffusion", "size", "steps", "keep_trajectory"))
+@functools.partial(jax.jit, static_argnames=("diffusion", "steps", "keep_trajectory"))
 def _draw_block(
     key: Array,
     params: Params,
+    numbers: Array,
     context: Any,
     diffusion: Diffusion,
-    size: int,
     steps: int | None,
     keep_trajectory: bool,
 ) -> tuple[Any, Any]:
     key_chain, key_last = jax.random.split(key)
     reverse, _ = diffusion.bind(params, context=context)
-    shape = () if context is not None else (size,)  # contexts bring the batch themselves
+    shape = () if context is not None else numbers.shape  # contexts bring the batch themselves
     x_1, trajectory = reverse.walk(key_chain, shape, num_steps=steps, keep=keep_trajectory)
     return diffusion.data_given_first(reverse, x_1).sample(key_last), trajectory

@@ -29,9 +29,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
+from probdiff import devices
 from probdiff.diagnostics.control import controlled
 from probdiff.diffusion import Data, Diffusion, Mask
 from probdiff.elbo import StratifiedTimes, prior_kl, step_kl
@@ -53,6 +55,7 @@ def bound(
     mask: Mask | None = None,
     num_draws: int = 1,
     block_size: int = 4096,
+    mesh: Mesh | None = None,
     progress: bool = False,
 ) -> xr.DataTree:
     """Bound K on log p(x_0) for every example, with the term of every step.
@@ -66,7 +69,8 @@ def bound(
         mask: True where x_0 is observed. K then bounds the density of the observed part under the
             program that sees noise in place of the rest, not the marginal of the whole model.
         num_draws: Trajectory levels drawn per example and step, averaged.
-        block_size: Examples handled at once.
+        block_size: Examples handled at once, by each device.
+        mesh: Devices that take a block each at the same time, on one axis; no figure depends on it.
         progress: Show a bar over the blocks.
 
     Returns:
@@ -78,13 +82,16 @@ def bound(
         `data`, a digest of the examples, by which other functions know them again.
 
     Raises:
-        ValueError: if data, context, mask or parameters do not fit.
+        ValueError: if data, context, mask or parameters do not fit, or blocks are too large to give
+            every device of the mesh one.
     """
     check_examples(
         diffusion, params, x_0, context, mask, num_draws=num_draws, block_size=block_size
     )
-    blocks = _blocks(key, x_0, context, mask, block_size, progress)
-    parts = [_bound_block(k, params, *given, diffusion, num_draws) for k, given in blocks]
+    mesh = devices.checked(mesh)
+    devices.check_block_size(block_size, len(x_0), "examples", mesh)
+    blocks = _blocks(key, x_0, context, mask, block_size, mesh, progress)
+    parts = devices.blockwise(_bound_block, params, blocks, (diffusion, num_draws), mesh)
     reconstruction, kl, prior, se = (np.concatenate(part) for part in zip(*parts, strict=True))
     tree = _tree(reconstruction - kl.sum(1) - prior, reconstruction, prior)
     tree["bound"].attrs |= _measure(diffusion, mask) | {"data": digest(x_0, mask)}
@@ -106,6 +113,7 @@ def sampled_bound(
     mask: Mask | None = None,
     num_times: int = 10,
     block_size: int = 500,
+    mesh: Mesh | None = None,
     progress: bool = False,
 ) -> xr.DataTree:
     """Bound K for every example at a few random steps: unbiased, at a cost that T does not enter.
@@ -122,7 +130,8 @@ def sampled_bound(
         mask: True where x_0 is observed. K then bounds the density of the observed part under the
             program that sees noise in place of the rest, not the marginal of the whole model.
         num_times: Steps at which each example's KL is drawn.
-        block_size: Examples handled at once.
+        block_size: Examples handled at once, by each device.
+        mesh: Devices that take a block each at the same time, on one axis; no figure depends on it.
         progress: Show a bar over the blocks.
 
     Returns:
@@ -130,13 +139,16 @@ def sampled_bound(
         Attributes as those of `bound`, with `num_times`.
 
     Raises:
-        ValueError: if data, context, mask or parameters do not fit.
+        ValueError: if data, context, mask or parameters do not fit, or blocks are too large to give
+            every device of the mesh one.
     """
     check_examples(
         diffusion, params, x_0, context, mask, num_times=num_times, block_size=block_size
     )
-    blocks = _blocks(key, x_0, context, mask, block_size, progress)
-    parts = [_sampled_block(k, params, *given, diffusion, num_times) for k, given in blocks]
+    mesh = devices.checked(mesh)
+    devices.check_block_size(block_size, len(x_0), "examples", mesh)
+    blocks = _blocks(key, x_0, context, mask, block_size, mesh, progress)
+    parts = devices.blockwise(_sampled_block, params, blocks, (diffusion, num_times), mesh)
     reconstruction, kl, prior = (np.concatenate(part) for part in zip(*parts, strict=True))
     tree = _tree(reconstruction - kl - prior, reconstruction, prior)
     tree["bound"].attrs |= _measure(diffusion, mask) | {"data": digest(x_0, mask)}
@@ -162,14 +174,21 @@ def check_examples(
 
 
 def _blocks(
-    key: Array, x_0: Any, context: Any, mask: Any, block_size: int, progress: bool
-) -> Iterator[tuple[Array, list[Any]]]:
+    key: Array,
+    x_0: Any,
+    context: Any,
+    mask: Any,
+    block_size: int,
+    mesh: Mesh | None,
+    progress: bool,
+) -> Iterator[tuple[Any, ...]]:
     """A key and the rows of each block of examples."""
     starts = range(0, len(x_0), block_size)
-    for block, start in enumerate(tqdm(starts, desc="bound", disable=not progress)):
+    disable = not (progress and devices.is_first(mesh))
+    for block, start in enumerate(tqdm(starts, desc="bound", disable=disable)):
         rows = slice(start, start + block_size)
-        given = [None if a is None else jnp.asarray(a[rows]) for a in (x_0, context, mask)]
-        yield jax.random.fold_in(key, block), given
+        given = [None if a is None else np.asarray(a[rows]) for a in (x_0, context, mask)]
+        yield jax.random.fold_in(key, block), *given
 
 
 @functools.partial(jax.jit, static_argnames=("diffusion", "num_draws"))

@@ -31,9 +31,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
+from jax.sharding import Mesh
 from jaxtyping import Array
 from scipy import stats
 
+from probdiff import devices
 from probdiff.diagnostics.bounds import bound, check_examples
 from probdiff.diagnostics.weights import draw_and_weigh, weigh
 from probdiff.diffusion import Data, Diffusion, Mask
@@ -65,6 +67,7 @@ def ladder(
     num_draws: int = 100,
     threshold: float = 0.5,
     block_size: int = 4096,
+    mesh: Mesh | None = None,
     progress: bool = False,
 ) -> xr.DataTree:
     """K, importance-weighted bounds and an SMC estimate of log p(x_0), for every example.
@@ -81,7 +84,8 @@ def ladder(
             times the largest over S of them.
         num_draws: Draws per step for K, at least 2.
         threshold: Share of S below which SMC resamples.
-        block_size: Trajectories at once.
+        block_size: Trajectories at once, on each device.
+        mesh: Devices that share out the trajectories, on one axis; K, a small part, needs but one.
         progress: Show a bar over the blocks.
 
     Returns:
@@ -96,7 +100,8 @@ def ladder(
     Raises:
         ValueError: if data, context, mask or parameters do not fit, or sizes or counts do not.
     """
-    sizes = _check_sizes(sizes)
+    sizes, mesh = _check_sizes(sizes), devices.checked(mesh)
+    progress = progress and devices.is_first(mesh)
     check_examples(diffusion, params, x_0, context, mask, block_size=block_size)
     for argument, value in {"num_repeats": num_repeats, "num_draws": num_draws}.items():
         if value < 2:
@@ -105,7 +110,7 @@ def ladder(
         raise ValueError(f"threshold must lie in (0, 1]; got {threshold}")
     key_bound, key_weights, key_smc = jax.random.split(key, 3)
     options: dict[str, Any] = {
-        "size": sizes[-1], "num_repeats": num_repeats, "block_size": block_size,
+        "size": sizes[-1], "num_repeats": num_repeats, "block_size": block_size, "mesh": mesh,
         "progress": progress,
     }  # fmt: skip
     given = diffusion, params, x_0, context, mask
@@ -154,6 +159,7 @@ def sandwich(
     sizes: tuple[int, ...] = SIZES,
     num_repeats: int = 4,
     block_size: int = 4096,
+    mesh: Mesh | None = None,
     progress: bool = False,
 ) -> xr.DataTree:
     """Lower and upper bounds of log p(x_0) at draws of the model itself.
@@ -166,7 +172,8 @@ def sandwich(
         context: One context per draw, `(N, *context_shape)`.
         sizes: Numbers of trajectories S, ascending, each a divisor of the last.
         num_repeats: Repeats R of the largest size over which an example's bounds are averaged.
-        block_size: Trajectories at once.
+        block_size: Trajectories at once, on each device.
+        mesh: Devices that share out the forward trajectories, on one axis.
         progress: Show a bar over the blocks.
 
     Returns:
@@ -179,7 +186,8 @@ def sandwich(
     Raises:
         ValueError: if context, parameters, sizes or counts do not fit.
     """
-    sizes = _check_sizes(sizes)
+    sizes, mesh = _check_sizes(sizes), devices.checked(mesh)
+    progress = progress and devices.is_first(mesh)
     for argument, value, least in (
         ("num_examples", num_examples, 2), ("num_repeats", num_repeats, 1),
         ("block_size", block_size, 1),
@@ -195,7 +203,8 @@ def sandwich(
     )
     log_w = weigh(
         key_weights, diffusion, params, x_0, context, None, size=sizes[-1],
-        num_repeats=num_repeats, threshold=0.0, block_size=block_size, progress=progress,
+        num_repeats=num_repeats, threshold=0.0, block_size=block_size, mesh=mesh,
+        progress=progress,
     ).log_weights  # fmt: skip
     lower = np.stack([_log_means(log_w, size).mean(1) for size in sizes], 1)
     upper = np.stack([_log_means(log_w, size, own).mean(1) for size in sizes], 1)

@@ -26,9 +26,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
+from probdiff import devices
 from probdiff.diffusion import Diffusion
 from probdiff.infer.particles import effective_number, log_mean, systematic
 from probdiff.kernels import AbsorbingKernel
@@ -89,6 +91,7 @@ def weigh(
     threshold: float,
     block_size: int,
     progress: bool,
+    mesh: Mesh | None = None,
 ) -> Weighed:
     """Trajectories forward from every example, in independent systems.
 
@@ -102,24 +105,26 @@ def weigh(
         size: S, trajectories of a system.
         num_repeats: R, systems of an example.
         threshold: Share of S below which the effective number calls for resampling; 0 for never.
-        block_size: Trajectories at once; at least one system is.
+        block_size: Trajectories at once, on each device; at least one system is.
         progress: Show a bar over the blocks.
+        mesh: Devices that take blocks of systems at the same time, as `devices.checked` returns it.
 
     Returns:
         NumPy arrays that lead with `(N, R)`.
     """
     count = len(x_0) * num_repeats
-    per_block = min(count, max(1, block_size // size))
+    share = -(-count // (1 if mesh is None else mesh.size))
+    per_block = min(share, max(1, block_size // size))
     given = [None if a is None else np.asarray(a) for a in (x_0, context, mask)]
-    blocks = []
-    for start in tqdm(range(0, count, per_block), desc="weigh", disable=not progress):
+    starts = tqdm(range(0, count, per_block), desc="weigh", disable=not progress)
+
+    def block(start: int) -> tuple[Any, ...]:
         system = np.minimum(np.arange(start, start + per_block), count - 1)  # one shape for all
         example, repeat = np.divmod(system, num_repeats)
-        given = [
-            None if a is None else jnp.asarray(np.asarray(a)[example]) for a in (x_0, context, mask)
-        ]
-        block = _weigh_block(key, params, example, repeat, *given, diffusion, size, threshold)
-        blocks.append(jax.tree.map(np.asarray, block))
+        return key, example, repeat, *(None if a is None else a[example] for a in given)
+
+    static = diffusion, size, threshold
+    blocks = devices.blockwise(_weigh_block, params, map(block, starts), static, mesh)
     joined = jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *blocks)
     return jax.tree.map(lambda a: a.reshape(len(x_0), num_repeats, *a.shape[1:]), joined)
 
