@@ -19,10 +19,12 @@ from probdiff import GaussianKernel, diagnostics, load
 from probdiff.experiments import (
     binary_mnist,
     cifar10,
+    ddpm_swiss_roll,
     digits,
     heartbeat,
     mnist,
     mnist_inpainting,
+    parametrisations,
     patches,
     restoration,
     swiss_roll,
@@ -38,12 +40,15 @@ RESTORATIONS = {
 EXPERIMENTS = {
     "digits": digits,
     "swiss-roll": swiss_roll,
+    "ddpm-swiss-roll": ddpm_swiss_roll,
     "heartbeat": heartbeat,
     "toy-language": toy_language,
     "binary-mnist": binary_mnist,
     "mnist": mnist,
     "mnist-inpaint": mnist_inpainting,
     "cifar10": cifar10,
+    "ddpm-mnist": ddpm_mnist,
+    "readouts": parametrisations,
     "dead-leaves": patches.DEAD_LEAVES,
     "bark": patches.BARK,
 } | RESTORATIONS
@@ -51,7 +56,7 @@ LOADERS = dict.fromkeys(RESTORATIONS, restoration.load_digits) | {
     "mnist-inpaint": mnist_inpainting.load_mnist
 }
 """What reads, and checks, the trained model of an experiment that takes one."""
-WITH_RECIPES = ("mnist", "mnist-inpaint", "cifar10", "dead-leaves", "bark")
+WITH_RECIPES = ("mnist", "mnist-inpaint", "cifar10", "ddpm-mnist", "dead-leaves", "bark")
 """Experiments that have a recipe for a CPU and one for a GPU."""
 
 

@@ -18,8 +18,9 @@ reverse step:
     p(x_s | x_t) = N( w_0 x̂_0 + w_t x_t,  bridge variance + w_0² Var[x_0 | x_t] ),
 
 w_0 and w_t the bridge's weights; at t = 1, where it has no width, β_1/100 stands there. The
-variance is thus no guess of its own, and it has a value for a step over many levels too. (The network sees x_t,i as well, so that "in view of the rest" is what
-the form suggests to it, not what it is held to.)
+variance is thus no guess of its own, and it has a value for a step over many levels too. (The
+network sees x_t,i as well, so that "in view of the rest" is what the form suggests to it, not what
+it is held to.)
 
 Numbers that pile up at a few values are where this pays: a pixel that is black or white turns from
 one to the other as x_t passes the middle, the more sharply the less noise there is, which a network
