@@ -19,6 +19,7 @@ from probdiff import GaussianKernel, diagnostics, load
 from probdiff.experiments import (
     binary_mnist,
     cifar10,
+    ddpm_mnist,
     ddpm_swiss_roll,
     digits,
     heartbeat,
