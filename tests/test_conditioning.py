@@ -107,6 +107,15 @@ def test_ranks_of_equal_weights_are_uniform_however_few():
     assert stats.kstest(u.ravel(), "uniform").pvalue > 1e-3
 
 
+def test_ranks_on_a_grid_are_uniform_though_values_are_equal():
+    """n = 20,000 sets of three draws and a truth among four levels."""
+    rng = np.random.default_rng(2)
+    values = rng.integers(0, 4, size=(4, 20_000, 1)).astype(float)
+    weights = np.full((3, 20_000), 1 / 3)
+    u = conditioning.rank(values[:3], weights, values[3], rng.uniform(size=(20_000, 1)))
+    assert stats.kstest(u.ravel(), "uniform").pvalue > 1e-3
+
+
 def test_ranks_of_weighted_draws_are_uniform():
     """Draws of N(0, 2²) weighted to be of N(0, 1)."""
     rng = np.random.default_rng(5)

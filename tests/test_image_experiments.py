@@ -58,7 +58,7 @@ def test_a_run_leaves_its_files_and_goes_on_from_them(made_up, tmp_path, experim
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()]
     recipe = experiment.RECIPES["quick"]
     assert steps == [recipe.num_steps // 2, recipe.num_steps]
-    diffusion, params = load(tmp_path)
+    _, params = load(tmp_path)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
     again = experiment.run(tmp_path, quick=True, progress=False)
     assert [tuple(row) for row in again] == [tuple(row) for row in rows]
@@ -173,7 +173,7 @@ def test_energy_distance_is_its_double_sums_and_nothing_within_one_law():
     x, y = rng.normal(size=(400, 3)), rng.normal(size=(300, 3))
     distance, se = parametrisations.energy_distance(x, y)
     assert abs(distance) < 4 * se
-    moved, se = parametrisations.energy_distance(x + [1, 0, 0], y)
+    moved, se = parametrisations.energy_distance(x + np.array([1, 0, 0]), y)
     assert moved > 5 * se
     few_x, few_y = x[:5], y[:4]
     pairs = [[np.linalg.norm(a - b) for b in few_y] for a in few_x]

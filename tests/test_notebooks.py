@@ -1,5 +1,6 @@
 """Every notebook runs from top to bottom, and is kept with the outputs of one clean run."""
 
+import os
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
+SHARED = Path(os.environ.get("PROBDIFF_SHARED", FOLDER.parents[1] / "shared")) / "data"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
@@ -22,6 +24,14 @@ def texts(notebook):
             yield output.get("text", "") + str(output.get("data", {}).get("text/plain", ""))
 
 
+def find_mnist(monkeypatch):
+    """Published files where they are given, or none: a test downloads nothing."""
+    if (SHARED / "mnist").is_dir():
+        monkeypatch.setenv("PROBDIFF_DATA", str(SHARED / "mnist"))
+    elif "PROBDIFF_DATA" not in os.environ:
+        pytest.skip("MNIST files are not at hand")
+
+
 @pytest.mark.notebooks
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, tmp_path, monkeypatch):
@@ -29,6 +39,8 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))  # the kernel starts elsewhere
     notebook = nbformat.read(path, as_version=4)
+    if any("datasets.mnist()" in cell.source for cell in notebook.cells):
+        find_mnist(monkeypatch)
     resources = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, timeout=1200, resources=resources).execute()
     assert [cell.execution_count for cell in code_cells(notebook)] == list(

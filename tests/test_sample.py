@@ -7,7 +7,7 @@ import pytest
 from numpyro.infer import Predictive
 from scipy import stats
 
-from probdiff import Diffusion, GaussianKernel, readouts, sample, schedules
+from probdiff import BernoulliKernel, Diffusion, GaussianKernel, readouts, sample, schedules
 
 T = 6
 BETA = schedules.linear(T, beta_1=0.05, beta_T=0.7)
@@ -129,3 +129,37 @@ def test_what_does_not_fit_is_refused_by_name(key, arguments, message):
     arguments = {"params": {}, "num_samples": 5} | arguments
     with pytest.raises(ValueError, match=message):
         sample.ancestral(key, standard_normal(), **arguments)
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_fewer_levels_keep_the_law_where_a_longer_step_is_known(steps):
+    """β_t has a value for a longer step, and N(0, 1) stays what it is; n = 40,000 numbers."""
+    draws = sample.ancestral(jax.random.key(0), standard_normal(), {}, 20_000, steps=steps)
+    assert stats.kstest(draws.ravel(), "norm").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_fewer_levels_keep_independent_bits(steps):
+    """n = 40,000 bits; the share of ones within 4 standard errors."""
+    diffusion = Diffusion(
+        BernoulliKernel(0.3), schedules.harmonic(T), lambda x, t: 0.0 * x, event_shape=(2,)
+    )
+    draws = sample.ancestral(jax.random.key(0), diffusion, {}, 20_000, steps=steps)
+    assert abs(draws.mean() - 0.3) < 4 * np.sqrt(0.21 / 40_000)
+
+
+def test_all_levels_are_the_default_and_what_is_kept_is_what_was_walked():
+    diffusion, key = two_modes(), jax.random.key(0)
+    whole, x = sample.ancestral(key, diffusion, {}, 5, keep_trajectory=True)
+    again, y = sample.ancestral(key, diffusion, {}, 5, steps=T, keep_trajectory=True)
+    np.testing.assert_array_equal(whole, again)
+    np.testing.assert_array_equal(x, y)
+    fewer, z = sample.ancestral(key, diffusion, {}, 5, steps=3, keep_trajectory=True)
+    assert z.shape == (5, 3, 2)
+    np.testing.assert_array_equal(fewer, sample.ancestral(key, diffusion, {}, 5, steps=3))
+
+
+@pytest.mark.parametrize("steps", [1, T + 1])
+def test_a_number_of_levels_there_is_not_is_refused(steps):
+    with pytest.raises(ValueError, match=f"steps must lie in 2..T = 6; got {steps}"):
+        sample.ancestral(jax.random.key(0), two_modes(), {}, 5, steps=steps)
