@@ -269,8 +269,11 @@ class Diffusion:
         """p(x_0 | x_1) in the user's units."""
         event_dim = len(self.event_shape)
         t = jnp.ones(x_1.shape[: x_1.ndim - event_dim], jnp.int32)
-        step = trajectory.step_at(t)
-        base = self.last_step(self.kernel, lambda x, _: trajectory.reverse_step(x, t), x_1, step)
+
+        def reverse_step(x_1: Any, step: Step) -> Any:
+            return self.readout(self.kernel, trajectory.outputs(x_1, t), x_1, step)
+
+        base = self.last_step(self.kernel, reverse_step, x_1, trajectory.step_at(t))
         return DataGivenFirst(base, self.support, event_dim, self.loc, self.scale, mask)
 
     @property

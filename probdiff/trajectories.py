@@ -184,23 +184,41 @@ class ReverseTrajectory(_Trajectory):
         lead += [] if mask is None else [mask.shape[: mask.ndim - len(x_shape)]]
         super().__init__(kernel, steps, mask, jnp.broadcast_shapes((), *lead), x_shape)
 
-    def outputs(self, x_t: Any, t: Int[Array, "..."]) -> tuple[Any, ...]:
-        """Network outputs for x_t of shape `(*t.shape, *event)`, one array of it per output."""
-        lead = t.shape
-        flat_x = x_t.reshape(-1, *self.x_shape)
-        context = self.context
+    def outputs(
+        self, x_t: Any, t: Int[Array, "..."], *, examples_first: bool = False
+    ) -> tuple[Any, ...]:
+        """Network outputs for x_t of shape `(*t.shape, *event)`, one array of it per output.
+
+        With `examples_first` the rows that the network gets run over the first axis of t, of times
+        or draws, for one example after another: examples divided among devices stay in place.
+        """
+        lead, context = t.shape, self.context
+        last = len(lead) - 1 if examples_first and len(lead) > 1 else 0
+
+        def rows(x: Any) -> Any:
+            return jnp.moveaxis(x, 0, last).reshape(-1, *x.shape[len(lead) :]) if lead else x[None]
+
+        def entries(out: Any, shape: tuple[int, ...]) -> Any:
+            if last == 0:
+                return out.reshape(*lead, *shape)
+            return jnp.moveaxis(out.reshape(*lead[1:], lead[0], *shape), last, 0)
+
         if context is not None:
             shape = context.shape[context.ndim - self.context_dim :]
-            context = jnp.broadcast_to(context, (*lead, *shape)).reshape(-1, *shape)
-        out = self.network(flat_x, t.reshape(-1).astype(jnp.int32), context)
+            context = rows(jnp.broadcast_to(context, (*lead, *shape)))
+        out = self.network(rows(x_t), rows(t).astype(jnp.int32), context)
         count = self.readout.num_outputs(self.kernel)
         if self.x_dim == 0 and count > 1:
-            return tuple(out[:, i].reshape(lead) for i in range(count))
-        return tuple(o.reshape(x_t.shape) for o in jnp.split(out, count, axis=-1))
+            return tuple(entries(out[:, i], ()) for i in range(count))
+        return tuple(entries(o, self.x_shape) for o in jnp.split(out, count, axis=-1))
 
     def reverse_step(self, x_t: Any, t: Int[Array, "..."]) -> dist.Distribution:
-        """p(x_s | x_t) as the network says it, elementwise; x_t of shape `(*t.shape, *event)`."""
-        return self.readout(self.kernel, self.outputs(x_t, t), x_t, self.step_at(t))
+        """p(x_s | x_t) as the network says it, elementwise; x_t of shape `(*t.shape, *event)`.
+
+        With several axes the first is of times or draws, the others are of examples.
+        """
+        outputs = self.outputs(x_t, t, examples_first=True)
+        return self.readout(self.kernel, outputs, x_t, self.step_at(t))
 
     def reverse_step_at(self, x_t: Any, t: Int[Array, ""]) -> dist.Distribution:
         """p(x_s | x_t) for all x_t at one t: the step's coefficients are a number each."""

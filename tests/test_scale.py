@@ -23,6 +23,7 @@ from probdiff import (
     SampledTimeELBO,
     fit,
     networks,
+    readouts,
     sample,
     schedules,
 )
@@ -103,11 +104,11 @@ def start(program, count=4, arguments=(), first=""):
 
 
 def check(*processes):
-    """What each process wrote, once all have ended well."""
-    outputs = [process.communicate(timeout=600) for process in processes]
-    errors = "\n".join(error[-3000:] for _, error in outputs)
-    assert all(process.returncode == 0 for process in processes), errors
-    return [out for out, _ in outputs]
+    """What each process wrote to its second stream, once all have ended well."""
+    errors = [process.communicate(timeout=600)[1] for process in processes]
+    ends = [error[-3000:] for error in errors]
+    assert all(process.returncode == 0 for process in processes), "\n".join(ends)
+    return errors
 
 
 # Four devices.
@@ -274,12 +275,18 @@ PROCESS = """
     options = {
         "batch_size": 20, "ema_decay": 0.9, "held_out": x[:30], "evaluate_every": 7, "mesh": mesh
     }
-    try:
-        fit(random.key(0), svi, x + index, num_steps=3, progress=False, **options)
-    except ValueError as error:
-        assert "data (SHA-256) must be the same in every process" in str(error), error
-    else:
-        raise AssertionError("other data")
+    def refused(data, what, **more):
+        try:
+            fit(random.key(0), svi, data, num_steps=3, progress=False, **more, **options)
+        except ValueError as error:
+            assert f"{what} must be the same in every process" in str(error), error
+        else:
+            raise AssertionError(what)
+
+    refused(x + index, "data (SHA-256)")
+    own = {"checkpoint": f"{folder}/run{index}.safetensors"}
+    fit(random.key(0), svi, x, num_steps=2, progress=False, **own, **options)
+    refused(x, "the step that checkpoint is at", **own)
     shared = {"checkpoint": f"{folder}/run.safetensors", "log": f"{folder}/log"}
     fit(random.key(0), svi, x, num_steps=15, patience=9, **shared, **options)
     fitted = fit(random.key(0), svi, x, num_steps=40, patience=9, **shared, **options)
@@ -317,7 +324,9 @@ def test_two_processes_give_what_one_gives(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    check(*(start(PROCESS, 2, (i, port, tmp_path), JOIN) for i in range(2)))
+    bars = check(*(start(PROCESS, 2, (i, port, tmp_path), JOIN) for i in range(2)))
+    assert ["40/40" in bar for bar in bars] == [True, False]
+    assert [(tmp_path / f"run{i}.safetensors").exists() for i in range(2)] == [True, False]
     one, other = (np.load(tmp_path / f"{i}.npz") for i in range(2))
     for name in one:
         np.testing.assert_array_equal(one[name], other[name])
@@ -350,6 +359,25 @@ def test_a_mesh_of_one_device_changes_nothing(key):
         sample.ancestral(key, diffusion, params, 10, block_size=4, mesh=m) for m in (None, mesh)
     )
     np.testing.assert_array_equal(one, same)
+
+
+def test_a_step_at_several_times_keeps_rows_and_contexts_together(key):
+    """Rows are moved on their way to the network and back."""
+    diffusion = Diffusion(
+        GaussianKernel(),
+        schedules.linear(T, beta_1=0.1, beta_T=0.5),
+        lambda x_t, t, context: x_t * t[:, None] + context,
+        event_shape=(2,),
+        context_shape=(2,),
+        readout=readouts.Epsilon(readouts.BridgeVariance()),
+    )
+    keys = jax.random.split(key)
+    x, context = jax.random.normal(keys[0], (3, 4, 2)), jax.random.normal(keys[1], (4, 2))
+    t = jnp.array([[2, 3, 4, 5], [5, 2, 3, 4], [2, 2, 5, 5]])
+    reverse, _ = diffusion.bind({}, context=context)
+    mean = reverse.reverse_step(x, t).mean
+    for x_t, times, expected in zip(x, t, mean, strict=True):
+        np.testing.assert_allclose(reverse.reverse_step(x_t, times).mean, expected, rtol=1e-6)
 
 
 def test_a_mesh_of_two_axes_is_refused(key):
