@@ -275,6 +275,7 @@ PROCESS = """
     options = {
         "batch_size": 20, "ema_decay": 0.9, "held_out": x[:30], "evaluate_every": 7, "mesh": mesh
     }
+    assert devices.agreed(5 + index, mesh) == 5
     def refused(data, what, **more):
         try:
             fit(random.key(0), svi, data, num_steps=3, progress=False, **more, **options)
