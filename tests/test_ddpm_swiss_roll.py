@@ -19,18 +19,18 @@ def roll(seed, n, noise=NOISE):
     return datasets.swiss_roll(jax.random.key(seed), n, noise=noise)
 
 
-@pytest.mark.parametrize("t", [2, 10, 40])
-def test_best_step_has_the_moments_that_the_score_tells(x64, t):
+@pytest.mark.parametrize(("t", "noise"), [(2, 0.25), (20, 1.0)])
+def test_best_step_has_the_moments_that_the_score_tells(x64, t, noise):
     """E[x_0 | x_t] = (x_t + n ∇ log q) / √ᾱ, Var = n/ᾱ (1 + n ∂² log q), n = 1 − ᾱ."""
     steps = schedules.steps(BETA)
     step = steps.at(t, 0)
     alpha_bar, n = float(step.alpha_bar_t), float(step.noise_t)
     keys = jax.random.split(jax.random.key(t), 2)
-    x_t = np.sqrt(alpha_bar) * datasets.swiss_roll(keys[0], 20, noise=NOISE)
+    x_t = np.sqrt(alpha_bar) * datasets.swiss_roll(keys[0], 20, noise=noise)
     x_t += np.sqrt(n) * jax.random.normal(keys[1], x_t.shape)
 
     def log_q(x):
-        return datasets.swiss_roll_log_density(x, noise=NOISE, extra_variance=n, shrink=alpha_bar)
+        return datasets.swiss_roll_log_density(x, noise=noise, extra_variance=n, shrink=alpha_bar)
 
     score = jax.vmap(jax.grad(log_q))(x_t)
     curvature = jnp.diagonal(jax.vmap(jax.hessian(log_q))(x_t), axis1=1, axis2=2)
@@ -39,7 +39,7 @@ def test_best_step_has_the_moments_that_the_score_tells(x64, t):
     weight = np.sqrt(step.alpha_bar_s) * step.beta / n
     variance = weight**2 * spread + step.beta * step.noise_s / n
 
-    outputs = best_network(steps, NOISE)(x_t, jnp.full(20, t))
+    outputs = best_network(steps, noise)(x_t, jnp.full(20, t))
     np.testing.assert_allclose(outputs[:, :2], x_0, atol=2e-3)
     found = readouts.LearnedVariance()(outputs[:, 2:], steps.at(jnp.full(20, t), 1))
     np.testing.assert_allclose(found, variance, rtol=2e-3)
@@ -55,12 +55,9 @@ def test_best_bound_of_the_tutorials_rates(noise, expected):
     assert abs(k["mean_bits"] - expected) < 4 * k["se_bits"] + 0.03
 
 
-@pytest.mark.parametrize("change", [(0.03, 0.0), (-0.03, 0.0), (0.0, 0.2), (0.0, -0.2)])
+@pytest.mark.parametrize("change", [(0.03, 0.0), (0.0, 0.2), (0.0, -0.2)])
 def test_no_other_step_is_better_than_the_best(change):
-    """Its mean or its variance changed, K falls: at the same points and draws, 4 standard errors.
-
-    The best mean is that on average over points, so that a shift to either side costs alike.
-    """
+    """x̂_0 or the variance changed, K falls: 500 points, the same draws, 4 standard errors."""
     network = best_network(schedules.steps(BETA), NOISE)
     shift = jnp.repeat(jnp.asarray(change), 2)
     other = Diffusion(
@@ -68,7 +65,7 @@ def test_no_other_step_is_better_than_the_best(change):
         event_shape=(2,), readout=readouts.Data(),
     )  # fmt: skip
     best, changed = (
-        diagnostics.bound(jax.random.key(1), d, {}, roll(0, 2000))
+        diagnostics.bound(jax.random.key(1), d, {}, roll(0, 500))
         for d in (define_best(BETA, NOISE), other)
     )
     (mean, se) = experiment.paired_with_best({"changed": changed}, best)["changed"]
@@ -84,7 +81,7 @@ def test_the_curve_is_scaled_to_unit_variance():
 
 def test_ceilings_of_the_roll():
     """Figures computed by another program, good to 0.02; KL of q(x_T) is 0.003."""
-    found = experiment.densities(jax.random.key(0), roll(0, 4000))
+    found = experiment.densities(jax.random.key(0), roll(0, 2000))
     for values, expected in ((found.x_1, -1.36), (found.x_0, -0.94)):
         mean, se = experiment.mean_and_se(values)
         assert abs(mean - expected) < 4 * se + 0.02
@@ -183,18 +180,17 @@ def test_a_kernel_without_width_is_refused():
         gaussian(0.0)
 
 
+@pytest.mark.long
 def test_only_the_roll_passes_for_the_roll():
-    """2000 points beside 2000: fresh data pass, plain normal ones and an untrained model fail."""
+    """2000 points beside 2000: fresh data pass, plain normal ones fail; 500 untrained draws do."""
     held_out = roll(0, 2000)
     diffusion = experiment.define(8)
-    untrained = sample.ancestral(
-        jax.random.key(1), diffusion, experiment.untrained(diffusion), 2000
-    )
+    untrained = sample.ancestral(jax.random.key(1), diffusion, experiment.untrained(diffusion), 500)
     normal = jax.random.normal(jax.random.key(2), (2000, 2))
-    fresh = experiment.compare(0, roll(3, 2000), held_out, 1999)
+    fresh = experiment.compare(0, roll(3, 2000), held_out, 1199)
     assert all(found.p_value > 0.01 for found in fresh.values())
     for draws in (untrained, normal):
-        tests = experiment.compare(0, draws, held_out, 1999)
+        tests = experiment.compare(0, draws, held_out, 1199)
         assert all(found.p_value < 0.001 for found in tests.values())
 
 

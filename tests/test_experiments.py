@@ -9,7 +9,7 @@ import pytest
 import xarray as xr
 
 from probdiff import datasets, diagnostics, load
-from probdiff.experiments import digits, swiss_roll, swiss_roll_denoising
+from probdiff.experiments import ddpm_swiss_roll, digits, swiss_roll, swiss_roll_denoising
 from probdiff.experiments.report import QUICK, Row, mean_and_se
 
 FILES = {"report.md", "table.json", "bounds.nc", "params.safetensors", "config.json"}
@@ -18,13 +18,14 @@ FIGURES = {
         "figure_1.png", "samples.png", "bound_per_step.png", "losses.png", "denoising.png",
         "ladder.png",
     },
+    ddpm_swiss_roll: {"chains.png", "samples.png", "kl_per_step.png", "losses.png"},
     digits: {
         "samples.png", "bound_per_step.png", "losses.png", "denoised.png", "inpainted.png",
     },
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=[swiss_roll, digits], ids=["swiss-roll", "digits"])
+@pytest.fixture(scope="module", params=FIGURES, ids=["swiss-roll", "ddpm-swiss-roll", "digits"])
 def finished(request, tmp_path_factory):
     """An experiment, the folder it filled, its rows and what it said."""
     folder, said = tmp_path_factory.mktemp("run"), []
@@ -68,7 +69,7 @@ def test_the_saved_model_bounds_data_as_before(finished):
         x = digits.copies(jax.random.key(5), datasets.digits().test[:50], 1)
         reported, se = rows[0].value, rows[0].se
     else:
-        x = datasets.swiss_roll(jax.random.key(5), 300, noise=swiss_roll.NOISE)
+        x = datasets.swiss_roll(jax.random.key(5), 300, noise=experiment.NOISE)
         reported, se = rows[0].value * np.log(2), rows[0].se * np.log(2)
     again = diagnostics.bound(jax.random.key(6), diffusion, params, x)["bound"].attrs
     assert abs(again["mean"] - reported) < 4 * np.hypot(again["se"], se)
