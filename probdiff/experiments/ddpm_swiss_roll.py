@@ -350,14 +350,14 @@ def _sections(
             "tied last step and Gaussian steps whose coordinates are independent: means and "
             "variances of q(x_s | x_t), known for the roll. Differences to it are paired: same "
             f"points, same draws of the noise. {verdict} What is lost between that chain and "
-            "-h(X⁽¹⁾) is the steps' own; a smaller β_1 would raise both."
+            "-h(X⁽¹⁾) is the steps' own; a smaller β_1 would raise -h(X⁽¹⁾)."
         ),
         "The end of the chain": (
             f"40 steps leave ᾱ_T = {np.prod(1 - rates()):.3f} of the data's variance. The bound "
-            "pays -log(1 - ᾱ_T) = 0.63 bits for it at the end, less in its steps: this is what "
-            "x_T tells of x_0, not a fault of the model. Draws start from N(0, I) in place of "
+            "pays -log(1 - ᾱ_T) = 0.63 bits for it: this is what x_T tells of x_0, not a fault "
+            "of the model. Draws start from N(0, I) in place of "
             "q(x_T), and what that costs is the last KL of the table. Data of another variance "
-            "would pay much more."
+            "would pay more."
         ),
         "Objectives": (
             "L_simple weighs all steps alike and does not train variances, which stay β_t; its sum "
