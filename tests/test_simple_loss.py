@@ -122,9 +122,11 @@ def trained_sites(objective, last_step):
     )
     x = jax.random.normal(jax.random.key(2), (16, 3))
     svi = SVI(diffusion.model, diffusion.guide, optax.sgd(1.0), objective)
-    params = svi.get_params(svi.init(jax.random.key(3), x))
-    gradient = jax.grad(
-        lambda p: objective.loss(jax.random.key(4), p, diffusion.model, diffusion.guide, x)
+    params = svi.get_params(jax.jit(svi.init)(jax.random.key(3), x))
+    gradient = jax.jit(
+        jax.grad(
+            lambda p: objective.loss(jax.random.key(4), p, diffusion.model, diffusion.guide, x)
+        )
     )(params)["x_0_network$params"]["readout"]
     return np.split(np.asarray(gradient["kernel"]), 2, axis=-1)
 
@@ -140,6 +142,7 @@ def test_combined_loss_trains_means_by_one_and_variances_by_the_other(x64, last_
     np.testing.assert_allclose(combined[1], 0.25 * bound[1], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.long
 def test_training_by_either_raises_the_bound():
     x = np.random.default_rng(0).normal(size=(2_000, 1)) * [1.0, 1.0]  # two equal numbers
     x = (x + 0.1 * np.random.default_rng(1).normal(size=x.shape)).astype(np.float32)

@@ -6,7 +6,7 @@ from jaxtyping import Shaped
 
 def with_mirrored(
     images: Shaped[np.ndarray, "n height width *channels"],
-) -> Shaped[np.ndarray, "{2*n} height width *channels"]:
+) -> Shaped[np.ndarray, "_ height width *channels"]:
     """The images, then each of them with left and right exchanged.
 
     A model of photographs trained on both is one whose law does not know left from right; its bound
