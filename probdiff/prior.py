@@ -103,7 +103,8 @@ class Prior:
                 diffusion.kernel, diffusion.event_shape, known, mask, "known",
                 grid=diffusion.last_step.grid,
             )  # fmt: skip
-            known, mask = jnp.asarray(known), jnp.asarray(mask)
+            known = jnp.asarray(known)
+            mask = mask if isinstance(mask, np.ndarray) else jnp.asarray(mask)
         trajectory, _ = diffusion.bind(self.params, context=context)
         draw = PriorDraw(diffusion, trajectory, self.variance, self.covariance, known, mask)
         site = numpyro.sample(diffusion.trajectory_name, trajectory, infer={"prior": draw})

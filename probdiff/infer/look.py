@@ -6,11 +6,13 @@ as `(R·N, *plates, *event)`, in blocks that fit memory, and what is said comes 
 covariance of the data, is worked out once for the level.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from probdiff.infer import dense, symbols
@@ -142,14 +144,28 @@ def covariances(plan: Plan, read: Any, hessian: Any, i: Any) -> Covariances:
     belief, nearer = (
         dense.Belief(axes, along.variance[i - down], along.slope[i - down]) for down in (1, 2)
     )
-    _, mask = _known(plan)
-    if mask is not None:
-        mask = jnp.broadcast_to(mask, (*batch_shape, *plan.event_shape)).reshape(*batch_shape, -1)
+    mask = _flat_mask(levels.draw.mask, batch_shape, plan.event_shape)
     given, ahead = (dense.condition(b, hessian, mask) for b in (belief, nearer))
     variance = step_variance(levels, jnp.mean(belief.variance), i)
     matrix, log_det = dense.narrowing(ahead.precision, variance)
     matrix = jnp.broadcast_to(matrix, (*batch_shape, *matrix.shape[-2:]))
     return Covariances(given, nearer, (matrix, jnp.broadcast_to(log_det, batch_shape)))
+
+
+def _flat_mask(mask: Any, batch_shape: tuple[int, ...], event_shape: tuple[int, ...]) -> Any:
+    """The mask with flat events; without plates where it is seen to be the same in all.
+
+    Then a level's matrices are worked out once, which for images is most of the time.
+    """
+    if mask is None:
+        return None
+    if isinstance(mask, np.ndarray):
+        rows = np.broadcast_to(mask, (*batch_shape, *event_shape)).reshape(
+            -1, math.prod(event_shape)
+        )
+        if (rows == rows[0]).all():
+            return rows[0]
+    return jnp.broadcast_to(mask, (*batch_shape, *event_shape)).reshape(*batch_shape, -1)
 
 
 def for_systems(plan: Plan, arrays: Any) -> Any:
@@ -179,6 +195,9 @@ def hessian(plan: Plan) -> Any:
     if not (plan.uses_covariance and plan.is_quadratic):
         return None
     batch_shape = plan.conditioned.batch_shape
+    if not plan.conditioned.observed:  # known entries alone: r = 1
+        size = math.prod(plan.event_shape)
+        return jnp.zeros((size, size))
     zeros = jnp.zeros((1, *batch_shape, *plan.event_shape))
     at = local(lambda x: _smooth_log_r(plan, x), zeros)
     return dense.hessian_of(lambda v: at.curvature(v[None])[0], zeros[0], len(batch_shape))
