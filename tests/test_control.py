@@ -13,6 +13,10 @@ from probdiff.elbo import step_kl
 MEAN, SD = np.array([0.3, -0.5]), np.array([0.9, 0.6])
 
 
+def kl_at(forward, reverse, x_t, times):
+    return step_kl(forward, reverse.reverse_step(x_t, times), x_t, times)
+
+
 def draws(num_draws, t=3, rows=1, mask=None):
     """KL_t of the exact chain at draws of x_t, and what control makes of them."""
     diffusion = exact_gaussian(MEAN, SD)
@@ -21,7 +25,7 @@ def draws(num_draws, t=3, rows=1, mask=None):
     forward = diffusion.forward_trajectory(steps, x, mask)
     times = jnp.full((num_draws, rows), t)
     x_t = forward.sample_at(jax.random.key(1), times)
-    kl = step_kl(forward, reverse, x_t, times)
+    kl = kl_at(forward, reverse, x_t, times)
     return np.asarray(kl), np.asarray(controlled(kl, forward, x_t, times))
 
 
@@ -45,13 +49,12 @@ def test_few_draws_have_no_bias_either(num_draws):
     def mean(key):
         times = jnp.full((num_draws, 1), 3)
         x_t = forward.sample_at(key, times)
-        return jnp.mean(controlled(step_kl(forward, reverse, x_t, times), forward, x_t, times))
+        return jnp.mean(controlled(kl_at(forward, reverse, x_t, times), forward, x_t, times))
 
     found = np.asarray(jax.jit(jax.vmap(mean))(jax.random.split(jax.random.key(2), 4_000)))
     times = jnp.full((400_000, 1), 3)
-    truth = np.asarray(
-        step_kl(forward, reverse, forward.sample_at(jax.random.key(3), times), times)
-    )
+    x_t = forward.sample_at(jax.random.key(3), times)
+    truth = np.asarray(kl_at(forward, reverse, x_t, times))
     error = np.hypot(found.std() / np.sqrt(4_000), truth.std() / np.sqrt(400_000))
     assert abs(found.mean() - truth.mean()) < 4 * error
 
@@ -84,7 +87,7 @@ def test_the_bound_of_many_draws_is_told_with_less_error():
     for t in range(2, 21):
         times = jnp.full((200, 20), t)
         x_t = forward.sample_at(jax.random.key(t), times)
-        raw += np.asarray(step_kl(forward, reverse, x_t, times)).var(0) / 200
+        raw += np.asarray(kl_at(forward, reverse, x_t, times)).var(0) / 200
     first = np.asarray(
         [diffusion.data_given_first(reverse, forward.sample_at(k, jnp.ones(20, int))).log_prob(x)
          for k in jax.random.split(jax.random.key(9), 200)]

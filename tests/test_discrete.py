@@ -353,6 +353,7 @@ def test_every_objective_estimates_the_enumerated_bound(case):
         assert abs(values.mean() - expected) < 4 * error, type(objective).__name__
 
 
+@pytest.mark.long
 def test_draws_of_the_model_have_the_enumerated_law():
     for case in ("bits, tied", "absorbing"):
         diffusion, params = tiny(*CASES[case])

@@ -75,6 +75,7 @@ def test_every_rung_of_the_exact_chain_is_the_log_density():
     assert abs(np.mean(g["smc"] - exact)) < 3 * np.std(g["smc"] - exact) / np.sqrt(50)
 
 
+@pytest.mark.long
 def test_last_rung_and_smc_reach_the_density_of_a_wrong_chain(rungs):
     g, exact = rungs
     for found in (g["importance"][:, -1].values, g["smc"].values):
@@ -178,6 +179,7 @@ def test_rungs_climb_to_the_probability_of_bits(trained):
     assert gap.mean() < 3 * gap.std(ddof=1) / 8
 
 
+@pytest.mark.long
 def test_upper_bound_of_bits_is_not_below(trained):
     diffusion, params = trained
     states, p = enumerate_chain(diffusion, params)
@@ -234,6 +236,7 @@ def test_an_example_does_not_depend_on_its_company_or_blocks(rungs):
         np.testing.assert_allclose(few[name], rungs[0][name][:7], atol=1e-4)
 
 
+@pytest.mark.long
 def test_missing_entries_leave_the_density_of_the_rest():
     diffusion = exact_gaussian(MEAN, SD)
     x = np.array([[0.4, np.nan], [np.nan, -0.2], [1.0, 0.0]], np.float32)
@@ -243,6 +246,7 @@ def test_missing_entries_leave_the_density_of_the_rest():
     np.testing.assert_allclose(g["importance"][:, -1], exact, atol=2e-4)
 
 
+@pytest.mark.long
 def test_contexts_belong_to_their_examples():
     beta = schedules.log_snr_linear(20, beta_1=0.01, alpha_bar_T=1e-24)
     base = gaussian_network(np.zeros(1), np.full(1, 0.5), beta)

@@ -256,6 +256,7 @@ def covariance():
     return (1 - BETA[0]) * C + BETA[0] * np.eye(2)
 
 
+@pytest.mark.long
 def test_posterior_given_a_known_entry_is_exact():
     """Entry 1 is known and tells of entry 0, of which y is a noisy look."""
     C, known, y = covariance(), 2.0, -0.5

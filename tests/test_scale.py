@@ -114,6 +114,7 @@ def check(*processes):
 # Four devices.
 
 
+@pytest.mark.long
 def test_a_step_on_four_devices_is_one_all_reduce():
     check(start("""
         diffusion = plane()

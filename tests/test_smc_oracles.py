@@ -182,6 +182,7 @@ def test_clamping_a_known_entry_has_its_own_column(rho, mean):
     assert guided.get_samples()["x_0"][:, 1].mean() == pytest.approx(mean, abs=0.01)
 
 
+@pytest.mark.long
 def test_a_known_linear_map_uses_the_covariance_of_the_data_as_any_likelihood_does():
     """Both twists are the same integral, under the data's covariance if the prior has it."""
     beta = schedules.log_snr_linear(T=20, beta_1=1e-3, alpha_bar_T=1e-4)
