@@ -55,7 +55,8 @@ def test_a_run_leaves_its_files_and_goes_on_from_them(made_up, tmp_path, experim
     table = json.loads((tmp_path / "table.json").read_text())
     assert [line["row"] for line in table] == [row.row for row in rows]
     assert all(np.isfinite(line["value"]) for line in table)
-    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
     recipe = experiment.RECIPES["quick"]
     assert steps == [recipe.num_steps // 2, recipe.num_steps]
     _, params = load(tmp_path)
@@ -81,7 +82,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(made_up, tmp_path, mo
         folder.mkdir(exist_ok=True)
         diffusion = mnist.define(images, recipe, nnx.Rngs(0))
         return training.train(
-            jax.random.key(0), diffusion, images, images[:20], recipe, folder, shades=(0, 255),
+            jax.random.key(0), diffusion, images, images[:20], recipe, folder, shades=(0.0, 255.0),
             progress=False,
         )  # fmt: skip
 

@@ -113,7 +113,7 @@ def run(
     diffusion = define(images, chosen, nnx.Rngs(jax.random.bits(key_init).item()))
     say("train the diffusion")
     fitted = train(
-        key_fit, diffusion, images, held_out, chosen, out_dir, shades=(0, LEVELS - 1),
+        key_fit, diffusion, images, held_out, chosen, out_dir, shades=(0.0, LEVELS - 1.0),
         progress=progress,
     )  # fmt: skip
     save(out_dir, diffusion, fitted.params)
@@ -131,7 +131,7 @@ def run(
         Row("as the paper's K", *mean_and_se(as_paper), "bits per pixel", None, PUBLISHED_K),
     ]
     figures = {
-        "samples": sheets(data.test, draws, (0, LEVELS - 1), calls=CALLS),
+        "samples": sheets(data.test, draws, (0.0, LEVELS - 1.0), calls=CALLS),
         "curve": curve(out_dir, NUMBERS, size.held_out, PUBLISHED),
     }
     sections = ({"Quick run": QUICK} if quick else {}) | _sections(size, chosen, diffusion)

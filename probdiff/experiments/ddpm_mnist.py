@@ -105,7 +105,7 @@ def run(
     diffusion = define(chosen, nnx.Rngs(jax.random.bits(key_init).item()))
     say("train the diffusion")
     fitted = train(
-        key_fit, diffusion, images, held_out, chosen, out_dir, shades=(0, LEVELS - 1),
+        key_fit, diffusion, images, held_out, chosen, out_dir, shades=(0.0, LEVELS - 1.0),
         objective=SimpleLoss(), progress=progress,
     )  # fmt: skip
     save(out_dir, diffusion, fitted.params)
@@ -126,7 +126,7 @@ def run(
         *judge(classifier, test, data.test_labels[: size.test_images], draws, counts),
     ]
     figures = {
-        "samples": sheets(data.test, draws, (0, LEVELS - 1), calls=T),
+        "samples": sheets(data.test, draws, (0.0, LEVELS - 1.0), calls=T),
         "losses": plots.losses(fitted.losses, batch_size=chosen.batch_size).figure,
     }
     figures["losses"].axes[0].set(ylabel="L_simple (per example)")

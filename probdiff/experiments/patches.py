@@ -347,7 +347,10 @@ def paint(
         guided = infer.Guided(
             program, twist=twist, num_samples=1, steps=size.paint_steps, check=False
         )
-        guided.run(jax.random.fold_in(key, i))
+        with warnings.catch_warnings():
+            # that x_T still holds a little of so large a picture is small beside no weights
+            warnings.simplefilter("ignore", infer.InferenceWarning)
+            guided.run(jax.random.fold_in(key, i))
         panels[name] = np.asarray(guided.get_samples()["x_0"])[0]
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), layout="constrained")
     for (name, panel), ax in zip(panels.items(), axes, strict=True):
