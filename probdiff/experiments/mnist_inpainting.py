@@ -14,6 +14,7 @@ Source: Sohl-Dickstein et al. (2015), section 2.5 and figure 3.
 """
 
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -162,7 +163,9 @@ def by_rule_of_2015(key: jax.Array, task: Task, x: np.ndarray, size: Size) -> np
         task.program, num_samples=size.num_particles * size.num_runs, steps=size.steps,
         twist=infer.KernelTwist(),
     )  # fmt: skip
-    guided.run(key, jnp.asarray(task.measure(x)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", infer.InferenceWarning)  # it is here as what it is
+        guided.run(key, jnp.asarray(task.measure(x)))
     return np.asarray(guided.get_samples()["x_0"])
 
 
