@@ -143,8 +143,13 @@ def bark(key: Array, size: Size) -> Patches:
     x = np.concatenate([crops.train, crops.test])
     x = np.asarray(datasets.dequantise(key_noise, jnp.asarray(x), levels_width=level)) - level / 2
     side = size.picture
-    wide = next(image for image in images if min(HELD_OUT * image.shape[0], image.shape[1]) >= side)
-    picture = jnp.asarray((wide[-side:, :side] - crops.loc) / crops.scale, jnp.float32)
+    wide = [a for a in images if min(HELD_OUT * a.shape[0], a.shape[1]) >= side]
+    if not wide:
+        raise ValueError(
+            f"{folder} must hold a photograph with {side} columns and {side / HELD_OUT:.0f} rows, "
+            f"of which {side} are held out; got {[a.shape for a in images]}"
+        )
+    picture = jnp.asarray((wide[0][-side:, :side] - crops.loc) / crops.scale, jnp.float32)
     picture = np.asarray(datasets.dequantise(key_picture, picture, levels_width=level))
     first, second = size.train, size.train + size.validation
     return Patches(x[:first], x[first:second], x[second:], level, picture - level / 2)
