@@ -9,17 +9,12 @@ Thermodynamics.
 
 from probdiff import datasets, diagnostics, infer, networks, readouts, sample, schedules
 from probdiff.diffusion import Diffusion
-from probdiff.elbo import (
-    ImportanceTimes,
-    SampledTimeELBO,
-    StratifiedTimes,
-    UniformTimes,
-    track_kl,
-)
+from probdiff.elbo import SampledTimeELBO, track_kl
 from probdiff.kernels import AbsorbingKernel, BernoulliKernel, CategoricalKernel, GaussianKernel
 from probdiff.prior import Prior
 from probdiff.simple_loss import CombinedLoss, SimpleLoss
 from probdiff.storage import load, save
+from probdiff.times import ImportanceTimes, StratifiedTimes, UniformTimes
 from probdiff.train import Fit, fit
 
 __all__ = [

@@ -14,17 +14,13 @@ Every other latent site is scored by its closed-form KL where one is registered 
 it may depend on in the model come before it in the guide, by a sampled log-ratio elsewhere. Masks,
 scales and subsampling count as in NumPyro's own objectives.
 
-How t is drawn: `UniformTimes`; `StratifiedTimes`, evenly spread over the batch from one common
-random offset (Kingma et al. 2021); `ImportanceTimes`, P(t) ∝ root mean square of KL_t as it was in
-past steps, mixed with 10 % uniform. All are unbiased.
+How t is drawn is said by `times`; whatever the law, the estimate is unbiased.
 
 Source: Sohl-Dickstein et al. (2015), eqs. 10 to 14 and appendix B, before the entropies are taken
 out, hence without their condition on the data's second moment.
 """
 
 import abc
-import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +34,7 @@ from numpyro.infer.elbo import ELBO
 from numpyro.primitives import Messenger, mutable
 from numpyro.util import check_model_guide_match
 
+from probdiff.times import StratifiedTimes, Times
 from probdiff.trajectories import (
     TRAJECTORY_SUFFIX,
     DataGivenFirst,
@@ -50,81 +47,6 @@ from probdiff.types import Params
 MEMORY = 0.99
 """Weight of the past in the running mean square of KL_t."""
 MEMORY_SUFFIX = "_mean_square_kl"
-
-
-class Times(abc.ABC):
-    """How the times t in 2..T are drawn, one per example (times `num_times`)."""
-
-    tracks_kl: bool = False
-    """Whether the law of t follows the KL of past steps."""
-
-    @abc.abstractmethod
-    def uniforms(self, key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
-        """Numbers in [0, 1), each uniform by itself; turned into t by the inverse of P's CDF."""
-
-    def law(self, mean_square_kl: Float[Array, " steps"]) -> Float[Array, " steps"]:
-        """P(t) for t = 2..T."""
-        return jnp.full(mean_square_kl.shape, 1 / mean_square_kl.shape[0])
-
-    def draw(
-        self, key: Array, shape: tuple[int, ...], mean_square_kl: Float[Array, " steps"]
-    ) -> tuple[Int[Array, "..."], Float[Array, "..."]]:
-        """Times in 2..T of the given shape, and their probabilities."""
-        law = self.law(mean_square_kl)
-        cdf = jnp.cumsum(law)
-        index = jnp.searchsorted(cdf / cdf[-1], self.uniforms(key, shape), side="right")
-        index = jnp.minimum(index, law.shape[0] - 1)  # u may round up to 1
-        return index + 2, law[index]
-
-
-@dataclasses.dataclass(frozen=True)
-class UniformTimes(Times):
-    """Independent times, each uniform on 2..T."""
-
-    def uniforms(self, key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
-        """Independent uniforms."""
-        return jax.random.uniform(key, shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class StratifiedTimes(Times):
-    """Uniform times spread evenly over the batch: u_i = (u + i/n) mod 1 with one random u."""
-
-    def uniforms(self, key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
-        """Systematic uniforms: one in every interval of length 1/n."""
-        return _systematic(key, shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class ImportanceTimes(Times):
-    """Stratified times with P(t) ∝ √E[KL_t²] of past steps, mixed with a uniform share in (0, 1].
-
-    The guide has to keep the running mean squares: pass `track_kl(guide)` to `SVI`.
-    """
-
-    uniform_share: float = 0.1
-    tracks_kl = True
-
-    def __post_init__(self) -> None:
-        if not 0 < self.uniform_share <= 1:  # without it weights grow without limit
-            raise ValueError(f"uniform_share must lie in (0, 1]; got {self.uniform_share}")
-
-    def uniforms(self, key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
-        """Systematic uniforms."""
-        return _systematic(key, shape)
-
-    def law(self, mean_square_kl: Float[Array, " steps"]) -> Float[Array, " steps"]:
-        """Proportional to the root mean square; a step never visited counts as the largest."""
-        root = jnp.sqrt(mean_square_kl)
-        largest = jnp.max(root)
-        root = jnp.where(root > 0, root, jnp.where(largest > 0, largest, 1.0))
-        uniform = 1 / root.shape[0]
-        return (1 - self.uniform_share) * root / jnp.sum(root) + self.uniform_share * uniform
-
-
-def _systematic(key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
-    n = math.prod(shape)
-    return ((jax.random.uniform(key) + jnp.arange(n) / n) % 1.0).reshape(shape)
 
 
 class _TrackKL(Messenger):

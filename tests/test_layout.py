@@ -21,6 +21,7 @@ ORDER = [
     "prior",
     "diffusion",
     "storage",
+    "times",
     "elbo",
     "simple_loss",
     "checkpoint",

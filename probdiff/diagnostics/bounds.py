@@ -36,9 +36,10 @@ from tqdm import tqdm
 from probdiff import devices
 from probdiff.diagnostics.control import controlled
 from probdiff.diffusion import Data, Diffusion, Mask
-from probdiff.elbo import StratifiedTimes, prior_kl, step_kl
+from probdiff.elbo import prior_kl, step_kl
 from probdiff.kernels import DiscreteKernel
 from probdiff.readouts import Tied
+from probdiff.times import StratifiedTimes
 from probdiff.trajectories import ForwardTrajectory, ReverseTrajectory
 from probdiff.types import Params
 

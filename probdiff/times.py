@@ -1,0 +1,94 @@
+"""Laws of the times t in 2..T at which an objective looks at a trajectory.
+
+With t drawn from P(t) and what is found at t divided by P(t), a sum over all steps is estimated
+without bias, whatever P. The laws differ in the estimate's variance:
+
+    UniformTimes       independent, each uniform
+    StratifiedTimes    uniform too, but spread evenly over the batch: u_i = (u + i/n) mod 1
+    ImportanceTimes    P(t) ∝ root mean square of KL_t in past steps, mixed with 10 % uniform
+
+Source: Kingma et al. (2021) for the common random offset.
+"""
+
+import abc
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+class Times(abc.ABC):
+    """How the times t in 2..T are drawn, one per example (times `num_times`)."""
+
+    tracks_kl: bool = False
+    """Whether the law of t follows the KL of past steps."""
+
+    @abc.abstractmethod
+    def uniforms(self, key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
+        """Numbers in [0, 1), each uniform by itself; turned into t by the inverse of P's CDF."""
+
+    def law(self, mean_square_kl: Float[Array, " steps"]) -> Float[Array, " steps"]:
+        """P(t) for t = 2..T."""
+        return jnp.full(mean_square_kl.shape, 1 / mean_square_kl.shape[0])
+
+    def draw(
+        self, key: Array, shape: tuple[int, ...], mean_square_kl: Float[Array, " steps"]
+    ) -> tuple[Int[Array, "..."], Float[Array, "..."]]:
+        """Times in 2..T of the given shape, and their probabilities."""
+        law = self.law(mean_square_kl)
+        cdf = jnp.cumsum(law)
+        index = jnp.searchsorted(cdf / cdf[-1], self.uniforms(key, shape), side="right")
+        index = jnp.minimum(index, law.shape[0] - 1)  # u may round up to 1
+        return index + 2, law[index]
+
+
+@dataclasses.dataclass(frozen=True)
+class UniformTimes(Times):
+    """Independent times, each uniform on 2..T."""
+
+    def uniforms(self, key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
+        """Independent uniforms."""
+        return jax.random.uniform(key, shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class StratifiedTimes(Times):
+    """Uniform times spread evenly over the batch: u_i = (u + i/n) mod 1 with one random u."""
+
+    def uniforms(self, key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
+        """Systematic uniforms: one in every interval of length 1/n."""
+        return _systematic(key, shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportanceTimes(Times):
+    """Stratified times with P(t) ∝ √E[KL_t²] of past steps, mixed with a uniform share in (0, 1].
+
+    The guide has to keep the running mean squares: pass `track_kl(guide)` to `SVI`.
+    """
+
+    uniform_share: float = 0.1
+    tracks_kl = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.uniform_share <= 1:  # without it weights grow without limit
+            raise ValueError(f"uniform_share must lie in (0, 1]; got {self.uniform_share}")
+
+    def uniforms(self, key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
+        """Systematic uniforms."""
+        return _systematic(key, shape)
+
+    def law(self, mean_square_kl: Float[Array, " steps"]) -> Float[Array, " steps"]:
+        """Proportional to the root mean square; a step never visited counts as the largest."""
+        root = jnp.sqrt(mean_square_kl)
+        largest = jnp.max(root)
+        root = jnp.where(root > 0, root, jnp.where(largest > 0, largest, 1.0))
+        uniform = 1 / root.shape[0]
+        return (1 - self.uniform_share) * root / jnp.sum(root) + self.uniform_share * uniform
+
+
+def _systematic(key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    n = math.prod(shape)
+    return ((jax.random.uniform(key) + jnp.arange(n) / n) % 1.0).reshape(shape)
