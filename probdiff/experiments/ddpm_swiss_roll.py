@@ -50,12 +50,12 @@ from probdiff import (
     diagnostics,
     fit,
     networks,
-    plots,
     readouts,
     sample,
     save,
     schedules,
 )
+from probdiff.experiments import ddpm_swiss_roll_figures as figures
 from probdiff.experiments.report import QUICK, Row, mean_and_se, write_report
 from probdiff.experiments.swiss_roll_best import define_best
 from probdiff.experiments.two_sample import TwoSampleTest, energy, gaussian, two_sample_test
@@ -72,7 +72,6 @@ BOUND, SIMPLE, COMBINED = "trained by the bound", "by L_simple", "by L_simple �
 OBJECTIVES = {BOUND: SampledTimeELBO, SIMPLE: SimpleLoss, COMBINED: CombinedLoss}
 TESTS = {"energy": energy, "MMD 0.3": gaussian(0.3), "MMD 0.1": gaussian(0.1)}
 """What draws are put to, from coarse to fine: the turns of the roll are 0.9 apart."""
-COLORS = (plots.BLUE, plots.ORANGE, plots.GREEN, "black", "0.6")
 
 
 class Size(NamedTuple):
@@ -392,71 +391,35 @@ def _sections(
     }
 
 
-def _chains(key: Array, model: Trained, x: Array) -> Figure:
-    """The forward chain from data, and the learned chain from noise, at the same levels."""
-    levels = [0, 5, 10, 20, T]
-    x = x[: len(model.x_0)]
-    forward = model.diffusion.forward_trajectory(schedules.steps(rates()), x).sample(key)
-    figure = plt.figure(figsize=(3 * len(levels), 6.4), layout="constrained")
-    axes = figure.subplots(2, len(levels))
-    titles = [f"t = {t}" for t in levels]
-    for row, name, color, start, chain in (
-        (axes[0], "forward chain q(x_t)", plots.BLUE, x, forward),
-        (axes[1], "reverse chain p(x_t)", plots.ORANGE, model.x_0, model.trajectory),
-    ):
-        at = [start if t == 0 else chain[:, t - 1] for t in levels]
-        plots.slices(at, titles, color=color, axes=row)
-        row[0].set_ylabel(f"{name}\n\nx₂")
-    return figure
-
-
-def _samples(
+def _figures(
+    key: Array,
+    models: dict[str, Trained],
+    best: xr.DataTree,
     held_out: Array,
     draws: dict[str, np.ndarray],
     tests: dict[str, dict[str, TwoSampleTest]],
     size: Size,
-) -> Figure:
-    """Data beside draws: of the first model, the best possible, the smallest, and none."""
-    smallest = f"{min(size.others)} functions, {BOUND}"
-    names = [next(iter(draws)), "best possible chain", smallest, "untrained"]
-    figure = plt.figure(figsize=(15, 3.8), layout="constrained")
-    first, *rest = figure.subplots(1, 5)
-    plots.points(held_out[: size.compared], title="held-out data\n", ax=first)
-    for ax, name in zip(rest, names, strict=True):
-        p = ", ".join(f"{found.p_value:.2g}" for found in tests[name].values())
-        plots.points(draws[name], title=f"{name}\np = {p}", color=plots.ORANGE, ax=ax)
-    figure.suptitle(f"p by {', '.join(TESTS)}", fontsize="medium")
-    return figure
-
-
-def _kl_per_step(models: dict[str, Trained], best: xr.DataTree) -> Figure:
-    """What each step costs at best, and what each model pays on top, at the same draws."""
-    figure = plt.figure(figsize=(12, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    steps, least = best["bound"]["step"].values, _bits(best, "kl")
-    left.plot(steps, least.mean(0), color="black", label="best possible")
+) -> dict[str, Figure]:
+    """The report's pictures; the first model is the main one."""
     main = next(iter(models))
-    left.plot(steps, _bits(models[main].tree, "kl").mean(0), ".", color=plots.BLUE, label=main)
-    left.set(yscale="log", ylabel="KL_t (bits per point)")
-    for (name, model), color in zip(models.items(), COLORS, strict=False):
-        excess = (_bits(model.tree, "kl") - least).mean(0)
-        right.plot(steps, excess, color=color, marker=".", label=name)
-    right.set(ylabel="KL_t − best possible (bits per point)")
-    for ax in (left, right):
-        ax.set_xlabel("step t (small: near the data)")
-        ax.legend(frameon=False)
-    return figure
-
-
-def _losses(models: dict[str, Trained]) -> Figure:
-    """Losses of the three objectives, which are not of one scale."""
-    figure = plt.figure(figsize=(14, 4), layout="constrained")
-    labels = ("−K (nats per point)", "L_simple (per point)", "L_simple − 0.001 K (per point)")
-    for ax, (name, model), label in zip(
-        figure.subplots(1, 3), models.items(), labels, strict=False
-    ):
-        plots.losses(model.fitted.losses, batch_size=BATCH_SIZE, ax=ax)
-        ax.set_title(name, fontsize="medium")
-        ax.set_ylabel(label)
-        ax.xaxis.get_major_locator().set_params(nbins=4)
-    return figure
+    model, x = models[main], held_out[: len(models[main].x_0)]
+    forward = model.diffusion.forward_trajectory(schedules.steps(rates()), x).sample(key)
+    smallest = f"{min(size.others)} functions, {BOUND}"
+    shown = [main, "best possible chain", smallest, "untrained"]
+    p_values = {
+        name: {test: found.p_value for test, found in tests[name].items()} for name in shown
+    }
+    return {
+        "chains": figures.chains(x, forward, model.x_0, model.trajectory),
+        "samples": figures.samples(
+            held_out[: size.compared], {name: draws[name] for name in shown}, p_values
+        ),
+        "kl_per_step": figures.kl_per_step(
+            best["bound"]["step"].values,
+            {name: _bits(m.tree, "kl").mean(0) for name, m in models.items()},
+            _bits(best, "kl").mean(0),
+        ),
+        "losses": figures.losses(
+            {name: m.fitted.losses for name, m in models.items()}, BATCH_SIZE
+        ),
+    }
