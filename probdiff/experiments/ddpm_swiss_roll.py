@@ -419,7 +419,5 @@ def _figures(
             {name: _bits(m.tree, "kl").mean(0) for name, m in models.items()},
             _bits(best, "kl").mean(0),
         ),
-        "losses": figures.losses(
-            {name: m.fitted.losses for name, m in models.items()}, BATCH_SIZE
-        ),
+        "losses": figures.losses({name: m.fitted.losses for name, m in models.items()}, BATCH_SIZE),
     }
