@@ -160,15 +160,10 @@ def run(
     }
     rows = [*_bound_rows(models, best_tree, limits), *_test_rows(tests, size)]
 
-    figures = {
-        "chains": _chains(keys["forward"], main, held_out),
-        "samples": _samples(held_out, draws, tests, size),
-        "kl_per_step": _kl_per_step(models, best_tree),
-        "losses": _losses(models),
-    }
+    pictures = _figures(keys["forward"], models, best_tree, held_out, draws, tests, size)
     sections = ({"Quick run": QUICK} if quick else {}) | _sections(size, models, best_tree, tests)
-    write_report(out_dir, "DDPM Swiss roll", rows, sections=sections, figures=figures)
-    for figure in figures.values():
+    write_report(out_dir, "DDPM Swiss roll", rows, sections=sections, figures=pictures)
+    for figure in pictures.values():
         plt.close(figure)
     main.tree.to_netcdf(Path(out_dir) / "bounds.nc", engine="h5netcdf")
     save(out_dir, main.diffusion, main.fitted.params)

@@ -46,7 +46,7 @@ class Size(NamedTuple):
     """How much of everything a run does."""
 
     images: int = 20
-    num_particles: int = 128
+    num_particles: int = 256
     num_runs: int = 2
     steps: int = CALLS
     train_images: int = 59_000
@@ -107,7 +107,7 @@ def run(
     )
     smc = infer.SMC(
         task.program, num_particles=size.num_particles, num_runs=size.num_runs, steps=size.steps,
-        progress=progress,
+        twist=infer.ReadoutTwist(), progress=progress,
     )  # fmt: skip
     found = {}
     for key, (name, x) in zip(keys[1:3], truths.items(), strict=True):
@@ -247,8 +247,9 @@ def _sections(size: Size, folder: Path, found: dict[str, Posterior]) -> dict[str
         ),
         "Settings": (
             f"Model: `{folder.as_posix()}`. {size.images} images of each kind, {size.num_runs} "
-            f"runs of {size.num_particles} particles each, {size.steps} levels of the chain; the "
-            "twist knows the covariance of the training images. The 2015 rule draws as many."
+            f"runs of {size.num_particles} particles each, {size.steps} levels of the chain; the twist "
+            "is the readout's mixture at the known pixels, tempered by the covariance of the "
+            "training images. The 2015 rule draws as many."
         ),
         "Warnings": "\n".join(lines) or "None.",
     }

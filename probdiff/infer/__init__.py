@@ -18,6 +18,7 @@ from probdiff.infer.twists import (
     KernelTwist,
     LaplaceTwist,
     PointTwist,
+    ReadoutTwist,
     TweedieTwist,
     Twist,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "KernelTwist",
     "LaplaceTwist",
     "PointTwist",
+    "ReadoutTwist",
     "TweedieTwist",
     "Twist",
     "calibrate",

@@ -64,7 +64,7 @@ class Levels(NamedTuple):
         return trajectory.readout.x_0_hat(trajectory.kernel, outputs, x_t, self._trained(i))
 
     def x_0_given(self, outputs: tuple[Any, ...], x_t: Any, i: Any) -> dist.Distribution:
-        """Law p(x_0 | x_t), symbols."""
+        """Law p(x_0 | x_t), elementwise, where the readout says one."""
         trajectory = self.draw.trajectory
         return trajectory.readout.x_0_given(trajectory.kernel, outputs, x_t, self._trained(i))
 

@@ -225,7 +225,10 @@ def _look_at_numbers(
     def pull(v: Any) -> Any:
         return pull_back(trusted(levels, read, v, i, is_slope=True))[0]
 
-    view = _view(plan, i, x_t, law, x_0_hat, pull, read, covariance)
+    def given() -> Any:
+        return levels.x_0_given(outputs, x_t, i)
+
+    view = _view(plan, i, x_t, law, x_0_hat, pull, given, read, covariance)
     return _look_of(plan, view, plan.twist(view), None)
 
 
@@ -238,8 +241,7 @@ def look_at_first(plan: Plan, x_1: Any) -> Look:
         log_p = log_probabilities(law)
         informed = symbols.inform(log_p, _symbol_log_r(plan), known, mask, levels.event_dim)
         return _symbol_look(log_p, informed.log_p_0, informed.log_psi, known, mask, levels)
-    view = _view(plan, 1, x_1, law, law.loc, lambda v: v, PERFECT, None)
-    view = view._replace(variance=view.variance + _within_cells(plan))
+    view = _view(plan, 1, x_1, law, law.loc, lambda v: v, lambda: law, PERFECT, None)
     pinned = None if known is None else (in_units.log_prob(draw.known), mask)
     return _look_of(plan, view, plan.twist.last(x_1, view.mean, view.variance, view), pinned)
 
@@ -286,7 +288,7 @@ def _look_of(plan: Plan, view: View, tilt: Tilt, pinned: Any) -> Look:
         view.mean, view.variance, tilt.shift, tilt.diagonal, factors, log_known
     )
     furthest = jnp.max(moved, axis=tuple(range(lead, moved.ndim)))
-    return _looked(tilt.log_psi, proposal, furthest)
+    return _looked(tilt.log_psi + log_known, proposal, furthest)
 
 
 def _looked(log_psi: Any, proposal: Any, shift: Any) -> Look:
@@ -295,8 +297,8 @@ def _looked(log_psi: Any, proposal: Any, shift: Any) -> Look:
 
 
 def _view(
-    plan: Plan, i: Any, x_t: Any, law: Any, x_0_hat: Any, pull_back: Any, read: Any,
-    covariance: Any,
+    plan: Plan, i: Any, x_t: Any, law: Any, x_0_hat: Any, pull_back: Any, x_0_given: Any,
+    read: Any, covariance: Any,
 ) -> View:  # fmt: skip
     mean, sd = jnp.broadcast_arrays(law.loc, law.scale)
     known, mask = _known(plan)
@@ -308,6 +310,7 @@ def _view(
         known, mask, plan.is_diagonal, of_level._replace(variance=variance),
         None if covariance is None else covariance.given,
         None if covariance is None else covariance.nearer,
+        x_0_given, read, bool(plan.conditioned.observed),
     )  # fmt: skip
 
 

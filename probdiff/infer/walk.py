@@ -248,7 +248,7 @@ class Walk:
                     f"entry; got {name}"
                 )
             return
-        self.twist.check(draw.diffusion.event_shape)
+        self.twist.check(draw)
         if self.is_weighted and draw.known is not None and not self.twist.takes_known:
             raise ValueError(
                 f"twist {name} has no finite weights where entries of x_0 are known exactly; use "

@@ -107,6 +107,23 @@ class Mixture(GaussianReadout):
         self, outputs: tuple[Any, ...], x_t: State, step: Step
     ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
         """Mean and variance of x_0 given x_t, elementwise."""
+        log_weight, mean, variance = self._components(outputs, x_t, step)
+        weight = jnp.exp(log_weight)
+        x_0_hat = jnp.sum(weight * mean, 0)
+        return x_0_hat, jnp.sum(weight * (variance + (mean - x_0_hat) ** 2), 0)
+
+    def x_0_given(
+        self, kernel: GaussianKernel, outputs: tuple[Any, ...], x_t: State, step: Step
+    ) -> dist.MixtureSameFamily:
+        """Law of x_0 given x_t, elementwise: the mixture itself."""
+        parts = self._components(outputs, x_t, step)
+        log_weight, mean, variance = (jnp.moveaxis(part, 0, -1) for part in parts)
+        return dist.MixtureSameFamily(
+            dist.Categorical(logits=log_weight), dist.Normal(mean, jnp.sqrt(variance))
+        )
+
+    def _components(self, outputs: tuple[Any, ...], x_t: State, step: Step) -> tuple[Any, Any, Any]:
+        """log w', means and variances of x_0 given x_t, each `(K, *shape)`."""
         logits, shifts, widths = (
             jnp.stack(outputs[i * self.components : (i + 1) * self.components]) for i in range(3)
         )
@@ -117,7 +134,5 @@ class Mixture(GaussianReadout):
         a, n = jnp.sqrt(step.alpha_bar_t), step.noise_t
         total = n + a**2 * v
         log_likelihood = -0.5 * (jnp.log(total) + (x_t - a * m) ** 2 / total)
-        weight = jax.nn.softmax(logits + log_likelihood, 0)
-        mean = (n * m + a * v * x_t) / total
-        x_0_hat = jnp.sum(weight * mean, 0)
-        return x_0_hat, jnp.sum(weight * (n * v / total + (mean - x_0_hat) ** 2), 0)
+        log_weight = jax.nn.log_softmax(logits + log_likelihood, 0)
+        return log_weight, (n * m + a * v * x_t) / total, n * v / total

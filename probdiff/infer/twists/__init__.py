@@ -9,6 +9,7 @@ twists here but the last look at r through the denoised point x̂_0 = E[x_0 | x_
     LaplaceTwist    ∫ r N(x̂_0, w_t I)                   r expanded to second order at x̂_0
     GaussianTwist   the same with the curvature of a known linear-Gaussian r
     TweedieTwist    ∫ r N(x̂_0, C_t)                     C_t as the network says
+    ReadoutTwist    ∏ p(x_0,i = known | x_t)^γ_t        known entries, by the readout's mixture
     KernelTwist     r(x_t)^c                            the rule of 2015
 
 where w_t = τ²(1−ᾱ_t)/(1−ᾱ_t+ᾱ_t τ²) is the variance of x_0 given x_t if x_0 had variance τ², and
@@ -32,6 +33,7 @@ from probdiff.infer.twists.gaussian import GaussianTwist
 from probdiff.infer.twists.kernel import KernelTwist
 from probdiff.infer.twists.laplace import LaplaceTwist
 from probdiff.infer.twists.point import PointTwist
+from probdiff.infer.twists.readout import ReadoutTwist
 from probdiff.infer.twists.tweedie import TweedieTwist
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "KernelTwist",
     "LaplaceTwist",
     "PointTwist",
+    "ReadoutTwist",
     "Tilt",
     "TweedieTwist",
     "Twist",

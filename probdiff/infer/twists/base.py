@@ -23,8 +23,9 @@ from probdiff.infer.expansion import (
     settle,
     sum_event,
 )
-from probdiff.infer.levels import Levels, Widths
+from probdiff.infer.levels import Levels, Reading, Widths
 from probdiff.kernels import bridge_weights
+from probdiff.prior import PriorDraw
 
 
 class View(NamedTuple):
@@ -56,6 +57,12 @@ class View(NamedTuple):
     """The same with the data's covariance, where it is known."""
     nearer: Belief | None
     """Covariance of x_0 given level s, where it is known."""
+    x_0_given: Callable[[], Any]
+    """Law p(x_0 | x_t) of each number, where the readout says one."""
+    reading: Reading
+    """How well the network reads x_0 out of noise."""
+    is_observed: bool
+    """Whether sites other than known entries are observed."""
 
 
 class Tilt(NamedTuple):
@@ -88,14 +95,16 @@ class Twist(abc.ABC):
         """log ψ_t at level i ≥ 2, and the proposal for x_s."""
 
     def last(self, x_1: Any, mean: Any, variance: Any, view: View) -> Tilt:
-        """ψ_1 and the proposal for x_0: r integrated under p(x_0 | x_1) = N(mean, variance)."""
+        """ψ_1 and the proposal for x_0: r integrated under p(x_0 | x_1) = N(mean, variance).
+
+        Less the mass of known entries, which is put in exactly.
+        """
         point, sd = complete(mean, jnp.sqrt(variance), view)
         log_psi, e = self.integrate(point, sd, view)
         shift, precision = variance * e.pull, e.diagonal
         if view.known is not None:
             shift = jnp.where(view.mask, view.known - mean, shift)
             precision = jnp.where(view.mask, jnp.inf, precision)
-            log_psi += log_known(view, mean, variance)
         return Tilt(log_psi, shift, precision, e.factors)
 
     def integrate(self, point: Any, sd: Any, view: View) -> tuple[Any, Expansion]:
@@ -112,7 +121,7 @@ class Twist(abc.ABC):
         """log r to second order at a point, against N(point, sd²)."""
         return diagonal(at, sd) if view.is_diagonal else low_rank(at, sd, min(RANK, size_of(view)))
 
-    def check(self, event_shape: tuple[int, ...]) -> None:  # noqa: B027, most fit any prior
+    def check(self, draw: PriorDraw) -> None:  # noqa: B027, most fit any prior
         """Raise a `ValueError` where the twist does not fit the prior."""
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from probdiff.infer.expansion import Expansion, Local, known_curvature
 from probdiff.infer.twists.base import View
 from probdiff.infer.twists.widened import Widened
+from probdiff.prior import PriorDraw
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,9 +39,9 @@ class GaussianTwist(Widened):
                 f"got {self.noise}"
             )
 
-    def check(self, event_shape: tuple[int, ...]) -> None:
+    def check(self, draw: PriorDraw) -> None:
         """Raise a `ValueError` unless A has a column for each number of x_0."""
-        size = int(np.prod(event_shape))
+        size = int(np.prod(draw.diffusion.event_shape))
         if np.shape(self.matrix)[1] != size:
             raise ValueError(
                 f"matrix must have {size} columns, one for each number of x_0; got shape "

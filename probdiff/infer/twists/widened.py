@@ -11,7 +11,7 @@ Source: Song et al. (2023) for the width.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -27,6 +27,17 @@ from probdiff.infer.twists.base import (
     log_known,
     shift_of,
 )
+
+
+class Known(NamedTuple):
+    """What known entries do to a level; the last two count there only."""
+
+    log_psi: Any
+    """`lead`."""
+    pull: Any
+    """∂ log ψ_t/∂x̂_0, to be pulled back to x_t."""
+    precision: Any
+    """That ψ_s adds to p(x_s | x_t)."""
 
 
 class Widened(Twist):
@@ -45,13 +56,23 @@ class Widened(Twist):
         pull = e.pull
         precision = slope**2 * e.diagonal / (1 + w_s * e.diagonal)
         if view.known is not None:
-            pull = jnp.where(view.mask, (view.known - view.x_0_hat) / w_t, pull)
-            precision = jnp.where(view.mask, slope**2 / w_s, precision)
-            log_psi += log_known(view, view.x_0_hat, w_t)
+            known = self.of_known(view)
+            pull = jnp.where(view.mask, known.pull, pull)
+            precision = jnp.where(view.mask, known.precision, precision)
+            log_psi += known.log_psi
         narrowing = jnp.mean(w_s / w_t)
         factors = e.factors * slope / jnp.sqrt(1 + narrowing * expand(e.sizes, e.factors.ndim))
         shift = shift_of(step, view.pull_back(pull))
         return Tilt(log_psi, limited(shift, view), precision, factors)
+
+    def of_known(self, view: View) -> Known:
+        """Known entries as N(x̂_0, w_t) has them."""
+        w_t, w_s = view.widths.variance[view.i - 1], view.widths.variance[view.i - 2]
+        return Known(
+            log_known(view, view.x_0_hat, w_t),
+            (view.known - view.x_0_hat) / w_t,
+            view.widths.slope[view.i - 2] ** 2 / w_s,
+        )
 
     def with_covariance(self, view: View, given: Given) -> Tilt:
         """The same with C_t from the data's covariance instead of w_t I."""

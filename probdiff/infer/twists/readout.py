@@ -1,0 +1,115 @@
+"""Known entries by the readout's own law of each, and the bridge to them as proposal.
+
+A Gaussian of the data's covariance knows how numbers hang together and nothing of their shape; the
+`Mixture` readout knows the shape of each, levels of grey and all, and nothing of how they hang
+together. For a known entry, x_0,i = y_i, the second says
+
+    log ψ_t = γ_t Σ_{i known} log p(x_0,i = y_i | x_t),         its mass where x_0 is on a grid,
+
+and its proposal is the bridge q(x_s,i | x_t,i, x_0,i = y_i), under which a chain of independent
+entries has weights of one. A product over entries counts many times over what correlated ones
+share; the power γ_t undoes that. For Gaussian x_0 of covariance C, and C_t given x_t, with
+D = diag(C_t)⁻¹, M = C − C_t the covariance of x̂_0 and E that of its error, all on the known
+entries, it is the regression of the exact log-likelihood on the product's as x̂_0 varies,
+
+    γ_t = tr(M D) / tr(D C_t D (M + E)),
+
+1 for independent entries and a perfect network, and 0 where x̂_0 is mostly error.
+
+Other sites count as in `LaplaceTwist` without the data's covariance: widened by w_t, known entries
+put in. Where there are none, no pull-back through the network is needed.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from probdiff import readouts
+from probdiff.infer.expansion import sum_event
+from probdiff.infer.twists.base import Tilt, View
+from probdiff.infer.twists.laplace import LaplaceTwist
+from probdiff.infer.twists.widened import Known
+from probdiff.kernels import bridge_mean
+from probdiff.prior import PriorDraw
+from probdiff.readouts.mixture import LEAST_VARIANCE
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadoutTwist(LaplaceTwist):
+    """Known entries by p(x_0,i | x_t) of a `Mixture` readout: for exact pixels.
+
+    Give the prior the covariance of its data; without it entries count as independent.
+    """
+
+    uses_covariance = False
+
+    def check(self, draw: PriorDraw) -> None:
+        """Raise a `ValueError` unless the readout says a law of x_0."""
+        readout = draw.trajectory.readout
+        if not isinstance(readout, readouts.Mixture):
+            raise ValueError(
+                f"twist ReadoutTwist needs the readout Mixture, which says a law of each number of "
+                f"x_0 given x_t; got {readout}. Use LaplaceTwist"
+            )
+
+    def __call__(self, view: View) -> Tilt:
+        """The bridge for known entries, the expansion of log r for the others."""
+        tilt = super().__call__(view)
+        if view.known is None:
+            return tilt
+        to_known = bridge_mean(view.x_t, view.known, view.levels.step(view.i)) - view.mean
+        shift = tilt.shift if view.is_observed else 0.0
+        return tilt._replace(
+            shift=jnp.where(view.mask, to_known, shift),
+            factors=jnp.where(view.mask, 0.0, tilt.factors),
+        )
+
+    def of_known(self, view: View) -> Known:
+        """Their law, and the precision of the bridge."""
+        step, lead = view.levels.step(view.i), view.x_t.ndim - view.levels.event_dim
+        log_p = jnp.where(view.mask, _log_law(view), 0.0)
+        bridge = step.noise_t / (step.beta * step.noise_s)
+        narrower = jnp.maximum(bridge - 1 / view.variance, 0.0)
+        return Known(power(view) * sum_event(log_p, lead), 0.0, narrower)
+
+
+def _log_law(view: View) -> Any:
+    """log p(x_0,i = known | x_t), elementwise; no narrower than the last step may be."""
+    diffusion, law = view.levels.draw.diffusion, view.x_0_given()
+    parts = law.component_distribution
+    sd = jnp.sqrt(parts.variance + LEAST_VARIANCE * view.levels.table.beta[0])
+    known, grid = view.known[..., None], diffusion.last_step.grid
+    if grid is None:
+        log_p = -0.5 * (((known - parts.mean) / sd) ** 2 + jnp.log(2 * jnp.pi * sd**2))
+    else:
+        scale, loc = (jnp.expand_dims(a, -1) for a in (diffusion.scale, diffusion.loc))
+        values = grid.nearest(known * scale + loc)
+        log_p = grid.log_mass(values, parts.mean * scale + loc, sd * scale)
+    return jax.nn.logsumexp(law.mixing_distribution.logits + log_p, -1)
+
+
+def power(view: View) -> Any:
+    """γ_t, one for each entry of the plates."""
+    draw, event_dim = view.levels.draw, view.levels.event_dim
+    step = view.levels.table.at(view.i, 0)
+    signal, noise = step.alpha_bar_t, step.noise_t
+    if draw.covariance is None:
+        tau2 = jnp.broadcast_to(draw.variance, draw.diffusion.event_shape).ravel()
+        axes = jnp.eye(len(tau2), dtype=view.x_t.dtype)
+    else:
+        axes = jnp.asarray(draw.covariance.axes, view.x_t.dtype)
+        tau2 = draw.covariance.variances
+    tau2 = jnp.asarray(tau2, view.x_t.dtype)
+    inside = (axes * (noise * tau2 / (noise + signal * tau2))) @ axes.T  # C_t
+    moves = (axes * (tau2**2 / (noise + signal * tau2))) @ axes.T  # M/ᾱ_t, which β_T = 1 leaves
+    inverse = 1 / jnp.diag(inside)
+    shape = view.mask.shape[: view.mask.ndim - event_dim]
+    mask = jnp.asarray(view.mask, view.x_t.dtype).reshape(*shape, -1)
+    weighted = mask * inverse
+    shared = jnp.sum(weighted @ (inside * moves) * weighted, -1)
+    errors = view.reading.error * noise * jnp.sum(weighted, -1)  # ᾱ_t E = error · noise
+    total = signal**2 * shared + errors
+    useful = signal**2 * (weighted @ jnp.diag(moves))
+    return jnp.where(total > 0, useful / jnp.where(total > 0, total, 1.0), 1.0)
