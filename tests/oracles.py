@@ -14,6 +14,7 @@ are affine, `enumerate_chain` of a few symbols.
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -90,3 +91,29 @@ def enumerate_chain(diffusion, params=None):
     for t in range(diffusion.T, 1, -1):
         p = p @ to(levels, reverse.reverse_step(jnp.asarray(levels), jnp.full(len(levels), t)))
     return data, p @ to(data, diffusion.data_given_first(reverse, jnp.asarray(levels)))
+
+
+def covariance_of_chain(diffusion, d):
+    """Covariance of p(x_0) of a chain of mean 0 and linear steps, x_s = A x_t + noise."""
+    trajectory, steps = diffusion.bind({})
+    ones = jnp.concatenate([jnp.zeros((1, d)), jnp.eye(d)])
+
+    def matrices(law):
+        loc, scale = np.asarray(law.loc, np.float64), np.asarray(law.scale, np.float64)
+        return (loc[1:] - loc[0]).T, np.diag(scale[0] ** 2)
+
+    cov = np.eye(d)
+    law_at = jax.jit(lambda t: trajectory.reverse_step(ones, jnp.full(1 + d, t)))
+    for t in range(steps.T, 1, -1):
+        a, noise = matrices(law_at(t))
+        cov = a @ cov @ a.T + noise
+    a, noise = matrices(diffusion.data_given_first(trajectory, ones).base)
+    return a @ cov @ a.T + noise
+
+
+def moments(smc):
+    """Weighted mean and variance of every entry."""
+    sites, log_w = smc.get_weighted_samples()
+    w = np.exp(log_w)[:, None]
+    mean = (w * sites["x_0"]).sum(0)
+    return mean, (w * (sites["x_0"] - mean) ** 2).sum(0)

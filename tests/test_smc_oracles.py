@@ -25,6 +25,7 @@ import numpyro.distributions as dist
 import pytest
 from scipy import stats
 
+from oracles import covariance_of_chain, moments
 from probdiff import Diffusion, GaussianKernel, infer, readouts, sample, schedules
 from probdiff.kernels import bridge_weights
 
@@ -46,14 +47,6 @@ def measured(prior):
         numpyro.sample("y", dist.Normal(prior()[..., 0], sigma), obs=y)
 
     return program
-
-
-def moments(smc):
-    """Weighted mean and variance of every entry."""
-    sites, log_w = smc.get_weighted_samples()
-    w = np.exp(log_w)[:, None]
-    mean = (w * sites["x_0"]).sum(0)
-    return mean, (w * (sites["x_0"] - mean) ** 2).sum(0)
 
 
 # N(0, 1)
@@ -124,24 +117,6 @@ def correlated(rho, beta):
         GaussianKernel(), beta, network, event_shape=(2,), readout=readouts.Data(),
         last_step=readouts.Learned(),
     )  # fmt: skip
-
-
-def covariance_of_chain(diffusion, d):
-    """Covariance of p(x_0) of a chain of mean 0 and linear steps, x_s = A x_t + noise."""
-    trajectory, steps = diffusion.bind({})
-    ones = jnp.concatenate([jnp.zeros((1, d)), jnp.eye(d)])
-
-    def matrices(law):
-        loc, scale = np.asarray(law.loc, np.float64), np.asarray(law.scale, np.float64)
-        return (loc[1:] - loc[0]).T, np.diag(scale[0] ** 2)
-
-    cov = np.eye(d)
-    law_at = jax.jit(lambda t: trajectory.reverse_step(ones, jnp.full(1 + d, t)))
-    for t in range(steps.T, 1, -1):
-        a, noise = matrices(law_at(t))
-        cov = a @ cov @ a.T + noise
-    a, noise = matrices(diffusion.data_given_first(trajectory, ones).base)
-    return a @ cov @ a.T + noise
 
 
 @pytest.mark.long

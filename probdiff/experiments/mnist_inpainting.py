@@ -247,8 +247,8 @@ def _sections(size: Size, folder: Path, found: dict[str, Posterior]) -> dict[str
         ),
         "Settings": (
             f"Model: `{folder.as_posix()}`. {size.images} images of each kind, {size.num_runs} "
-            f"runs of {size.num_particles} particles each, {size.steps} levels of the chain; the twist "
-            "is the readout's mixture at the known pixels, tempered by the covariance of the "
+            f"runs of {size.num_particles} particles each, {size.steps} levels of the chain; the "
+            "twist is the readout's mixture at the known pixels, tempered by the covariance of the "
             "training images. The 2015 rule draws as many."
         ),
         "Warnings": "\n".join(lines) or "None.",

@@ -221,6 +221,17 @@ def levels(draw: PriorDraw, n: int | None = None) -> Levels:
     return Levels(draw, *schedules.respaced(steps, n))
 
 
+def within_cells(draw: PriorDraw) -> Any:
+    """Variance that a known value of a grid leaves to what is put on it: that of its cell, Δ²/12.
+
+    On the scale of the chain; 0 elsewhere. The end cells are open, and count as if they were not.
+    """
+    grid = draw.diffusion.last_step.grid
+    if grid is None or draw.known is None:
+        return 0.0
+    return jnp.where(draw.mask, (grid.spacing / draw.diffusion.scale) ** 2 / 12, 0.0)
+
+
 def log_probabilities(law: Any) -> Float[Array, "*shape K"]:
     """Log-probabilities of the states of an elementwise law of symbols, on a last axis."""
     if isinstance(law, dist.Distribution) and "logit" in type(law).pytree_data_fields:

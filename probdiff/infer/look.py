@@ -26,6 +26,7 @@ from probdiff.infer.levels import (
     trusted,
     widths,
     widths_along,
+    within_cells,
 )
 from probdiff.infer.program import Conditioned
 from probdiff.infer.proposals import GaussianProposal, SymbolProposal
@@ -304,7 +305,7 @@ def _view(
     known, mask = _known(plan)
     of_level = widths(plan.levels, read)
     plates = range(1, 1 + len(plan.conditioned.batch_shape))
-    variance = jnp.expand_dims(of_level.variance, plates) + _within_cells(plan)
+    variance = jnp.expand_dims(of_level.variance, plates) + within_cells(plan.levels.draw)
     return View(
         plan.levels, i, x_t, mean, sd**2, x_0_hat, pull_back, lambda x: _smooth_log_r(plan, x),
         known, mask, plan.is_diagonal, of_level._replace(variance=variance),
@@ -321,18 +322,6 @@ def _known(plan: Plan) -> tuple[Any, Any]:
         return None, None
     values = jnp.where(draw.mask, draw.known, jnp.zeros_like(draw.known))
     return draw.diffusion.to_chain(values), draw.mask
-
-
-def _within_cells(plan: Plan) -> Any:
-    """Variance that a known value of a grid leaves to what is put on it: that of its cell, Δ²/12.
-
-    On the scale of the chain; 0 elsewhere. The end cells are open, and count as if they were not.
-    """
-    draw = plan.levels.draw
-    grid = draw.diffusion.last_step.grid
-    if grid is None or draw.known is None:
-        return 0.0
-    return jnp.where(draw.mask, (grid.spacing / draw.diffusion.scale) ** 2 / 12, 0.0)
 
 
 def log_r(plan: Plan, x: Any) -> Any:

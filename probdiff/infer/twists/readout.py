@@ -6,11 +6,11 @@ together. For a known entry, x_0,i = y_i, the second says
 
     log ψ_t = γ_t Σ_{i known} log p(x_0,i = y_i | x_t),         its mass where x_0 is on a grid,
 
-and its proposal is the bridge q(x_s,i | x_t,i, x_0,i = y_i), under which a chain of independent
-entries has weights of one. A product over entries counts many times over what correlated ones
-share; the power γ_t undoes that. For Gaussian x_0 of covariance C, and C_t given x_t, with
-D = diag(C_t)⁻¹, M = C − C_t the covariance of x̂_0 and E that of its error, all on the known
-entries, it is the regression of the exact log-likelihood on the product's as x̂_0 varies,
+and its proposal is the bridge q(x_s,i | x_t,i, x_0,i = y_i), averaged over the cell of a grid; a
+chain of independent entries then has weights of one. A product over entries counts many times over
+what correlated ones share; the power γ_t undoes that. For Gaussian x_0 of covariance C, and C_t
+given x_t, with D = diag(C_t)⁻¹, M = C − C_t the covariance of x̂_0 and E that of its error, all on
+the known entries, it is the regression of the exact log-likelihood on the product's as x̂_0 varies,
 
     γ_t = tr(M D) / tr(D C_t D (M + E)),
 
@@ -28,12 +28,14 @@ import jax.numpy as jnp
 
 from probdiff import readouts
 from probdiff.infer.expansion import sum_event
+from probdiff.infer.levels import within_cells
 from probdiff.infer.twists.base import Tilt, View
 from probdiff.infer.twists.laplace import LaplaceTwist
 from probdiff.infer.twists.widened import Known
-from probdiff.kernels import bridge_mean
+from probdiff.kernels import bridge_mean, bridge_weights
 from probdiff.prior import PriorDraw
 from probdiff.readouts.mixture import LEAST_VARIANCE
+from probdiff.types import Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +61,8 @@ class ReadoutTwist(LaplaceTwist):
         tilt = super().__call__(view)
         if view.known is None:
             return tilt
-        to_known = bridge_mean(view.x_t, view.known, view.levels.step(view.i)) - view.mean
+        target, _ = _x_0_known(view)
+        to_known = bridge_mean(view.x_t, target, view.levels.step(view.i)) - view.mean
         shift = tilt.shift if view.is_observed else 0.0
         return tilt._replace(
             shift=jnp.where(view.mask, to_known, shift),
@@ -69,10 +72,26 @@ class ReadoutTwist(LaplaceTwist):
     def of_known(self, view: View) -> Known:
         """Their law, and the precision of the bridge."""
         step, lead = view.levels.step(view.i), view.x_t.ndim - view.levels.event_dim
+        weight_0, _ = bridge_weights(step)
+        _, width = _x_0_known(view)
+        bridge = step.beta * step.noise_s / step.noise_t + weight_0**2 * width
+        narrower = jnp.maximum(1 / bridge - 1 / view.variance, 0.0)
         log_p = jnp.where(view.mask, _log_law(view), 0.0)
-        bridge = step.noise_t / (step.beta * step.noise_s)
-        narrower = jnp.maximum(bridge - 1 / view.variance, 0.0)
-        return Known(power(view) * sum_event(log_p, lead), 0.0, narrower)
+        share = power(
+            view.levels.draw, view.mask, view.levels.table.at(view.i, 0), view.reading.error
+        )
+        return Known(share * sum_event(log_p, lead), 0.0, narrower)
+
+
+def _x_0_known(view: View) -> tuple[Any, Any]:
+    """Mean and variance of a known x_0 given x_t: of its cell, where it is on a grid.
+
+    A cell counts as the Gaussian of its variance Δ²/12: a law that is wider leaves the cell, one
+    that is narrower itself.
+    """
+    law, cell = view.x_0_given(), within_cells(view.levels.draw)
+    share = law.variance / (law.variance + cell)
+    return law.mean + share * (view.known - law.mean), share * cell
 
 
 def _log_law(view: View) -> Any:
@@ -90,26 +109,32 @@ def _log_law(view: View) -> Any:
     return jax.nn.logsumexp(law.mixing_distribution.logits + log_p, -1)
 
 
-def power(view: View) -> Any:
-    """γ_t, one for each entry of the plates."""
-    draw, event_dim = view.levels.draw, view.levels.event_dim
-    step = view.levels.table.at(view.i, 0)
+def power(draw: PriorDraw, mask: Any, step: Step, error: Any) -> Any:
+    """γ_t, one for each entry of the plates.
+
+    Args:
+        draw: The prior.
+        mask: True where an entry is known, `(*plates, *event_shape)`.
+        step: The level.
+        error: Mean squared error of the noise that the network reads.
+    """
+    event_shape, dtype = draw.diffusion.event_shape, step.alpha_bar_t.dtype
     signal, noise = step.alpha_bar_t, step.noise_t
     if draw.covariance is None:
-        tau2 = jnp.broadcast_to(draw.variance, draw.diffusion.event_shape).ravel()
-        axes = jnp.eye(len(tau2), dtype=view.x_t.dtype)
+        tau2 = jnp.broadcast_to(draw.variance, event_shape).ravel()
+        axes = jnp.eye(len(tau2), dtype=dtype)
     else:
-        axes = jnp.asarray(draw.covariance.axes, view.x_t.dtype)
+        axes = jnp.asarray(draw.covariance.axes, dtype)
         tau2 = draw.covariance.variances
-    tau2 = jnp.asarray(tau2, view.x_t.dtype)
+    tau2 = jnp.asarray(tau2, dtype)
     inside = (axes * (noise * tau2 / (noise + signal * tau2))) @ axes.T  # C_t
     moves = (axes * (tau2**2 / (noise + signal * tau2))) @ axes.T  # M/ᾱ_t, which β_T = 1 leaves
     inverse = 1 / jnp.diag(inside)
-    shape = view.mask.shape[: view.mask.ndim - event_dim]
-    mask = jnp.asarray(view.mask, view.x_t.dtype).reshape(*shape, -1)
+    mask = jnp.asarray(mask, dtype)
+    mask = mask.reshape(*mask.shape[: mask.ndim - len(event_shape)], -1)
     weighted = mask * inverse
     shared = jnp.sum(weighted @ (inside * moves) * weighted, -1)
-    errors = view.reading.error * noise * jnp.sum(weighted, -1)  # ᾱ_t E = error · noise
+    errors = error * noise * jnp.sum(weighted, -1)  # ᾱ_t E = error · noise
     total = signal**2 * shared + errors
     useful = signal**2 * (weighted @ jnp.diag(moves))
     return jnp.where(total > 0, useful / jnp.where(total > 0, total, 1.0), 1.0)
