@@ -195,7 +195,12 @@ def make_torch():
                 for mean, p in zip(average, network.parameters(), strict=True):
                     mean.lerp_(p, 1 - DECAY)
 
-    return lambda data, steps: run(torch.from_numpy(data)[:, None], steps)
+    def run_on(data, steps):
+        # PyTorch of a distribution may know an older NumPy: only bytes are handed over
+        images = torch.frombuffer(bytearray(data.tobytes()), dtype=torch.float32)
+        run(images.reshape(-1, 1, 28, 28), steps)
+
+    return run_on
 
 
 def ratios(contestants, rounds):
