@@ -251,6 +251,9 @@ def test_a_model_is_trained_where_none_is_there(tmp_path, monkeypatch):
     monkeypatch.setattr(digits, "run", lambda folder, **options: trained.append(folder))
     monkeypatch.chdir(tmp_path)
     for quick in (True, False):
-        restoration._trained(None, tmp_path / "out", 0, quick, False, said.append)
+        restoration.trained(
+            digits, restoration.TRAINED, None, tmp_path / "out", quick=quick,
+            say=said.append, seed=0, progress=False,
+        )  # fmt: skip
     assert trained == [tmp_path / "out" / "digits", restoration.TRAINED]
     assert len(said) == 2 and all("train one first" in text for text in said)

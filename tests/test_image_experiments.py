@@ -18,6 +18,7 @@ from probdiff.experiments import (
     parametrisations,
     patches,
     training,
+    two_sample,
 )
 
 LEFT_BY_TRAINING = {
@@ -172,9 +173,9 @@ def test_energy_distance_is_its_double_sums_and_nothing_within_one_law():
     """n = 400 and 300 points of one law: within 4 errors of 0; one moved by 1 sd: well above."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(400, 3)), rng.normal(size=(300, 3))
-    distance, se = parametrisations.energy_distance(x, y)
+    distance, se = two_sample.energy_distance(x, y)
     assert abs(distance) < 4 * se
-    moved, se = parametrisations.energy_distance(x + np.array([1, 0, 0]), y)
+    moved, se = two_sample.energy_distance(x + np.array([1, 0, 0]), y)
     assert moved > 5 * se
     few_x, few_y = x[:5], y[:4]
     pairs = [[np.linalg.norm(a - b) for b in few_y] for a in few_x]
@@ -183,7 +184,7 @@ def test_energy_distance_is_its_double_sums_and_nothing_within_one_law():
         for z in (few_x, few_y)
     ]
     expected = 2 * np.mean(pairs) - sum(within)
-    assert parametrisations.energy_distance(few_x, few_y)[0] == pytest.approx(expected)
+    assert two_sample.energy_distance(few_x, few_y)[0] == pytest.approx(expected)
 
 
 @pytest.mark.long

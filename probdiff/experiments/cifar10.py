@@ -26,22 +26,18 @@ import numpy as np
 from flax import nnx
 
 from probdiff import (
-    Diffusion,
-    GaussianKernel,
     datasets,
     diagnostics,
-    readouts,
     sample,
     save,
-    schedules,
 )
+from probdiff.experiments.mnist import ALPHA_BAR_T, COMPONENTS, LEVELS, T, define
 from probdiff.experiments.report import QUICK, Row, mean_and_se, write_report
 from probdiff.experiments.training import CALLS, Recipe, bits_rows, curve, sheets, train
 
 SUMMARY = "colour photographs of 32 × 32 pixels: bits per dimension, and draws"
 DURATION = "about an hour on two CPU cores; 25 minutes with --recipe gpu on a GPU"
 
-T, ALPHA_BAR_T, COMPONENTS, LEVELS = 1000, 1e-4, 4, 256
 NUMBERS = 3072
 BITS = "bits per dimension, 256 levels"
 PUBLISHED, PUBLISHED_K = 3.70, 5.4
@@ -140,21 +136,6 @@ def run(
         plt.close(figure)
     tree.to_netcdf(out_dir / "bounds.nc", engine="h5netcdf")
     return rows
-
-
-def define(images: np.ndarray, recipe: Recipe, rngs: nnx.Rngs) -> Diffusion:
-    """The diffusion; one shift and one scale for all numbers, from the training images."""
-    loc, scale = float(images.mean(dtype=np.float64)), float(images.std(dtype=np.float64))
-    return Diffusion(
-        GaussianKernel(),
-        schedules.log_snr_linear(T, beta_1=scale**-2, alpha_bar_T=ALPHA_BAR_T),
-        recipe.network((32, 32, 3), rngs, outputs=3 * COMPONENTS),
-        event_shape=(32, 32, 3),
-        readout=readouts.Mixture(COMPONENTS, -loc / scale, (LEVELS - 1 - loc) / scale),
-        last_step=readouts.Discretised(0, LEVELS - 1, LEVELS),
-        loc=loc,
-        scale=scale,
-    )
 
 
 def _sections(size: Size, recipe: Recipe, diffusion: Diffusion) -> dict[str, str]:

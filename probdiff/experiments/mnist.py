@@ -150,14 +150,14 @@ def run(
 
 
 def define(images: np.ndarray, recipe: Recipe, rngs: nnx.Rngs) -> Diffusion:
-    """The diffusion; one shift and one scale for all pixels, from the training images."""
+    """The diffusion of images of bytes, one shift and one scale for all their numbers."""
     loc, scale = float(images.mean(dtype=np.float64)), float(images.std(dtype=np.float64))
     outputs = 3 * COMPONENTS
     return Diffusion(
         GaussianKernel(),
         schedules.log_snr_linear(T, beta_1=scale**-2, alpha_bar_T=ALPHA_BAR_T),
-        recipe.network((28, 28), rngs, outputs=outputs),
-        event_shape=(28, 28),
+        recipe.network(images.shape[1:], rngs, outputs=outputs),
+        event_shape=images.shape[1:],
         readout=readouts.Mixture(COMPONENTS, -loc / scale, (LEVELS - 1 - loc) / scale),
         last_step=readouts.Discretised(0, LEVELS - 1, LEVELS),
         loc=loc,

@@ -30,7 +30,7 @@ from probdiff import Diffusion, datasets, infer, load, plots, sample
 from probdiff.experiments import conditioning, mnist
 from probdiff.experiments.conditioning import Posterior, Task
 from probdiff.experiments.report import QUICK, Row, mean_and_se, write_report
-from probdiff.experiments.restoration import few, trust
+from probdiff.experiments.restoration import few, trained, trust, warnings_of
 from probdiff.experiments.training import CALLS
 from probdiff.types import Params
 
@@ -89,7 +89,10 @@ def run(
         ValueError: if the model is not one of MNIST.
     """
     size, out_dir = SIZES["quick" if quick else recipe], Path(out_dir)
-    folder = _trained(model, out_dir, seed, quick, recipe, progress, say)
+    folder = trained(
+        mnist, TRAINED, model, out_dir, quick=quick, say=say, seed=seed, recipe=recipe,
+        progress=progress,
+    )  # fmt: skip
     diffusion, params = load_mnist(folder)
     keys = jax.random.split(jax.random.key(seed), 5)
     data = datasets.mnist()
@@ -213,30 +216,7 @@ def _rules(task: Task, truth: np.ndarray, completed: np.ndarray, clamped: np.nda
     return figure
 
 
-def _trained(
-    model: str | Path | None,
-    out_dir: Path,
-    seed: int,
-    quick: bool,
-    recipe: str,
-    progress: bool,
-    say: Callable[[str], None],
-) -> Path:
-    """Folder of a trained model of MNIST; trained now where there is none."""
-    if model is not None:
-        return Path(model)
-    if (TRAINED / "config.json").is_file():
-        return TRAINED
-    # what a quick run trains must not stand where a trained model is looked for
-    folder = out_dir / "mnist" if quick else TRAINED
-    say(f"no model in {TRAINED}: train one first, in {folder} ({mnist.DURATION})")
-    mnist.run(folder, seed=seed, quick=quick, recipe=recipe, progress=progress, say=say)
-    return folder
-
-
 def _sections(size: Size, folder: Path, found: dict[str, Posterior]) -> dict[str, str]:
-    warned = {NAMES[name]: posterior.complaints for name, posterior in found.items()}
-    lines = [f"- {name}: {text}" for name, texts in warned.items() for text in texts]
     return {
         "Reading": (
             "A central 90 % interval of the right posterior holds a truth that was drawn from the "
@@ -251,5 +231,5 @@ def _sections(size: Size, folder: Path, found: dict[str, Posterior]) -> dict[str
             "twist is the readout's mixture at the known pixels, tempered by the covariance of the "
             "training images. The 2015 rule draws as many."
         ),
-        "Warnings": "\n".join(lines) or "None.",
+        "Warnings": warnings_of(found, NAMES),
     }

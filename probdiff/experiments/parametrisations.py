@@ -28,10 +28,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array
 from matplotlib.figure import Figure
 from numpyro.infer import SVI
-from scipy.spatial.distance import cdist
 
 from probdiff import (
     CombinedLoss,
@@ -49,13 +48,14 @@ from probdiff import (
     schedules,
 )
 from probdiff.experiments.report import QUICK, Row, mean_and_se, write_report
+from probdiff.experiments.two_sample import energy_distance
 
 SUMMARY = "noise, data or velocity, L_simple or the bound: bits per pixel and distance of draws"
 DURATION = "about 12 minutes on two CPU cores"
 
 T, ALPHA_BAR_T, LEVELS, FIRST_NOISE = 200, 1e-3, 17, 1.2
 BATCH_SIZE, LEARNING_RATE, EMA_DECAY = 128, 2e-3, 0.995
-PIXELS, GROUPS = 64, 20
+PIXELS = 64
 BITS, LEVEL = "bits per pixel, 17 levels", "grey levels"
 
 
@@ -173,27 +173,6 @@ def define(readout: readouts.GaussianReadout, images: np.ndarray, rngs: nnx.Rngs
         loc=float(images.mean()),
         scale=scale,
     )
-
-
-def energy_distance(
-    x: Float[np.ndarray, "n *event"], y: Float[np.ndarray, "m *event"]
-) -> tuple[float, float]:
-    """2 E|x − y| − E|x − x'| − E|y − y'|, without bias, and its jackknife error over the rows."""
-    x, y = (np.asarray(a, np.float64).reshape(len(a), -1) for a in (x, y))
-    across, within_x, within_y = cdist(x, y), cdist(x, x), cdist(y, y)
-
-    def distance(i: np.ndarray, j: np.ndarray) -> float:
-        """Of the rows i of x and j of y."""
-        means = [d[np.ix_(k, k)].sum() / (len(k) * (len(k) - 1))
-                 for d, k in ((within_x, i), (within_y, j))]  # fmt: skip
-        return 2 * across[np.ix_(i, j)].mean() - sum(means)
-
-    groups = min(GROUPS, len(x), len(y))
-    rows, columns = np.arange(len(x)), np.arange(len(y))
-    left_out = [distance(rows[rows % groups != g], columns[columns % groups != g])
-                for g in range(groups)]  # fmt: skip
-    se = math.sqrt((groups - 1) / groups * np.sum((left_out - np.mean(left_out)) ** 2))
-    return distance(rows, columns), se
 
 
 def _sections(size: Size) -> dict[str, str]:

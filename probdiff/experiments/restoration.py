@@ -15,7 +15,7 @@ Source: Sohl-Dickstein et al. (2015), section 3.2.4 and figure 3, which denoise 
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import matplotlib.pyplot as plt
@@ -99,7 +99,9 @@ class Restoration:
             ValueError: if the model is not one of digits.
         """
         size, out_dir = SMALL if quick else self.size, Path(out_dir)
-        folder = _trained(model, out_dir, seed, quick, progress, say)
+        folder = trained(
+            digits, TRAINED, model, out_dir, quick=quick, say=say, seed=seed, progress=progress
+        )
         diffusion, params = load_digits(folder)
         keys = jax.random.split(jax.random.key(seed), 4)
         data = datasets.digits()
@@ -188,29 +190,43 @@ def trust(posterior: Posterior) -> Figure:
     return figure
 
 
-def _trained(
-    model: str | Path | None,
-    out_dir: Path,
-    seed: int,
-    quick: bool,
-    progress: bool,
-    say: Callable[[str], None],
-) -> Path:
-    """Folder of a trained model of digits; trained now where there is none."""
+def trained(
+    experiment: Any, default: Path, model: str | Path | None, out_dir: Path, *, quick: bool,
+    say: Callable[[str], None], **options: Any,
+) -> Path:  # fmt: skip
+    """Folder of a trained model; the experiment is run now where there is none.
+
+    Args:
+        experiment: Module that trains it.
+        default: Where the experiment leaves its model by itself.
+        model: Folder that was asked for, if any.
+        out_dir: Folder of this run.
+        quick: Whether a few steps are enough.
+        say: Told what is being done.
+        **options: Passed on to the experiment.
+    """
     if model is not None:
         return Path(model)
-    if (TRAINED / "config.json").is_file():
-        return TRAINED
+    if (default / "config.json").is_file():
+        return default
     # what a quick run trains must not stand where a trained model is looked for
-    folder = out_dir / "digits" if quick else TRAINED
-    say(f"no model in {TRAINED}: train one first, in {folder} ({digits.DURATION})")
-    digits.run(folder, seed=seed, quick=quick, progress=progress, say=say)
+    folder = out_dir / default.name if quick else default
+    say(f"no model in {default}: train one first, in {folder} ({experiment.DURATION})")
+    experiment.run(folder, quick=quick, say=say, **options)
     return folder
 
 
+def warnings_of(found: dict[str, Posterior], names: dict[str, str]) -> str:
+    """What the samplers warned of, as a list for a report."""
+    lines = [
+        f"- {names[name]}: {text}"
+        for name, posterior in found.items()
+        for text in posterior.complaints
+    ]
+    return "\n".join(lines) or "None."
+
+
 def _sections(size: Size, folder: Path, found: dict[str, Posterior]) -> dict[str, str]:
-    warned = {NAMES[name]: posterior.complaints for name, posterior in found.items()}
-    lines = [f"- {name}: {text}" for name, texts in warned.items() for text in texts]
     return {
         "Reading": (
             "A central 90 % interval of the right posterior holds a truth that was drawn from the "
@@ -230,5 +246,5 @@ def _sections(size: Size, folder: Path, found: dict[str, Posterior]) -> dict[str
             "the covariance of the training images. `posterior.nc` holds the first posteriors of "
             "held-out digits."
         ),
-        "Warnings": "\n".join(lines) or "None.",
+        "Warnings": warnings_of(found, NAMES),
     }
