@@ -69,6 +69,7 @@ def test_a_chain_of_independent_entries_has_weights_of_one():
     assert ess.min() > 0.995 * 4096  # what the start leaves, x_T ~ π
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("measures_the_other", [False, True])
 def test_a_known_entry_of_a_correlated_pair_is_conditioned_on_exactly(measures_the_other):
     """n = 4 × 8192; mean and variance within 4 % of the sd, log Z within 4 standard errors."""
@@ -98,6 +99,7 @@ def test_a_known_entry_of_a_correlated_pair_is_conditioned_on_exactly(measures_t
     assert smc.log_evidence_se < 0.02
 
 
+@pytest.mark.long
 def test_evidence_of_a_level_of_a_grid_is_the_share_of_draws_at_it():
     """n = 200,000 draws beside 4 × 2048 particles; within 4 combined standard errors."""
     rho, n = 0.8, 200_000
