@@ -5,9 +5,11 @@ import math
 
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
+import xarray as xr
 
-from probdiff.experiments.report import Row, format_table, write_report
+from probdiff.experiments.report import QUICK, Row, format_table, write_report
 
 ROWS = [
     Row("K, test part", -0.136427, 0.00423, "bits per point", 0.1, 2.35),
@@ -63,11 +65,22 @@ def test_report_holds_title_table_sections_and_figures(tmp_path):
         sections={"Settings": "T = 40\n"},
         figures={"drift": figure},
     )
-    plt.close(figure)
+    assert not plt.fignum_exists(figure.number)
     text = path.read_text(encoding="utf-8")
     parts = ["# Swiss roll", format_table(ROWS), "## Settings", "T = 40", "![drift](drift.png)"]
     assert text == "\n\n".join(parts) + "\n"
     assert (path.parent / "drift.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_quick_run_says_so_first_and_data_lie_beside_the_report(tmp_path):
+    tree = xr.DataTree.from_dict({"bound": xr.Dataset({"bound": ("example", [1.0, 2.0])})})
+    path = write_report(
+        tmp_path, "t", ROWS, sections={"Settings": "T = 40"}, trees={"bounds": tree}, quick=True
+    )
+    parts = path.read_text(encoding="utf-8").split("\n\n")
+    assert parts[2:5] == ["## Quick run", QUICK, "## Settings"]
+    kept = xr.open_datatree(tmp_path / "bounds.nc", engine="h5netcdf")
+    np.testing.assert_array_equal(kept["bound"]["bound"], [1.0, 2.0])
 
 
 def test_table_json_holds_the_rows_unrounded(tmp_path):

@@ -42,7 +42,7 @@ from probdiff import (
     save,
     schedules,
 )
-from probdiff.experiments.report import QUICK, Row, write_report
+from probdiff.experiments.report import Row, write_report
 
 SUMMARY = "binary images: nats per test image of an absorbing chain, fixed binarisation"
 DURATION = "about 40 minutes on two CPU cores"
@@ -142,11 +142,15 @@ def run(
         "curve": _curve(curve),
         "losses": plots.losses(fitted.losses, batch_size=BATCH_SIZE).figure,
     }
-    sections = ({"Quick run": QUICK} if quick else {}) | _sections(size, diffusion)
-    write_report(out_dir, "Binarised MNIST", rows, sections=sections, figures=figures)
-    for figure in figures.values():
-        plt.close(figure)
-    tree.to_netcdf(out_dir / "bounds.nc", engine="h5netcdf")
+    write_report(
+        out_dir,
+        "Binarised MNIST",
+        rows,
+        sections=_sections(size, diffusion),
+        figures=figures,
+        trees={"bounds": tree},
+        quick=quick,
+    )
     save(out_dir, diffusion, fitted.params)
     return rows
 

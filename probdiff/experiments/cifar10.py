@@ -15,25 +15,19 @@ hour's worth of patience; on a GPU it is the one to quote.
 Published: 2015's chain 4.20, DDPM 3.70, variational diffusion 2.65 bits per dimension.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
-from flax import nnx
 
-from probdiff import (
-    datasets,
-    diagnostics,
-    sample,
-    save,
-)
-from probdiff.experiments.mnist import ALPHA_BAR_T, COMPONENTS, LEVELS, T, define
-from probdiff.experiments.report import QUICK, Row, mean_and_se, write_report
-from probdiff.experiments.training import CALLS, Recipe, bits_rows, curve, sheets, train
+from probdiff import Diffusion, datasets, sample
+from probdiff.experiments.mnist import ALPHA_BAR_T, COMPONENTS, LEVELS, SHADES, T, define
+from probdiff.experiments.report import Row, mean_and_se, write_report
+from probdiff.experiments.training import CALLS, Recipe, bits_rows, curve, learn, sheets
 
 SUMMARY = "colour photographs of 32 × 32 pixels: bits per dimension, and draws"
 DURATION = "about an hour on two CPU cores; 25 minutes with --recipe gpu on a GPU"
@@ -100,23 +94,13 @@ def run(
     name = "quick" if quick else recipe
     size, chosen = SIZES[name], RECIPES[name]
     out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    key_init, key_fit, key_bound, key_draw = jax.random.split(jax.random.key(seed), 4)
     data = datasets.cifar10()
     images = datasets.with_mirrored(data.train[: size.train_images]).astype(np.float32)
-    held_out = data.train[-size.held_out :].astype(np.float32)
-    test = data.test[: size.test_images].astype(np.float32)
-    diffusion = define(images, chosen, nnx.Rngs(jax.random.bits(key_init).item()))
-    say("train the diffusion")
-    fitted = train(
-        key_fit, diffusion, images, held_out, chosen, out_dir, shades=(0.0, LEVELS - 1.0),
-        progress=progress,
-    )  # fmt: skip
-    save(out_dir, diffusion, fitted.params)
-    say("bound the test images")
-    tree = diagnostics.sampled_bound(
-        key_bound, diffusion, fitted.params, test, num_times=size.test_times, block_size=64,
-        progress=progress,
+    diffusion, fitted, tree, key_draw = learn(
+        seed, functools.partial(define, images, chosen), images,
+        data.train[-size.held_out :].astype(np.float32),
+        data.test[: size.test_images].astype(np.float32), chosen, out_dir,
+        num_times=size.test_times, shades=SHADES, progress=progress, say=say,
     )  # fmt: skip
     say("draw")
     draws = sample.ancestral(key_draw, diffusion, fitted.params, size.draws, steps=CALLS)
@@ -127,14 +111,18 @@ def run(
         Row("as the paper's K", *mean_and_se(as_paper), "bits per pixel", None, PUBLISHED_K),
     ]
     figures = {
-        "samples": sheets(data.test, draws, (0.0, LEVELS - 1.0), calls=CALLS),
+        "samples": sheets(data.test, draws, SHADES, calls=CALLS),
         "curve": curve(out_dir, NUMBERS, size.held_out, PUBLISHED),
     }
-    sections = ({"Quick run": QUICK} if quick else {}) | _sections(size, chosen, diffusion)
-    write_report(out_dir, "CIFAR-10", rows, sections=sections, figures=figures)
-    for figure in figures.values():
-        plt.close(figure)
-    tree.to_netcdf(out_dir / "bounds.nc", engine="h5netcdf")
+    write_report(
+        out_dir,
+        "CIFAR-10",
+        rows,
+        sections=_sections(size, chosen, diffusion),
+        figures=figures,
+        trees={"bounds": tree},
+        quick=quick,
+    )
     return rows
 
 

@@ -15,12 +15,11 @@ The floor of −K that this sets is printed beside it. `mnist` spends its bits e
 Sources: Ho et al. (2020); for the tutorial's setting, T, rates, batch and epochs.
 """
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 from flax import nnx
 
@@ -33,21 +32,21 @@ from probdiff import (
     plots,
     readouts,
     sample,
-    save,
     schedules,
 )
 from probdiff.experiments.mnist import (
     BITS,
     LEVELS,
     PIXELS,
+    SHADES,
     SMALL,
     Size,
     judge,
     read,
     train_classifier,
 )
-from probdiff.experiments.report import QUICK, Row, mean_and_se, write_report
-from probdiff.experiments.training import Recipe, bits_rows, sheets, train
+from probdiff.experiments.report import Row, mean_and_se, write_report
+from probdiff.experiments.training import Recipe, bits_rows, learn, sheets
 
 SUMMARY = "MNIST as DDPM tutorials have it, and the bound they leave out"
 DURATION = "about 50 minutes on two CPU cores"
@@ -96,23 +95,15 @@ def run(
     size = SMALL if quick else Size(draws=500)
     chosen = RECIPES["quick" if quick else recipe]
     out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    key_init, key_fit, key_bound, key_draw = jax.random.split(jax.random.key(seed), 4)
     data = datasets.mnist()
     images = data.train[: size.train_images].astype(np.float32)
-    held_out = data.train[-size.held_out :].astype(np.float32)
     test = data.test[: size.test_images].astype(np.float32)
-    diffusion = define(chosen, nnx.Rngs(jax.random.bits(key_init).item()))
-    say("train the diffusion")
-    fitted = train(
-        key_fit, diffusion, images, held_out, chosen, out_dir, shades=(0.0, LEVELS - 1.0),
-        objective=SimpleLoss(), progress=progress,
+    diffusion, fitted, tree, key_draw = learn(
+        seed, functools.partial(define, chosen), images,
+        data.train[-size.held_out :].astype(np.float32), test, chosen, out_dir,
+        num_times=size.test_times, shades=SHADES, objective=SimpleLoss(), progress=progress,
+        say=say,
     )  # fmt: skip
-    save(out_dir, diffusion, fitted.params)
-    say("bound the test images")
-    tree = diagnostics.sampled_bound(
-        key_bound, diffusion, fitted.params, test, num_times=size.test_times, progress=progress
-    )
     say("draw, and ask a classifier of real digits")
     draws = sample.ancestral(
         key_draw, diffusion, fitted.params, size.draws, block_size=100, progress=progress
@@ -126,15 +117,19 @@ def run(
         *judge(classifier, test, data.test_labels[: size.test_images], draws, counts),
     ]
     figures = {
-        "samples": sheets(data.test, draws, (0.0, LEVELS - 1.0), calls=T),
+        "samples": sheets(data.test, draws, SHADES, calls=T),
         "losses": plots.losses(fitted.losses, batch_size=chosen.batch_size).figure,
     }
     figures["losses"].axes[0].set(ylabel="L_simple (per example)")
-    sections = ({"Quick run": QUICK} if quick else {}) | _sections(size, chosen, counts)
-    write_report(out_dir, "MNIST by L_simple", rows, sections=sections, figures=figures)
-    for figure in figures.values():
-        plt.close(figure)
-    tree.to_netcdf(out_dir / "bounds.nc", engine="h5netcdf")
+    write_report(
+        out_dir,
+        "MNIST by L_simple",
+        rows,
+        sections=_sections(size, chosen, counts),
+        figures=figures,
+        trees={"bounds": tree},
+        quick=quick,
+    )
     return rows
 
 

@@ -30,7 +30,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import xarray as xr
@@ -56,7 +55,7 @@ from probdiff import (
     schedules,
 )
 from probdiff.experiments import ddpm_swiss_roll_figures as figures
-from probdiff.experiments.report import QUICK, Row, mean_and_se, write_report
+from probdiff.experiments.report import Row, mean_and_se, write_report
 from probdiff.experiments.swiss_roll_best import define_best
 from probdiff.experiments.two_sample import TwoSampleTest, energy, gaussian, two_sample_test
 from probdiff.types import Params
@@ -161,11 +160,15 @@ def run(
     rows = [*_bound_rows(models, best_tree, limits), *_test_rows(tests, size)]
 
     pictures = _figures(keys["forward"], models, best_tree, held_out, draws, tests, size)
-    sections = ({"Quick run": QUICK} if quick else {}) | _sections(size, models, best_tree, tests)
-    write_report(out_dir, "DDPM Swiss roll", rows, sections=sections, figures=pictures)
-    for figure in pictures.values():
-        plt.close(figure)
-    main.tree.to_netcdf(Path(out_dir) / "bounds.nc", engine="h5netcdf")
+    write_report(
+        out_dir,
+        "DDPM Swiss roll",
+        rows,
+        sections=_sections(size, models, best_tree, tests),
+        figures=pictures,
+        trees={"bounds": main.tree},
+        quick=quick,
+    )
     save(out_dir, main.diffusion, main.fitted.params)
     return rows
 

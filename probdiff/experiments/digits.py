@@ -52,7 +52,7 @@ from probdiff import (
     schedules,
 )
 from probdiff.experiments import conditioning
-from probdiff.experiments.report import QUICK, Row, mean_and_se, write_report
+from probdiff.experiments.report import Row, mean_and_se, write_report
 
 SUMMARY = "real 8 × 8 digits: bits per pixel beside baselines, samples, denoising and inpainting"
 DURATION = "about 5 minutes on two CPU cores"
@@ -153,11 +153,15 @@ def run(
             held_out=(fitted.held_out_losses.step, fitted.held_out_losses.loss / len(validation)),
         ).figure,
     } | sheets  # fmt: skip
-    sections = ({"Quick run": QUICK} if quick else {}) | _sections(size, fitted, baselines, counts)
-    write_report(out_dir, "Digits", rows, sections=sections, figures=figures)
-    for figure in figures.values():
-        plt.close(figure)
-    tree.to_netcdf(Path(out_dir) / "bounds.nc", engine="h5netcdf")
+    write_report(
+        out_dir,
+        "Digits",
+        rows,
+        sections=_sections(size, fitted, baselines, counts),
+        figures=figures,
+        trees={"bounds": tree},
+        quick=quick,
+    )
     save(out_dir, diffusion, fitted.params)
     return rows
 

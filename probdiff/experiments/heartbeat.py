@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import xarray as xr
@@ -62,7 +61,7 @@ from probdiff.experiments.heartbeat_chains import (
 )
 from probdiff.experiments.heartbeat_completions import among, complete, completion_rows
 from probdiff.experiments.heartbeat_figures import Bounds, figure_2, k_against_T
-from probdiff.experiments.report import QUICK, Row, mean_and_se, write_report
+from probdiff.experiments.report import Row, mean_and_se, write_report
 from probdiff.types import Params
 
 SUMMARY = "sequences of bits: K beside what it can reach, as T grows to 2000, figure 2"
@@ -165,13 +164,15 @@ def run(
         "bound_per_step": per_step.figure,
         "losses": plots.losses(fitted.losses, batch_size=len(x)).figure,
     }
-    sections = ({"Quick run": QUICK} if quick else {}) | _sections(
-        size, rows, limits[size.T], by_itself[0]
+    write_report(
+        out_dir,
+        "Binary heartbeat",
+        rows,
+        sections=_sections(size, rows, limits[size.T], by_itself[0]),
+        figures=figures,
+        trees={"bounds": tree},
+        quick=quick,
     )
-    write_report(out_dir, "Binary heartbeat", rows, sections=sections, figures=figures)
-    for figure in figures.values():
-        plt.close(figure)
-    tree.to_netcdf(Path(out_dir) / "bounds.nc", engine="h5netcdf")
     save(out_dir, tied(diffusion), fitted.params)
     return rows
 

@@ -16,6 +16,7 @@ Sources: Sohl-Dickstein et al. (2015), table 2, for the Parzen figure; published
 grey MNIST: 0.94 for a variational diffusion of 4.0 million parameters, 0.97 to 1.06 for flows.
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -23,7 +24,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
 from flax import nnx
 from sklearn.exceptions import ConvergenceWarning
@@ -36,17 +36,16 @@ from probdiff import (
     diagnostics,
     readouts,
     sample,
-    save,
     schedules,
 )
-from probdiff.experiments.report import QUICK, Row, mean_and_se, write_report
-from probdiff.experiments.training import CALLS, Recipe, bits_rows, curve, sheets, train
+from probdiff.experiments.report import Row, mean_and_se, write_report
+from probdiff.experiments.training import CALLS, Recipe, bits_rows, curve, learn, sheets
 
 SUMMARY = "grey digits of 28 × 28 pixels: bits per pixel, and draws"
 DURATION = "about 50 minutes on two CPU cores"
 
 T, ALPHA_BAR_T, COMPONENTS, LEVELS = 1000, 1e-4, 4, 256
-PIXELS = 784
+PIXELS, SHADES = 784, (0.0, LEVELS - 1.0)
 BITS = "bits per pixel, 256 levels"
 PUBLISHED = 0.936
 PARZEN = {"draws": 317, "training images": 349}
@@ -109,23 +108,14 @@ def run(
     size = SMALL if quick else Size()
     chosen = RECIPES["quick" if quick else recipe]
     out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    key_init, key_fit, key_bound, key_draw = jax.random.split(jax.random.key(seed), 4)
     data = datasets.mnist()
     images = data.train[: size.train_images].astype(np.float32)
-    held_out = data.train[-size.held_out :].astype(np.float32)
     test = data.test[: size.test_images].astype(np.float32)
-    diffusion = define(images, chosen, nnx.Rngs(jax.random.bits(key_init).item()))
-    say("train the diffusion")
-    fitted = train(
-        key_fit, diffusion, images, held_out, chosen, out_dir, shades=(0.0, LEVELS - 1.0),
-        progress=progress,
+    diffusion, fitted, tree, key_draw = learn(
+        seed, functools.partial(define, images, chosen), images,
+        data.train[-size.held_out :].astype(np.float32), test, chosen, out_dir,
+        num_times=size.test_times, shades=SHADES, progress=progress, say=say,
     )  # fmt: skip
-    save(out_dir, diffusion, fitted.params)
-    say("bound the test images")
-    tree = diagnostics.sampled_bound(
-        key_bound, diffusion, fitted.params, test, num_times=size.test_times, progress=progress
-    )
     say("draw, and ask a classifier of real digits")
     draws = sample.ancestral(
         key_draw, diffusion, fitted.params, size.draws, steps=CALLS, progress=progress
@@ -138,14 +128,18 @@ def run(
         *parzen_rows({"draws": draws, "training images": data.train[: size.draws]}, data),
     ]
     figures = {
-        "samples": sheets(data.test, draws, (0.0, LEVELS - 1.0), calls=CALLS),
+        "samples": sheets(data.test, draws, SHADES, calls=CALLS),
         "curve": curve(out_dir, PIXELS, size.held_out, PUBLISHED),
     }
-    sections = ({"Quick run": QUICK} if quick else {}) | _sections(size, chosen, diffusion, counts)
-    write_report(out_dir, "MNIST", rows, sections=sections, figures=figures)
-    for figure in figures.values():
-        plt.close(figure)
-    tree.to_netcdf(out_dir / "bounds.nc", engine="h5netcdf")
+    write_report(
+        out_dir,
+        "MNIST",
+        rows,
+        sections=_sections(size, chosen, diffusion, counts),
+        figures=figures,
+        trees={"bounds": tree},
+        quick=quick,
+    )
     return rows
 
 

@@ -29,7 +29,7 @@ from sklearn.neural_network import MLPClassifier
 from probdiff import Diffusion, datasets, infer, load, plots, sample
 from probdiff.experiments import conditioning, mnist
 from probdiff.experiments.conditioning import Posterior, Task
-from probdiff.experiments.report import QUICK, Row, mean_and_se, write_report
+from probdiff.experiments.report import Row, mean_and_se, write_report
 from probdiff.experiments.restoration import few, trained, trust, warnings_of
 from probdiff.experiments.training import CALLS
 from probdiff.types import Params
@@ -134,11 +134,15 @@ def run(
         "sampler": trust(found["digits"]),
         "rules": _rules(task, truths["digits"], completed, clamped),
     }
-    sections = ({"Quick run": QUICK} if quick else {}) | _sections(size, folder, found)
-    write_report(out_dir, "Inpainting of MNIST", rows, sections=sections, figures=figures)
-    for figure in figures.values():
-        plt.close(figure)
-    few(found["digits"], KEPT).to_netcdf(out_dir / "posterior.nc", engine="h5netcdf")
+    write_report(
+        out_dir,
+        "Inpainting of MNIST",
+        rows,
+        sections=_sections(size, folder, found),
+        figures=figures,
+        trees={"posterior": few(found["digits"], KEPT)},
+        quick=quick,
+    )
     return rows
 
 

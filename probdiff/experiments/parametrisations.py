@@ -47,7 +47,7 @@ from probdiff import (
     sample,
     schedules,
 )
-from probdiff.experiments.report import QUICK, Row, mean_and_se, write_report
+from probdiff.experiments.report import Row, mean_and_se, write_report
 from probdiff.experiments.two_sample import energy_distance
 
 SUMMARY = "noise, data or velocity, L_simple or the bound: bits per pixel and distance of draws"
@@ -124,9 +124,14 @@ def run(
     floor = energy_distance(train[: size.draws], test)
     rows.append(Row("training digits: energy distance", *floor, LEVEL))
     figure = _sheets(test, draws)
-    sections = ({"Quick run": QUICK} if quick else {}) | _sections(size)
-    write_report(out_dir, "Readouts and losses", rows, sections=sections, figures={"draws": figure})
-    plt.close(figure)
+    write_report(
+        out_dir,
+        "Readouts and losses",
+        rows,
+        sections=_sections(size),
+        figures={"draws": figure},
+        quick=quick,
+    )
     return rows
 
 

@@ -50,7 +50,7 @@ from probdiff import (
     save,
     schedules,
 )
-from probdiff.experiments.report import QUICK, Row, mean_and_se, write_report
+from probdiff.experiments.report import Row, mean_and_se, write_report
 from probdiff.experiments.training import CALLS, Recipe, sheets, train
 from probdiff.types import Params
 
@@ -229,11 +229,15 @@ class Textured:
             large = define(patches.picture.shape, self.T, patches, chosen, key_init)
             figures["painted"] = paint(key_paint, large, fitted.params, patches, size, shades)
         rows = density_rows({"diffusion, bound K": tree["bound"]["bound"].values} | scores, patches)
-        sections = ({"Quick run": QUICK} if quick else {}) | self._sections(size, chosen)
-        write_report(out_dir, self.TITLE, rows, sections=sections, figures=figures)
-        for figure in figures.values():
-            plt.close(figure)
-        tree.to_netcdf(out_dir / "bounds.nc", engine="h5netcdf")
+        write_report(
+            out_dir,
+            self.TITLE,
+            rows,
+            sections=self._sections(size, chosen),
+            figures=figures,
+            trees={"bounds": tree},
+            quick=quick,
+        )
         return rows
 
     def _sections(self, size: Size, recipe: Recipe) -> dict[str, str]:

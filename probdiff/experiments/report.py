@@ -18,7 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, SupportsFloat
 
+import matplotlib.pyplot as plt
 import numpy as np
+import xarray as xr
 from jaxtyping import Num
 from matplotlib.figure import Figure
 
@@ -78,8 +80,10 @@ def write_report(
     *,
     sections: Mapping[str, str] | None = None,
     figures: Mapping[str, Figure] | None = None,
+    trees: Mapping[str, xr.DataTree] | None = None,
+    quick: bool = False,
 ) -> Path:
-    """Writes `report.md`, `table.json` and one PNG per figure, over what an earlier run left.
+    """Writes `report.md`, `table.json`, figures and data, over what an earlier run left.
 
     A number that is infinite or not a number is null in `table.json`, which has no word for it; the
     table in `report.md` shows which it is.
@@ -89,26 +93,33 @@ def write_report(
         title: Heading of the report.
         rows: Lines of the table.
         sections: Headings and their Markdown text, below the table.
-        figures: File names without ending, and what they show; linked at the end.
+        figures: File names without ending, and what they show; linked at the end, and closed.
+        trees: File names without ending, and what is kept in them as netCDF.
+        quick: Whether the report begins by saying that its numbers mean nothing.
 
     Returns:
         Path of `report.md`.
 
     Raises:
-        ValueError: If a figure's name is no plain file name.
+        ValueError: If the name of a figure or tree is no plain file name.
     """
-    figures = figures or {}
-    for name in figures:
-        if name != Path(name).name:
-            raise ValueError(f"figures must be named by plain file names; got {name!r}")
+    figures, trees = figures or {}, trees or {}
+    for argument, names in {"figures": figures, "trees": trees}.items():
+        for name in names:
+            if name != Path(name).name:
+                raise ValueError(f"{argument} must be named by plain file names; got {name!r}")
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     parts = [f"# {title}", format_table(rows)]
-    for heading, text in (sections or {}).items():
+    sections = ({"Quick run": QUICK} if quick else {}) | dict(sections or {})
+    for heading, text in sections.items():
         parts += [f"## {heading}", text.strip()]
     for name, figure in figures.items():
         figure.savefig(out_dir / f"{name}.png", dpi=150, bbox_inches="tight")
+        plt.close(figure)
         parts.append(f"![{name}]({name}.png)")
+    for name, tree in trees.items():
+        tree.to_netcdf(out_dir / f"{name}.nc", engine="h5netcdf")
     table = [{name: _to_json(field) for name, field in row._asdict().items()} for row in rows]
     _write(out_dir / "table.json", json.dumps(table, indent=2, ensure_ascii=False, allow_nan=False))
     return _write(out_dir / "report.md", "\n\n".join(parts))

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from probdiff import Diffusion, Prior, datasets, load, plots, sample
 from probdiff.experiments import conditioning, digits
 from probdiff.experiments.conditioning import Posterior, Task
-from probdiff.experiments.report import QUICK, Row, write_report
+from probdiff.experiments.report import Row, write_report
 from probdiff.types import Params
 
 TRAINED = Path("runs/digits")
@@ -130,11 +130,15 @@ class Restoration:
             for what, draw in {"posterior": conditioning.sheet, "sampler": trust}.items()
             for name, posterior in found.items()
         }
-        sections = ({"Quick run": QUICK} if quick else {}) | _sections(size, folder, found)
-        write_report(out_dir, self.TITLE, rows, sections=sections, figures=figures)
-        for figure in figures.values():
-            plt.close(figure)
-        few(found["digits"], KEPT).to_netcdf(out_dir / "posterior.nc", engine="h5netcdf")
+        write_report(
+            out_dir,
+            self.TITLE,
+            rows,
+            sections=_sections(size, folder, found),
+            figures=figures,
+            trees={"posterior": few(found["digits"], KEPT)},
+            quick=quick,
+        )
         return rows
 
 

@@ -45,7 +45,7 @@ from probdiff import (
     save,
     schedules,
 )
-from probdiff.experiments.report import QUICK, Row, mean_and_se, write_report
+from probdiff.experiments.report import Row, mean_and_se, write_report
 from probdiff.experiments.swiss_roll_denoising import (
     SIGMA,
     denoise,
@@ -189,11 +189,15 @@ def run(
         "denoising": denoising_figure(denoised),
         "ladder": ladder_figure(climbed),
     }
-    sections = ({"Quick run": QUICK} if quick else {}) | _sections(size, rows, ceilings)
-    write_report(out_dir, "Swiss roll", rows, sections=sections, figures=figures)
-    for figure in figures.values():
-        plt.close(figure)
-    main.tree.to_netcdf(Path(out_dir) / "bounds.nc", engine="h5netcdf")
+    write_report(
+        out_dir,
+        "Swiss roll",
+        rows,
+        sections=_sections(size, rows, ceilings),
+        figures=figures,
+        trees={"bounds": main.tree},
+        quick=quick,
+    )
     save(out_dir, main.diffusion, main.fitted.params)
     return rows
 

@@ -47,7 +47,7 @@ from probdiff import (
     save,
     schedules,
 )
-from probdiff.experiments.report import QUICK, Row, mean_and_se, write_report
+from probdiff.experiments.report import Row, mean_and_se, write_report
 from probdiff.experiments.toy_language_ceilings import Ceiling, Language, ceiling, markov_language
 
 SUMMARY = "strings of three letters: uniform and absorbing diffusion beside the best possible K"
@@ -140,10 +140,14 @@ def run(
         "kl_per_step": _kl_per_step(models),
         "losses": _losses(models),
     }
-    sections = ({"Quick run": QUICK} if quick else {}) | _sections(size, models, words, rows)
-    write_report(out_dir, "Toy language", rows, sections=sections, figures=figures)
-    for figure in figures.values():
-        plt.close(figure)
+    write_report(
+        out_dir,
+        "Toy language",
+        rows,
+        sections=_sections(size, models, words, rows),
+        figures=figures,
+        quick=quick,
+    )
     folders = {"uniform": Path(out_dir), "absorbing": Path(out_dir) / "absorbing"}
     for name, model in models.items():
         save(folders[name], model.diffusion, model.fitted.params)

@@ -16,9 +16,11 @@ so that a run can be stopped at any time, watched while it goes, and cut into pi
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
@@ -28,7 +30,7 @@ from jaxtyping import Array
 from matplotlib.figure import Figure
 from numpyro.infer import SVI
 
-from probdiff import Diffusion, Fit, diagnostics, fit, networks, plots, sample
+from probdiff import Diffusion, Fit, diagnostics, fit, networks, plots, sample, save
 from probdiff.elbo import SampledTimeELBO, SampledTimeLoss
 from probdiff.experiments.report import Row, mean_and_se
 from probdiff.journal import Progress
@@ -36,6 +38,8 @@ from probdiff.journal import Progress
 CALLS = 50
 """Network calls for a draw that is to be looked at."""
 LOG = "metrics.jsonl"
+BLOCK = 500
+"""Test images bounded at once."""
 
 
 class Recipe(NamedTuple):
@@ -136,6 +140,64 @@ def sheets(
         x = np.asarray(x[:64], float)
         plots.images(x, columns=8, vmin=low, vmax=high, title=title, ax=ax)
     return figure
+
+
+class Learned(NamedTuple):
+    """A model that was trained, and its bound on test images."""
+
+    diffusion: Diffusion
+    fitted: Fit
+    tree: xr.DataTree
+    key: Array
+    """Randomness that is left, for draws."""
+
+
+def learn(
+    seed: int,
+    define: Callable[[nnx.Rngs], Diffusion],
+    images: np.ndarray,
+    held_out: np.ndarray,
+    test: np.ndarray,
+    recipe: Recipe,
+    out_dir: Path,
+    *,
+    num_times: int,
+    shades: tuple[float, float],
+    objective: SampledTimeLoss | None = None,
+    progress: bool,
+    say: Callable[[str], None],
+) -> Learned:
+    """Train by a recipe, save the model, and bound test images.
+
+    Args:
+        seed: Seeds everything.
+        define: Makes the diffusion.
+        images: To learn from, the user's units.
+        held_out: To bound on the way.
+        test: To bound at the end.
+        recipe: How.
+        out_dir: Folder of the run, made if absent; a checkpoint in it is gone on from.
+        num_times: Random steps at which K of a test image is estimated.
+        shades: Values of a pixel shown black and white.
+        objective: The loss; the bound if absent.
+        progress: Show bars.
+        say: Told what is being done.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    key_init, key_fit, key_bound, key_draw = jax.random.split(jax.random.key(seed), 4)
+    diffusion = define(nnx.Rngs(jax.random.bits(key_init).item()))
+    say("train the diffusion")
+    fitted = train(
+        key_fit, diffusion, images, held_out, recipe, out_dir, shades=shades,
+        objective=objective, progress=progress,
+    )  # fmt: skip
+    save(out_dir, diffusion, fitted.params)
+    say("bound the test images")
+    tree = diagnostics.sampled_bound(
+        key_bound, diffusion, fitted.params, test, num_times=num_times, block_size=BLOCK,
+        progress=progress,
+    )  # fmt: skip
+    return Learned(diffusion, fitted, tree, key_draw)
 
 
 def train(
