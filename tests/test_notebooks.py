@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ def find_mnist(monkeypatch):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, tmp_path, monkeypatch):
     """In a kernel and a folder of its own, so that nothing is left beside the notebook."""
+    shutil.copytree(FOLDER / "models", tmp_path / "models")
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))  # the kernel starts elsewhere
     notebook = nbformat.read(path, as_version=4)
