@@ -168,7 +168,7 @@ def by_rule_of_2015(key: jax.Array, task: Task, x: np.ndarray, size: Size) -> np
     """Completed images `(draws, images, 28, 28)`, as many draws as SMC has particles in all."""
     guided = infer.Guided(
         task.program, num_samples=size.num_particles * size.num_runs, steps=size.steps,
-        twist=infer.KernelTwist(),
+        twist=infer.KernelTwist(), check=False,
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", infer.InferenceWarning)  # it is here as what it is
