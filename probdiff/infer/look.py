@@ -35,8 +35,8 @@ from probdiff.kernels import DiscreteKernel
 
 PERFECT = Reading(0.0, 0.0)
 """What is said of the step to the data, which no twist has to guess."""
-PROBES = 1024
-"""Draws of x_T at which the network's error is told."""
+PROBES, FEW_PROBES, PROBED_NUMBERS = 1024, 64, 2**22
+"""Draws of x_T at which the network's error is told; fewer where they would have more numbers."""
 LEAST = -1e4
 """log ψ where a twist says 0 or nothing: ψ must be positive wherever the chain can go."""
 
@@ -184,10 +184,11 @@ def measure(plan: Plan) -> Any:
     """Tried at draws of x_T of their own, the same for every system."""
     if plan.is_discrete:
         return None
-    draws = jax.random.normal(jax.random.key(0), (PROBES, *plan.event_shape))
-    batch_shape = plan.conditioned.batch_shape
+    batch_shape, event_shape = plan.conditioned.batch_shape, plan.event_shape
+    count = min(PROBES, max(FEW_PROBES, PROBED_NUMBERS // math.prod(event_shape)))
+    draws = jax.random.normal(jax.random.key(0), (count, *event_shape))
     x_T = jnp.expand_dims(draws, range(1, 1 + len(batch_shape)))
-    x_T = jnp.broadcast_to(x_T, (PROBES, *batch_shape, *plan.event_shape))
+    x_T = jnp.broadcast_to(x_T, (count, *batch_shape, *event_shape))
     return reading(plan.levels, x_T)
 
 
