@@ -3,7 +3,7 @@
 The upper 14 rows are known exactly, as mass points of 256 levels; the lower 14 are inferred, on a
 chain of 50 of the model's 1000 levels,
 
-    SMC          weighted particles, exact as they grow; log evidence with its error
+    SMC          weighted particles led by `ReadoutTwist`, exact as they grow; log evidence
     2015 rule    known pixels set to their values at every level, no weights: another law
 
 A classifier that has seen real digits only reads the completed images. Its accuracy has a ceiling:

@@ -50,8 +50,9 @@ class SMC(Sampler):
                 runs do not help where one of them collapses.
             num_runs: Independent runs R, between which errors are told; with one of them
                 `log_evidence_se` is nan.
-            twist: Guess of E[r(x_0) | x_t], `LaplaceTwist()` if absent. Chains of symbols have one
-                of their own.
+            twist: Guess of E[r(x_0) | x_t], `LaplaceTwist()` if absent; `ReadoutTwist()` where
+                many entries are known exactly and the readout is a `Mixture`. Chains of symbols
+                have one of their own.
             steps: Number n in 2..T of levels to walk, another model than the T-step chain; T if
                 absent.
             ess_threshold: Share of N in [0, 1] below which the effective number calls for

@@ -20,6 +20,10 @@ far apart that an observation leaves open, and its network is good, `TweedieTwis
 `rank` pull-backs: on mixtures of 25 modes its sliced Wasserstein distance was 0.96 to 1.19 times
 that of the exact twist in 8 and 80 dimensions, that of `LaplaceTwist` 1.07 to 1.73 times.
 
+`ReadoutTwist` is for exact pixels: for 392 known ones of a digit it found a log evidence of −276
+with 64 particles, `LaplaceTwist` with the covariance of the data −427 with 32, at four times the
+cost of a particle.
+
 A twist gives log ψ_t and a proposal: by how much the mean of p(x_s | x_t) moves,
 (β_t/√(1−β_t)) ∇ log ψ_t, and the precision that ψ_s adds to it. Known entries of x_0 are a
 likelihood without width; log r and its derivatives are on the scale of the chain.
