@@ -239,7 +239,7 @@ def main():
     """Print the ratios."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--draws", type=int, default=16)
     options = parser.parse_args()
     data = np.random.default_rng(0).normal(size=(1000, 28, 28)).astype(np.float32)
