@@ -300,7 +300,7 @@ def _records(run: _Run, record: _Record) -> Iterator[_Record]:
 
 
 def _chunk_length(n: int, seconds: float) -> int:
-    """Steps of a chunk that would take 0.3 s, given how long n steps took."""
+    """Steps of a chunk that would take two seconds, given how long n steps took."""
     # At most fourfold growth: the time of a short chunk is overhead and noise.
     return max(1, min(4 * n, int(n * _CHUNK_SECONDS / seconds)))
 
