@@ -1,8 +1,8 @@
 """Fit any NumPyro `SVI`: the loop on the host.
 
 Steps run in chunks, one call of the compiled loop in `steps` each. A chunk's length follows the
-clock, so that it takes about two seconds. Between chunks the host checks that all is finite, evaluates on
-held-out data, moves the bar and writes the checkpoint, by one rule:
+clock, so that it takes about two seconds. Between chunks the host checks that all is finite,
+evaluates on held-out data, moves the bar and writes the checkpoint, by one rule:
 
     keyed to a step's number    what changes the result: batches, averages, evaluations, early stop
     may follow the clock        what does not: length of chunks, bar, checkpoints
