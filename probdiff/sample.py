@@ -17,9 +17,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
-from tqdm import tqdm
 
-from probdiff import devices
+from probdiff import bars, devices
 from probdiff.diffusion import Diffusion
 from probdiff.types import Params
 
@@ -83,7 +82,7 @@ def _blocks(
 ) -> Iterator[tuple[Any, ...]]:
     """A key for each block of draws, their numbers and their contexts."""
     starts = range(0, num_samples, block_size)
-    for block, start in enumerate(tqdm(starts, desc="sample", disable=not progress)):
+    for block, start in enumerate(bars.bar(starts, desc="sample", disable=not progress)):
         numbers = np.arange(start, min(start + block_size, num_samples))
         given = None if context is None else np.asarray(context[start : start + block_size])
         yield jax.random.fold_in(key, block), numbers, given

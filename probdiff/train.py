@@ -30,7 +30,7 @@ from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 from tqdm import tqdm
 
-from probdiff import batches, devices
+from probdiff import bars, batches, devices
 from probdiff import checkpoint as checkpoints
 from probdiff.journal import Journal, Progress
 from probdiff.steps import Carry, Steps, Weights, batch_at, is_finite, steps_of
@@ -256,7 +256,7 @@ def _train(
     """The record after the last step; saved by the clock, at the end, and when interrupted."""
     saved_step, saved_time = record.step, time.monotonic()
     disable = not (progress and devices.is_first(run.mesh))
-    bar = tqdm(total=run.num_steps, initial=record.step, disable=disable, unit="step")
+    bar = bars.bar(total=run.num_steps, initial=record.step, disable=disable, unit="step")
     with contextlib.closing(run.source), bar:
         try:
             for newer in _records(run, record):

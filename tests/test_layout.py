@@ -10,6 +10,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A place imports from the places above it. A folder is one place: its files may import each other.
 # `datasets` is apart: it imports nothing of ours.
 ORDER = [
+    "bars",
     "datasets",
     "types",
     "kernels",

@@ -31,9 +31,8 @@ import numpy as np
 import xarray as xr
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
-from tqdm import tqdm
 
-from probdiff import devices
+from probdiff import bars, devices
 from probdiff.diagnostics.control import controlled
 from probdiff.diffusion import Data, Diffusion, Mask
 from probdiff.elbo import prior_kl, step_kl
@@ -186,7 +185,7 @@ def _blocks(
     """A key and the rows of each block of examples."""
     starts = range(0, len(x_0), block_size)
     disable = not (progress and devices.is_first(mesh))
-    for block, start in enumerate(tqdm(starts, desc="bound", disable=disable)):
+    for block, start in enumerate(bars.bar(starts, desc="bound", disable=disable)):
         rows = slice(start, start + block_size)
         given = [None if a is None else np.asarray(a[rows]) for a in (x_0, context, mask)]
         yield jax.random.fold_in(key, block), *given

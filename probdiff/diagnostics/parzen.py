@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
-from tqdm import tqdm
 
+from probdiff import bars
 from probdiff.diagnostics.bounds import BITS_PER_NAT, digest
 from probdiff.diffusion import Data
 
@@ -128,7 +128,7 @@ def _distances(
     centres: Centres, x: np.ndarray, block_size: int, progress: bool, name: str
 ) -> Iterator[np.ndarray]:
     """Squared distances of images to all centres, |x|² − 2 x·c + |c|², block by block `(b, M)`."""
-    for start in tqdm(range(0, len(x), block_size), desc=name, disable=not progress):
+    for start in bars.bar(range(0, len(x), block_size), desc=name, disable=not progress):
         rows = x[start : start + block_size] - centres.loc
         distance = rows @ centres.points.T
         distance *= -2  # in place, for these are the largest arrays here

@@ -28,9 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
-from tqdm import tqdm
 
-from probdiff import devices
+from probdiff import bars, devices
 from probdiff.diffusion import Diffusion
 from probdiff.infer.particles import effective_number, log_mean, systematic
 from probdiff.kernels import AbsorbingKernel
@@ -116,7 +115,7 @@ def weigh(
     share = -(-count // (1 if mesh is None else mesh.size))
     per_block = min(share, max(1, block_size // size))
     given = [None if a is None else np.asarray(a) for a in (x_0, context, mask)]
-    starts = tqdm(range(0, count, per_block), desc="weigh", disable=not progress)
+    starts = bars.bar(range(0, count, per_block), desc="weigh", disable=not progress)
 
     def block(start: int) -> tuple[Any, ...]:
         system = np.minimum(np.arange(start, start + per_block), count - 1)  # one shape for all

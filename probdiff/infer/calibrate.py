@@ -34,8 +34,8 @@ import xarray as xr
 from jaxtyping import Array
 from numpyro import handlers
 from scipy import stats
-from tqdm import tqdm
 
+from probdiff import bars
 from probdiff.infer.checks import InferenceWarning
 from probdiff.infer.program import Program, condition
 from probdiff.infer.results import BLOCK
@@ -118,7 +118,7 @@ def calibrate(
     simulator = _Simulator(key_directions, program, observed, num_projections, kwargs)
     run = _runner(sampler, simulator.name)
     pits, num_warned = [], 0
-    for i in tqdm(range(num_simulations), desc="calibrate", disable=not progress):
+    for i in bars.bar(range(num_simulations), desc="calibrate", disable=not progress):
         keys = jax.random.split(jax.random.fold_in(key_simulations, i), 3)
         x_star, data = simulator.draw(keys[0])
         draws, is_warned = _quietly(run, keys[1], simulator.kwargs | data)

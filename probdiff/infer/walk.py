@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
-from tqdm import tqdm
 
+from probdiff import bars
 from probdiff.infer import particles
 from probdiff.infer.expansion import local, sum_event
 from probdiff.infer.levels import levels
@@ -116,7 +116,7 @@ class Walk:
         begin, walk, end = self._cached(self._functions, is_diagonal, is_quadratic, *static)
         state = begin(keys, arrays)
         stops = np.unique(np.linspace(1, n, CHUNKS + 1 if progress else 2).astype(int))[::-1]
-        with tqdm(total=n, desc="infer", disable=not progress) as bar:
+        with bars.bar(total=n, desc="infer", disable=not progress) as bar:
             for high, low in itertools.pairwise(stops):
                 state = walk(keys, arrays, state, high, low)
                 if progress:
