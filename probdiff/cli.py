@@ -59,6 +59,46 @@ LOADERS = dict.fromkeys(RESTORATIONS, restoration.load_digits) | {
 """What reads, and checks, the trained model of an experiment that takes one."""
 WITH_RECIPES = ("mnist", "mnist-inpaint", "cifar10", "ddpm-mnist", "dead-leaves", "bark")
 """Experiments that have a recipe for a CPU and one for a GPU."""
+RESUMED = ("binary-mnist", "mnist", "cifar10", "ddpm-mnist", "dead-leaves", "bark")
+"""Experiments that go on from a checkpoint."""
+
+
+EXAMPLES = """\
+examples:
+  probdiff list                        which experiments there are, and how long each takes
+  probdiff run digits                  the main job: train, bound, sample, infer
+  probdiff run swiss-roll --quick      the same in a few steps, to see that it runs
+  probdiff bound runs/digits x.npy     how probable the trained model finds the rows of x.npy
+
+A run prints its table to standard output, says what it is doing on standard error, and leaves
+everything in a folder. `probdiff COMMAND --help` says more.
+"""
+RUN = """\
+Run an experiment: train, sample and bound, or condition a trained model.
+
+It prints one table, each figure with its standard error, beside the best that is possible
+("ceiling") and what others published, and leaves in a folder:
+  report.md, table.json     the table, what was done, and links to the figures
+  *.png                     figures
+  bounds.nc, posterior.nc   bounds per example, posterior draws: for ArviZ and xarray
+  config.json, params.safetensors   the model, for probdiff.load and `probdiff bound`
+"""
+AFTERWARDS = """
+
+How long each takes: `probdiff list`. Interrupt with Ctrl-C; the long ones keep checkpoints in their
+folder, and the same command goes on from the last ({resumed}).
+"""
+BOUND = """\
+Bound the log density (of bits, classes or grey levels: the log probability) of data under a
+trained model, from below: the mean of K over examples and its standard error, in nats and bits.
+"""
+FROM_PYTHON = """\
+DATA.npy is an array of examples along axis 0, in the units the model was trained on:
+  >>> numpy.save("x.npy", probdiff.datasets.digits().test)
+  $ probdiff bound runs/digits x.npy
+Each example's bound is in the file, group "bound": xarray.open_datatree(FILE). From Python it is
+probdiff.diagnostics.bound.
+"""
 
 
 class UsageError(Exception):
@@ -66,7 +106,7 @@ class UsageError(Exception):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status.
+    """Run the command line and return its exit status: 2 for a mistake, 130 if interrupted.
 
     Args:
         argv: Arguments after the program's name; those of the process if absent.
@@ -75,14 +115,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.command(args)
     except UsageError as error:
-        print(f"probdiff: {error}", file=sys.stderr)
+        _say(f"probdiff: {error}")
         return 2
+    except KeyboardInterrupt:
+        _say("probdiff: interrupted; see `probdiff run --help` for what goes on from a checkpoint")
+        return 130
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
+    as_written = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(
-        prog="probdiff", description="Diffusion probabilistic models: run experiments, bound data."
+        prog="probdiff",
+        description="Diffusion probabilistic models: run experiments, bound data.",
+        epilog=EXAMPLES,
+        **as_written,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -92,10 +139,10 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run",
         help="run an experiment",
-        description="Train, sample and bound, or condition a trained model; print one table and "
-        "leave report.md, table.json, figures, and bounds.nc and the model, or posterior.nc, in a "
-        "folder.",
-        epilog="experiments: " + ", ".join(EXPERIMENTS),
+        description=RUN,
+        epilog="\n  ".join(["experiments:", *_summaries()])
+        + AFTERWARDS.format(resumed=", ".join(RESUMED)),
+        **as_written,
     )
     run.add_argument("name", metavar="NAME", help="name of the experiment, see `probdiff list`")
     run.add_argument("--out", metavar="DIR", help="folder for the results (default: runs/NAME)")
@@ -121,7 +168,9 @@ def _parser() -> argparse.ArgumentParser:
     bound = commands.add_parser(
         "bound",
         help="bound the log density of data under a trained model",
-        description="Print the mean bound K on log p(x), and its standard error over examples.",
+        description=BOUND,
+        epilog=FROM_PYTHON,
+        **as_written,
     )
     bound.add_argument("model", metavar="MODEL_DIR", help="folder of a run or of probdiff.save")
     bound.add_argument("data", metavar="DATA.npy", help="examples along axis 0, the data's units")
@@ -146,9 +195,14 @@ def _seed(text: str) -> int:
 
 
 def _list(args: argparse.Namespace) -> None:
+    durations = [experiment.DURATION for experiment in EXPERIMENTS.values()]
+    for line, duration in zip(_summaries(), durations, strict=True):
+        print(f"{line} ({duration})")
+
+
+def _summaries() -> list[str]:
     width = max(map(len, EXPERIMENTS))
-    for name, experiment in EXPERIMENTS.items():
-        print(f"{name:{width}}  {experiment.SUMMARY} ({experiment.DURATION})")
+    return [f"{name:{width}}  {experiment.SUMMARY}" for name, experiment in EXPERIMENTS.items()]
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -1,7 +1,6 @@
 """The command line: exit status, and what is said where."""
 
-import subprocess
-import sys
+import re
 import warnings
 
 import jax
@@ -159,10 +158,29 @@ def test_a_command_that_cannot_be_parsed_has_status_2(argv, capsys):
     assert "usage: probdiff" in capsys.readouterr().err
 
 
-def test_help_names_the_experiments():
-    out = subprocess.run(
-        [sys.executable, "-c", "from probdiff.cli import main; main(['run', '--help'])"],
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
-    assert "digits, swiss-roll" in out
-    assert "default: runs/NAME" in out
+def test_help_teaches_by_commands_that_exist(capsys):
+    for arguments in ([], ["run"], ["bound"]):
+        with pytest.raises(SystemExit) as left:
+            cli.main([*arguments, "--help"])
+        assert left.value.code == 0
+    said = capsys.readouterr().out
+    assert "default: runs/NAME" in said
+    for name, experiment in cli.EXPERIMENTS.items():
+        assert f"{name} " in said and experiment.SUMMARY in said
+    commands = re.findall(r"^  (?:\$ )?probdiff (\w+) ?(\S*)", said, re.MULTILINE)
+    assert {command for command, _ in commands} == {"list", "run", "bound"}
+    assert {name for command, name in commands if command == "run"} <= set(cli.EXPERIMENTS)
+    assert set(cli.RESUMED) <= set(cli.EXPERIMENTS)
+
+
+def test_an_interrupted_run_says_so_in_a_line(tmp_path, monkeypatch, capsys):
+    class Experiment:
+        SUMMARY, DURATION = "a summary", "about a second"
+
+        @staticmethod
+        def run(out, **options):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.EXPERIMENTS, "fake", Experiment)
+    assert cli.main(["run", "fake", "--out", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err.splitlines()[-1].startswith("probdiff: interrupted")
