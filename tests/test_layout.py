@@ -29,6 +29,7 @@ ORDER = [
     "batches",
     "steps",
     "journal",
+    "chunks",
     "train",
     "sample",
     "infer",
