@@ -16,7 +16,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
+
+
+class HeldOutLosses(NamedTuple):
+    """Evaluations on held-out data.
+
+    Args:
+        step: Steps done before each of them.
+        loss: Loss of all the held-out data, summed as SVI sums it.
+    """
+
+    step: Int[np.ndarray, "evaluations"]
+    loss: Float[np.ndarray, "evaluations"]
 
 
 class Progress(NamedTuple):
@@ -32,7 +44,7 @@ class Progress(NamedTuple):
     step: int
     params: dict[str, Any]
     losses: Float[np.ndarray, " steps"]
-    held_out_losses: Any
+    held_out_losses: HeldOutLosses
 
 
 class Journal:

@@ -30,6 +30,7 @@ ORDER = [
     "batches",
     "steps",
     "journal",
+    "chunks",
     "train",
     "sample",
     "infer",

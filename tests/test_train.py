@@ -31,6 +31,7 @@ from probdiff import (
     GaussianKernel,
     SampledTimeELBO,
     batches,
+    chunks,
     networks,
     schedules,
     train,
@@ -72,7 +73,7 @@ def assert_close(one, other, rtol=1e-5):
 
 
 def chunks_of(monkeypatch, length):
-    monkeypatch.setattr(train, "_chunk_length", lambda n, seconds: length)
+    monkeypatch.setattr(chunks, "_chunk_length", lambda n, seconds: length)
 
 
 def param_svi(log_density, initial=0.0, steps=0.1):
@@ -274,10 +275,10 @@ def test_an_svi_is_let_go_after_its_fit(key):
 
 
 def test_chunks_last_about_two_seconds():
-    assert train._chunk_length(100, 1.0) == 200
-    assert train._chunk_length(100, 10.0) == 20
-    assert train._chunk_length(1, 60.0) == 1
-    assert train._chunk_length(10, 1e-6) == 40
+    assert chunks._chunk_length(100, 1.0) == 200
+    assert chunks._chunk_length(100, 10.0) == 20
+    assert chunks._chunk_length(1, 60.0) == 1
+    assert chunks._chunk_length(10, 1e-6) == 40
 
 
 # Held-out data and early stop.
@@ -377,11 +378,11 @@ KILLED = """
     import sys
     import jax
     from regression import data, make_svi
-    from probdiff import train
+    from probdiff import chunks, train
 
     length, path = int(sys.argv[1]), sys.argv[2]
     if length:
-        train._chunk_length = lambda n, seconds: length
+        chunks._chunk_length = lambda n, seconds: length
     train.fit(jax.random.key(0), make_svi(), data(), num_steps=10**8, batch_size=32, ema_decay=0.9,
               held_out=data(), evaluate_every=70, patience=10**6, checkpoint=path,
               checkpoint_every=0.0, progress=False)
@@ -416,7 +417,7 @@ def test_an_interrupt_saves_the_steps_done(key, svi, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_show", interrupt)
+        patch.setattr(chunks, "_show", interrupt)
         with pytest.raises(KeyboardInterrupt):
             quiet(key, svi, data(), num_steps=60, batch_size=32, checkpoint=path)
     assert 10 < len(train.checkpoints.read(path)[0]["losses"]) <= 20

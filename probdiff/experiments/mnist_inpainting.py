@@ -30,7 +30,7 @@ from probdiff import Diffusion, datasets, infer, load, plots, sample
 from probdiff.experiments import conditioning, mnist
 from probdiff.experiments.conditioning import Posterior, Task
 from probdiff.experiments.report import Row, mean_and_se, write_report
-from probdiff.experiments.restoration import few, trained, trust, warnings_of
+from probdiff.experiments.restoration import NAMES, few, trained, trust, warnings_of
 from probdiff.experiments.training import CALLS
 from probdiff.types import Params
 
@@ -146,9 +146,6 @@ def run(
     return rows
 
 
-NAMES = {"digits": "held-out digits", "draws": "draws of the model"}
-
-
 def load_mnist(folder: str | Path) -> tuple[Diffusion, Params]:
     """A saved model, if it is one of MNIST.
 
@@ -235,5 +232,5 @@ def _sections(size: Size, folder: Path, found: dict[str, Posterior]) -> dict[str
             "twist is the readout's mixture at the known pixels, tempered by the covariance of the "
             "training images. The 2015 rule draws as many."
         ),
-        "Warnings": warnings_of(found, NAMES),
+        "Warnings": warnings_of(found),
     }

@@ -220,10 +220,10 @@ def trained(
     return folder
 
 
-def warnings_of(found: dict[str, Posterior], names: dict[str, str]) -> str:
+def warnings_of(found: dict[str, Posterior]) -> str:
     """What the samplers warned of, as a list for a report."""
     lines = [
-        f"- {names[name]}: {text}"
+        f"- {NAMES[name]}: {text}"
         for name, posterior in found.items()
         for text in posterior.complaints
     ]
@@ -250,5 +250,5 @@ def _sections(size: Size, folder: Path, found: dict[str, Posterior]) -> dict[str
             "the covariance of the training images. `posterior.nc` holds the first posteriors of "
             "held-out digits."
         ),
-        "Warnings": warnings_of(found, NAMES),
+        "Warnings": warnings_of(found),
     }

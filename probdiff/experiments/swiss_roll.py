@@ -252,10 +252,10 @@ def share_off_roll(key: Array, x_0: Any, held_out: Array) -> tuple[float, float]
 
 
 def drift_fields(
-    diffusion: Diffusion, params: Params, levels: list[int], *, limit: float = 2.2, n: int = 15
+    diffusion: Diffusion, params: Params, levels: list[int]
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Points of a square grid, and the drift f_μ(x, t) − x there at each of the levels."""
-    line = np.linspace(-limit, limit, n, dtype=np.float32)
+    line = np.linspace(-2.2, 2.2, 15, dtype=np.float32)
     grid = np.stack(np.meshgrid(line, line), -1).reshape(-1, 2)
     reverse, _ = diffusion.bind(params)
     means = [reverse.reverse_step(jnp.asarray(grid), jnp.full(len(grid), t)).mean for t in levels]

@@ -38,8 +38,6 @@ from probdiff.journal import Progress
 CALLS = 50
 """Network calls for a draw that is to be looked at."""
 LOG = "metrics.jsonl"
-BLOCK = 500
-"""Test images bounded at once."""
 
 
 class Recipe(NamedTuple):
@@ -194,9 +192,8 @@ def learn(
     save(out_dir, diffusion, fitted.params)
     say("bound the test images")
     tree = diagnostics.sampled_bound(
-        key_bound, diffusion, fitted.params, test, num_times=num_times, block_size=BLOCK,
-        progress=progress,
-    )  # fmt: skip
+        key_bound, diffusion, fitted.params, test, num_times=num_times, progress=progress
+    )
     return Learned(diffusion, fitted, tree, key_draw)
 
 

@@ -60,10 +60,7 @@ class Plan(NamedTuple):
     @property
     def num_systems(self) -> int:
         """Runs times entries of the plates."""
-        size = 1
-        for n in self.conditioned.batch_shape:
-            size *= n
-        return self.num_runs * size
+        return self.num_runs * math.prod(self.conditioned.batch_shape)
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -242,10 +239,10 @@ def look_at_first(plan: Plan, x_1: Any) -> Look:
     if plan.is_discrete:
         log_p = log_probabilities(law)
         informed = symbols.inform(log_p, _symbol_log_r(plan), known, mask, levels.event_dim)
-        return _symbol_look(log_p, informed.log_p_0, informed.log_psi, known, mask, levels)
+        return _symbol_look(log_p, informed.log_p_0, informed.log_psi, known, mask)
     view = _view(plan, 1, x_1, law, law.loc, lambda v: v, lambda: law, PERFECT, None)
     pinned = None if known is None else (in_units.log_prob(draw.known), mask)
-    return _look_of(plan, view, plan.twist.last(x_1, view.mean, view.variance, view), pinned)
+    return _look_of(plan, view, plan.twist.last(view), pinned)
 
 
 def _look_at_symbols(plan: Plan, x_t: Any, i: Any) -> Look:
@@ -261,12 +258,10 @@ def _look_at_symbols(plan: Plan, x_t: Any, i: Any) -> Look:
     informed = symbols.inform(log_p_0, log_r, known, mask, levels.event_dim)
     finite = jnp.maximum(informed.log_p_0, symbols.FLOOR)
     log_q = log_probabilities(kernel.bridge_given(finite, x_t, levels.step(i)))
-    return _symbol_look(log_p, log_q, informed.log_psi, None, None, levels)
+    return _symbol_look(log_p, log_q, informed.log_psi, None, None)
 
 
-def _symbol_look(
-    log_p: Any, log_q: Any, log_psi: Any, known: Any, mask: Any, levels: Levels
-) -> Look:
+def _symbol_look(log_p: Any, log_q: Any, log_psi: Any, known: Any, mask: Any) -> Look:
     """Known entries at the end are set, their mass counted."""
     pinned = jnp.zeros(log_psi.shape)
     if known is not None:

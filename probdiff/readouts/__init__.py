@@ -21,7 +21,6 @@ __all__ = [
     "BridgeVariance",
     "Data",
     "DataLogits",
-    "Denoiser",
     "DiscreteReadout",
     "Discretised",
     "Epsilon",

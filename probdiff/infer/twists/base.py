@@ -94,16 +94,16 @@ class Twist(abc.ABC):
     def __call__(self, view: View) -> Tilt:
         """log ψ_t at level i ≥ 2, and the proposal for x_s."""
 
-    def last(self, x_1: Any, mean: Any, variance: Any, view: View) -> Tilt:
-        """ψ_1 and the proposal for x_0: r integrated under p(x_0 | x_1) = N(mean, variance).
+    def last(self, view: View) -> Tilt:
+        """ψ_1 and the proposal for x_0: r integrated under p(x_0 | x_1), the law in the view.
 
         Less the mass of known entries, which is put in exactly.
         """
-        point, sd = complete(mean, jnp.sqrt(variance), view)
+        point, sd = complete(view.mean, jnp.sqrt(view.variance), view)
         log_psi, e = self.integrate(point, sd, view)
-        shift, precision = variance * e.pull, e.diagonal
+        shift, precision = view.variance * e.pull, e.diagonal
         if view.known is not None:
-            shift = jnp.where(view.mask, view.known - mean, shift)
+            shift = jnp.where(view.mask, view.known - view.mean, shift)
             precision = jnp.where(view.mask, jnp.inf, precision)
         return Tilt(log_psi, shift, precision, e.factors)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from probdiff.infer.twists.base import Tilt, Twist, View, complete
+from probdiff.infer.twists.base import Tilt, Twist, View
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +26,10 @@ class KernelTwist(Twist):
     takes_known = False
 
     def __call__(self, view: View) -> Tilt:
-        log_psi = self._power(view, 0) * view.log_r(view.x_t)
-        return self._multiply(view, log_psi, view.mean, view.variance, self._power(view, 1))
+        return self._multiply(view, self._power(view, 1))
 
-    def last(self, x_1: Any, mean: Any, variance: Any, view: View) -> Tilt:
-        log_psi = self._power(view, 0) * view.log_r(x_1)
-        return self._multiply(view, log_psi, mean, variance, 1.0)
+    def last(self, view: View) -> Tilt:
+        return self._multiply(view, 1.0)
 
     def _power(self, view: View, down: int) -> Any:
         """c at level i − down."""
@@ -41,13 +39,8 @@ class KernelTwist(Twist):
         T = view.levels.draw.trajectory.steps.T
         return (T - times[view.i - down]) / T
 
-    def _multiply(self, view: View, log_psi: Any, mean: Any, variance: Any, power: Any) -> Tilt:
-        """N(mean, variance) · r^power, log r to second order at the mean."""
-        point, sd = complete(mean, jnp.sqrt(variance), view)
+    def _multiply(self, view: View, power: Any) -> Tilt:
+        """ψ_t = r(x_t)^c, and N(mean, variance) · r^power, log r to second order at the mean."""
         powered = view._replace(log_r=lambda x: power * view.log_r(x))
-        _, e = self.integrate(point, sd, powered)
-        shift, precision = variance * e.pull, e.diagonal
-        if view.known is not None:
-            shift = jnp.where(view.mask, view.known - mean, shift)
-            precision = jnp.where(view.mask, jnp.inf, precision)
-        return Tilt(log_psi, shift, precision, e.factors)
+        log_psi = self._power(view, 0) * view.log_r(view.x_t)
+        return super().last(powered)._replace(log_psi=log_psi)

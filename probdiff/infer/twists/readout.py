@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpyro.distributions as dist
 
 from probdiff import readouts
 from probdiff.infer.expansion import sum_event
@@ -101,7 +102,7 @@ def _log_law(view: View) -> Any:
     sd = jnp.sqrt(parts.variance + LEAST_VARIANCE * view.levels.table.beta[0])
     known, grid = view.known[..., None], diffusion.last_step.grid
     if grid is None:
-        log_p = -0.5 * (((known - parts.mean) / sd) ** 2 + jnp.log(2 * jnp.pi * sd**2))
+        log_p = dist.Normal(parts.mean, sd).log_prob(known)
     else:
         scale, loc = (jnp.expand_dims(a, -1) for a in (diffusion.scale, diffusion.loc))
         values = grid.nearest(known * scale + loc)
