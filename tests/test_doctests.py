@@ -10,6 +10,7 @@ import doctest
 import importlib
 import inspect
 import io
+import itertools
 from pathlib import Path
 from types import ModuleType
 
@@ -71,7 +72,7 @@ def documented_constants():
     """Names assigned at the top of one of the package's files with a docstring behind."""
     for file in PACKAGE.rglob("*.py"):
         body = ast.parse(file.read_text()).body
-        for node, following in zip(body, body[1:], strict=False):
+        for node, following in itertools.pairwise(body):
             is_docstring = (
                 isinstance(following, ast.Expr)
                 and isinstance(following.value, ast.Constant)
