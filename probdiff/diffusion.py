@@ -170,6 +170,9 @@ class Diffusion:
         Returns:
             The trajectory, `(*plates, T, *event_shape)`, on the scale of the chain.
 
+        Raises:
+            ValueError: if shapes or values do not fit.
+
         Example:
             >>> import jax.numpy as jnp
             >>> import numpyro
@@ -201,6 +204,9 @@ class Diffusion:
 
         Returns:
             x_0, `(*plates, *event_shape)`, in the user's units.
+
+        Raises:
+            ValueError: if shapes or values do not fit, or a plate is missing.
 
         Example:
             >>> import jax.numpy as jnp
@@ -367,8 +373,8 @@ class Diffusion:
             mask: True where x_0 is observed, `(*batch, *event_shape)`.
 
         Returns:
-            p(x_1..x_T) as a NumPyro distribution, with `reverse_step(x_t, t)` and `x_0_hat(x_t, t)`;
-            and the coefficients of all steps, arrays `(T,)`.
+            p(x_1..x_T), a NumPyro distribution with methods `reverse_step(x_t, t)` and
+            `x_0_hat(x_t, t)`; and the coefficients of all steps, arrays `(T,)`.
 
         Raises:
             ValueError: if parameters are missing, unknown or of another shape.

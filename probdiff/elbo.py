@@ -63,6 +63,12 @@ def track_kl(guide: Callable[..., Any]) -> Callable[..., Any]:
     The site holds the running mean square of KL_t, `(T − 1,)`, nats². It is not declared by every
     guide because NumPyro's own objectives lose mutable state with more than one particle.
 
+    Args:
+        guide: Any guide with forward trajectories, such as `diffusion.guide`.
+
+    Returns:
+        A guide to hand to `SVI` in its place.
+
     Example:
         >>> import jax
         >>> import jax.numpy as jnp

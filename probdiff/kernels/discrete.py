@@ -274,7 +274,7 @@ class CategoricalKernel(DiscreteKernel):
         >>> [round(p, 3) for p in law.probs.tolist()]
         [0.625, 0.125, 0.125, 0.125]
 
-    Source: Austin et al. (2021), appendix A.2.1.
+    Source: Austin et al. (2021), section 3.1.
     """
 
     num_classes: int
@@ -319,7 +319,7 @@ class AbsorbingKernel(DiscreteKernel):
         >>> [round(p, 3) for p in law.probs.tolist()]
         [0.5, 0.0, 0.0, 0.5]
 
-    Source: Austin et al. (2021), appendix A.2.2.
+    Source: Austin et al. (2021), section 3.1.
     """
 
     num_classes: int

@@ -398,7 +398,7 @@ class Velocity(Denoiser):
         >>> bool(jnp.allclose(x_0_hat, x_0, atol=1e-5))
         True
 
-    Source: Salimans & Ho (2022), appendix D.
+    Source: Salimans & Ho (2022), section 4.
     """
 
     variance: Variance = LearnedVariance()
