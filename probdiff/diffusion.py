@@ -50,7 +50,60 @@ Mask = Bool[Array | np.ndarray, "..."]
 
 
 class Diffusion:
-    """A forward chain, a schedule and a network, as NumPyro programs."""
+    """A forward chain, a schedule and a network, as two NumPyro programs.
+
+        guide    x_1..x_T ~ q(· | x_0)                  the forward chain, nothing to learn but β
+        model    x_1..x_T ~ p(·),  x_0 ~ p(x_0 | x_1)   the learned reverse chain
+
+    Their ELBO is the bound K on log p(x_0), nats. `model` and `guide` are for `SVI` and
+    `Predictive`; `forward` and `reverse` are statements for larger programs, `prior` is one with
+    parameters bound.
+
+    Args:
+        kernel: What one forward step does to one number.
+        beta: Rates β_1..β_T in (0, 1), shape `(T,)`, or `schedules.learned(beta)`.
+        network: `network(x_t, t)`, with x_t `(B, *event_shape)` and t int32 `(B,)` in 1..T,
+            returning `(B, *event_shape)`, the last axis as many times as long as the readout
+            needs outputs (2 with a learned variance, K for K classes);
+            `network(x_t, t, context)` where there is a `context_shape`. One whose attribute
+            `takes_log_snr` is true is given log ᾱ_t/(1−ᾱ_t), a float, in place of t.
+        event_shape: Shape of one example; `()` for a number.
+        readout: How the network's output becomes p(x_s | x_t); by default `Perturbation()` for
+            numbers, `Logits()` for bits, `DataLogits()` for classes.
+        last_step: p(x_0 | x_1): `Tied()`, `Learned()`, or `Discretised(low, high, levels)` for
+            numbers on a grid; tied by default, learned for classes.
+        loc: Subtracted from the data, broadcastable to `event_shape`.
+        scale: Then divided by; the chain runs on (x − loc)/scale, which should have second
+            moment near 1. `x_0` and every density stay in the user's units.
+        context_shape: Shape of one example's context, None where there is none.
+        name: Name of the data site; the trajectory is `name + "_trajectory"`, parameters begin
+            with it. Two models in one program need two names.
+
+    Raises:
+        ValueError: if an argument is out of range, the network keeps state, or its output has
+            another shape than the readout needs.
+
+    Example:
+        Before training this network says 0: the model is N(0, I), and K its log density.
+
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import numpyro.distributions as dist
+        >>> from flax import nnx
+        >>> from numpyro.infer import SVI, Trace_ELBO
+        >>> from optax import adam
+        >>> from probdiff import Diffusion, GaussianKernel, networks, schedules
+        >>> network = networks.RadialBasis((2,), width=4, T=5, rngs=nnx.Rngs(0))
+        >>> beta = schedules.linear(5, beta_T=0.5)
+        >>> diffusion = Diffusion(GaussianKernel(), beta, network, event_shape=(2,))
+        >>> svi = SVI(diffusion.model, diffusion.guide, adam(1e-3), Trace_ELBO())
+        >>> x = jnp.array([[0.5, -1.0], [2.0, 0.0], [1.0, 1.0]])
+        >>> loss = jax.jit(svi.evaluate)(svi.init(jax.random.key(0), x), x)
+        >>> bool(jnp.isclose(-loss, dist.Normal(0, 1).log_prob(x).sum(), atol=1e-3))
+        True
+
+    Source: Sohl-Dickstein et al. (2015), sections 2.2 to 2.4.
+    """
 
     def __init__(
         self,
@@ -66,32 +119,6 @@ class Diffusion:
         context_shape: tuple[int, ...] | None = None,
         name: str = "x_0",
     ):
-        """Define the model.
-
-        Args:
-            kernel: What one forward step does to one number.
-            beta: Rates β_1..β_T in (0, 1), shape `(T,)`, or `schedules.learned(beta)`.
-            network: `network(x_t, t)`, with x_t `(B, *event_shape)` and t int32 `(B,)` in 1..T,
-                returning `(B, *event_shape)`, the last axis as many times as long as the readout
-                needs outputs (2 with a learned variance, K for K classes);
-                `network(x_t, t, context)` where there is a `context_shape`. One whose attribute
-                `takes_log_snr` is true is given log ᾱ_t/(1−ᾱ_t), a float, in place of t.
-            event_shape: Shape of one example; `()` for a number.
-            readout: How the network's output becomes p(x_s | x_t); by default `Perturbation()` for
-                numbers, `Logits()` for bits, `DataLogits()` for classes.
-            last_step: p(x_0 | x_1): `Tied()`, `Learned()`, or `Discretised(low, high, levels)` for
-                numbers on a grid; tied by default, learned for classes.
-            loc: Subtracted from the data, broadcastable to `event_shape`.
-            scale: Then divided by; the chain runs on (x − loc)/scale, which should have second
-                moment near 1. `x_0` and every density stay in the user's units.
-            context_shape: Shape of one example's context, None where there is none.
-            name: Name of the data site; the trajectory is `name + "_trajectory"`, parameters begin
-                with it. Two models in one program need two names.
-
-        Raises:
-            ValueError: if an argument is out of range, the network keeps state, or its output has
-                another shape than the readout needs.
-        """
         self.kernel, self.network, self.name = kernel, network, name
         self.event_shape = tuple(event_shape)
         self.context_shape = None if context_shape is None else tuple(context_shape)
@@ -142,6 +169,24 @@ class Diffusion:
 
         Returns:
             The trajectory, `(*plates, T, *event_shape)`, on the scale of the chain.
+
+        Raises:
+            ValueError: if shapes or values do not fit.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> import numpyro
+            >>> from numpyro.handlers import seed
+            >>> from probdiff import Diffusion, GaussianKernel, schedules
+            >>> diffusion = Diffusion(
+            ...     GaussianKernel(), schedules.linear(5, beta_T=0.5),
+            ...     lambda x_t, t: jnp.zeros((len(x_t), 4)), event_shape=(2,),
+            ... )
+            >>> def guide(x_0):  # 3 people with 4 days each
+            ...     with numpyro.plate("people", 3, dim=-2), numpyro.plate("days", 4, dim=-1):
+            ...         return diffusion.forward(x_0)
+            >>> seed(guide, 0)(jnp.zeros((3, 4, 2))).shape
+            (3, 4, 5, 2)
         """
         self.check_data(x_0, mask)
         return self._forward(self._steps(), x_0, mask)
@@ -159,6 +204,24 @@ class Diffusion:
 
         Returns:
             x_0, `(*plates, *event_shape)`, in the user's units.
+
+        Raises:
+            ValueError: if shapes or values do not fit, or a plate is missing.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> import numpyro
+            >>> from numpyro.handlers import seed
+            >>> from probdiff import Diffusion, GaussianKernel, schedules
+            >>> diffusion = Diffusion(
+            ...     GaussianKernel(), schedules.linear(5, beta_T=0.5),
+            ...     lambda x_t, t: jnp.zeros((len(x_t), 4)), event_shape=(2,),
+            ... )
+            >>> def model(x_0=None):  # 3 people with 4 days each
+            ...     with numpyro.plate("people", 3, dim=-2), numpyro.plate("days", 4, dim=-1):
+            ...         return diffusion.reverse(x_0)
+            >>> seed(model, 0)().shape
+            (3, 4, 2)
         """
         self.check_data(x_0, mask)
         self.check_context(context)
@@ -173,6 +236,31 @@ class Diffusion:
         """The learned reverse chain: `reverse` in a plate "data" over the rows of x_0.
 
         Without x_0 (and context) there is no plate: one example is drawn.
+
+        Args:
+            x_0: Observed data in the user's units, `(N, *event_shape)` or `event_shape`, or None.
+            context: Handed to the network, `(N, *context_shape)`.
+            mask: True where x_0 is observed, shape of x_0.
+
+        Returns:
+            x_0 in the user's units, observed or drawn.
+
+        Raises:
+            ValueError: if shapes or values do not fit.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from numpyro.handlers import seed, trace
+            >>> from probdiff import Diffusion, GaussianKernel, schedules
+            >>> diffusion = Diffusion(
+            ...     GaussianKernel(), schedules.linear(5, beta_T=0.5),
+            ...     lambda x_t, t: jnp.zeros((len(x_t), 4)), event_shape=(2,),
+            ... )
+            >>> sites = trace(seed(diffusion.model, 0)).get_trace(jnp.ones((3, 2)))
+            >>> {name: sites[name]["value"].shape for name in ("x_0_trajectory", "x_0")}
+            {'x_0_trajectory': (3, 5, 2), 'x_0': (3, 2)}
+            >>> seed(diffusion.model, 0)().shape  # one draw
+            (2,)
         """
         with self._plate(x_0, context):
             return self.reverse(x_0, context=context, mask=mask)
@@ -180,7 +268,34 @@ class Diffusion:
     def guide(
         self, x_0: Data | None = None, *, context: Any = None, mask: Mask | None = None
     ) -> Any:
-        """The forward chain: `forward` in a plate "data" over the rows of x_0."""
+        """The forward chain: `forward` in a plate "data" over the rows of x_0.
+
+        Args:
+            x_0: Data in the user's units, `(N, *event_shape)` or `event_shape`.
+            context: Of use to the model alone.
+            mask: True where x_0 is observed, shape of x_0.
+
+        Returns:
+            The trajectory, `(N, T, *event_shape)`, on the scale of the chain.
+
+        Raises:
+            ValueError: if x_0 is not given, or shapes or values do not fit.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from numpyro.handlers import seed
+            >>> from probdiff import Diffusion, GaussianKernel, schedules
+            >>> diffusion = Diffusion(
+            ...     GaussianKernel(), schedules.linear(5, beta_T=0.5),
+            ...     lambda x_t, t: jnp.zeros((len(x_t), 4)), event_shape=(2,),
+            ... )
+            >>> trajectory = seed(diffusion.guide, 0)(jnp.ones((1000, 2)))
+            >>> trajectory.shape  # x_1..x_5 of each row
+            (1000, 5, 2)
+            >>> left = jnp.sqrt(jnp.cumprod(1 - diffusion.rates))
+            >>> bool(jnp.allclose(trajectory.mean((0, 2)), left, atol=0.1))  # √ᾱ_t x_0
+            True
+        """
         if x_0 is None:
             raise ValueError("x_0 must be given to the guide, which starts at data; got None")
         with self._plate(x_0, context):
@@ -222,8 +337,28 @@ class Diffusion:
             params: Values of the parameters.
             variance: Variance τ² of the data on the scale of the chain, 1 if absent; see `Prior`.
 
+        Returns:
+            The `Prior`.
+
         Raises:
             ValueError: if parameters are missing, unknown or of another shape.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> import numpyro
+            >>> import numpyro.distributions as dist
+            >>> from numpyro.handlers import seed, trace
+            >>> from probdiff import Diffusion, GaussianKernel, schedules
+            >>> diffusion = Diffusion(
+            ...     GaussianKernel(), schedules.linear(5, beta_T=0.5),
+            ...     lambda x_t, t: jnp.zeros((len(x_t), 4)), event_shape=(2,),
+            ... )
+            >>> prior = diffusion.prior({})  # this network has no parameters
+            >>> def program(y=None):
+            ...     x_0 = prior()
+            ...     numpyro.sample("y", dist.Normal(x_0, 0.1).to_event(1), obs=y)
+            >>> list(trace(seed(program, 0)).get_trace())
+            ['x_0_trajectory', 'x_0', 'y']
         """
         return Prior(self, params, variance=variance)
 
@@ -232,8 +367,30 @@ class Diffusion:
     def bind(self, params: Params, *, context: Any = None, mask: Any = None):
         """The reverse chain with parameters bound: (reverse trajectory, table of steps).
 
+        Args:
+            params: Values of the parameters, by site name.
+            context: Handed to the network, `(*batch, *context_shape)`.
+            mask: True where x_0 is observed, `(*batch, *event_shape)`.
+
+        Returns:
+            p(x_1..x_T), a NumPyro distribution with methods `reverse_step(x_t, t)` and
+            `x_0_hat(x_t, t)`; and the coefficients of all steps, arrays `(T,)`.
+
         Raises:
             ValueError: if parameters are missing, unknown or of another shape.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from probdiff import Diffusion, GaussianKernel, schedules
+            >>> diffusion = Diffusion(
+            ...     GaussianKernel(), schedules.linear(5, beta_T=0.5),
+            ...     lambda x_t, t: jnp.zeros((len(x_t), 4)), event_shape=(2,),
+            ... )
+            >>> reverse, steps = diffusion.bind({})
+            >>> x_t, t = jnp.array([[1.0, -2.0]]), jnp.array([3])
+            >>> x_0_hat = jnp.sqrt(steps.alpha_bar_t[2]) * x_t  # for N(0, I): √ᾱ_t x_t
+            >>> bool(jnp.allclose(reverse.x_0_hat(x_t, t), x_0_hat, atol=1e-5))
+            True
         """
         self.check_params(params)
         self.check_context(context)

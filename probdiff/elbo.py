@@ -62,6 +62,29 @@ def track_kl(guide: Callable[..., Any]) -> Callable[..., Any]:
 
     The site holds the running mean square of KL_t, `(T − 1,)`, nats². It is not declared by every
     guide because NumPyro's own objectives lose mutable state with more than one particle.
+
+    Args:
+        guide: Any guide with forward trajectories, such as `diffusion.guide`.
+
+    Returns:
+        A guide to hand to `SVI` in its place.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from numpyro.infer import SVI
+        >>> from optax import adam
+        >>> from probdiff import Diffusion, GaussianKernel, ImportanceTimes, SampledTimeELBO
+        >>> from probdiff import schedules, track_kl
+        >>> diffusion = Diffusion(
+        ...     GaussianKernel(), schedules.linear(5, beta_1=0.1, beta_T=0.5),
+        ...     lambda x_t, t: jnp.zeros((*x_t.shape, 2)), event_shape=(),
+        ... )
+        >>> loss = SampledTimeELBO(times=ImportanceTimes())
+        >>> svi = SVI(diffusion.model, track_kl(diffusion.guide), adam(1e-3), loss)
+        >>> state = svi.init(jax.random.key(0), jnp.ones(8))
+        >>> state.mutable_state["x_0_trajectory_mean_square_kl"].shape  # t = 2..5
+        (4,)
     """
 
     def tracked(*args: Any, **kwargs: Any) -> Any:
@@ -235,7 +258,42 @@ class SampledTimeLoss(ELBO, abc.ABC):
 
 
 class SampledTimeELBO(SampledTimeLoss):
-    """The bound: `loss` is −K summed over examples, nats, unbiased for `Trace_ELBO`'s."""
+    """The bound as an objective of `SVI`, at x_1 and at one random time per example.
+
+        K = E log p(x_0 | x_1) − Σ_{t ≥ 2} E KL( q(x_s | x_t, x_0) ‖ p(x_s | x_t) )
+            − KL( q(x_T | x_0) ‖ π )
+
+    `loss` is −K summed over examples, nats, unbiased for `Trace_ELBO`'s. A step costs one call of
+    the network whatever T is.
+
+    Args:
+        num_particles: Independent draws of the whole program, averaged.
+        num_times: Times t per example and draw; x_1 is drawn once.
+        times: Law of t: `StratifiedTimes()` by default, `UniformTimes()`, `ImportanceTimes()`.
+        vectorize_particles: As in `numpyro.infer.elbo.ELBO`.
+
+    Raises:
+        ValueError: if a number is no integer of at least 1, or `times` is no law of t.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import numpyro.distributions as dist
+        >>> from numpyro.infer import SVI
+        >>> from optax import adam
+        >>> from probdiff import Diffusion, GaussianKernel, SampledTimeELBO, schedules
+        >>> diffusion = Diffusion(
+        ...     GaussianKernel(), schedules.linear(5, beta_1=0.1, beta_T=0.5),
+        ...     lambda x_t, t: jnp.zeros((*x_t.shape, 2)), event_shape=(),  # it is N(0, 1)
+        ... )
+        >>> svi = SVI(diffusion.model, diffusion.guide, adam(1e-3), SampledTimeELBO())
+        >>> x_0 = jnp.ones(4000)  # one example many times, to average over the noise
+        >>> loss = jax.jit(svi.evaluate)(svi.init(jax.random.key(0), x_0), x_0) / 4000
+        >>> bool(abs(loss + dist.Normal(0, 1).log_prob(1.0)) < 0.1)
+        True
+
+    Source: Sohl-Dickstein et al. (2015), eqs. 10 to 14 and appendix B.
+    """
 
     def step_loss(
         self,

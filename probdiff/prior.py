@@ -51,23 +51,46 @@ class PriorDraw(NamedTuple):
 
 
 class Prior:
-    """A trained diffusion as a statement `prior()`; made by `Diffusion.prior`."""
+    """A trained diffusion as a statement `prior()`; made by `Diffusion.prior`.
+
+        x = prior()                            x_0 ~ p, through its trajectory
+        x = prior(context=c)                   x_0 ~ p(· | c)
+        x = prior(known=values, mask=mask)     the same, given x_0 = values wherever mask is True
+
+    Args:
+        diffusion: The `Diffusion`.
+        params: Its parameters.
+        variance: Variance τ² of the data on the scale of the chain, positive, broadcastable to
+            `event_shape`; 1 if absent. It sets how wide `infer` takes x_0 to be given a noisy
+            level; too wide is safer than too narrow. Or their covariance, `(d, d)` for d
+            numbers in an event: the better choice for images, whose numbers hang together.
+
+    Raises:
+        ValueError: if parameters do not fit, or the variance is not positive (a covariance:
+            not symmetric, or with a negative eigenvalue).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro.handlers import seed, trace
+        >>> from probdiff import Diffusion, GaussianKernel, schedules
+        >>> def network(x_t, t):  # z = v = 0: the exact reverse chain of N(0, I)
+        ...     return jnp.zeros((len(x_t), 4))
+        >>> diffusion = Diffusion(
+        ...     GaussianKernel(), schedules.linear(5, beta_T=0.5), network, event_shape=(2,)
+        ... )
+        >>> prior = diffusion.prior({})
+        >>> def program():
+        ...     return prior(known=jnp.array([3.0, 0.0]), mask=jnp.array([True, False]))
+        >>> sites = trace(seed(program, 0)).get_trace()
+        >>> list(sites)
+        ['x_0_trajectory', 'x_0_free', 'x_0_known', 'x_0']
+        >>> float(sites["x_0"]["value"][0])
+        3.0
+
+    Source: Sohl-Dickstein et al. (2015), section 2.5.
+    """
 
     def __init__(self, diffusion: Any, params: Params, *, variance: Any = None):
-        """Bind parameters.
-
-        Args:
-            diffusion: The `Diffusion`.
-            params: Its parameters.
-            variance: Variance τ² of the data on the scale of the chain, positive, broadcastable to
-                `event_shape`; 1 if absent. It sets how wide `infer` takes x_0 to be given a noisy
-                level; too wide is safer than too narrow. Or their covariance, `(d, d)` for d
-                numbers in an event: the better choice for images, whose numbers hang together.
-
-        Raises:
-            ValueError: if parameters do not fit, or the variance is not positive (a covariance:
-                not symmetric, or with a negative eigenvalue).
-        """
         diffusion.check_params(params)
         self.diffusion, self.params = diffusion, params
         self.variance = validation.check_variance(diffusion.event_shape, variance)

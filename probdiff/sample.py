@@ -59,6 +59,19 @@ def ancestral(
     Raises:
         ValueError: if a number is out of range, parameters do not fit, contexts do not match, or
             blocks are too large to give every device of the mesh one.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from probdiff import Diffusion, GaussianKernel, sample, schedules
+        >>> def network(x_t, t):  # z = v = 0: the exact reverse chain of N(0, I)
+        ...     return jnp.zeros((len(x_t), 4))
+        >>> diffusion = Diffusion(
+        ...     GaussianKernel(), schedules.linear(5, beta_T=0.5), network, event_shape=(2,)
+        ... )
+        >>> x_0 = sample.ancestral(jax.random.key(0), diffusion, {}, 4000)
+        >>> x_0.shape, bool(abs(x_0.var() - 1) < 0.1)
+        ((4000, 2), True)
     """
     for argument, value in {"num_samples": num_samples, "block_size": block_size}.items():
         if value < 1:

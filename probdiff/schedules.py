@@ -30,13 +30,58 @@ from probdiff.types import Step
 
 
 def harmonic(T: int) -> np.ndarray:
-    """Erase 1/T of the signal per step: β_t = 1 / (T − t + 1), hence ᾱ_t = 1 − t/T, β_T = 1."""
+    """Erase 1/T of the signal per step: β_t = 1 / (T − t + 1), hence ᾱ_t = 1 − t/T, β_T = 1.
+
+    Args:
+        T: Number of steps, at least 2.
+
+    Returns:
+        Rates β_1..β_T.
+
+    Raises:
+        ValueError: if T is below 2.
+
+    Example:
+        >>> import numpy as np
+        >>> from probdiff import schedules
+        >>> beta = schedules.harmonic(5)
+        >>> np.round(beta, 3).tolist()
+        [0.2, 0.25, 0.333, 0.5, 1.0]
+        >>> np.round(np.cumprod(1 - beta), 3).tolist()  # ᾱ_t = 1 − t/5
+        [0.8, 0.6, 0.4, 0.2, 0.0]
+
+    Source: Sohl-Dickstein et al. (2015), section 2.4.1.
+    """
     _check_T(T)
     return 1 / (T - np.arange(1, T + 1) + 1.0)
 
 
 def linear(T: int, *, beta_1: float = 1e-4, beta_T: float = 0.02) -> np.ndarray:
-    """β_t in equal steps from `beta_1` to `beta_T` (Ho et al. 2020: 1e-4 to 0.02, T = 1000)."""
+    """β_t in equal steps from `beta_1` to `beta_T` (Ho et al. 2020: 1e-4 to 0.02, T = 1000).
+
+    Args:
+        T: Number of steps, at least 2. The chain forgets the data if T is large or `beta_T` is; the
+            default rates are meant for T = 1000.
+        beta_1: First rate, in (0, 1).
+        beta_T: Last rate, in (0, 1].
+
+    Returns:
+        Rates β_1..β_T.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> import numpy as np
+        >>> from probdiff import schedules
+        >>> np.round(schedules.linear(5, beta_1=0.1, beta_T=0.5), 3).tolist()
+        [0.1, 0.2, 0.3, 0.4, 0.5]
+        >>> left = [np.prod(1 - schedules.linear(T)) for T in (1000, 40)]  # ᾱ_T
+        >>> np.round(left, 2).tolist()  # 40 such steps forget a third of the variance
+        [0.0, 0.67]
+
+    Source: Ho et al. (2020), section 4.
+    """
     _check_T(T)
     return check_beta(np.linspace(beta_1, beta_T, T))
 
@@ -44,7 +89,29 @@ def linear(T: int, *, beta_1: float = 1e-4, beta_T: float = 0.02) -> np.ndarray:
 def cosine(T: int, *, offset: float = 0.008, beta_max: float = 0.999) -> np.ndarray:
     """ᾱ_t = f(t)/f(0) with f(t) = cos²(π/2 · (t/T + offset)/(1 + offset)), β_t at most `beta_max`.
 
-    The limit keeps β_T below 1, as in Nichol & Dhariwal (2021), equation 17.
+    The limit keeps β_T below 1, as in the source.
+
+    Args:
+        T: Number of steps, at least 2.
+        offset: Keeps the first steps from being too small; above 0.
+        beta_max: Largest rate, in (0, 1].
+
+    Returns:
+        Rates β_1..β_T.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> import numpy as np
+        >>> from probdiff import schedules
+        >>> beta = schedules.cosine(100)
+        >>> round(float(np.prod(1 - beta[:50])), 2)  # half of the variance is left half way
+        0.49
+        >>> round(float(beta[-1]), 3)
+        0.999
+
+    Source: Nichol & Dhariwal (2021), equation 17.
     """
     _check_T(T)
     if not 0 < beta_max <= 1:
@@ -55,7 +122,30 @@ def cosine(T: int, *, offset: float = 0.008, beta_max: float = 0.999) -> np.ndar
 
 
 def log_snr_linear(T: int, *, beta_1: float, alpha_bar_T: float) -> np.ndarray:
-    """log ᾱ_t/(1 − ᾱ_t) in equal steps from ᾱ_1 = 1 − `beta_1` to `alpha_bar_T`."""
+    """log ᾱ_t/(1 − ᾱ_t) in equal steps from ᾱ_1 = 1 − `beta_1` to `alpha_bar_T`.
+
+    Args:
+        T: Number of steps, at least 2.
+        beta_1: First rate, the share of noise in x_1; in (0, 1).
+        alpha_bar_T: Share of the data's variance left in x_T; in (0, 1 − `beta_1`).
+
+    Returns:
+        Rates β_1..β_T.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> import numpy as np
+        >>> from probdiff import schedules
+        >>> beta = schedules.log_snr_linear(5, beta_1=0.01, alpha_bar_T=0.01)
+        >>> alpha_bar = np.cumprod(1 - beta)
+        >>> log_snr = np.log(alpha_bar / (1 - alpha_bar))
+        >>> np.round(log_snr / log_snr[0], 3).tolist()  # equal steps, log 99 to −log 99
+        [1.0, 0.5, 0.0, -0.5, -1.0]
+
+    Source: Kingma et al. (2021) for the scale.
+    """
     _check_T(T)
     _check_open("beta_1", beta_1)
     _check_open("alpha_bar_T", alpha_bar_T)
@@ -69,10 +159,13 @@ def log_snr_linear(T: int, *, beta_1: float, alpha_bar_T: float) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Learned:
-    """A schedule whose β_2..β_T are trained; made by `learned`."""
+    """A schedule whose β_2..β_T are trained; made by `learned`.
+
+    Args:
+        beta: Initial rates β_1..β_T; the first stays as it is.
+    """
 
     beta: np.ndarray
-    """Initial rates, `(T,)`; the first stays as it is."""
 
     def __call__(self, name: str) -> Float[Array, " T"]:
         """Rates at a `numpyro.param` site of this name, β_1 put before it unchanged."""
@@ -87,8 +180,26 @@ def learned(beta: Any) -> Learned:
 
     Gradients flow through x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε with ε held fixed ("frozen noise").
 
+    Args:
+        beta: Initial rates β_1..β_T in (0, 1), shape `(T,)`.
+
+    Returns:
+        A schedule to hand to `Diffusion` in place of rates; its site is `name_beta`, β_2..β_T.
+
     Raises:
         ValueError: if a rate is outside (0, 1); β_T = 1 cannot be trained.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from probdiff import Diffusion, GaussianKernel, schedules
+        >>> diffusion = Diffusion(
+        ...     GaussianKernel(),
+        ...     schedules.learned(schedules.linear(5, beta_1=0.1, beta_T=0.5)),
+        ...     lambda x_t, t: jnp.zeros((*x_t.shape, 2)),
+        ...     event_shape=(),
+        ... )
+        >>> diffusion.params_template["x_0_beta"].shape  # β_2..β_5
+        (4,)
 
     Source: Sohl-Dickstein et al. (2015), section 2.4.1.
     """
@@ -99,7 +210,26 @@ def learned(beta: Any) -> Learned:
 
 
 def check_beta(beta: Any) -> np.ndarray:
-    """The rates as a float64 array `(T,)`, or a `ValueError` that says what is wrong with them."""
+    """The rates as a float64 array `(T,)`, or a `ValueError` that says what is wrong with them.
+
+    Args:
+        beta: Rates β_1..β_T, T at least 2; in (0, 1), β_T in (0, 1].
+
+    Returns:
+        The same rates.
+
+    Raises:
+        ValueError: if the shape is not `(T,)`, or a rate is out of range.
+
+    Example:
+        >>> from probdiff import schedules
+        >>> schedules.check_beta([0.1, 0.2, 1.0]).dtype
+        dtype('float64')
+        >>> schedules.check_beta([0.1, 1.0, 0.2])
+        Traceback (most recent call last):
+            ...
+        ValueError: beta must lie in (0, 1); got 1.0 at t = 2
+    """
     beta = np.asarray(beta, np.float64)
     if beta.ndim != 1 or beta.shape[0] < 2:
         raise ValueError(f"beta must have shape (T,) with T of at least 2; got shape {beta.shape}")
@@ -116,6 +246,22 @@ def steps(beta: Any) -> Step:
 
     Fixed rates (a NumPy array) are multiplied up in float64; traced rates in their own precision,
     where summing log(1 − β) and taking expm1 keeps the digits of 1 − ᾱ.
+
+    Args:
+        beta: Rates β_1..β_T, a NumPy or JAX array `(T,)`.
+
+    Returns:
+        The table: t, β_t, ᾱ_s, ᾱ_t, 1 − ᾱ_s and 1 − ᾱ_t in JAX's default float, s = t − 1;
+        `table.at(t, event_dim)` picks a step's.
+
+    Example:
+        >>> import numpy as np
+        >>> from probdiff import schedules
+        >>> schedules.steps(schedules.harmonic(4)).alpha_bar_t.tolist()
+        [0.75, 0.5, 0.25, 0.0]
+        >>> table = schedules.steps(np.array([1e-9, 0.5]))
+        >>> f"{table.noise_t[0]:.1e}", f"{1 - table.alpha_bar_t[0]:.1e}"  # 1 − ᾱ_1 keeps its digits
+        ('1.0e-09', '0.0e+00')
     """
     xp = np if isinstance(beta, np.ndarray) else jnp
     with np.errstate(divide="ignore"):  # log(0) = −inf is right for β_T = 1: ᾱ_T = 0
@@ -145,6 +291,15 @@ def respaced(table: Step, n: int) -> tuple[Int[np.ndarray, " n"], Step]:
 
     Raises:
         ValueError: if n is not in 2..T.
+
+    Example:
+        >>> from probdiff import schedules
+        >>> table = schedules.steps(schedules.harmonic(9))
+        >>> times, longer = schedules.respaced(table, 3)
+        >>> times.tolist()
+        [1, 5, 9]
+        >>> [round(a, 3) for a in longer.alpha_bar_s.tolist()]  # of the levels 0, 1 and 5
+        [1.0, 0.889, 0.444]
     """
     if not 2 <= n <= table.T:
         raise ValueError(f"steps must lie in 2..T = {table.T}; got {n}")

@@ -55,8 +55,28 @@ PARTS = {
 def save(path: str | Path, diffusion: Diffusion, params: Params) -> None:
     """Write a model and its parameters into the folder `path`, made if it is not there.
 
+    Args:
+        path: Folder that gets `params.safetensors` and `config.json`; a model in it is replaced.
+        diffusion: The model, made of the package's own parts; its network may be of any kind.
+        params: Its parameters.
+
     Raises:
-        ValueError: if the parameters do not fit the model.
+        ValueError: if the parameters do not fit the model, or a part is not the package's own.
+
+    Example:
+        See `load`, the way back:
+
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import jax.numpy as jnp
+        >>> from probdiff import Diffusion, GaussianKernel, save, schedules
+        >>> def network(x_t, t):
+        ...     return jnp.zeros((*x_t.shape, 2))
+        >>> diffusion = Diffusion(GaussianKernel(), schedules.harmonic(4), network, event_shape=())
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(folder, diffusion, {})
+        ...     sorted(path.name for path in Path(folder).iterdir())
+        ['config.json', 'params.safetensors']
     """
     diffusion.check_params(params)
     tensors = {name: jnp.asarray(leaf) for name, leaf in _named_leaves(params)}
@@ -76,8 +96,28 @@ def load(path: str | Path, *, network: Network | None = None) -> tuple[Diffusion
         path: Folder that `save` wrote.
         network: The network, where it is not one of the library's own.
 
+    Returns:
+        The `Diffusion`, and its parameters by site name.
+
     Raises:
         ValueError: if a file is missing, altered or of another format, or a network is needed.
+
+    Example:
+        >>> import tempfile
+        >>> import jax
+        >>> from flax import nnx
+        >>> from probdiff import Diffusion, GaussianKernel, load, networks, save, schedules
+        >>> network = networks.RadialBasis((), width=4, T=5, rngs=nnx.Rngs(0))
+        >>> diffusion = Diffusion(GaussianKernel(), schedules.harmonic(5), network, event_shape=())
+        >>> params = {"x_0_network$params": nnx.to_pure_dict(nnx.state(network))}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(folder, diffusion, params)
+        ...     again, params_again = load(folder)
+        >>> again
+        Diffusion(GaussianKernel(), T=5, RadialBasis, event_shape=(), ...)
+        >>> same = jax.tree.map(lambda a, b: bool((a == b).all()), params, params_again)
+        >>> all(jax.tree.leaves(same))
+        True
     """
     folder = Path(path)
     config = _read_config(folder / "config.json")

@@ -46,7 +46,19 @@ class Times(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class UniformTimes(Times):
-    """Independent times, each uniform on 2..T."""
+    """Independent times, each uniform on 2..T.
+
+    It takes no arguments. For comparison: `StratifiedTimes` has the same law with less variance.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from probdiff import UniformTimes
+        >>> T = 5
+        >>> t, probability = UniformTimes().draw(jax.random.key(0), (100,), jnp.zeros(T - 1))
+        >>> sorted(set(t.tolist())), set(probability.tolist())
+        ([2, 3, 4, 5], {0.25})
+    """
 
     def uniforms(self, key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
         """Independent uniforms."""
@@ -55,7 +67,21 @@ class UniformTimes(Times):
 
 @dataclasses.dataclass(frozen=True)
 class StratifiedTimes(Times):
-    """Uniform times spread evenly over the batch: u_i = (u + i/n) mod 1 with one random u."""
+    """Uniform times spread evenly over the batch: u_i = (u + i/n) mod 1 with one random u.
+
+    It takes no arguments. The default of `SampledTimeELBO`.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from probdiff import StratifiedTimes
+        >>> T = 5
+        >>> t, _ = StratifiedTimes().draw(jax.random.key(0), (8,), jnp.zeros(T - 1))
+        >>> sorted(t.tolist())  # of 8 examples 2 get each of the 4 times
+        [2, 2, 3, 3, 4, 4, 5, 5]
+
+    Source: Kingma et al. (2021).
+    """
 
     def uniforms(self, key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
         """Systematic uniforms: one in every interval of length 1/n."""
@@ -64,9 +90,25 @@ class StratifiedTimes(Times):
 
 @dataclasses.dataclass(frozen=True)
 class ImportanceTimes(Times):
-    """Stratified times with P(t) ∝ √E[KL_t²] of past steps, mixed with a uniform share in (0, 1].
+    """Stratified times with P(t) ∝ √E[KL_t²] of past steps, mixed with a uniform share.
 
     The guide has to keep the running mean squares: pass `track_kl(guide)` to `SVI`.
+
+    Args:
+        uniform_share: Share of the uniform law in P, in (0, 1]; it keeps the weights 1/P(t) small.
+
+    Raises:
+        ValueError: if the share is outside (0, 1].
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from probdiff import ImportanceTimes
+        >>> mean_square_kl = jnp.array([9.0, 1.0])  # of t = 2 and t = 3, nats²
+        >>> law = ImportanceTimes(uniform_share=0.1).law(mean_square_kl)
+        >>> [round(p, 3) for p in law.tolist()]  # 0.9 · (3/4, 1/4) + 0.1 · (1/2, 1/2)
+        [0.725, 0.275]
+
+    Source: Nichol & Dhariwal (2021), section 3.3, for the law.
     """
 
     uniform_share: float = 0.1

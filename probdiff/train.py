@@ -37,6 +37,24 @@ class Fit(NamedTuple):
         state: SVI's state after the last step.
         held_out_losses: Evaluations on held-out data, summed over all of them; empty without.
         num_steps: Steps done; less than asked for after an early stop.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import numpyro
+        >>> import numpyro.distributions as dist
+        >>> from numpyro.infer import SVI, Trace_ELBO
+        >>> from optax import sgd
+        >>> from probdiff import fit
+        >>> def model(x):
+        ...     loc = numpyro.param("loc", 0.0)
+        ...     with numpyro.plate("data", len(x)):
+        ...         numpyro.sample("x", dist.Normal(loc, 1), obs=x)
+        >>> svi = SVI(model, lambda x: None, sgd(0.25), Trace_ELBO())
+        >>> x = jnp.array([1.0, 3.0])
+        >>> fitted = fit(jax.random.key(0), svi, x, num_steps=20, progress=False)
+        >>> round(float(fitted.params["loc"]), 3), fitted.losses.shape  # the mean of x
+        (2.0, (20,))
     """
 
     params: dict[str, Any]
@@ -103,6 +121,23 @@ def fit(
     Raises:
         ValueError: An argument does not fit, or the checkpoint is damaged or another run's.
         FloatingPointError: Loss or weights are not finite; says at which step and sites.
+
+    Example:
+        >>> import jax
+        >>> from flax import nnx
+        >>> from numpyro.infer import SVI
+        >>> from optax import adam
+        >>> from probdiff import Diffusion, GaussianKernel, SampledTimeELBO
+        >>> from probdiff import fit, networks, schedules
+        >>> diffusion = Diffusion(
+        ...     GaussianKernel(), schedules.linear(5, beta_1=0.01, beta_T=0.9),
+        ...     networks.RadialBasis((), width=4, T=5, rngs=nnx.Rngs(0)), event_shape=(),
+        ... )
+        >>> x = jax.random.bernoulli(jax.random.key(0), 0.5, (64,)) * 2.0 - 1  # −1 or 1
+        >>> svi = SVI(diffusion.model, diffusion.guide, adam(0.05), SampledTimeELBO())
+        >>> fitted = fit(jax.random.key(1), svi, x, num_steps=20, batch_size=32, progress=False)
+        >>> list(fitted.params), bool(fitted.losses[-5:].mean() < fitted.losses[:5].mean())
+        (['x_0_network$params'], True)
     """
     _check(num_steps, ema_decay, held_out, evaluate_every, patience)
     mesh = devices.checked(mesh)

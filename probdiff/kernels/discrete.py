@@ -29,7 +29,32 @@ from probdiff.types import Step
 
 
 class DiscreteKernel(abc.ABC):
-    """Replacement by draws from π; the subclasses give π."""
+    """Diffusion of symbols 0..K−1: with probability β_t a symbol is redrawn from π, else it stays.
+
+        T(x_t | x_s; β) = (1 − β) 1[x_t = x_s] + β π(x_t)
+
+    Abstract: a subclass gives π by `log_pi`, and the numbers of states, of which the data take the
+    first `num_data_states`. For a subclass of your own give `Diffusion` the readout `DataLogits()`.
+
+    Example:
+        Letters are redrawn by their frequencies:
+
+        >>> import jax.numpy as jnp
+        >>> from probdiff import schedules
+        >>> from probdiff.kernels import DiscreteKernel
+        >>> class Letters(DiscreteKernel):
+        ...     num_states = num_data_states = 3
+        ...
+        ...     @property
+        ...     def log_pi(self):
+        ...         return jnp.log(jnp.array([0.5, 0.3, 0.2]))
+        >>> step = schedules.steps(schedules.harmonic(4)).at(2, event_dim=0)  # ᾱ_2 = 1/2
+        >>> law = Letters().marginal(jnp.array(0), step)  # q(x_2 | x_0 = 0)
+        >>> [round(p, 3) for p in law.probs.tolist()]
+        [0.75, 0.15, 0.1]
+
+    Source: Sohl-Dickstein et al. (2015), table App. 1; Austin et al. (2021), section 3.
+    """
 
     num_states: int
     """States of a level."""
@@ -127,11 +152,28 @@ class DiscreteKernel(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class BernoulliKernel(DiscreteKernel):
-    """Binomial diffusion of bits, x_t ~ B((1−β) x_s + rate · β), with stationary law B(rate)."""
+    """Binomial diffusion of bits, x_t ~ B((1−β) x_s + rate · β), with stationary law B(rate).
+
+    Args:
+        rate: Mean activity of a bit at the end of the chain, in (0, 1): a number, or one for each
+            bit of an example as nested tuples (an array is turned into them).
+
+    Raises:
+        ValueError: if a rate is outside (0, 1).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from probdiff import BernoulliKernel, schedules
+        >>> kernel = BernoulliKernel(0.2)
+        >>> step = schedules.steps(schedules.harmonic(4)).at(2, event_dim=1)  # ᾱ_2 = 1/2
+        >>> law = kernel.marginal(jnp.array([0, 1]), step)  # ᾱ_2 x_0 + (1 − ᾱ_2) rate
+        >>> [round(p, 3) for p in law.mean.tolist()]
+        [0.1, 0.6]
+
+    Source: Sohl-Dickstein et al. (2015), section 2.1 and table App. 1.
+    """
 
     rate: float | tuple[Any, ...] | np.ndarray = 0.5
-    """Mean activity of a bit at the end of the chain, in (0, 1): a number, or one for each bit of
-    an example as nested tuples (an array is turned into them)."""
 
     num_states: ClassVar[int] = 2
     num_data_states: ClassVar[int] = 2
@@ -216,7 +258,24 @@ class BernoulliKernel(DiscreteKernel):
 
 @dataclasses.dataclass(frozen=True)
 class CategoricalKernel(DiscreteKernel):
-    """Classes 0..K−1 with uniform redraws: π = 1/K."""
+    """Diffusion of classes 0..K−1 with uniform redraws: π = 1/K.
+
+    Args:
+        num_classes: K, at least 2.
+
+    Raises:
+        ValueError: if `num_classes` is below 2.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from probdiff import CategoricalKernel, schedules
+        >>> step = schedules.steps(schedules.harmonic(4)).at(2, event_dim=0)  # ᾱ_2 = 1/2
+        >>> law = CategoricalKernel(4).marginal(jnp.array(0), step)  # ½ 1[x = 0] + ½ · ¼
+        >>> [round(p, 3) for p in law.probs.tolist()]
+        [0.625, 0.125, 0.125, 0.125]
+
+    Source: Austin et al. (2021), section 3.1.
+    """
 
     num_classes: int
 
@@ -241,10 +300,26 @@ class CategoricalKernel(DiscreteKernel):
 
 @dataclasses.dataclass(frozen=True)
 class AbsorbingKernel(DiscreteKernel):
-    """Classes 0..K−1 that turn, one after another, into the state K, where they stay.
+    """Diffusion of classes 0..K−1 that turn, one after another, into the state K, where they stay.
 
     π puts no mass on data, so there is no tied last step and no log-likelihood under π to compare
     with; the schedule must end at β_T = 1, or data would not all be absorbed.
+
+    Args:
+        num_classes: K, at least 2; levels of the chain have K + 1 states.
+
+    Raises:
+        ValueError: if `num_classes` is below 2.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from probdiff import AbsorbingKernel, schedules
+        >>> step = schedules.steps(schedules.harmonic(4)).at(2, event_dim=0)  # ᾱ_2 = 1/2
+        >>> law = AbsorbingKernel(3).marginal(jnp.array(0), step)  # itself, or absorbed
+        >>> [round(p, 3) for p in law.probs.tolist()]
+        [0.5, 0.0, 0.0, 0.5]
+
+    Source: Austin et al. (2021), section 3.1.
     """
 
     num_classes: int

@@ -20,7 +20,27 @@ from probdiff.types import Step
 
 @dataclasses.dataclass(frozen=True)
 class GaussianKernel:
-    """Gaussian diffusion with stationary law N(0, 1): T(x_t | x_s; β) = N(√(1−β) x_s, β)."""
+    """Gaussian diffusion of numbers, shrunk and then made noisy, with stationary law N(0, 1).
+
+        T(x_t | x_s; β) = N(√(1−β) x_s, β),    q(x_t | x_0) = N(√ᾱ_t x_0, 1 − ᾱ_t)
+
+    It takes no arguments. Data should have second moment near 1 on the scale of the chain; see
+    `loc` and `scale` of `Diffusion`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from probdiff import GaussianKernel, schedules
+        >>> kernel = GaussianKernel()
+        >>> step = schedules.steps(schedules.harmonic(4)).at(2, event_dim=0)  # ᾱ_1 = 3/4, ᾱ_2 = 1/2
+        >>> law = kernel.marginal(jnp.array(2.0), step)  # N(√ᾱ_2 · 2, 1 − ᾱ_2)
+        >>> round(float(law.mean), 3), round(float(law.variance), 3)
+        (1.414, 0.5)
+        >>> pinned = kernel.bridge(law.mean, jnp.array(2.0), step)  # x_2 at its mean: so is x_1
+        >>> round(float(pinned.mean), 3), round(float(pinned.variance), 3)  # √ᾱ_1 · 2
+        (1.732, 0.167)
+
+    Source: Sohl-Dickstein et al. (2015), section 2.1 and table App. 1.
+    """
 
     @property
     def support(self) -> constraints.Constraint:
@@ -75,7 +95,27 @@ class GaussianKernel:
 
 
 def bridge_weights(step: Step) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Weights (w_0, w_t) of the Gaussian bridge's mean w_0 x_0 + w_t x_t; (1, 0) at t = 1."""
+    """Weights (w_0, w_t) of the Gaussian bridge's mean w_0 x_0 + w_t x_t; (1, 0) at t = 1.
+
+        w_0 = √ᾱ_s β_t / (1 − ᾱ_t),    w_t = √(1−β_t) (1 − ᾱ_s) / (1 − ᾱ_t)
+
+    Args:
+        step: Coefficients of step t.
+
+    Returns:
+        w_0 and w_t, each of the shape of the coefficients.
+
+    Example:
+        >>> from probdiff import schedules
+        >>> from probdiff.kernels import bridge_weights
+        >>> w_0, w_t = bridge_weights(schedules.steps(schedules.harmonic(3)))
+        >>> [round(w, 2) for w in w_0.tolist()]  # x_0 tells all of x_0, and less and less of x_s
+        [1.0, 0.61, 0.58]
+        >>> bool(w_t[0] == 0), bool(w_t[2] == 0)  # x_0 is known; β_3 = 1, x_3 knows nothing of x_2
+        (True, True)
+
+    Source: Sohl-Dickstein et al. (2015), appendix B.3.
+    """
     weight_0 = jnp.sqrt(step.alpha_bar_s) * step.beta / step.noise_t
     weight_t = jnp.sqrt(1 - step.beta) * step.noise_s / step.noise_t
     return weight_0, weight_t
@@ -84,6 +124,27 @@ def bridge_weights(step: Step) -> tuple[Float[Array, "..."], Float[Array, "..."]
 def bridge_mean(
     x_t: Float[Array, "*shape"], x_0: Float[Array, "*shape"], step: Step
 ) -> Float[Array, "*shape"]:
-    """Mean of the Gaussian bridge, [√ᾱ_s β_t x_0 + √(1−β_t) (1−ᾱ_s) x_t] / (1 − ᾱ_t)."""
+    """Mean of the Gaussian bridge, [√ᾱ_s β_t x_0 + √(1−β_t) (1−ᾱ_s) x_t] / (1 − ᾱ_t).
+
+    Args:
+        x_t: State after step t.
+        x_0: Data on the scale of the chain, or an estimate of them.
+        step: Coefficients of step t, broadcastable to x_t.
+
+    Returns:
+        E[x_s | x_t, x_0], s = t − 1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from probdiff import schedules
+        >>> from probdiff.kernels import bridge_mean
+        >>> step = schedules.steps(schedules.harmonic(4)).at(2, event_dim=1)
+        >>> x_0 = jnp.array([2.0, -1.0])
+        >>> x_1 = bridge_mean(jnp.sqrt(step.alpha_bar_t) * x_0, x_0, step)
+        >>> bool(jnp.allclose(x_1, jnp.sqrt(step.alpha_bar_s) * x_0))  # no noise: x_s = √ᾱ_s x_0
+        True
+
+    Source: Sohl-Dickstein et al. (2015), appendix B.3.
+    """
     weight_0, weight_t = bridge_weights(step)
     return weight_0 * x_0 + weight_t * x_t

@@ -54,7 +54,26 @@ class Integers(constraints.Constraint):
 
 
 class States(dist.Distribution):
-    """Law of a symbol 0..K−1, elementwise: log-probabilities on the last axis, int32 draws."""
+    """Law of a symbol 0..K−1, elementwise, as a NumPyro distribution; int32 draws.
+
+    Args:
+        log_probs: Log-probabilities, nats, normalised, the K states on the last axis; −∞ is
+            allowed.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro.distributions import kl_divergence
+        >>> from probdiff.kernels import States
+        >>> law = States(jnp.log(jnp.array([0.5, 0.25, 0.25])))
+        >>> law.batch_shape, law.event_shape
+        ((), ())
+        >>> round(float(law.entropy() / jnp.log(2.0)), 3)  # bits: ½ · 1 + ¼ · 2 + ¼ · 2
+        1.5
+        >>> uniform = States(jnp.log(jnp.ones(3) / 3))
+        >>> gap = kl_divergence(law, uniform) - (jnp.log(3.0) - law.entropy())
+        >>> bool(abs(gap) < 1e-6)  # KL(q ‖ 1/K) = log K − H(q)
+        True
+    """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
     pytree_data_fields = ("log_probs",)
@@ -100,7 +119,20 @@ class States(dist.Distribution):
 
 
 class Bits(dist.Distribution):
-    """Law of a bit, elementwise, held by its logit log p(1)/p(0); int32 draws."""
+    """Law of a bit, elementwise, as a NumPyro distribution held by its logit; int32 draws.
+
+    Args:
+        logit: log p(1)/p(0), any real number or ±∞.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from probdiff.kernels import Bits
+        >>> law = Bits(jnp.array([0.0, jnp.log(3.0), 40.0]))
+        >>> [round(p, 2) for p in law.mean.tolist()]
+        [0.5, 0.75, 1.0]
+        >>> f"{law.log_prob(jnp.array(0))[2]:.0f}"  # a probability of 4e-18 keeps its logarithm
+        '-40'
+    """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
     pytree_data_fields = ("logit",)

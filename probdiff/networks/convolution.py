@@ -23,7 +23,39 @@ LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
 class ConvolutionalNetwork(nnx.Module):
-    """U-shaped convolutions over one grey or coloured image per example."""
+    """U-shaped convolutions over one grey or coloured image per example.
+
+    Squares of pixels become channels; residual blocks there, more at half the resolution, and a way
+    back with a skip. Every block is scaled and shifted by bump functions of time. Called as
+    `network(x_t, t)`; the output starts at 0.
+
+    Args:
+        event_shape: `(height, width)` or `(height, width, channels)`; the sides must be
+            multiples of `2 * patch`.
+        width: Channels at the patches' resolution; twice as many at half of it.
+        depth: Residual blocks on each of the three stretches (down, bottom, up).
+        T: Number of steps over which the bumps are spread; the network serves no other T.
+        patch: Side of the square of pixels that become channels.
+        bumps: Number of bump functions.
+        outputs: Numbers per entry of x, as the readout needs.
+        states: States of a symbol, to be coded one-hot; 0 takes x as the numbers they are.
+        rngs: Draws the initial weights.
+
+    Raises:
+        ValueError: if the sides of the image are not multiples of `2 * patch`.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from probdiff import networks
+        >>> def call(x_t, t):
+        ...     network = networks.ConvolutionalNetwork((8, 8), 16, depth=1, T=40, rngs=nnx.Rngs(0))
+        ...     return network(x_t, t)
+        >>> out = jax.eval_shape(call, jnp.ones((5, 8, 8)), jnp.full(5, 40))
+        >>> out.shape  # mean and variance of each pixel
+        (5, 8, 16)
+    """
 
     def __init__(
         self,
@@ -38,23 +70,6 @@ class ConvolutionalNetwork(nnx.Module):
         states: int = 0,
         rngs: nnx.Rngs,
     ):
-        """Make the network.
-
-        Args:
-            event_shape: `(height, width)` or `(height, width, channels)`; the sides must be
-                multiples of `2 * patch`.
-            width: Channels at the patches' resolution; twice as many at half of it.
-            depth: Residual blocks on each of the three stretches (down, bottom, up).
-            T: Number of steps over which the bumps are spread; the network serves no other T.
-            patch: Side of the square of pixels that become channels.
-            bumps: Number of bump functions.
-            outputs: Numbers per entry of x, as the readout needs.
-            states: States of a symbol, to be coded one-hot; 0 takes x as the numbers they are.
-            rngs: Draws the initial weights.
-
-        Raises:
-            ValueError: if the sides of the image are not multiples of `2 * patch`.
-        """
         if len(event_shape) not in (2, 3) or any(n % (2 * patch) for n in event_shape[:2]):
             raise ValueError(
                 f"event_shape must be (height, width) or (height, width, channels) with sides that "

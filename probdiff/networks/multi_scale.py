@@ -32,7 +32,47 @@ from probdiff.networks.radial_basis import output_shape
 
 
 class MultiScaleConvolution(nnx.Module):
-    """Multi-scale convolutions and dense layers over one grey or coloured image per example."""
+    """The 2015 network for images: multi-scale convolutions beside a dense pathway.
+
+    Convolutions with kernels fine at their centre and coarse far from it, softplus behind each;
+    tanh layers on the whole image; both joined pixel by pixel, and weighed by bump functions of t.
+    Called as `network(x_t, t)`, on one grey or coloured image per example; the output starts at 0.
+
+    Args:
+        event_shape: `(height, width)` or `(height, width, channels)`; with convolutions the
+            sides must be multiples of `2**(scales - 1)`.
+        width: Channels of a multi-scale convolution.
+        depth: Multi-scale convolutions one after the other; 0 leaves the dense pathway alone.
+        T: Number of steps over which the bumps are spread; the network serves no other T.
+        scales: Scales of each convolution, 1 for an ordinary one.
+        dense_width: Units of a hidden layer of the dense pathway.
+        dense_depth: Hidden layers of the dense pathway, before the layer that gives numbers
+            per pixel; 0 leaves the convolutions alone.
+        dense_outputs: Numbers per pixel that the dense pathway ends in.
+        upper_width: Channels of a 1 × 1 convolution.
+        upper_depth: 1 × 1 convolutions, before the read-out.
+        bumps: Number J of bump functions.
+        outputs: Numbers per entry of x, as the readout needs.
+        rngs: Draws the initial weights; the output starts at 0.
+
+    Raises:
+        ValueError: if the sides are no multiples of the coarsest square, or there is neither
+            pathway.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from probdiff import networks
+        >>> def call(x_t, t):
+        ...     network = networks.MultiScaleConvolution((8, 8), 16, 2, T=40, rngs=nnx.Rngs(0))
+        ...     return network(x_t, t)
+        >>> out = jax.eval_shape(call, jnp.ones((5, 8, 8)), jnp.full(5, 40))
+        >>> out.shape  # mean and variance of each pixel
+        (5, 8, 16)
+
+    Source: Sohl-Dickstein et al. (2015), appendix D.2.1.
+    """
 
     def __init__(
         self,
@@ -51,29 +91,6 @@ class MultiScaleConvolution(nnx.Module):
         outputs: int = 2,
         rngs: nnx.Rngs,
     ):
-        """Make the network.
-
-        Args:
-            event_shape: `(height, width)` or `(height, width, channels)`; with convolutions the
-                sides must be multiples of `2**(scales - 1)`.
-            width: Channels of a multi-scale convolution.
-            depth: Multi-scale convolutions one after the other; 0 leaves the dense pathway alone.
-            T: Number of steps over which the bumps are spread; the network serves no other T.
-            scales: Scales of each convolution, 1 for an ordinary one.
-            dense_width: Units of a hidden layer of the dense pathway.
-            dense_depth: Hidden layers of the dense pathway, before the layer that gives numbers
-                per pixel; 0 leaves the convolutions alone.
-            dense_outputs: Numbers per pixel that the dense pathway ends in.
-            upper_width: Channels of a 1 × 1 convolution.
-            upper_depth: 1 × 1 convolutions, before the read-out.
-            bumps: Number J of bump functions.
-            outputs: Numbers per entry of x, as the readout needs.
-            rngs: Draws the initial weights; the output starts at 0.
-
-        Raises:
-            ValueError: if the sides are no multiples of the coarsest square, or there is neither
-                pathway.
-        """
         _check(event_shape, depth, scales, dense_depth)
         self.event_shape, self.width, self.depth, self.T = tuple(event_shape), width, depth, T
         self.dense_width, self.dense_depth = dense_width, dense_depth

@@ -20,7 +20,40 @@ from probdiff.networks.radial_basis import output_shape
 
 
 class Perceptron(nnx.Module):
-    """Fully connected layers on the flattened example, with bump functions of time."""
+    """Fully connected layers on the flattened example, with bump functions of time.
+
+        h ← silu(A [h, g(t)] + b) in every layer,    output = A [h, g(t)] + b, which starts at 0
+
+    Called as `network(x_t, t)` or `network(x_t, t, context)`, it serves numbers, bits and classes.
+    The number of its parameters does not depend on T.
+
+    Args:
+        event_shape: Shape of one example.
+        width: Units per hidden layer.
+        depth: Number of hidden layers.
+        T: Number of steps over which the bumps are spread; the network serves no other T.
+        bumps: Number of bump functions.
+        outputs: 2 for a readout with learned variance, 1 for one without.
+        context_size: Numbers in one example's context; 0 where there is none.
+        states: States of a symbol, to be coded one-hot; 0 takes x as the numbers they are.
+        rngs: Draws the initial weights.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from probdiff import networks
+        >>> network = networks.Perceptron((2,), width=8, depth=1, T=40, rngs=nnx.Rngs(0))
+        >>> out = jax.eval_shape(network, jnp.ones((5, 2)), jnp.full(5, 40))
+        >>> out.shape  # mean and variance of each number
+        (5, 4)
+        >>> sum(p.size for p in jax.tree.leaves(nnx.state(network)))
+        180
+        >>> (2 + 10 + 1) * 8 + (8 + 10 + 1) * 4  # 10 bump functions enter both layers
+        180
+
+    Source: Sohl-Dickstein et al. (2015), appendix D.2.1, for the bumps g(t).
+    """
 
     def __init__(
         self,
@@ -35,19 +68,6 @@ class Perceptron(nnx.Module):
         states: int = 0,
         rngs: nnx.Rngs,
     ):
-        """Make the network.
-
-        Args:
-            event_shape: Shape of one example.
-            width: Units per hidden layer.
-            depth: Number of hidden layers.
-            T: Number of steps over which the bumps are spread; the network serves no other T.
-            bumps: Number of bump functions.
-            outputs: 2 for a readout with learned variance, 1 for one without.
-            context_size: Numbers in one example's context; 0 where there is none.
-            states: States of a symbol, to be coded one-hot; 0 takes x as the numbers they are.
-            rngs: Draws the initial weights.
-        """
         self.event_shape, self.width, self.depth, self.T = tuple(event_shape), width, depth, T
         self.bumps, self.outputs = bumps, outputs
         self.context_size, self.states = context_size, states

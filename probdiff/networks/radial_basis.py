@@ -16,7 +16,33 @@ from jaxtyping import Array, Float, Int
 
 
 class RadialBasis(nnx.Module):
-    """One hidden layer of normalised radial basis functions with a linear read-out per step."""
+    """One hidden layer of normalised radial basis functions with a linear read-out per step.
+
+        h_j(x) = exp(−|x − c_j|² / 2w_j²) / Σ_k exp(−|x − c_k|² / 2w_k²)
+        output_t = A_t h(x) + b_t
+
+    Called as `network(x_t, t)`. For toy data; A_t and b_t start at 0, w at 1.
+
+    Args:
+        event_shape: Shape of one example.
+        width: Number of basis functions.
+        T: Number of steps; the network serves no other T.
+        outputs: 2 for a readout with learned variance, 1 for one without.
+        rngs: Draws the centres from N(0, 1), the law the chain ends in.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from probdiff import networks
+        >>> network = networks.RadialBasis((2,), width=16, T=40, rngs=nnx.Rngs(0))
+        >>> jax.eval_shape(network, jnp.ones((5, 2)), jnp.full(5, 40)).shape
+        (5, 4)
+        >>> sum(p.size for p in jax.tree.leaves(nnx.state(network)))  # 16 (2 + 1) + 40 (16 + 1) 4
+        2768
+
+    Source: Sohl-Dickstein et al. (2015), appendix D.1.1.
+    """
 
     def __init__(
         self,
@@ -27,15 +53,6 @@ class RadialBasis(nnx.Module):
         outputs: int = 2,
         rngs: nnx.Rngs,
     ):
-        """Make the network.
-
-        Args:
-            event_shape: Shape of one example.
-            width: Number of basis functions.
-            T: Number of steps; the network serves no other T.
-            outputs: 2 for a readout with learned variance, 1 for one without.
-            rngs: Draws the centres from N(0, 1), the law the chain ends in.
-        """
         self.event_shape, self.width, self.T, self.outputs = tuple(event_shape), width, T, outputs
         size = math.prod(event_shape)
         self.centres = nnx.Param(jax.random.normal(rngs.params(), (width, size)))

@@ -24,7 +24,36 @@ from probdiff.networks.radial_basis import output_shape
 
 
 class SharedHead(nnx.Module):
-    """Residual perceptron on the flattened example, with a head applied entry by entry."""
+    """Residual perceptron on the flattened example, with a head applied entry by entry.
+
+    The perceptron, its trunk, sees the whole example and hands a few channels to every entry; the
+    head, the same for all, sees the entry itself and its channels. Called as `network(x_t, t)`. For
+    small images and other numbers whose denoiser turns sharply with the entry that it denoises; the
+    output starts at 0.
+
+    Args:
+        event_shape: Shape of one example.
+        width: Units per hidden layer of the trunk.
+        depth: Number of hidden layers of the trunk.
+        T: Number of steps over which the bumps are spread; the network serves no other T.
+        channels: Numbers that the trunk hands to the head for each entry.
+        head_width: Units in each of the head's two hidden layers.
+        bumps: Number of bump functions.
+        outputs: 2 for a readout with learned variance, 1 for one without.
+        rngs: Draws the initial weights.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from probdiff import networks
+        >>> def call(x_t, t):
+        ...     network = networks.SharedHead((8, 8), width=16, depth=2, T=40, rngs=nnx.Rngs(0))
+        ...     return network(x_t, t)
+        >>> out = jax.eval_shape(call, jnp.ones((5, 8, 8)), jnp.full(5, 40))
+        >>> out.shape  # mean and variance of each pixel
+        (5, 8, 16)
+    """
 
     def __init__(
         self,
@@ -39,19 +68,6 @@ class SharedHead(nnx.Module):
         outputs: int = 2,
         rngs: nnx.Rngs,
     ):
-        """Make the network.
-
-        Args:
-            event_shape: Shape of one example.
-            width: Units per hidden layer of the trunk.
-            depth: Number of hidden layers of the trunk.
-            T: Number of steps over which the bumps are spread; the network serves no other T.
-            channels: Numbers that the trunk hands to the head for each entry.
-            head_width: Units in each of the head's two hidden layers.
-            bumps: Number of bump functions.
-            outputs: 2 for a readout with learned variance, 1 for one without.
-            rngs: Draws the initial weights.
-        """
         self.event_shape, self.width, self.depth, self.T = tuple(event_shape), width, depth, T
         self.channels, self.head_width = channels, head_width
         self.bumps, self.outputs = bumps, outputs

@@ -21,7 +21,32 @@ from probdiff.networks.radial_basis import output_shape
 
 
 class SigmoidPerceptron(nnx.Module):
-    """Sigmoid layers on the flattened example, with a linear read-out per step."""
+    """Sigmoid layers on the flattened example, with a linear read-out per step: for bits.
+
+        h_1 = σ(W_1 x + b_1),  h_{k+1} = σ(W_{k+1} h_k + b_{k+1}),    output_t = A_t h + c_t
+
+    Called as `network(x_t, t)`; the hidden layers do not know the step, and the output starts at 0.
+
+    Args:
+        event_shape: Shape of one example.
+        width: Units per hidden layer.
+        depth: Number of hidden layers, at least 1.
+        T: Number of steps; the network serves no other T.
+        outputs: 1 for bits, 2 for a readout with learned variance.
+        rngs: Draws the initial weights of the hidden layers; the read-outs start at 0.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from probdiff import networks
+        >>> network = networks.SigmoidPerceptron((20,), width=8, depth=2, T=40, rngs=nnx.Rngs(0))
+        >>> out = jax.eval_shape(network, jnp.ones((5, 20), jnp.int32), jnp.full(5, 40))
+        >>> out.shape  # a logit of each bit
+        (5, 20)
+
+    Source: Sohl-Dickstein et al. (2015), appendix D.1.2.
+    """
 
     def __init__(
         self,
@@ -33,16 +58,6 @@ class SigmoidPerceptron(nnx.Module):
         outputs: int = 1,
         rngs: nnx.Rngs,
     ):
-        """Make the network.
-
-        Args:
-            event_shape: Shape of one example.
-            width: Units per hidden layer.
-            depth: Number of hidden layers, at least 1.
-            T: Number of steps; the network serves no other T.
-            outputs: 1 for bits, 2 for a readout with learned variance.
-            rngs: Draws the initial weights of the hidden layers; the read-outs start at 0.
-        """
         self.event_shape, self.width, self.depth, self.T = tuple(event_shape), width, depth, T
         self.outputs = outputs
         size = math.prod(event_shape)

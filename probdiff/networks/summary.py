@@ -46,6 +46,17 @@ def summary(
 
     Raises:
         ValueError: if the network is of another kind, keeps state, or batch_size is below 1.
+
+    Example:
+        >>> from flax import nnx
+        >>> from probdiff import networks
+        >>> network = networks.RadialBasis((2,), width=16, T=40, rngs=nnx.Rngs(0))
+        >>> table = networks.summary(network, (2,))
+        >>> print(table)  # doctest: +ELLIPSIS
+        RadialBasis Summary
+        ...
+        Total Parameters: 2,768 (11.1 KB)
+        Total FLOPs: ...
     """
     if not isinstance(network, nnx.Module):
         raise ValueError(f"network must be a flax.nnx module; got {type(network).__name__}")

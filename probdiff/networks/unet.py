@@ -37,7 +37,49 @@ ZEROS = nnx.initializers.zeros
 
 
 class UNet(nnx.Module):
-    """U-shaped convolutions over one grey or coloured image per example."""
+    """U-shaped convolutions over one grey or coloured image per example, and a head at each pixel.
+
+    Residual blocks at every resolution, halved on the way down, doubled on the way up, with skips;
+    a small head, the same everywhere, sees each pixel of x_t beside the features of its place. Step
+    (or log-SNR) and context scale and shift the blocks. Called as `network(x_t, t)` or
+    `network(x_t, t, context)`.
+
+    Args:
+        event_shape: `(height, width)` or `(height, width, channels)`; the sides must be
+            multiples of `patch * 2**(len(widths) - 1)`.
+        widths: Channels at each resolution, the finest first; multiples of 8.
+        depth: Residual blocks at each resolution, on the way down and on the way up.
+        T: Number of steps, if the network is to know t/T; it serves no other T. None makes it
+            know the log-SNR instead, and serve any schedule with ᾱ_T > 0.
+        patch: Side of the square of pixels that become channels on entry. On a CPU 2 is some
+            three times as fast as 1.
+        head_width: Channels of the head at full resolution.
+        attention_heads: Heads of self-attention after each block of the coarsest resolution;
+            0 for none.
+        context_size: Numbers in one example's context; 0 where there is none.
+        outputs: Numbers per entry of x, as the readout needs.
+        states: States of a symbol, to be coded one-hot; 0 takes x as the numbers they are.
+        dtype: Type to compute in, such as "bfloat16"; None takes that of x. Parameters stay
+            float32, and so do norms and the head.
+        rngs: Draws the initial weights; the output starts at 0.
+
+    Raises:
+        ValueError: if sides, widths or heads do not divide as they must.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from probdiff import networks
+        >>> def call(x_t, t):
+        ...     network = networks.UNet((8, 8, 3), widths=(8, 16), depth=1, rngs=nnx.Rngs(0))
+        ...     return network(x_t, t)
+        >>> out = jax.eval_shape(call, jnp.ones((2, 8, 8, 3)), jnp.array([-5.0, 5.0]))
+        >>> out.shape  # at two log-SNRs; mean and variance of each colour
+        (2, 8, 8, 6)
+
+    Source: Ronneberger et al. (2015); Ho et al. (2020), appendix B, for the blocks.
+    """
 
     def __init__(
         self,
@@ -55,30 +97,6 @@ class UNet(nnx.Module):
         dtype: str | None = None,
         rngs: nnx.Rngs,
     ):
-        """Make the network.
-
-        Args:
-            event_shape: `(height, width)` or `(height, width, channels)`; the sides must be
-                multiples of `patch * 2**(len(widths) - 1)`.
-            widths: Channels at each resolution, the finest first; multiples of 8.
-            depth: Residual blocks at each resolution, on the way down and on the way up.
-            T: Number of steps, if the network is to know t/T; it serves no other T. None makes it
-                know the log-SNR instead, and serve any schedule with ᾱ_T > 0.
-            patch: Side of the square of pixels that become channels on entry. On a CPU 2 is some
-                three times as fast as 1.
-            head_width: Channels of the head at full resolution.
-            attention_heads: Heads of self-attention after each block of the coarsest resolution;
-                0 for none.
-            context_size: Numbers in one example's context; 0 where there is none.
-            outputs: Numbers per entry of x, as the readout needs.
-            states: States of a symbol, to be coded one-hot; 0 takes x as the numbers they are.
-            dtype: Type to compute in, such as "bfloat16"; None takes that of x. Parameters stay
-                float32, and so do norms and the head.
-            rngs: Draws the initial weights; the output starts at 0.
-
-        Raises:
-            ValueError: if sides, widths or heads do not divide as they must.
-        """
         side = patch * 2 ** (len(widths) - 1)
         if len(event_shape) not in (2, 3) or any(n % side for n in event_shape[:2]):
             raise ValueError(

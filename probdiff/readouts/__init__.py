@@ -4,6 +4,7 @@ from probdiff.readouts.discrete import DataLogits, DiscreteReadout, Logits
 from probdiff.readouts.gaussian import (
     BridgeVariance,
     Data,
+    Denoiser,
     Epsilon,
     ForwardVariance,
     GaussianReadout,

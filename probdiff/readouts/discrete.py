@@ -25,7 +25,20 @@ from probdiff.types import Step
 
 
 class DiscreteReadout(abc.ABC):
-    """Reverse step of a chain of symbols, read from a network's output."""
+    """Reverse step of a chain of symbols, read from a network's output.
+
+    Abstract; `Logits` says where the next bit goes, `DataLogits` where x_0 is. `num_outputs` is how
+    many numbers the network owes for each symbol, laid side by side along its last axis.
+
+    Example:
+        >>> from probdiff import BernoulliKernel, CategoricalKernel, readouts
+        >>> readouts.Logits().num_outputs(BernoulliKernel(0.5))
+        1
+        >>> readouts.DataLogits().num_outputs(CategoricalKernel(5))
+        5
+
+    Source: Sohl-Dickstein et al. (2015), table App. 1; Austin et al. (2021), equation 4.
+    """
 
     needs_signal = False
 
@@ -76,7 +89,23 @@ class DiscreteReadout(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Logits(DiscreteReadout):
-    """Bits: p(x_s = 1 | x_t) by its logit, relative to the forward kernel's."""
+    """Bits: p(x_s = 1 | x_t) by its logit, relative to the forward kernel's.
+
+        p(x_s = 1 | x_t) = f_b = sigmoid(z + logit T_π(1 | x_t; β_t))
+
+    It takes no arguments. With z = 0 it is the exact reverse chain of π.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from probdiff import BernoulliKernel, readouts, schedules
+        >>> step = schedules.steps(schedules.harmonic(4)).at(2, event_dim=1)
+        >>> x_t, z = jnp.array([0, 1]), jnp.zeros(2)
+        >>> law = readouts.Logits()(BernoulliKernel(0.2), (z,), x_t, step)
+        >>> [round(p, 3) for p in law.mean.tolist()]  # (1 − β_2) x_t + β_2 · 0.2, with β_2 = 1/3
+        [0.067, 0.733]
+
+    Source: Sohl-Dickstein et al. (2015), table App. 1.
+    """
 
     def num_outputs(self, kernel: Any) -> int:
         """1."""
@@ -106,7 +135,26 @@ class Logits(DiscreteReadout):
 
 @dataclasses.dataclass(frozen=True)
 class DataLogits(DiscreteReadout):
-    """p(x_0 | x_t) by its logits; the reverse step is the bridge averaged over it."""
+    """p(x_0 | x_t) by its logits; the reverse step is the bridge averaged over it.
+
+        p(x_s | x_t) = Σ_j p(x_0 = j | x_t) q(x_s | x_t, x_0 = j)
+
+    It takes no arguments. The network gives one number for a bit, the logit of 1, and K numbers for
+    a symbol of K classes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from probdiff import CategoricalKernel, readouts, schedules
+        >>> kernel = CategoricalKernel(3)
+        >>> step = schedules.steps(schedules.harmonic(4)).at(2, event_dim=0)
+        >>> certain = jnp.array(0.0), jnp.array(-jnp.inf), jnp.array(-jnp.inf)  # x_0 = 0
+        >>> law = readouts.DataLogits()(kernel, certain, jnp.array(1), step)
+        >>> bridge = kernel.bridge(jnp.array(1), jnp.array(0), step)
+        >>> bool(jnp.allclose(law.probs, bridge.probs))
+        True
+
+    Source: Austin et al. (2021), equation 4.
+    """
 
     def num_outputs(self, kernel: Any) -> int:
         """1 for bits, K for K classes."""

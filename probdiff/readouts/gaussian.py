@@ -40,7 +40,27 @@ State = Float[Array, "*#shape"]
 
 
 class Variance(abc.ABC):
-    """Variance of the reverse step p(x_s | x_t)."""
+    """Variance of the reverse step p(x_s | x_t), elementwise.
+
+    Abstract: a subclass returns it from the network's second output (None where `num_outputs` is 0)
+    and the coefficients of the step; a frozen dataclass compares by its fields.
+
+    Example:
+        The geometric mean of the two ends of eq. 24:
+
+        >>> import jax.numpy as jnp
+        >>> from probdiff import readouts, schedules
+        >>> class Middle(readouts.Variance):
+        ...     def __call__(self, output, step):
+        ...         ends = readouts.ForwardVariance(), readouts.BridgeVariance()
+        ...         return jnp.sqrt(ends[0](None, step) * ends[1](None, step))
+        >>> step = schedules.steps(schedules.harmonic(4)).at(2, event_dim=0)
+        >>> lower, upper = readouts.BridgeVariance(), readouts.ForwardVariance()
+        >>> [round(float(v(None, step)), 3) for v in (lower, Middle(), upper)]
+        [0.167, 0.236, 0.333]
+
+    Source: Sohl-Dickstein et al. (2015), eq. 24.
+    """
 
     num_outputs: int = 0
     """How many numbers the network gives for it, per number of x: 0 or 1."""
@@ -52,7 +72,21 @@ class Variance(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class LearnedVariance(Variance):
-    """sigmoid(v + logit β_t), so that v = 0 gives β_t (2015, appendix D.2.1)."""
+    """sigmoid(v + logit β_t), so that v = 0 gives β_t (2015, appendix D.2.1).
+
+    v is the network's second output for each number of x, which it must therefore have: `outputs=2`
+    in the networks of the package.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from probdiff import readouts, schedules
+        >>> step = schedules.steps(schedules.harmonic(4)).at(2, event_dim=0)  # β_2 = 1/3
+        >>> variance = readouts.LearnedVariance()
+        >>> [round(float(variance(jnp.array(v), step)), 3) for v in (-1.0, 0.0, 1.0)]
+        [0.155, 0.333, 0.576]
+
+    Source: Sohl-Dickstein et al. (2015), appendix D.2.1.
+    """
 
     num_outputs = 1
 
@@ -63,7 +97,16 @@ class LearnedVariance(Variance):
 
 @dataclasses.dataclass(frozen=True)
 class ForwardVariance(Variance):
-    """β_t: the upper end of eq. 24, exact for N(0, 1) data."""
+    """β_t: the upper end of eq. 24, exact for N(0, 1) data; nothing for the network to say.
+
+    Example:
+        >>> from probdiff import readouts, schedules
+        >>> table = schedules.steps(schedules.harmonic(4))
+        >>> [round(v, 3) for v in readouts.ForwardVariance()(None, table).tolist()]
+        [0.25, 0.333, 0.5, 1.0]
+
+    Source: Sohl-Dickstein et al. (2015), eq. 24.
+    """
 
     def __call__(self, output: Output | None, step: Step) -> Float[Array, "..."]:
         """Variance β_t."""
@@ -75,6 +118,14 @@ class BridgeVariance(Variance):
     """β_t (1−ᾱ_s)/(1−ᾱ_t): the lower end of eq. 24, too narrow unless x̂_0 is certain.
 
     At t = 1 the bridge has no width, which no density survives: β_1 stands there instead.
+
+    Example:
+        >>> from probdiff import readouts, schedules
+        >>> table = schedules.steps(schedules.harmonic(4))  # β_t is 1/4, 1/3, 1/2, 1
+        >>> [round(v, 3) for v in readouts.BridgeVariance()(None, table).tolist()]
+        [0.25, 0.167, 0.333, 0.75]
+
+    Source: Sohl-Dickstein et al. (2015), eq. 24.
     """
 
     def __call__(self, output: Output | None, step: Step) -> Float[Array, "..."]:
@@ -83,7 +134,24 @@ class BridgeVariance(Variance):
 
 
 class GaussianReadout(abc.ABC):
-    """Reverse step N(mean, variance) of a Gaussian chain, read from a network's output."""
+    """Reverse step N(mean, variance) of a Gaussian chain, read from a network's output.
+
+    Abstract; `Denoiser` is the base of those that give one point x̂_0, `Mixture` gives a law of
+    x_0. `num_outputs` is how many numbers the network owes for each number of x, laid side by side
+    along its last axis.
+
+    Example:
+        >>> from probdiff import GaussianKernel, readouts
+        >>> kernel = GaussianKernel()
+        >>> readouts.Epsilon(readouts.ForwardVariance()).num_outputs(kernel)  # z
+        1
+        >>> readouts.Epsilon(readouts.LearnedVariance()).num_outputs(kernel)  # z and v
+        2
+        >>> readouts.Mixture(components=4).num_outputs(kernel)  # 4 logits, means and widths
+        12
+
+    Source: Sohl-Dickstein et al. (2015), section 2.2.
+    """
 
     needs_signal: bool = False
     """Whether x̂_0 divides by √ᾱ_t, which rules out ᾱ_T = 0."""
@@ -139,7 +207,33 @@ class GaussianReadout(abc.ABC):
 
 
 class Denoiser(GaussianReadout):
-    """A readout of one point x̂_0, and a variance beside it."""
+    """A readout of one point x̂_0, and a variance beside it.
+
+        p(x_s | x_t) = N(w_0 x̂_0 + w_t x_t, variance),    w_0 and w_t of `kernels.bridge_weights`
+
+    Abstract: a subclass has a field `variance` and says by `denoise` what the network's first
+    output z stands for.
+
+    Example:
+        A network that says by how much x_0 differs from x_t:
+
+        >>> import dataclasses
+        >>> import jax.numpy as jnp
+        >>> from probdiff import Diffusion, GaussianKernel, readouts, schedules
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Residual(readouts.Denoiser):
+        ...     variance: readouts.Variance = readouts.BridgeVariance()
+        ...
+        ...     def denoise(self, z, x_t, step):
+        ...         return x_t + z
+        >>> diffusion = Diffusion(
+        ...     GaussianKernel(), schedules.harmonic(4), lambda x_t, t: 1 - x_t,
+        ...     event_shape=(2,), readout=Residual(),
+        ... )
+        >>> reverse, _ = diffusion.bind({})
+        >>> reverse.x_0_hat(jnp.array([0.5, -2.0]), jnp.array(3)).tolist()
+        [1.0, 1.0]
+    """
 
     variance: Variance
 
@@ -191,7 +285,27 @@ class Denoiser(GaussianReadout):
 
 @dataclasses.dataclass(frozen=True)
 class Perturbation(Denoiser):
-    """Perturbed forward kernel, mean √(1−β_t) x_t + √β_t z: the readout of 2015."""
+    """Perturbed forward kernel, mean √(1−β_t) x_t + √β_t z: the readout of 2015.
+
+    With z = 0 and variance β_t it is the exact reverse chain of N(0, 1), from which training starts
+    where a network's output starts at 0.
+
+    Args:
+        variance: Variance of the reverse step: `LearnedVariance()`, `ForwardVariance()`,
+            `BridgeVariance()` or a `Variance` of your own.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from probdiff import GaussianKernel, readouts, schedules
+        >>> step = schedules.steps(schedules.harmonic(4)).at(2, event_dim=1)
+        >>> x_t, zero = jnp.array([0.5, -2.0]), jnp.zeros(2)
+        >>> law = readouts.Perturbation()(GaussianKernel(), (zero, zero), x_t, step)  # z = v = 0
+        >>> forward = GaussianKernel().transition(x_t, step)
+        >>> bool(jnp.allclose(law.mean, forward.mean)), bool(jnp.allclose(law.scale, forward.scale))
+        (True, True)
+
+    Source: Sohl-Dickstein et al. (2015), appendix D.2.1, in the form of its authors' program.
+    """
 
     variance: Variance = LearnedVariance()
 
@@ -207,7 +321,26 @@ class Perturbation(Denoiser):
 
 @dataclasses.dataclass(frozen=True)
 class Epsilon(Denoiser):
-    """The network predicts the noise ε of x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε (Ho et al. 2020)."""
+    """The network predicts the noise ε of x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε (Ho et al. 2020).
+
+        x̂_0 = (x_t − √(1−ᾱ_t) z) / √ᾱ_t,    hence β_T must be below 1
+
+    Args:
+        variance: Variance of the reverse step: `LearnedVariance()`, `ForwardVariance()`,
+            `BridgeVariance()` or a `Variance` of your own.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from probdiff import GaussianKernel, readouts, schedules
+        >>> step = schedules.steps(schedules.harmonic(4)).at(3, event_dim=1)
+        >>> x_0, noise = jnp.array([0.5, -2.0]), jnp.array([0.1, 1.0])
+        >>> x_t = jnp.sqrt(step.alpha_bar_t) * x_0 + jnp.sqrt(step.noise_t) * noise
+        >>> x_0_hat = readouts.Epsilon().x_0_hat(GaussianKernel(), (noise,), x_t, step)
+        >>> bool(jnp.allclose(x_0_hat, x_0, atol=1e-5))  # a network that is right about the noise
+        True
+
+    Source: Ho et al. (2020), eq. 15.
+    """
 
     variance: Variance = LearnedVariance()
     needs_signal = True
@@ -219,7 +352,23 @@ class Epsilon(Denoiser):
 
 @dataclasses.dataclass(frozen=True)
 class Data(Denoiser):
-    """The network predicts x_0 itself."""
+    """The network predicts x_0 itself, on the scale of the chain: x̂_0 = z.
+
+    Args:
+        variance: Variance of the reverse step: `LearnedVariance()`, `ForwardVariance()`,
+            `BridgeVariance()` or a `Variance` of your own.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from probdiff import GaussianKernel, readouts, schedules
+        >>> kernel = GaussianKernel()
+        >>> step = schedules.steps(schedules.harmonic(4)).at(3, event_dim=0)
+        >>> x_0, x_t = jnp.array(0.5), jnp.array(-1.0)
+        >>> law = readouts.Data(readouts.BridgeVariance())(kernel, (x_0,), x_t, step)
+        >>> pinned = kernel.bridge(x_t, x_0, step)  # what the reverse step is when x̂_0 = x_0
+        >>> bool(jnp.allclose(law.mean, pinned.mean)), bool(jnp.allclose(law.scale, pinned.scale))
+        (True, True)
+    """
 
     variance: Variance = LearnedVariance()
 
@@ -230,7 +379,27 @@ class Data(Denoiser):
 
 @dataclasses.dataclass(frozen=True)
 class Velocity(Denoiser):
-    """The network predicts √ᾱ_t ε − √(1−ᾱ_t) x_0 (Salimans & Ho 2022)."""
+    """The network predicts √ᾱ_t ε − √(1−ᾱ_t) x_0 (Salimans & Ho 2022).
+
+        x̂_0 = √ᾱ_t x_t − √(1−ᾱ_t) z
+
+    Args:
+        variance: Variance of the reverse step: `LearnedVariance()`, `ForwardVariance()`,
+            `BridgeVariance()` or a `Variance` of your own.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from probdiff import GaussianKernel, readouts, schedules
+        >>> step = schedules.steps(schedules.harmonic(4)).at(3, event_dim=1)
+        >>> x_0, noise = jnp.array([0.5, -2.0]), jnp.array([0.1, 1.0])
+        >>> x_t = jnp.sqrt(step.alpha_bar_t) * x_0 + jnp.sqrt(step.noise_t) * noise
+        >>> z = jnp.sqrt(step.alpha_bar_t) * noise - jnp.sqrt(step.noise_t) * x_0
+        >>> x_0_hat = readouts.Velocity().x_0_hat(GaussianKernel(), (z,), x_t, step)
+        >>> bool(jnp.allclose(x_0_hat, x_0, atol=1e-5))
+        True
+
+    Source: Salimans & Ho (2022), section 4.
+    """
 
     variance: Variance = LearnedVariance()
 
@@ -241,7 +410,24 @@ class Velocity(Denoiser):
 
 @dataclasses.dataclass(frozen=True)
 class Score(Denoiser):
-    """The network predicts the score ∇ log p(x_t) = −E[ε | x_t] / √(1−ᾱ_t)."""
+    """The network predicts the score ∇ log p(x_t) = −E[ε | x_t] / √(1−ᾱ_t).
+
+        x̂_0 = (x_t + (1−ᾱ_t) z) / √ᾱ_t,    hence β_T must be below 1
+
+    Args:
+        variance: Variance of the reverse step: `LearnedVariance()`, `ForwardVariance()`,
+            `BridgeVariance()` or a `Variance` of your own.
+
+    Example:
+        N(0, 1) data stay N(0, 1) at every level, whose score is −x_t:
+
+        >>> import jax.numpy as jnp
+        >>> from probdiff import GaussianKernel, readouts, schedules
+        >>> step = schedules.steps(schedules.harmonic(4)).at(3, event_dim=0)  # ᾱ_3 = 1/4
+        >>> x_t = jnp.array(3.0)
+        >>> readouts.Score().x_0_hat(GaussianKernel(), (-x_t,), x_t, step).tolist()  # √ᾱ_3 x_t
+        1.5
+    """
 
     variance: Variance = LearnedVariance()
     needs_signal = True

@@ -36,8 +36,30 @@ SLACK = 0.01
 class Grid(constraints.Constraint):
     """K values from low to high, evenly spaced; a constraint that does not call itself discrete.
 
-    As for `Integers`, no bijection to the reals is registered, so gradient-based MCMC refuses a
-    site of such values.
+    As for symbols, no bijection to the reals is registered, so gradient-based MCMC refuses a site
+    of such values.
+
+    Args:
+        low: Least value, finite, the user's units.
+        high: Largest value, above `low`.
+        levels: Number of values K, at least 2; their distance at least 2⁻¹⁶ of the largest of them,
+            or float32 would not tell them apart.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from probdiff import readouts
+        >>> grid = readouts.Grid(0, 16, 17)  # grey levels of 8 × 8 digits
+        >>> grid.nearest(jnp.array([-3.0, 7.4, 7.6])).tolist()
+        [0.0, 7.0, 8.0]
+        >>> log_mass = jax.jit(grid.log_mass)(jnp.arange(17.0), 8.0, 3.0)  # of N(8, 3²)
+        >>> round(float(jnp.exp(log_mass).sum()), 4)
+        1.0
+
+    Source: Ho et al. (2020), equation 13.
     """
 
     is_discrete = False

@@ -50,15 +50,37 @@ either. Where √β_1 is a level the cell of the level holds all but 6e-7 of wha
 
 @dataclasses.dataclass(frozen=True)
 class Mixture(GaussianReadout):
-    """Law of each x_0,i as K Gaussians, conditioned on x_t,i exactly; 3K outputs per number."""
+    """Law of each x_0,i as K Gaussians, conditioned on x_t,i exactly; 3K outputs per number.
+
+    The reverse step is the Gaussian of the moments that mixture and bridge give; the variance is no
+    guess of its own. For numbers that pile up at a few values, such as pixels.
+
+    Args:
+        components: K, at least 2.
+        low: Mean of the first component where the network's output is 0, on the scale of the chain:
+            the least value of the data is a good start, (0 − loc)/scale for grey levels.
+        high: Mean of the last; the others lie evenly between, a quarter of their distance wide.
+
+    Raises:
+        ValueError: if there are fewer than 2 components, or `low` is not below `high`.
+
+    Example:
+        A pixel near black (−1) or white (1) turns from one to the other as x_t passes 0:
+
+        >>> import jax.numpy as jnp
+        >>> from probdiff import GaussianKernel, readouts, schedules
+        >>> step = schedules.steps(schedules.harmonic(4)).at(2, event_dim=1)
+        >>> x_t = jnp.array([-1.0, 1.0])
+        >>> outputs = (jnp.zeros(2),) * 6  # logits, means, widths of 2 components as they start
+        >>> readout = readouts.Mixture(components=2, low=-1.0, high=1.0)
+        >>> x_0_hat = readout.x_0_hat(GaussianKernel(), outputs, x_t, step)
+        >>> [round(x, 2) for x in x_0_hat.tolist()]
+        [-0.93, 0.93]
+    """
 
     components: int = 4
-    """K, at least 2."""
     low: float = -2.0
-    """Mean of the first component where the network's output is 0, on the scale of the chain: the
-    least value of the data is a good start, (0 − loc)/scale for grey levels."""
     high: float = 2.0
-    """Mean of the last; the others lie evenly between, a quarter of their distance wide."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.components, int) or self.components < 2:

@@ -1,0 +1,153 @@
+"""Every public name says what it is, and shows its use by an example that runs.
+
+The examples are those of `help`: for a class its own docstring's and its public methods'. Each runs
+in a namespace and a folder of its own, and leaves no file behind.
+"""
+
+import ast
+import contextlib
+import doctest
+import importlib
+import inspect
+import io
+import itertools
+from pathlib import Path
+from types import ModuleType
+
+import matplotlib.pyplot as plt
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "probdiff"
+BY_ALL = (
+    "probdiff",
+    "probdiff.kernels",
+    "probdiff.readouts",
+    "probdiff.networks",
+    "probdiff.datasets",
+    "probdiff.diagnostics",
+    "probdiff.infer",
+    "probdiff.plots",
+)
+"""Their public names are listed in `__all__`."""
+BY_FUNCTION = ("probdiff.schedules", "probdiff.sample")
+"""Their public names are the functions that they define."""
+
+
+def functions(module):
+    """Names of the public functions that a module defines."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if inspect.isfunction(value)
+        and value.__module__ == module.__name__
+        and not name.startswith("_")
+    ]
+
+
+def public():
+    """(module, name) of everything public, what several modules list but once."""
+    seen = set()
+    for module_name in (*BY_ALL, *BY_FUNCTION):
+        module = importlib.import_module(module_name)
+        names = module.__all__ if module_name in BY_ALL else functions(module)
+        for name in names:
+            value = getattr(module, name, None)
+            if callable(value) and id(value) in seen:
+                continue
+            seen.add(id(value))
+            yield module_name, name
+
+
+PUBLIC = list(public())
+
+
+def is_exempt(value):
+    """Whether no example is asked for: modules, constants, exceptions and warnings."""
+    if isinstance(value, ModuleType | str | float | int):
+        return True
+    return inspect.isclass(value) and issubclass(value, BaseException)
+
+
+def documented_constants():
+    """Names assigned at the top of one of the package's files with a docstring behind."""
+    for file in PACKAGE.rglob("*.py"):
+        body = ast.parse(file.read_text()).body
+        for node, following in itertools.pairwise(body):
+            is_docstring = (
+                isinstance(following, ast.Expr)
+                and isinstance(following.value, ast.Constant)
+                and isinstance(following.value.value, str)
+            )
+            if isinstance(node, ast.Assign) and is_docstring:
+                names = (name for target in node.targets for name in ast.walk(target))
+                yield from (name.id for name in names if isinstance(name, ast.Name))
+
+
+def examples(value, name):
+    """The doctests of an object; of a class those of its public methods too."""
+    found = doctest.DocTestFinder().find(value, name, module=False, globs={})
+    own = [test for test in found if not any(p.startswith("_") for p in test.name.split(".")[1:])]
+    return [test for test in own if test.examples]
+
+
+def failures(test):
+    """What the examples of a docstring gave instead of what they say, or an empty text."""
+    flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+    runner, output = doctest.DocTestRunner(optionflags=flags), io.StringIO()
+    with contextlib.redirect_stdout(output):  # from where `run` takes what an example prints
+        result = runner.run(test, out=output.write)
+    return output.getvalue() if result.failed else ""
+
+
+@pytest.mark.parametrize(("module_name", "name"), PUBLIC, ids=map(".".join, PUBLIC))
+def test_public_name_is_explained_by_an_example(module_name, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(module_name)
+    assert getattr(module, name, None) is not None, f"{module_name} has no {name}"
+    value = getattr(module, name)
+    if isinstance(value, str | float | int):
+        assert name in set(documented_constants())
+        return
+    assert value.__doc__ and value.__doc__.strip()
+    if is_exempt(value):
+        return
+    tests = examples(value, name)
+    assert tests, f"{module_name}.{name} has no example"
+    try:
+        for test in tests:
+            assert not (found := failures(test)), found
+    finally:
+        plt.close("all")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("module_name", BY_ALL)
+def test_public_names_are_listed_once(module_name):
+    names = importlib.import_module(module_name).__all__
+    assert sorted(set(names)) == sorted(names)
+
+
+@pytest.mark.parametrize(
+    ("example", "is_right"),
+    [(">>> 1 + 1\n2", True), (">>> 1 + 1\n3", False), (">>> 1 / 0\n2", False)],
+)
+def test_a_wrong_example_is_noticed(example, is_right):
+    def function():
+        pass
+
+    function.__doc__ = example
+    (test,) = examples(function, "function")
+    assert (failures(test) == "") == is_right
+
+
+def test_a_class_may_show_its_use_in_a_public_method_alone():
+    class Shown:
+        def method(self):
+            """>>> 1\n1"""
+
+    class Hidden:
+        def _method(self):
+            """>>> 1\n1"""
+
+    assert len(examples(Shown, "Shown")) == 1
+    assert examples(Hidden, "Hidden") == []
