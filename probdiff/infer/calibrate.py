@@ -126,7 +126,7 @@ def calibrate(
         >>> def blind(key, y):
         ...     return jax.random.normal(key, (99,))
         >>> for sampler in (right, blind):
-        ...     tree = infer.calibrate(jax.random.key(0), program, sampler, num_simulations=100)
+        ...     tree = infer.calibrate(jax.random.key(0), program, sampler, num_simulations=60)
         ...     print(tree.attrs["least_p_value"] < tree.attrs["bound"], tree.attrs["least_at"])
         False ...
         True log_r

@@ -137,7 +137,7 @@ class SMC(Sampler):
             ...         numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
             >>> smc = infer.SMC(program, num_particles=1000)
             >>> smc.run(jax.random.key(0), y=jnp.array([-2.0, 1.6, 2.0]))
-            >>> smc.get_samples()["x_0"].mean(0).round(1).tolist()  # y/2
+            >>> [round(float(m), 1) for m in smc.get_samples()["x_0"].mean(0)]  # y/2
             [-1.0, 0.8, 1.0]
             >>> smc.log_evidence.shape
             (3,)

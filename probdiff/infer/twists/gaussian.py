@@ -40,7 +40,7 @@ class GaussianTwist(Widened):
         >>> twist = infer.GaussianTwist(matrix=[[1.0, 1.0]], noise=0.5)
         >>> smc = infer.SMC(program, num_particles=1000, twist=twist)
         >>> smc.run(jax.random.key(0), y=1.8)
-        >>> smc.get_samples()["x_0"].mean(0).round(1).tolist()  # y/(2 + ¼) = 0.8 each
+        >>> [round(float(m), 1) for m in smc.get_samples()["x_0"].mean(0)]  # y/(2 + ¼) each
         [0.8, 0.8]
         >>> smc.log_evidence_se < 0.01  # every particle has nearly the same weight
         True

@@ -72,7 +72,7 @@ class ReadoutTwist(LaplaceTwist):
         >>> smc.run(jax.random.key(0), jnp.array([1.0, 0.0]))
         >>> round(smc.log_evidence, 1)  # log ½ N(1; 1, ¼) = −0.9
         -0.9
-        >>> smc.get_samples()["x_0"].std(0).round(1).tolist()  # the second open as before, √1.25
+        >>> [round(float(sd), 1) for sd in smc.get_samples()["x_0"].std(0)]  # 2nd as before, √1.25
         [0.0, 1.1]
     """
 
