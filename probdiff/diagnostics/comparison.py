@@ -32,8 +32,6 @@ SHARED = "units", "reference_measure", "num_dims"
 def compare(models: Mapping[str, xr.DataTree], *, prob: float = 0.95) -> xr.DataTree:
     """Mean bounds of several models on the same examples, and their differences to the best.
 
-        compare({"T = 40": bound(key, short, ...), "T = 200": bound(key, long, ...)})
-
     Lower bounds are compared, not log p: a difference may be that of the bounds' slack.
 
     Args:
@@ -51,6 +49,26 @@ def compare(models: Mapping[str, xr.DataTree], *, prob: float = 0.95) -> xr.Data
     Raises:
         ValueError: if there are fewer than two models or examples, a tree is no bound or not
             finite, or trees differ in examples, units, reference measure or entries observed.
+
+    Example:
+        Data of N(0, 1) under their own law and under N(0.4, 1), of which log p says 0.08 nats less;
+        the rest is slack:
+
+        >>> import jax, jax.numpy as jnp, numpy as np
+        >>> from probdiff import Diffusion, GaussianKernel, diagnostics
+        >>> key, key_x = jax.random.split(jax.random.key(0))
+        >>> x = jax.random.normal(key_x, (2000,))
+        >>> models, beta = {}, np.array([0.36, 0.25])
+        >>> for pull in (0.0, 1.0):  # pulls x_1 up by √β_2 · pull
+        ...     def network(x_t, t, pull=pull):
+        ...         return jnp.broadcast_to(jnp.array([pull, 0.0]), (*x_t.shape, 2))
+        ...     diffusion = Diffusion(GaussianKernel(), beta, network, event_shape=())
+        ...     models[f"pull {pull}"] = diagnostics.bound(key, diffusion, {}, x)
+        >>> group = diagnostics.compare(models)["comparison"]
+        >>> group["model"].values.tolist()  # best first
+        ['pull 0.0', 'pull 1.0']
+        >>> group["difference"].values.round(1).tolist()
+        [0.0, -0.5]
     """
     if not 0 < prob < 1:
         raise ValueError(f"prob must lie in (0, 1); got {prob}")

@@ -81,6 +81,25 @@ def to_datatree(
 
     Raises:
         ValueError: if the source has not run or holds no program, or arguments do not belong to it.
+
+    Example:
+        A fit of the rates alone, and draws of its guide, each axis under its own name:
+
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from numpyro.infer import SVI, Trace_ELBO
+        >>> from probdiff import Diffusion, GaussianKernel, diagnostics, schedules
+        >>> def network(x_t, t):  # x_0 ~ N(0, I)
+        ...     return jnp.zeros((len(x_t), 4))
+        >>> beta = schedules.learned(schedules.cosine(4))
+        >>> diffusion = Diffusion(GaussianKernel(), beta, network, event_shape=(2,))
+        >>> svi = SVI(diffusion.model, diffusion.guide, optax.adam(1e-3), Trace_ELBO())
+        >>> x = jax.random.normal(jax.random.key(0), (100, 2))
+        >>> fitted = svi.run(jax.random.key(1), 5, x, progress_bar=False)
+        >>> tree = diagnostics.to_datatree(fitted, x, svi=svi, key=jax.random.key(2), num_draws=50)
+        >>> dict(tree["posterior"]["x_0_trajectory"].sizes)
+        {'chain': 1, 'draw': 50, 'data': 100, 'step': 4, 'x_0_dim_0': 2}
+        >>> dict(tree["training"]["loss"].sizes)
+        {'step': 5}
     """
     if isinstance(source, Fit | SVIRunResult):
         return _of_fit(source, svi, key, num_draws, args, kwargs)

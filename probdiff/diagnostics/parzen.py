@@ -74,6 +74,19 @@ def parzen(
     Raises:
         ValueError: if there are no images, they differ in shape or are not finite, or bandwidths or
             block_size are not positive.
+
+    Example:
+        Draws of the data's own law N(0, 1), whose mean log density is −1.42:
+
+        >>> import numpy as np
+        >>> from probdiff import diagnostics
+        >>> random = np.random.default_rng(0)
+        >>> draws, validation, test = (random.normal(size=n) for n in (2000, 500, 2000))
+        >>> tree = diagnostics.parzen(draws, validation, test, bandwidths=(0.01, 0.2, 1.0))
+        >>> tree["parzen"].attrs["bandwidth"], round(tree["parzen"].attrs["mean"], 1)
+        (0.2, -1.4)
+
+    Sources: Goodfellow et al. (2014), section 5; Sohl-Dickstein et al. (2015), table 2.
     """
     _check(draws, validation, test, bandwidths, block_size)
     centres = _centres(_rows(draws))

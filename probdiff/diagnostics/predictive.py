@@ -84,6 +84,25 @@ def predictive_check(
     Raises:
         ValueError: if data, context or parameters do not fit, there are fewer than two examples or
             one replicate, or a statistic has a name that is taken, another shape or nan.
+
+    Example:
+        Numbers one by one are as the model says; a statistic of both sees that they hang together:
+
+        >>> import jax, jax.numpy as jnp, numpy as np
+        >>> from probdiff import Diffusion, GaussianKernel, diagnostics, schedules
+        >>> def network(x_t, t):  # x_0 ~ N(0, I)
+        ...     return jnp.zeros((len(x_t), 4))
+        >>> diffusion = Diffusion(GaussianKernel(), schedules.cosine(10), network, event_shape=(2,))
+        >>> key, key_x = jax.random.split(jax.random.key(0))
+        >>> x = np.repeat(jax.random.normal(key_x, (300, 1)), 2, axis=1)  # twice the same number
+        >>> tree = diagnostics.predictive_check(
+        ...     key, diffusion, {}, x, statistics={"difference": lambda x: x[..., 0] - x[..., 1]}
+        ... )
+        >>> p = tree["uniformity"]
+        >>> (p["x_0"].values > 0.01).tolist(), bool(p["difference"] < 1e-6)
+        ([True, True], True)
+
+    Sources: Gelman, Meng & Stern (1996); Dawid (1984) for the PIT.
     """
     _check(diffusion, x_0, num_replicates, context, statistics or {})
     key_draws, key_ties = jax.random.split(key)

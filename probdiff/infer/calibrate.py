@@ -109,6 +109,28 @@ def calibrate(
         ValueError: if an argument is out of range, the program is not one prior with sites that
             can be drawn, a site has no argument, or draws have another shape or are not finite.
 
+    Example:
+        A sampler is on trial; here a function that draws of N(y/2, 1/2), which is right, and one
+        that does not look at y:
+
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from probdiff import Diffusion, GaussianKernel, infer, schedules
+        >>> def network(x_t, t):  # x_0 ~ N(0, 1)
+        ...     return jnp.zeros((*x_t.shape, 2))
+        >>> diffusion = Diffusion(GaussianKernel(), schedules.cosine(4), network, event_shape=())
+        >>> prior = diffusion.prior({})
+        >>> def program(y=None):
+        ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+        >>> def right(key, y):
+        ...     return y / 2 + 0.5**0.5 * jax.random.normal(key, (99,))
+        >>> def blind(key, y):
+        ...     return jax.random.normal(key, (99,))
+        >>> for sampler in (right, blind):
+        ...     tree = infer.calibrate(jax.random.key(0), program, sampler, num_simulations=60)
+        ...     print(tree.attrs["least_p_value"] < tree.attrs["bound"], tree.attrs["least_at"])
+        False ...
+        True log_r
+
     Source: Talts et al. (2018), algorithm 1.
     """
     _check_at_least(1, num_simulations=num_simulations)

@@ -29,7 +29,33 @@ FEWEST_FOR_PARETO = 100
 
 
 class InferenceWarning(UserWarning):
-    """A posterior, an evidence or a chain that is not to be trusted as it is."""
+    """A posterior, an evidence or a chain that is not to be trusted as it is.
+
+    Its text says what is wrong, in how many systems, and what to do; the file's docstring has the
+    limits. The texts of a run are in `print_summary` and in the attribute `warnings` of its
+    DataTree.
+
+    Example:
+        Stop at a posterior that may be wrong instead of going on with it:
+
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist, warnings
+        >>> from probdiff import Diffusion, GaussianKernel, infer, schedules
+        >>> def network(x_t, t):  # x_0 ~ N(0, 1)
+        ...     return jnp.zeros((*x_t.shape, 2))
+        >>> diffusion = Diffusion(GaussianKernel(), schedules.cosine(10), network, event_shape=())
+        >>> prior = diffusion.prior({})
+        >>> def program(y):
+        ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+        >>> smc = infer.SMC(program, num_particles=10)  # 4 runs of 10: too few
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("error", infer.InferenceWarning)
+        ...     smc.run(jax.random.key(0), y=2.0)
+        Traceback (most recent call last):
+            ...
+        probdiff.infer.checks.InferenceWarning: the final effective number of draws is ...
+
+    Source: Vehtari et al. (2021) for R-hat, (2024) for Pareto k.
+    """
 
 
 class Health(NamedTuple):

@@ -58,6 +58,27 @@ def noncentered(program: Program, *, steps: int | None = None) -> Program:
         A program with the arguments of `program`. When called it raises a `ValueError` if it meets
         no prior, one of symbols or of numbers on a grid, one whose density a handler or a
         subsampling plate changes, or one whose trajectory has a value, or an unbound parameter.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from numpyro.infer import MCMC, NUTS
+        >>> from probdiff import Diffusion, GaussianKernel, infer, schedules
+        >>> def network(x_t, t):  # x_0 ~ N(0, 1)
+        ...     return jnp.zeros((*x_t.shape, 2))
+        >>> diffusion = Diffusion(GaussianKernel(), schedules.cosine(4), network, event_shape=())
+        >>> prior = diffusion.prior({})
+        >>> def program(y):
+        ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+        >>> kernel = NUTS(infer.noncentered(program))
+        >>> mcmc = MCMC(kernel, num_warmup=200, num_samples=1000, progress_bar=False)
+        >>> mcmc.run(jax.random.key(0), y=2.0)
+        >>> draws = mcmc.get_samples()
+        >>> draws["x_0_noise"].shape  # levels 0..4
+        (1000, 5)
+        >>> abs(float(draws["x_0"].mean()) - 1.0) < 0.2  # y/2
+        True
+
+    Source: Papaspiliopoulos et al. (2007).
     """
 
     def over_noise(*args: Any, **kwargs: Any) -> Any:
@@ -80,7 +101,7 @@ def initial_noise(
     noise.
 
     Args:
-        key: A key.
+        key: Randomness, of the trajectories.
         program: What `noncentered` returned.
         draws: Values of all its other latent sites and of x_0 by site name, `(num_chains, ...)`;
             x_0 in the user's units, `(num_chains, *plates, *event_shape)`. Other names are not
@@ -94,6 +115,27 @@ def initial_noise(
 
     Raises:
         ValueError: if values are missing, or their shapes do not fit.
+
+    Example:
+        Two chains that are to start at x_0 = −1.5 and 1.5, say draws of `SMC`:
+
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from numpyro.infer import Predictive
+        >>> from probdiff import Diffusion, GaussianKernel, infer, schedules
+        >>> def network(x_t, t):  # x_0 ~ N(0, 1)
+        ...     return jnp.zeros((*x_t.shape, 2))
+        >>> diffusion = Diffusion(GaussianKernel(), schedules.cosine(4), network, event_shape=())
+        >>> prior = diffusion.prior({})
+        >>> def program(y=None):
+        ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+        >>> over_noise = infer.noncentered(program)
+        >>> x_0 = jnp.array([-1.5, 1.5])
+        >>> start = infer.initial_noise(jax.random.key(0), over_noise, {"x_0": x_0}, y=2.0)
+        >>> {name: value.shape for name, value in start.items()}  # MCMC.run(init_params=start)
+        {'x_0_noise': (2, 5)}
+        >>> there = Predictive(over_noise, start)(jax.random.key(1))["x_0"]
+        >>> bool(jnp.allclose(there, x_0, atol=1e-4))
+        True
     """
     draws = {name: jnp.asarray(value) for name, value in draws.items()}
     counts = {value.shape[:1] for value in draws.values()}

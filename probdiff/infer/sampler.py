@@ -56,6 +56,28 @@ class Sampler(abc.ABC):
         Returns:
             Arrays `(M, *plates, *event_shape)`, the user's units; M is `num_runs · num_particles`,
             or `num_samples`.
+
+        Raises:
+            ValueError: before `run`.
+
+        Example:
+            Deterministic sites of the program come along:
+
+            >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+            >>> from probdiff import Diffusion, GaussianKernel, infer, schedules
+            >>> def network(x_t, t):  # x_0 ~ N(0, 1)
+            ...     return jnp.zeros((*x_t.shape, 2))
+            >>> diffusion = Diffusion(
+            ...     GaussianKernel(), schedules.cosine(10), network, event_shape=()
+            ... )
+            >>> prior = diffusion.prior({})
+            >>> def program(y):
+            ...     rate = numpyro.deterministic("rate", jnp.exp(prior()))
+            ...     numpyro.sample("y", dist.Poisson(rate), obs=y)
+            >>> guided = infer.Guided(program, num_samples=200, check=False)
+            >>> guided.run(jax.random.key(0), y=3)
+            >>> {name: draws.shape for name, draws in guided.get_samples().items()}
+            {'x_0': (200,), 'rate': (200,)}
         """
         return results.samples(self.result)
 
@@ -64,13 +86,66 @@ class Sampler(abc.ABC):
 
         Args:
             limit: Entries of x_0 and systems that are shown.
+
+        Raises:
+            ValueError: before `run`.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+            >>> from probdiff import Diffusion, GaussianKernel, infer, schedules
+            >>> def network(x_t, t):  # x_0 ~ N(0, 1)
+            ...     return jnp.zeros((*x_t.shape, 2))
+            >>> diffusion = Diffusion(
+            ...     GaussianKernel(), schedules.cosine(10), network, event_shape=()
+            ... )
+            >>> prior = diffusion.prior({})
+            >>> def program(y):
+            ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+            >>> smc = infer.SMC(program, num_particles=200)
+            >>> smc.run(jax.random.key(0), y=2.0)
+            >>> smc.print_summary()
+            SMC, LaplaceTwist(rank=4): 10 of T = 10 steps, 4 run(s) of 200 particles
+                      mean         sd         5%        95%
+            x_0 ...
+            log evidence of the chain of 10 steps: -2.2... (95% from -2.2... to -2.2...)
+            effective number: least at one level ...% of 200, final ... of 800
+            ...
+            no warnings
         """
         entries = summary.entries(self.result, limit)
         lines = [self._title(), self.result.layout.note, *entries, *self._lines(limit)]
         print("\n".join(filter(None, lines)))
 
     def to_datatree(self) -> xr.DataTree:
-        """The run as an ArviZ DataTree, NumPy arrays with named dims; see `infer.datatree`."""
+        """The run as an ArviZ DataTree, NumPy arrays with named dims; see `infer.datatree`.
+
+        Returns:
+            Groups `posterior`, `sample_stats`, `log_likelihood`, `posterior_predictive`,
+            `observed_data`, `runs` and `smc`.
+
+        Raises:
+            ValueError: before `run`.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+            >>> from probdiff import Diffusion, GaussianKernel, infer, schedules
+            >>> def network(x_t, t):  # x_0 ~ N(0, 1), twice
+            ...     return jnp.zeros((len(x_t), 4))
+            >>> diffusion = Diffusion(
+            ...     GaussianKernel(), schedules.cosine(10), network, event_shape=(2,)
+            ... )
+            >>> prior = diffusion.prior({})
+            >>> def program(y):
+            ...     with numpyro.plate("points", 3):
+            ...         numpyro.sample("y", dist.Normal(prior().sum(-1), 1.0), obs=y)
+            >>> guided = infer.Guided(program, num_samples=200, check=False)
+            >>> guided.run(jax.random.key(0), y=jnp.array([-1.0, 0.0, 1.0]))
+            >>> tree = guided.to_datatree()
+            >>> dict(tree["posterior"]["x_0"].sizes)
+            {'chain': 1, 'draw': 200, 'points': 3, 'x_0_dim_0': 2}
+            >>> dict(tree["log_likelihood"]["y"].sizes)  # for arviz_stats.loo
+            {'chain': 1, 'draw': 200, 'points': 3}
+        """
         return datatree(self.result, self._attrs())
 
     def _title(self) -> str:

@@ -10,7 +10,31 @@ from probdiff.infer.twists.base import Tilt, Twist, View, limited, shift_of
 
 @dataclasses.dataclass(frozen=True)
 class PointTwist(Twist):
-    """r(x̂_0), without width: the guidance of DPS as a twist. Collapses while x_t is noisy."""
+    """r(x̂_0), without width: the guidance of DPS as a twist.
+
+    ψ_t = r(x̂_0) counts x_0 as known where it is not. It is too sharp while x_t is noisy, and
+    particles collapse where r is narrow; `LaplaceTwist` puts the width in. It takes no arguments.
+
+    Example:
+        The same measurement by two twists, the log evidence of this one less certain:
+
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from probdiff import Diffusion, GaussianKernel, infer, schedules
+        >>> def network(x_t, t):  # x_0 ~ N(0, 1)
+        ...     return jnp.zeros((*x_t.shape, 2))
+        >>> diffusion = Diffusion(GaussianKernel(), schedules.cosine(10), network, event_shape=())
+        >>> prior = diffusion.prior({})
+        >>> def program(y):
+        ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+        >>> def log_evidence_se(twist):
+        ...     smc = infer.SMC(program, num_particles=1000, twist=twist)
+        ...     smc.run(jax.random.key(0), y=2.0)
+        ...     return smc.log_evidence_se
+        >>> log_evidence_se(infer.PointTwist()) > 10 * log_evidence_se(infer.LaplaceTwist())
+        True
+
+    Sources: Chung et al. (2023) for the guidance; Wu et al. (2023) for it as a twist.
+    """
 
     takes_known = False
 
