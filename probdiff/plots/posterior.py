@@ -9,7 +9,6 @@ first. Grey values share one scale, the standard deviations have one of their ow
 
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Array, Bool, Float, Num
 from matplotlib.axes import Axes
@@ -17,11 +16,9 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 
 from probdiff.plots.pictures import Points
-from probdiff.plots.style import BLUE, ORANGE, SKY, axes_or_new, square
+from probdiff.plots.style import BLUE, ORANGE, SKY, Grid, axes_or_new, grid_or_new, square
 
 Images = Num[Array | np.ndarray, "_ _ _"]
-Grid = Any
-"""Axes in rows and columns, `(images, columns)`."""
 
 
 def posterior_images(
@@ -68,7 +65,9 @@ def posterior_images(
         shown.insert(0, ("truth", truth))
     columns = [(title, np.asarray(images, np.float64)) for title, images in shown]
     _check_rows({title: len(images) for title, images in columns})
-    axes = _grid(axes, len(columns[0][1]), len(columns))
+    rows = len(columns[0][1])
+    size = (1.2 * len(columns) + 1.2, 1.25 * rows + 0.4)
+    axes = grid_or_new(axes, rows, len(columns), figsize=size)
     hidden = _hidden(observation, mask)
     grey = {"cmap": "gray", "vmin": vmin, "vmax": vmax}
     sd_max = float(np.max(columns[-1][1]))
@@ -161,16 +160,6 @@ def _hatch(ax: Axes, pixels: np.ndarray) -> None:
     squares = [Path(corners + np.array([j, i]), closed=True) for i, j in np.argwhere(pixels)]
     whole = Path.make_compound_path(*squares)
     ax.add_patch(PathPatch(whole, facecolor=SKY, edgecolor="white", hatch="////", linewidth=0))
-
-
-def _grid(axes: Grid, rows: int, columns: int) -> np.ndarray:
-    if axes is None:
-        figure = plt.figure(figsize=(1.2 * columns + 1.2, 1.25 * rows + 0.4), layout="constrained")
-        return figure.subplots(rows, columns, squeeze=False)
-    axes = np.asarray(axes)
-    if axes.shape != (rows, columns):
-        raise ValueError(f"axes must have shape ({rows}, {columns}); got {axes.shape}")
-    return axes
 
 
 def _check_rows(counts: dict[str, int]) -> None:
