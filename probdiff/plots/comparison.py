@@ -19,8 +19,23 @@ def comparison(tree: xr.DataTree, *, ax: Axes | None = None) -> Axes:
         tree: What `diagnostics.compare` returned.
         ax: Where to draw; a new figure if absent.
 
+    Returns:
+        The axes.
+
     Raises:
         ValueError: If the tree is not of `diagnostics.compare`.
+
+    Example:
+        >>> import xarray as xr
+        >>> from probdiff import diagnostics, plots
+        >>> units = {"units": "nats", "reference_measure": "area", "num_dims": 2}
+        >>> def bound_of(values):
+        ...     group = xr.Dataset({"bound": ("example", values)}, {"example": range(3)}, units)
+        ...     return xr.DataTree.from_dict({"bound": group})
+        >>> trees = {"short": bound_of([1.0, 2.0, 3.0]), "long": bound_of([1.2, 2.3, 3.1])}
+        >>> ax = plots.comparison(diagnostics.compare(trees))
+        >>> [label.get_text() for label in ax.get_yticklabels()]  # the best first
+        ['long', 'short']
     """
     if "comparison" not in tree.children:
         raise ValueError(

@@ -36,8 +36,25 @@ def ess_trace(tree: xr.DataTree, *, threshold: float | None = 0.5, ax: Axes | No
         threshold: Share below which the run resampled, its `ess_threshold`; None for no line.
         ax: Where to draw; a new figure if absent.
 
+    Returns:
+        The axes.
+
     Raises:
-        ValueError: if the tree is not of an SMC run.
+        ValueError: If the tree is not of an SMC run.
+
+    Example:
+        Two runs of 100 particles, at levels 0, 1 and 2:
+
+        >>> import xarray as xr
+        >>> from probdiff import plots
+        >>> by_level = {"ess": [[90, 80], [40, 60], [99, 99]]}
+        >>> by_level["resampled"] = [[0, 0], [1, 0], [0, 0]]
+        >>> values = {name: (("level", "run"), value) for name, value in by_level.items()}
+        >>> group = xr.Dataset(values | {"log_evidence": -1.5}, {"t": ("level", [0, 1, 2])})
+        >>> tree = xr.DataTree.from_dict({"smc": group})
+        >>> tree.attrs["num_particles"] = 100
+        >>> plots.ess_trace(tree).get_ylabel()
+        'effective share of 100 particles'
     """
     ax, group = axes_or_new(ax), _weighted(tree)
     plates = _plates(group["ess"], "level", "run")
@@ -72,8 +89,22 @@ def evidence(tree: xr.DataTree, *, prob: float = 0.95, ax: Axes | None = None) -
         prob: Probability of the Student-t interval, in (0, 1).
         ax: Where to draw; a new figure if absent.
 
+    Returns:
+        The axes.
+
     Raises:
-        ValueError: if the tree is not of an SMC run, or prob is out of range.
+        ValueError: If the tree is not of an SMC run, or prob is out of range.
+
+    Example:
+        Three runs, their pooled value and its standard error:
+
+        >>> import xarray as xr
+        >>> from probdiff import plots
+        >>> pooled = {"log_evidence": -1.5, "log_evidence_se": 0.1}
+        >>> group = xr.Dataset(pooled | {"log_evidence_by_run": ("run", [-1.4, -1.5, -1.6])})
+        >>> ax = plots.evidence(xr.DataTree.from_dict({"smc": group}), prob=0.9)
+        >>> ax.get_legend().get_texts()[0].get_text()
+        'pooled, 90% interval: -1.500 ± 0.292'
     """
     if not 0 < prob < 1:
         raise ValueError(f"prob must lie in (0, 1); got {prob}")
@@ -130,6 +161,19 @@ def calibration(
     Raises:
         ValueError: If the tree is not of `infer.calibrate`, num_panels is below 1, or there are
             fewer axes than panels.
+
+    Example:
+        >>> import numpy as np
+        >>> import xarray as xr
+        >>> from probdiff import plots
+        >>> pit = xr.Dataset({"log_r": (("chain", "draw"), np.linspace(0, 1, 150)[None])})
+        >>> tree = xr.DataTree.from_dict(
+        ...     {"prior_sbc": pit, "uniformity": xr.Dataset({"log_r": 0.9})}
+        ... )
+        >>> tree.attrs = {"sampler": "SMC", "num_simulations": 150, "num_tests": 1}
+        >>> tree.attrs |= {"least_p_value": 0.9, "bound": 0.01}
+        >>> [ax.get_title() for ax in plots.calibration(tree)]
+        ['log_r: p = 0.9']
     """
     if num_panels < 1:
         raise ValueError(f"num_panels must be at least 1; got {num_panels}")

@@ -46,6 +46,17 @@ def points(
         color: Colour of the points.
         limit: Half the width of the panel; points outside are not shown.
         ax: Where to draw; a new figure if absent.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> import numpy as np
+        >>> from probdiff import plots
+        >>> x = np.random.default_rng(0).normal(size=(500, 2))
+        >>> ax = plots.points(x, title="draws", limit=4.0)
+        >>> ax.get_title(), ax.get_xlabel(), ax.get_ylabel()
+        ('draws', 'x₁', 'x₂')
     """
     ax = axes_or_new(ax)
     x = np.asarray(x)
@@ -70,6 +81,20 @@ def slices(
         color: Colour of the points.
         limit: Half the width of each panel.
         axes: One for each level; a new figure if absent.
+
+    Returns:
+        The axes, one for each level.
+
+    Raises:
+        ValueError: If the numbers of levels, titles and axes differ.
+
+    Example:
+        >>> import numpy as np
+        >>> from probdiff import plots
+        >>> x, noise = np.random.default_rng(0).normal(size=(2, 500, 2))
+        >>> axes = plots.slices([0.5 * x, noise], ["t = 0", "t = T"])
+        >>> [ax.get_title() for ax in axes]
+        ['t = 0', 't = T']
     """
     if axes is None:
         figure = plt.figure(figsize=(3 * len(levels), 3.2), layout="constrained")
@@ -99,6 +124,17 @@ def drift(
         title: Title of the panel.
         limit: Half the width of the panel.
         ax: Where to draw; a new figure if absent.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> import numpy as np
+        >>> from probdiff import plots
+        >>> grid = np.stack(np.meshgrid([-1.0, 0.0, 1.0], [-1.0, 0.0, 1.0]), axis=-1).reshape(-1, 2)
+        >>> ax = plots.drift(grid, -0.1 * grid, title="t = 5")  # all arrows to the middle
+        >>> ax.get_title()
+        't = 5, arrows × 5'
     """
     ax = axes_or_new(ax)
     x, displacement = np.asarray(x), np.asarray(displacement)
@@ -134,6 +170,15 @@ def images(
         vmax: Value shown white; what is above is white too.
         cmap: Colour map of images without channels; "viridis" for standard deviations.
         ax: Where to draw; a new figure if absent.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> from probdiff import datasets, plots
+        >>> ax = plots.images(datasets.digits().test[:6], columns=3, vmax=16.0)
+        >>> ax.images[0].get_array().shape  # two rows of three digits, a pixel apart
+        (17, 26)
     """
     ax = axes_or_new(ax)
     x = np.asarray(x, np.float64)
@@ -186,6 +231,14 @@ def figure_1(
 
     Raises:
         ValueError: If the numbers of levels differ, or axes have another shape.
+
+    Example:
+        >>> import numpy as np
+        >>> from probdiff import plots
+        >>> x = np.random.default_rng(0).normal(size=(2, 100, 2))  # at two levels
+        >>> axes = plots.figure_1(x, x, x, -0.1 * x, x, levels=[0, 40], drift_levels=[5, 40])
+        >>> axes.shape, [ax.get_title() for ax in axes[0]]
+        ((3, 2), ['t = 0', 't = 40'])
     """
     drift_levels = levels if drift_levels is None else drift_levels
     axes = grid_or_new(axes, 3, len(levels), figsize=(3.0 * len(levels), 9.4))

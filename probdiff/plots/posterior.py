@@ -56,7 +56,18 @@ def posterior_images(
         The axes, `(images, columns)`; the figure is `axes[0, 0].figure`.
 
     Raises:
-        ValueError: if the numbers of images differ, or axes have another shape.
+        ValueError: If the numbers of images differ, or axes have another shape.
+
+    Example:
+        >>> import numpy as np
+        >>> from probdiff import datasets, plots
+        >>> rng, truth = np.random.default_rng(0), np.asarray(datasets.digits().test[:2])
+        >>> draws = truth + rng.normal(size=(50, 2, 8, 8))
+        >>> axes = plots.posterior_images(
+        ...     truth, truth, draws, draws.mean(axis=0), draws.std(axis=0), num_draws=2, vmax=16
+        ... )
+        >>> [ax.get_title() for ax in axes[0]]
+        ['truth', 'observation', 'draw 1', 'draw 2', 'mean', 'sd']
     """
     shown = [("observation", observation)]
     shown += [(f"draw {i + 1}", draw) for i, draw in enumerate(np.asarray(draws)[:num_draws])]
@@ -113,6 +124,17 @@ def posterior_points(
         title: Title of the panel.
         limit: Half the width of the panel; points outside are not shown.
         ax: Where to draw; a new figure if absent.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> import numpy as np
+        >>> from probdiff import plots
+        >>> draws = np.random.default_rng(0).normal(0.5, 0.2, size=(100, 2))
+        >>> ax = plots.posterior_points(draws, observation=np.array([0.5, np.nan]))  # only x₁
+        >>> [text.get_text() for text in ax.get_legend().get_texts()]
+        ['posterior draws', 'observation']
     """
     ax = axes_or_new(ax)
     if behind is not None:
