@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import xarray as xr
 from flax import nnx
 from scipy import stats
 
@@ -229,12 +230,41 @@ def test_a_run_leaves_table_report_figures_and_posterior(finished):
     names = {file.name for file in folder.iterdir()}
     kinds = ("digits", "draws")
     figures = {f"{what}_{kind}.png" for what in ("posterior", "sampler") for kind in kinds}
+    if "Denoising" in (folder / "report.md").read_text(encoding="utf-8").splitlines()[0]:
+        figures = figures - {"posterior_digits.png"} | {"figure_3.png"}
     assert names == figures | {"report.md", "table.json", "posterior.nc"}
     assert plt.get_fignums() == []
     table = json.loads((folder / "table.json").read_text(encoding="utf-8"))
     assert [line["row"] for line in table] == [row.row for row in rows]
     assert QUICK in (folder / "report.md").read_text(encoding="utf-8")
     assert said
+
+
+def test_figure_3_has_the_papers_columns_and_the_sd():
+    """Three images with four posterior draws each: every sheet has its numbers, an image a row."""
+    rng = np.random.default_rng(0)
+    truth, y, mean, sd, ranks = rng.uniform(0, 16, (5, 3, 8, 8))
+    inferred, draws = rng.uniform(0, 16, (1, 4, 3, 8, 8)), rng.uniform(0, 16, (7, 8, 8))
+    x_0 = xr.Dataset({"x_0": (("chain", "draw", "image", "row", "column"), inferred)})
+    tree = xr.DataTree.from_dict({"posterior": x_0})
+    found = conditioning.Posterior(truth, y, mean, sd, ranks, tree, None, ())
+    figure = restoration.figure_3(found, draws)
+    sheets = [ax.images[0] for ax in figure.axes[:5]]
+    assert [ax.get_title().replace("\n", " ") for ax in figure.axes[:5]] == [
+        "held-out digits", "with noise of variance 1", "posterior draws given the noise",
+        "draws of the model", "posterior sd",
+    ]  # fmt: skip
+    by_row = [truth[:, None], y[:, None], inferred[0, :3].swapaxes(0, 1), draws[:6], sd[:, None]]
+    for sheet, images in zip(sheets, by_row, strict=True):
+        shown = np.ma.filled(sheet.get_array(), np.nan)
+        images = images.reshape(3, -1, 8, 8)
+        for i in range(3):
+            for j in range(images.shape[1]):
+                np.testing.assert_array_equal(
+                    shown[9 * i : 9 * i + 8, 9 * j : 9 * j + 8], images[i, j]
+                )
+    assert [sheet.get_clim() for sheet in sheets] == [(0.0, 17.0)] * 4 + [(0.0, sd.max())]
+    plt.close(figure)
 
 
 def test_a_model_of_something_else_is_refused(tmp_path, capsys):

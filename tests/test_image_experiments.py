@@ -137,7 +137,7 @@ def test_patches_are_compared_with_gaussians(tmp_path, monkeypatch, name):
     paired = by_name["diffusion − Gaussian, full covariance, paired"]
     assert paired.value == pytest.approx(k.value - gaussian.value, abs=1e-5)
     assert by_name["K − L_null"].value == pytest.approx(k.value + 2.0471, abs=1e-3)
-    assert (tmp_path / "out" / "painted.png").exists() == (name == "BARK")
+    assert (tmp_path / "out" / "figure_5.png").exists() == (name == "BARK")
 
 
 def test_patches_have_unit_variance_and_lie_within_their_levels(monkeypatch, tmp_path):

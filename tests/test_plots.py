@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import xarray as xr
+from matplotlib.colors import to_rgba
 
 from probdiff import plots
 from probdiff.journal import Progress
@@ -126,10 +127,10 @@ def test_images_lie_in_reading_order_with_a_gap():
 def test_figure_1_has_forward_reverse_and_drift_rows():
     rng = np.random.default_rng(0)
     forward, reverse, grid, drifts, behind = rng.normal(size=(5, 3, 9, 2))
-    figure = plots.figure_1(
+    axes = plots.figure_1(
         forward, reverse, grid, drifts, behind, [0, 20, 40], drift_levels=[5, 20, 40]
     )
-    axes = np.reshape(figure.axes, (3, 3))
+    assert axes.shape == (3, 3)
     for row, data in zip(axes, (forward, reverse, behind), strict=True):
         for ax, x in zip(row, data, strict=True):
             np.testing.assert_allclose(ax.collections[0].get_offsets(), x)
@@ -139,6 +140,16 @@ def test_figure_1_has_forward_reverse_and_drift_rows():
     np.testing.assert_allclose(arrows.get_offsets(), grid[1])
     ratio = np.c_[arrows.U, arrows.V] / drifts[1]
     np.testing.assert_allclose(ratio, ratio[0, 0])
+
+
+def test_figure_1_is_drawn_into_given_axes():
+    x = np.random.default_rng(0).normal(size=(2, 9, 2))
+    given = plt.figure().subplots(3, 2)
+    axes = plots.figure_1(x, x, x, x, x, [0, 1], axes=given)
+    assert (axes == given).all()
+    assert plt.get_fignums() == [given[0, 0].figure.number]
+    with pytest.raises(ValueError, match=r"axes must have shape \(3, 2\); got \(2, 2\)"):
+        plots.figure_1(x, x, x, x, x, [0, 1], axes=given[:2])
 
 
 def test_a_given_axes_is_drawn_into():
@@ -157,6 +168,15 @@ def test_live_losses_draws_what_fit_tells_it():
     np.testing.assert_allclose(training.get_ydata(), 2.0)
     assert len(training.get_ydata()) == 100
     np.testing.assert_allclose(held_out_line.get_ydata(), 3.0)
+
+
+def test_live_losses_are_drawn_into_given_axes():
+    _, (left, right) = plt.subplots(1, 2)
+    live = plots.LiveLosses(ax=left)
+    live(Progress(10, {}, np.ones(10), HeldOutLosses(np.array([]), np.array([]))))
+    assert live.ax is left and live.figure is left.figure
+    assert left.lines and not right.lines
+    assert plt.get_fignums() == [left.figure.number]
 
 
 def test_live_losses_keeps_its_place_in_a_notebook(monkeypatch):
@@ -179,6 +199,13 @@ def test_live_losses_keeps_its_place_in_a_notebook(monkeypatch):
         live(Progress(step, {}, np.ones(step), HeldOutLosses(np.array([]), np.array([]))))
     assert [what for what, _ in shown] == ["display", "update", "update"]
     assert all(figure is live.figure for _, figure in shown)
+
+
+def test_images_may_have_another_map_of_colours():
+    x = np.linspace(0, 1, 8).reshape(2, 2, 2)
+    (sheet,) = plots.images(x, cmap="viridis").images
+    assert sheet.get_cmap().name == "viridis"
+    np.testing.assert_allclose(sheet.cmap(np.ma.masked), to_rgba("#56B4E9"), atol=1e-6)
 
 
 def test_coloured_images_keep_their_colours():

@@ -135,19 +135,49 @@ def test_a_probability_out_of_range_is_refused():
 
 def test_calibration_shows_log_r_first_and_then_the_worst():
     tree = sbc_tree()
-    figure = plots.calibration(tree, num_panels=3)
-    titles = [ax.get_title() for ax in figure.axes if ax.axison]
+    axes = plots.calibration(tree, num_panels=3)
+    figure = axes[0].figure
+    assert figure.axes == list(axes)
+    titles = [ax.get_title() for ax in axes]
     assert titles == ["log_r: p = 0.5", "x_0[2]: p = 1e-09, rejected", "x_0[1]: p = 0.2"]
     assert "; 1 not shown" in figure.get_suptitle()
     assert "SMC, 150 simulations" in figure.get_suptitle()
     pit = np.sort(tree["prior_sbc"]["x_0"].values[0, :, 2])
     largest = np.abs(np.arange(1, 151) / 150 - pit).max()
-    curve = max(figure.axes[1].lines, key=lambda line: len(line.get_ydata()))
+    curve = max(axes[1].lines, key=lambda line: len(line.get_ydata()))
     assert abs(np.abs(curve.get_ydata()).max() - largest) < 0.02  # drawn on a grid
-    dashed = [line.get_ydata()[0] for line in figure.axes[1].lines if line.get_linestyle() == "--"]
+    dashed = [line.get_ydata()[0] for line in axes[1].lines if line.get_linestyle() == "--"]
     at_bound = stats.kstwo.sf(np.abs(dashed), 150)
     np.testing.assert_allclose(at_bound, 0.0025, rtol=1e-3)
     assert sorted(np.sign(dashed)) == [-1, 1]
+
+
+def test_calibration_is_drawn_into_given_axes():
+    given = plt.figure().subplots(2, 2)
+    axes = plots.calibration(sbc_tree(), num_panels=3, axes=given)
+    assert list(axes) == list(given.ravel()[:3])
+    assert [ax.get_title().split(":")[0] for ax in given.ravel()] == [
+        "log_r",
+        "x_0[2]",
+        "x_0[1]",
+        "",
+    ]
+    assert not given[1, 1].lines and plt.get_fignums() == [given[0, 0].figure.number]
+    assert not given[0, 0].figure.get_suptitle()
+    with pytest.raises(ValueError, match="axes must be at least 3, one for each panel; got 2"):
+        plots.calibration(sbc_tree(), num_panels=3, axes=given[0])
+
+
+def test_calibration_hides_the_places_that_are_left():
+    axes = plots.calibration(sbc_tree(), num_panels=1)
+    assert len(axes) == 1 and axes[0].figure.axes == list(axes)
+    tree = sbc_tree()
+    pit = np.random.default_rng(0).random((1, 150, 6))
+    tree["prior_sbc"] = xr.Dataset({"x_0": (("chain", "draw", "x_0_dim_0"), pit)})
+    tree["uniformity"] = xr.Dataset({"x_0": ("x_0_dim_0", np.linspace(0.1, 0.6, 6))})
+    axes = plots.calibration(tree)
+    assert len(axes) == 6 and axes[0].figure.axes == list(axes)
+    assert [bool(ax.get_ylabel()) for ax in axes] == [True, False, False, False, True, False]
 
 
 def test_calibration_refuses_what_it_cannot_show():

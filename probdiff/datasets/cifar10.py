@@ -39,7 +39,19 @@ BATCHES = {
 
 
 class Cifar10(NamedTuple):
-    """Colour images 0..255, channels last, and labels 0..9, training and test."""
+    """Colour images and their labels, training and test, in the published order.
+
+    Attributes:
+        train: Training images of 32 × 32 pixels, red, green and blue last; bytes, levels 0..255.
+        test: Test images, alike.
+        train_labels: Class of each training image; bytes, 0..9.
+        test_labels: Class of each test image.
+
+    Example:
+        >>> from probdiff.datasets import Cifar10
+        >>> Cifar10._fields
+        ('train', 'test', 'train_labels', 'test_labels')
+    """
 
     train: UInt8[np.ndarray, "50000 32 32 3"]
     test: UInt8[np.ndarray, "10000 32 32 3"]
@@ -53,8 +65,19 @@ def cifar10() -> Cifar10:
     The folder named by `PROBDIFF_DATA` may hold the archive, or the six batches as it unpacks them,
     in `cifar-10-batches-bin/`. Otherwise the archive, 170 MB, is downloaded once.
 
+    Returns:
+        50,000 training and 10,000 test images with their labels.
+
     Raises:
         ValueError: If a file's checksum is not the published one.
+
+    Example:
+        With the archive in the folder `PROBDIFF_DATA`, or after a download:
+
+        >>> from probdiff import datasets
+        >>> data = datasets.cifar10()  # doctest: +SKIP
+        >>> data.train.shape, data.train.dtype  # doctest: +SKIP
+        ((50000, 32, 32, 3), dtype('uint8'))
 
     Source: Krizhevsky (2009).
     """

@@ -60,8 +60,21 @@ def dead_leaves(
         greys: Grey values, all equally likely; if absent, a value uniform on [0, 1), which has mean
             1/2 and variance 1/12.
 
+    Returns:
+        Pictures of grey values, `(n, size, size)`.
+
     Raises:
         ValueError: If an argument is out of range.
+
+    Example:
+        >>> import jax
+        >>> from probdiff import datasets
+        >>> x = datasets.dead_leaves(jax.random.key(0), 200, size=16, r_min=2.0)
+        >>> x.shape, round(float(x.mean()), 1)
+        ((200, 16, 16), 0.5)
+        >>> same = (x[:, :, 1:] == x[:, :, :-1]).mean()  # neighbours on one disc
+        >>> round(float(same), 1)
+        0.8
 
     Source: see the module; r_min and r_max of the 2015 paper's pictures are not known.
     """

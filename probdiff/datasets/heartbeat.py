@@ -16,8 +16,22 @@ from probdiff.datasets.checks import check_count
 def heartbeat_sequences(*, length: int = 20, period: int = 5) -> Int[np.ndarray, "period length"]:
     """The binary heartbeat's sequences: a 1 in every `period`-th bin, one row for each phase.
 
+    Args:
+        length: Bins of a sequence, a multiple of `period`.
+        period: Bins from one 1 to the next, at least 2.
+
+    Returns:
+        Bits 0 and 1; row `phase` begins with `phase` zeros.
+
     Raises:
-        ValueError: if `length` is not a multiple of `period`, or `period` is below 2.
+        ValueError: If `length` is not a multiple of `period`, or `period` is below 2.
+
+    Example:
+        >>> from probdiff import datasets
+        >>> datasets.heartbeat_sequences(length=6, period=3)
+        array([[1, 0, 0, 1, 0, 0],
+               [0, 1, 0, 0, 1, 0],
+               [0, 0, 1, 0, 0, 1]], dtype=int32)
     """
     if period < 2:
         raise ValueError(f"period must be at least 2; got {period}")
@@ -31,10 +45,28 @@ def heartbeat_sequences(*, length: int = 20, period: int = 5) -> Int[np.ndarray,
 def heartbeat(
     key: PRNGKeyArray, n: int, *, length: int = 20, period: int = 5
 ) -> Int[np.ndarray, "n length"]:
-    """Draw n heartbeats, the phase uniform: entropy log2(period) bits each.
+    """Draws of heartbeats, the phase uniform: entropy log2(period) bits each.
+
+    Args:
+        key: Random key.
+        n: Number of sequences, at least 1.
+        length: Bins of a sequence, a multiple of `period`.
+        period: Bins from one 1 to the next, at least 2.
+
+    Returns:
+        Bits 0 and 1, a sequence a row.
 
     Raises:
-        ValueError: as `heartbeat_sequences`, or if n is below 1.
+        ValueError: As `heartbeat_sequences`, or if `n` is below 1.
+
+    Example:
+        >>> import jax
+        >>> from probdiff import datasets
+        >>> x = datasets.heartbeat(jax.random.key(0), 1000)
+        >>> x.shape, set(x.sum(axis=1).tolist())  # four beats in each
+        ((1000, 20), {4})
+
+    Source: Sohl-Dickstein et al. (2015), section 3.1.2.
     """
     check_count(n)
     sequences = heartbeat_sequences(length=length, period=period)

@@ -11,5 +11,17 @@ def with_mirrored(
 
     A model of photographs trained on both is one whose law does not know left from right; its bound
     on held-out images stays one, for they are as they are. Not for digits or letters.
+
+    Args:
+        images: Images, grey or with channels last, of any dtype.
+
+    Returns:
+        Twice as many images: those given, in their order, then their mirror images.
+
+    Example:
+        >>> import numpy as np
+        >>> from probdiff import datasets
+        >>> datasets.with_mirrored(np.array([[[1, 2, 3]]])).tolist()
+        [[[1, 2, 3]], [[3, 2, 1]]]
     """
     return np.concatenate([images, images[:, :, ::-1]])

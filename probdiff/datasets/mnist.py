@@ -35,7 +35,19 @@ BINARISED_URL = "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_m
 
 
 class Mnist(NamedTuple):
-    """Grey images 0..255 and labels, training and test."""
+    """Grey images and their labels, training and test, in the published order.
+
+    Attributes:
+        train: Training images of 28 × 28 pixels; bytes, paper 0 and ink up to 255.
+        test: Test images, alike.
+        train_labels: Digit of each training image; bytes, 0..9.
+        test_labels: Digit of each test image.
+
+    Example:
+        >>> from probdiff.datasets import Mnist
+        >>> Mnist._fields
+        ('train', 'test', 'train_labels', 'test_labels')
+    """
 
     train: UInt8[np.ndarray, "60000 28 28"]
     test: UInt8[np.ndarray, "10000 28 28"]
@@ -44,7 +56,18 @@ class Mnist(NamedTuple):
 
 
 class BinarisedMnist(NamedTuple):
-    """Bits in the fixed binarisation; no labels were published with it."""
+    """Bits in the fixed binarisation; no labels were published with it.
+
+    Attributes:
+        train: Training images of 28 × 28 bits; bytes, paper 0 and ink 1.
+        validation: Validation images, alike.
+        test: Test images, alike.
+
+    Example:
+        >>> from probdiff.datasets import BinarisedMnist
+        >>> BinarisedMnist._fields
+        ('train', 'validation', 'test')
+    """
 
     train: UInt8[np.ndarray, "50000 28 28"]
     validation: UInt8[np.ndarray, "10000 28 28"]
@@ -52,10 +75,27 @@ class BinarisedMnist(NamedTuple):
 
 
 def mnist() -> Mnist:
-    """Load MNIST's four files.
+    """Load MNIST: handwritten digits of 28 × 28 pixels, 60,000 to train and 10,000 to test.
+
+    The folder named by `PROBDIFF_DATA` may hold the four published files; what is not there, 12 MB
+    in all, is downloaded once.
+
+    Returns:
+        Grey images of levels 0..255 with their labels.
 
     Raises:
-        ValueError: if a file's checksum is not the published one.
+        ValueError: If a file's checksum is not the published one.
+
+    Example:
+        With the files in the folder `PROBDIFF_DATA`, or after a download:
+
+        >>> from probdiff import datasets
+        >>> data = datasets.mnist()  # doctest: +SKIP
+        >>> data.train.shape, data.train.max()  # doctest: +SKIP
+        ((60000, 28, 28), np.uint8(255))
+
+    Source: LeCun, Bottou, Bengio and Haffner (1998), Gradient-based learning applied to document
+    recognition.
     """
     images, labels = (
         [_idx(fetch(f"{part}-{kind}-ubyte.gz", MNIST, MNIST_URL)) for part in ("train", "t10k")]
@@ -65,10 +105,27 @@ def mnist() -> Mnist:
 
 
 def binarised_mnist() -> BinarisedMnist:
-    """Load the fixed binarisation.
+    """Load the fixed binarisation of MNIST: 50,000 images to train, 10,000 to validate and to test.
+
+    The folder named by `PROBDIFF_DATA` may hold the three published files; what is not there,
+    110 MB in all, is downloaded once.
+
+    Returns:
+        Images of bits.
 
     Raises:
-        ValueError: if a file's checksum is not the published one.
+        ValueError: If a file's checksum is not the published one.
+
+    Example:
+        With the files in the folder `PROBDIFF_DATA`, or after a download:
+
+        >>> import numpy as np
+        >>> from probdiff import datasets
+        >>> data = datasets.binarised_mnist()  # doctest: +SKIP
+        >>> data.validation.shape, np.unique(data.validation)  # doctest: +SKIP
+        ((10000, 28, 28), array([0, 1], dtype=uint8))
+
+    Source: Larochelle and Murray (2011), The Neural Autoregressive Distribution Estimator.
     """
     return BinarisedMnist(*(_amat(fetch(name, BINARISED, BINARISED_URL)) for name in BINARISED))
 
@@ -76,7 +133,26 @@ def binarised_mnist() -> BinarisedMnist:
 def binarise(
     key: PRNGKeyArray, images: UInt8[Array | np.ndarray, "*shape"]
 ) -> Int[Array, "*shape"]:
-    """Draw bits with P(1) = grey level / 255."""
+    """Dynamic binarisation: a bit for each pixel, with P(1) = grey level / 255.
+
+    Args:
+        key: Random key; a new one for every use of an image.
+        images: Grey levels 0..255.
+
+    Returns:
+        Bits 0 and 1, as integers.
+
+    Example:
+        >>> import jax
+        >>> import numpy as np
+        >>> from probdiff import datasets
+        >>> grey = np.full((100, 28, 28), 51, np.uint8)
+        >>> bits = datasets.binarise(jax.random.key(0), grey)
+        >>> round(float(bits.mean()), 2)  # 51 / 255
+        0.2
+
+    Source: Salakhutdinov and Murray (2008), On the Quantitative Analysis of Deep Belief Networks.
+    """
     probability: Float[Array, ...] = jnp.asarray(images) / 255.0
     return jax.random.bernoulli(key, probability).astype(jnp.int32)
 

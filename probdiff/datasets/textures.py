@@ -37,7 +37,23 @@ from probdiff.datasets.checks import check_count
 
 
 class Textures(NamedTuple):
-    """Crops (grey − loc) / scale of the training and of the held-out regions."""
+    """Crops (grey − loc) / scale of the training and of the held-out regions.
+
+    Attributes:
+        train: Training crops; float32, mean 0 and variance 1 under the law of training crops.
+        test: Held-out crops, in the same units.
+        loc: Mean grey value of a random training crop, in the images' unit.
+        scale: Standard deviation of its grey values, in the images' unit, positive.
+
+    Example:
+        >>> import jax
+        >>> import numpy as np
+        >>> from probdiff import datasets
+        >>> stripes = np.tile([0.0, 100.0], (8, 8))
+        >>> data = datasets.textures(jax.random.key(0), 5, [stripes], size=2, n_test=3)
+        >>> data.loc, data.scale, data.train[0].tolist()
+        (50.0, 50.0, [[-1.0, 1.0], [-1.0, 1.0]])
+    """
 
     train: Float32[np.ndarray, "n size size"]
     test: Float32[np.ndarray, "n_test size size"]
@@ -73,6 +89,15 @@ def textures(
         ValueError: If an argument is out of range, a crop does not fit into a part of an image, or
             the images do not vary.
 
+    Example:
+        >>> import jax
+        >>> import numpy as np
+        >>> from probdiff import datasets
+        >>> photograph = np.random.default_rng(0).uniform(size=(80, 60))
+        >>> data = datasets.textures(jax.random.key(0), 500, [photograph], size=8, n_test=100)
+        >>> data.train.shape, data.test.shape, round(float(data.train.std()), 1)
+        ((500, 8, 8), (100, 8, 8), 1.0)
+
     Source: see the module.
     """
     check_count(n)
@@ -106,10 +131,21 @@ def grey_images(folder: Path) -> list[Float[np.ndarray, "_ _"]]:
         folder: Folder whose `*.png` are read; each without colours and without transparency.
 
     Returns:
-        One image a file, black 0 and white 1; levels of 8 bits are 1/255 apart.
+        One image a file, floats, black 0 and white 1; levels of 8 bits are 1/255 apart.
 
     Raises:
         ValueError: If there is no such file, or one that is not grey.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from probdiff import datasets
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Image.new("L", (60, 80), 51).save(f"{folder}/grey.png")
+        ...     images = datasets.grey_images(Path(folder))
+        >>> images[0].shape, round(float(images[0].mean()), 2)  # 51 / 255
+        ((80, 60), 0.2)
     """
     files = sorted(Path(folder).glob("*.png"))
     if not files:

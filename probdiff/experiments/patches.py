@@ -92,6 +92,12 @@ class Size(NamedTuple):
     paint_steps: int = 500
 
 
+FIGURE_5 = (
+    "Figure 5 as in the paper: a held-out photograph; the same with its central {hole} × {hole} "
+    "pixels unknown, which is sky blue; the hole painted in by a draw that the rest guides and "
+    "that is not weighed, so an approximate posterior draw; and by the rule of 2015. One draw of "
+    "each is made, so no posterior standard deviation is known."
+)
 SMALL = Size(60, 20, 20, 2, 4, (2,), 1, 32, 8, 4)
 
 
@@ -224,16 +230,18 @@ class Textured:
             "samples": sheets(patches.test, draws, shades, calls=CALLS),
             "losses": plots.losses(fitted.losses, batch_size=chosen.batch_size).figure,
         }
+        sections = self._sections(size, chosen)
         if patches.picture is not None:
             say("paint the hole in")
+            sections["Figures"] = FIGURE_5.format(hole=size.hole)
             large = define(patches.picture.shape, self.T, patches, chosen, key_init)
-            figures["painted"] = paint(key_paint, large, fitted.params, patches, size, shades)
+            figures["figure_5"] = figure_5(key_paint, large, fitted.params, patches, size, shades)
         rows = density_rows({"diffusion, bound K": tree["bound"]["bound"].values} | scores, patches)
         write_report(
             out_dir,
             self.TITLE,
             rows,
-            sections=self._sections(size, chosen),
+            sections=sections,
             figures=figures,
             trees={"bounds": tree},
             quick=quick,
@@ -332,7 +340,7 @@ def density_rows(scores: dict[str, np.ndarray], patches: Patches) -> list[Row]:
     return [*rows, Row("K − L_null", *mean_and_se(k), UNIT, ceiling - WHITE)]
 
 
-def paint(
+def figure_5(
     key: Array,
     diffusion: Diffusion,
     params: Params,
@@ -340,7 +348,7 @@ def paint(
     size: Size,
     shades: tuple[float, float],
 ) -> Figure:
-    """A hole in a held-out picture painted in, by guidance and by the rule of 2015."""
+    """Figure 5 of the paper: a hole in a held-out picture painted in, by two approximate draws."""
     picture, side = patches.picture, patches.picture.shape[0]
     inside = slice((side - size.hole) // 2, (side + size.hole) // 2)
     mask = np.ones(picture.shape, bool)
@@ -350,8 +358,11 @@ def paint(
     def program() -> Any:
         prior(known=np.where(mask, picture, 0.0).astype(np.float32), mask=mask)
 
-    panels = {"held-out bark": picture, "what is known": np.where(mask, picture, np.nan)}
-    twists = {"guided, no weights": infer.LaplaceTwist(), "rule of 2015": infer.KernelTwist()}
+    panels = {"held-out bark": picture, "with a hole": np.where(mask, picture, np.nan)}
+    twists = {
+        "painted in, guided": infer.LaplaceTwist(),
+        "painted in, rule of 2015": infer.KernelTwist(),
+    }
     for i, (name, twist) in enumerate(twists.items()):
         guided = infer.Guided(
             program, twist=twist, num_samples=1, steps=size.paint_steps, check=False

@@ -13,6 +13,7 @@ Source: Sohl-Dickstein et al. (2015), section 3.2.4 and figure 3, which denoise 
 """
 
 import dataclasses
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,6 +64,7 @@ class Restoration:
         task: From a prior and the data's sd to what is observed.
         size: How much a full run does.
         DURATION: How long it takes.
+        is_figure_3: Whether the posteriors of held-out digits are drawn as in the paper's figure.
     """
 
     TITLE: str
@@ -70,6 +72,7 @@ class Restoration:
     task: Callable[[Prior, float], Task]
     size: Size = MANY_IMAGES
     DURATION: str = DURATION
+    is_figure_3: bool = False
 
     def run(
         self,
@@ -125,16 +128,19 @@ class Restoration:
                 NAMES[name], task, posterior, gaussian, exact=name == "draws"
             )
         ]
-        figures = {
-            f"{what}_{name}": draw(posterior)
-            for what, draw in {"posterior": conditioning.sheet, "sampler": trust}.items()
-            for name, posterior in found.items()
-        }
+        sections = _sections(size, folder, found)
+        if self.is_figure_3:
+            figures = {"figure_3": figure_3(found["digits"], found["draws"].truth)}
+            sections["Figures"] = FIGURE_3
+        else:
+            figures = {"posterior_digits": conditioning.sheet(found["digits"])}
+        figures["posterior_draws"] = conditioning.sheet(found["draws"])
+        figures |= {f"sampler_{name}": trust(posterior) for name, posterior in found.items()}
         write_report(
             out_dir,
             self.TITLE,
             rows,
-            sections=_sections(size, folder, found),
+            sections=sections,
             figures=figures,
             trees={"posterior": few(found["digits"], KEPT)},
             quick=quick,
@@ -142,12 +148,21 @@ class Restoration:
         return rows
 
 
+SIDE_BY_SIDE, LEVELS = 3, 17.0
+FIGURE_3 = (
+    "Figure 3 as in the paper, on digits, an image a row: held-out digits; the same with noise of "
+    "variance 1 in units in which the training images have variance 1; draws from the posterior "
+    "given the noisy image; draws of the model, which know nothing of the image beside them. The "
+    "last column, which the paper has not, is each pixel's posterior standard deviation. Grey "
+    "values below 0 and above 17 are shown black and white."
+)
 NAMES = {"digits": "held-out digits", "draws": "draws of the model"}
 
 DENOISE = Restoration(
     "Denoising of digits",
     "posteriors of digits under noise as large as they vary: coverage, error, evidence",
     conditioning.denoising,
+    is_figure_3=True,
 )
 INPAINT = Restoration(
     "Inpainting of digits",
@@ -183,6 +198,37 @@ def load_digits(folder: str | Path) -> tuple[Diffusion, Params]:
 def few(posterior: Posterior, count: int) -> xr.DataTree:
     """The first posteriors as a DataTree of a size to keep."""
     return posterior.tree.isel(image=slice(count), missing_dims="ignore")
+
+
+def figure_3(posterior: Posterior, draws: Any) -> Figure:
+    """Figure 3 of the paper, an image a row: held out, under noise, inferred; draws; posterior sd.
+
+    Args:
+        posterior: Of held-out digits under noise.
+        draws: Draws of the model.
+    """
+    rows = min(len(posterior.truth), conditioning.SHOWN)
+    inferred = posterior.tree["posterior"]["x_0"].values[0, :SIDE_BY_SIDE, :rows].swapaxes(0, 1)
+    columns = min(SIDE_BY_SIDE, len(draws) // rows)
+    sheets = {
+        "held-out digits": posterior.truth[:rows],
+        "with noise of variance 1": posterior.y[:rows],
+        "posterior draws given the noise": inferred.reshape(-1, *inferred.shape[2:]),
+        "draws of the model": draws[: columns * rows],
+        "posterior sd": posterior.sd[:rows],
+    }
+    widths = [len(images) // rows for images in sheets.values()]
+    figure = plt.figure(figsize=(0.85 * sum(widths) + 2.5, 0.85 * rows + 0.7), layout="constrained")
+    axes = figure.subplots(1, len(sheets), width_ratios=widths)
+    for ax, (title, images), width in zip(axes, sheets.items(), widths, strict=True):
+        looks = {"vmax": LEVELS}
+        if title == "posterior sd":
+            looks = {"vmax": float(images.max()), "cmap": "viridis"}
+        plots.images(images, columns=width, ax=ax, **looks)
+        ax.set_title(textwrap.fill(title, 11 * width), fontsize="medium")
+    figure.colorbar(axes[-2].images[0], ax=axes[-2], label="grey level", shrink=0.6)
+    figure.colorbar(axes[-1].images[0], ax=axes[-1], label="posterior sd, grey levels", shrink=0.6)
+    return figure
 
 
 def trust(posterior: Posterior) -> Figure:

@@ -262,7 +262,9 @@ def drift_fields(
     return grid, [np.asarray(mean) - grid for mean in means]
 
 
-def figure_1(key: Array, diffusion: Diffusion, params: Params, x: Array, x_0: Any, trajectory: Any):
+def figure_1(
+    key: Array, diffusion: Diffusion, params: Params, x: Array, x_0: Any, trajectory: Any
+) -> Figure:
     """Figure 1 of the paper, from data and from draws with their trajectories.
 
     The columns are t = 0, T/4 and T, where the log signal-to-noise ratio has the paper's look; no
@@ -273,12 +275,13 @@ def figure_1(key: Array, diffusion: Diffusion, params: Params, x: Array, x_0: An
     forward = diffusion.forward_trajectory(steps, x[:shown]).sample(key)
     drift_levels = [T // 8, T // 4, T]
     grid, drifts = drift_fields(diffusion, params, drift_levels)
-    return plots.figure_1(
+    axes = plots.figure_1(
         [x[:shown], forward[:, T // 4 - 1], forward[:, T - 1]],
         [x_0[:shown], trajectory[:shown, T // 4 - 1], trajectory[:shown, T - 1]],
         [grid] * 3, drifts, [trajectory[:shown, t - 1] for t in drift_levels],
         [0, T // 4, T], drift_levels=drift_levels,
     )  # fmt: skip
+    return axes[0, 0].figure
 
 
 def _bound_few(

@@ -1,7 +1,7 @@
 """Pictures of what was computed elsewhere: nothing here draws, trains or integrates.
 
 Every function takes arrays or the DataTree of `diagnostics.bound`, of a sampler or of
-`infer.calibrate`, and axes to draw into; it returns the axes, or a figure where it makes one.
+`infer.calibrate`, and axes to draw into, or makes a figure; it returns the axes.
 
     training     losses, bound_per_step
     live         LiveLosses, a callback of `fit`

@@ -15,10 +15,9 @@ import arviz_plots
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from scipy import stats
 
-from probdiff.plots.style import BLUE, ORANGE, axes_or_new
+from probdiff.plots.style import BLUE, ORANGE, Grid, axes_or_new, grid_or_new
 
 COLUMNS = 4
 """Panels of a calibration side by side."""
@@ -37,8 +36,25 @@ def ess_trace(tree: xr.DataTree, *, threshold: float | None = 0.5, ax: Axes | No
         threshold: Share below which the run resampled, its `ess_threshold`; None for no line.
         ax: Where to draw; a new figure if absent.
 
+    Returns:
+        The axes.
+
     Raises:
-        ValueError: if the tree is not of an SMC run.
+        ValueError: If the tree is not of an SMC run.
+
+    Example:
+        Two runs of 100 particles, at levels 0, 1 and 2:
+
+        >>> import xarray as xr
+        >>> from probdiff import plots
+        >>> by_level = {"ess": [[90, 80], [40, 60], [99, 99]]}
+        >>> by_level["resampled"] = [[0, 0], [1, 0], [0, 0]]
+        >>> values = {name: (("level", "run"), value) for name, value in by_level.items()}
+        >>> group = xr.Dataset(values | {"log_evidence": -1.5}, {"t": ("level", [0, 1, 2])})
+        >>> tree = xr.DataTree.from_dict({"smc": group})
+        >>> tree.attrs["num_particles"] = 100
+        >>> plots.ess_trace(tree).get_ylabel()
+        'effective share of 100 particles'
     """
     ax, group = axes_or_new(ax), _weighted(tree)
     plates = _plates(group["ess"], "level", "run")
@@ -73,8 +89,22 @@ def evidence(tree: xr.DataTree, *, prob: float = 0.95, ax: Axes | None = None) -
         prob: Probability of the Student-t interval, in (0, 1).
         ax: Where to draw; a new figure if absent.
 
+    Returns:
+        The axes.
+
     Raises:
-        ValueError: if the tree is not of an SMC run, or prob is out of range.
+        ValueError: If the tree is not of an SMC run, or prob is out of range.
+
+    Example:
+        Three runs, their pooled value and its standard error:
+
+        >>> import xarray as xr
+        >>> from probdiff import plots
+        >>> pooled = {"log_evidence": -1.5, "log_evidence_se": 0.1}
+        >>> group = xr.Dataset(pooled | {"log_evidence_by_run": ("run", [-1.4, -1.5, -1.6])})
+        >>> ax = plots.evidence(xr.DataTree.from_dict({"smc": group}), prob=0.9)
+        >>> ax.get_legend().get_texts()[0].get_text()
+        'pooled, 90% interval: -1.500 ± 0.292'
     """
     if not 0 < prob < 1:
         raise ValueError(f"prob must lie in (0, 1); got {prob}")
@@ -108,7 +138,9 @@ def evidence(tree: xr.DataTree, *, prob: float = 0.95, ax: Axes | None = None) -
     return ax
 
 
-def calibration(tree: xr.DataTree, *, num_panels: int = 8, **options: Any) -> Figure:
+def calibration(
+    tree: xr.DataTree, *, num_panels: int = 8, axes: Grid = None, **options: Any
+) -> np.ndarray:
     """Δ-ECDF of each quantity's PITs: log r, then the quantities that look worst.
 
     A line between the dashed ones is what a sampler of the posterior gives. An arch above 0 says
@@ -119,38 +151,90 @@ def calibration(tree: xr.DataTree, *, num_panels: int = 8, **options: Any) -> Fi
     Args:
         tree: What `infer.calibrate` returned.
         num_panels: Panels at most.
+        axes: Where to draw, in any arrangement, one for each panel at least; what is left over
+            stays as it is. A new figure if absent, which says all of the verdict at its top.
         **options: Handed to `arviz_plots.plot_ecdf_pit`.
 
+    Returns:
+        The axes of the panels, in their order; the figure is `axes[0].figure`.
+
     Raises:
-        ValueError: if the tree is not of `infer.calibrate`, or num_panels is below 1.
+        ValueError: If the tree is not of `infer.calibrate`, num_panels is below 1, or there are
+            fewer axes than panels.
+
+    Example:
+        >>> import numpy as np
+        >>> import xarray as xr
+        >>> from probdiff import plots
+        >>> pit = xr.Dataset({"log_r": (("chain", "draw"), np.linspace(0, 1, 150)[None])})
+        >>> tree = xr.DataTree.from_dict(
+        ...     {"prior_sbc": pit, "uniformity": xr.Dataset({"log_r": 0.9})}
+        ... )
+        >>> tree.attrs = {"sampler": "SMC", "num_simulations": 150, "num_tests": 1}
+        >>> tree.attrs |= {"least_p_value": 0.9, "bound": 0.01}
+        >>> [ax.get_title() for ax in plots.calibration(tree)]
+        ['log_r: p = 0.9']
     """
     if num_panels < 1:
         raise ValueError(f"num_panels must be at least 1; got {num_panels}")
     if not {"prior_sbc", "uniformity"} <= set(tree.children):
         raise ValueError(f"tree must come from infer.calibrate; got groups {list(tree.children)}")
     panels = xr.Dataset(dict(_panels(tree, num_panels)))
-    rows, columns = -(-len(panels) // COLUMNS), min(len(panels), COLUMNS)
-    size = {"figsize": (max(2.7 * columns, 6.5), 2.2 * rows + 0.6), "figsize_units": "inches"}
+    is_new, axes = axes is None, _axes_of(axes, len(panels))
+    figure = axes[0].figure
+    places = {name: ((), _boxed(ax)) for name, ax in zip(panels, axes, strict=True)}
+    collection = arviz_plots.PlotCollection(
+        panels,
+        xr.DataTree.from_dict(
+            {"/": xr.Dataset({"figure": ((), _boxed(figure))}), "plot": xr.Dataset(places)}
+        ),
+        backend="matplotlib",
+    )
     looks = {
-        "group": "prior_sbc", "coverage": False, "backend": "matplotlib", "col_wrap": COLUMNS,
-        "figure_kwargs": size | {"layout": "constrained", "sharex": False, "sharey": True},
+        "group": "prior_sbc", "coverage": False, "plot_collection": collection,
         # what else ArviZ shows is another test in each of its generations
         "visuals": {"ecdf_lines": {"color": BLUE}} | dict.fromkeys(LEFT_OUT, False),
     }  # fmt: skip
-    part = xr.DataTree.from_dict({"prior_sbc": panels})
-    figure = arviz_plots.plot_ecdf_pit(part, **(looks | options)).viz["figure"].item()
+    arviz_plots.plot_ecdf_pit(xr.DataTree.from_dict({"prior_sbc": panels}), **(looks | options))
     furthest = stats.kstwo.isf(tree.attrs["bound"], tree.attrs["num_simulations"])
-    for ax in [ax for ax in figure.axes if ax.axison]:  # the last row may have places left
+    for ax in axes:
         ax.axhline(0, color="black", linewidth=0.6)
         for height in (-furthest, furthest):
             ax.axhline(height, color="black", linestyle="--", linewidth=0.8)
         low, high = ax.get_ylim()
         ax.set_ylim(min(low, -1.1 * furthest), max(high, 1.1 * furthest))
         ax.title.set_fontsize("medium")
-        if ax.get_subplotspec().is_first_col():
+        place = ax.get_subplotspec()
+        if place is None or place.is_first_col():
             ax.set_ylabel("ECDF − uniform")
-    figure.suptitle(_verdict(tree.attrs, len(panels)), fontsize="medium")
-    return figure
+    if is_new:
+        figure.suptitle(_verdict(tree.attrs, len(panels)), fontsize="medium")
+    return axes
+
+
+def _axes_of(axes: Grid, count: int) -> np.ndarray:
+    """One axes for each panel, in a new figure where none are given."""
+    if axes is not None:
+        axes = np.ravel(np.asarray(axes, dtype=object))
+        if len(axes) < count:
+            raise ValueError(f"axes must be at least {count}, one for each panel; got {len(axes)}")
+        return axes[:count]
+    rows, columns = -(-count // COLUMNS), min(count, COLUMNS)
+    size = (max(2.7 * columns, 6.5), 2.2 * rows + 0.6)
+    axes = grid_or_new(None, rows, columns, figsize=size).ravel()
+    for ax in axes[1:]:
+        ax.sharey(axes[0])
+        ax.tick_params(labelleft=ax.get_subplotspec().is_first_col())
+    for ax in axes[count:]:
+        ax.remove()
+    return axes[:count]
+
+
+def _boxed(thing: Any) -> np.ndarray:
+    """An array without axes that holds the thing, as xarray wants it."""
+    box = np.empty((), dtype=object)
+    box[()] = thing
+    return box
 
 
 def _verdict(attrs: dict[str, Any], shown: int) -> str:

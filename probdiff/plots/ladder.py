@@ -30,6 +30,25 @@ def ladder(tree: xr.DataTree, *, truth: float | None = None, ax: Axes | None = N
         tree: What `diagnostics.ladder` returned.
         truth: Mean log p(x_0) of these examples, where it is known.
         ax: Where to draw; a new figure if absent.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If the tree is not of `diagnostics.ladder`.
+
+    Example:
+        Two examples, bounded with 1 and with 10 trajectories:
+
+        >>> import xarray as xr
+        >>> from probdiff import plots
+        >>> values = {"bound": ("example", [-3.1, -2.9]), "smc": ("example", [-2.4, -2.2])}
+        >>> values |= {"importance": (("example", "size"), [[-3.0, -2.5], [-2.8, -2.3]])}
+        >>> values |= {"bound_mean": -3.0, "smc_mean": -2.3}
+        >>> group = xr.Dataset(values, {"size": [1, 10]})
+        >>> ax = plots.ladder(xr.DataTree.from_dict({"ladder": group}))
+        >>> [label.get_text() for label in ax.get_xticklabels()][:3]
+        ['K', 'S = 1', 'S = 10']
     """
     group = _group(tree, "ladder")
     ax = axes_or_new(ax)
@@ -79,6 +98,24 @@ def sandwich(tree: xr.DataTree, *, ax: Axes | None = None) -> Axes:
     Args:
         tree: What `diagnostics.sandwich` returned.
         ax: Where to draw; a new figure if absent.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If the tree is not of `diagnostics.sandwich`.
+
+    Example:
+        Bounds with 1 and with 10 trajectories, means over 5 draws of the model:
+
+        >>> import xarray as xr
+        >>> from probdiff import plots
+        >>> means = {"lower": [-2.0, -1.5], "upper": [0.0, -1.0], "gap": [2.0, 0.5]}
+        >>> values = {f"{name}_mean": ("size", mean) for name, mean in means.items()}
+        >>> values["gap_mean_se"] = ("size", [0.4, 0.1])
+        >>> group = xr.Dataset(values, {"size": [1, 10], "example": range(5)})
+        >>> plots.sandwich(xr.DataTree.from_dict({"sandwich": group})).get_ylabel()
+        'log p(x₀), mean of 5 draws (nats)'
     """
     group = _group(tree, "sandwich")
     ax = axes_or_new(ax)
@@ -107,6 +144,24 @@ def entropy_band(tree: xr.DataTree, *, ax: Axes | None = None) -> Axes:
     Args:
         tree: What `diagnostics.entropies` returned.
         ax: Where to draw; a new figure if absent.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If the tree is not of `diagnostics.entropies`.
+
+    Example:
+        Bounds at steps 2 and 3:
+
+        >>> import xarray as xr
+        >>> from probdiff import plots
+        >>> bounds = {"lower": [-1.0, 0.0], "model": [-0.8, 0.5], "model_se": [0.01, 0.01]}
+        >>> bounds |= {"upper": [-0.5, 1.0], "correction": [0.0, 0.0]}
+        >>> group = xr.Dataset({name: ("step", value) for name, value in bounds.items()})
+        >>> group = group.assign_coords(step=[2, 3]).assign_attrs(condition="if T is large")
+        >>> plots.entropy_band(xr.DataTree.from_dict({"entropy": group})).get_ylabel()
+        'H(X_s | X_t) above its lower bound (nats)'
     """
     group = _group(tree, "entropy")
     ax = axes_or_new(ax)
@@ -138,6 +193,24 @@ def information(tree: xr.DataTree, *, ax: Axes | None = None) -> Axes:
     Args:
         tree: What `diagnostics.information` returned.
         ax: Where to draw; a new figure if absent.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If the tree is not of `diagnostics.information`.
+
+    Example:
+        Bounds at levels 1 and 2, and at level 1 from the contrast of 100 examples:
+
+        >>> import xarray as xr
+        >>> from probdiff import plots
+        >>> values = {"model": ("level", [2.0, 1.0]), "model_se": ("level", [0.1, 0.1])}
+        >>> values |= {"contrast": ("contrasted", [1.5]), "contrast_se": ("contrasted", [0.1])}
+        >>> levels = {"level": [1, 2], "contrasted": [1]}
+        >>> group = xr.Dataset(values, levels, {"most_contrast": 4.6})  # log 100
+        >>> plots.information(xr.DataTree.from_dict({"information": group})).get_ylabel()
+        'I(X₀; X_t) (nats per example)'
     """
     group = _group(tree, "information")
     ax = axes_or_new(ax)

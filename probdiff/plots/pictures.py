@@ -14,9 +14,17 @@ import numpy as np
 from jaxtyping import Array, Float
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
 
-from probdiff.plots.style import BLUE, GREEN, ORANGE, SKY, axes_or_new, square
+from probdiff.plots.style import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    SKY,
+    Grid,
+    axes_or_new,
+    grid_or_new,
+    square,
+)
 
 Points = Float[Array | np.ndarray, "_ 2"]
 Levels = Sequence[Points] | Float[Array | np.ndarray, "_ _ 2"]
@@ -38,6 +46,17 @@ def points(
         color: Colour of the points.
         limit: Half the width of the panel; points outside are not shown.
         ax: Where to draw; a new figure if absent.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> import numpy as np
+        >>> from probdiff import plots
+        >>> x = np.random.default_rng(0).normal(size=(500, 2))
+        >>> ax = plots.points(x, title="draws", limit=4.0)
+        >>> ax.get_title(), ax.get_xlabel(), ax.get_ylabel()
+        ('draws', 'x₁', 'x₂')
     """
     ax = axes_or_new(ax)
     x = np.asarray(x)
@@ -62,6 +81,20 @@ def slices(
         color: Colour of the points.
         limit: Half the width of each panel.
         axes: One for each level; a new figure if absent.
+
+    Returns:
+        The axes, one for each level.
+
+    Raises:
+        ValueError: If the numbers of levels, titles and axes differ.
+
+    Example:
+        >>> import numpy as np
+        >>> from probdiff import plots
+        >>> x, noise = np.random.default_rng(0).normal(size=(2, 500, 2))
+        >>> axes = plots.slices([0.5 * x, noise], ["t = 0", "t = T"])
+        >>> [ax.get_title() for ax in axes]
+        ['t = 0', 't = T']
     """
     if axes is None:
         figure = plt.figure(figsize=(3 * len(levels), 3.2), layout="constrained")
@@ -91,6 +124,17 @@ def drift(
         title: Title of the panel.
         limit: Half the width of the panel.
         ax: Where to draw; a new figure if absent.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> import numpy as np
+        >>> from probdiff import plots
+        >>> grid = np.stack(np.meshgrid([-1.0, 0.0, 1.0], [-1.0, 0.0, 1.0]), axis=-1).reshape(-1, 2)
+        >>> ax = plots.drift(grid, -0.1 * grid, title="t = 5")  # all arrows to the middle
+        >>> ax.get_title()
+        't = 5, arrows × 5'
     """
     ax = axes_or_new(ax)
     x, displacement = np.asarray(x), np.asarray(displacement)
@@ -113,6 +157,7 @@ def images(
     title: str = "",
     vmin: float = 0.0,
     vmax: float = 1.0,
+    cmap: str = "gray",
     ax: Axes | None = None,
 ) -> Axes:
     """A sheet of grey or coloured images in reading order, a pixel apart.
@@ -123,7 +168,17 @@ def images(
         title: Title of the sheet.
         vmin: Value shown black; what is below is black too.
         vmax: Value shown white; what is above is white too.
+        cmap: Colour map of images without channels; "viridis" for standard deviations.
         ax: Where to draw; a new figure if absent.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> from probdiff import datasets, plots
+        >>> ax = plots.images(datasets.digits().test[:6], columns=3, vmax=16.0)
+        >>> ax.images[0].get_array().shape  # two rows of three digits, a pixel apart
+        (17, 26)
     """
     ax = axes_or_new(ax)
     x = np.asarray(x, np.float64)
@@ -139,8 +194,8 @@ def images(
     for i, image in enumerate(x):
         top, left = (i // columns) * (height + 1), (i % columns) * (width + 1)
         sheet[top : top + height, left : left + width] = image
-    grey = plt.get_cmap("gray").with_extremes(bad=paper)
-    ax.imshow(sheet, cmap=grey, vmin=vmin, vmax=vmax, interpolation="nearest")
+    shades = plt.get_cmap(cmap).with_extremes(bad=paper)
+    ax.imshow(sheet, cmap=shades, vmin=vmin, vmax=vmax, interpolation="nearest")
     ax.set(title=title, xticks=[], yticks=[])
     ax.set_frame_on(False)
     return ax
@@ -156,7 +211,8 @@ def figure_1(
     *,
     drift_levels: Sequence[int] | None = None,
     limit: float = 2.6,
-) -> Figure:
+    axes: Grid = None,
+) -> np.ndarray:
     """Figure 1 of the paper: data diffusing, noise becoming data, and the drift that does it.
 
     Args:
@@ -168,10 +224,24 @@ def figure_1(
         levels: Levels t of the columns; 0 is the data.
         drift_levels: Levels of the third row, `levels` if absent: no step leads down from 0.
         limit: Half the width of each panel.
+        axes: Where to draw, `(3, levels)`; a new figure if absent.
+
+    Returns:
+        The axes, `(3, levels)`; the figure is `axes[0, 0].figure`.
+
+    Raises:
+        ValueError: If the numbers of levels differ, or axes have another shape.
+
+    Example:
+        >>> import numpy as np
+        >>> from probdiff import plots
+        >>> x = np.random.default_rng(0).normal(size=(2, 100, 2))  # at two levels
+        >>> axes = plots.figure_1(x, x, x, -0.1 * x, x, levels=[0, 40], drift_levels=[5, 40])
+        >>> axes.shape, [ax.get_title() for ax in axes[0]]
+        ((3, 2), ['t = 0', 't = 40'])
     """
     drift_levels = levels if drift_levels is None else drift_levels
-    figure = plt.figure(figsize=(3 * len(levels), 9.4), layout="constrained")
-    axes = figure.subplots(3, len(levels), squeeze=False)
+    axes = grid_or_new(axes, 3, len(levels), figsize=(3.0 * len(levels), 9.4))
     slices(forward, [f"t = {t}" for t in levels], color=BLUE, limit=limit, axes=axes[0])
     slices(reverse, [f"t = {t}" for t in levels], color=ORANGE, limit=limit, axes=axes[1])
     for x, change, draws, t, ax in zip(grid, drifts, behind, drift_levels, axes[2], strict=True):
@@ -179,4 +249,4 @@ def figure_1(
     names = ("forward chain q(x_t)", "reverse chain p(x_t)", "drift f_μ(x, t) − x")
     for row, name in zip(axes, names, strict=True):
         row[0].set_ylabel(f"{name}\n\nx₂")
-    return figure
+    return axes

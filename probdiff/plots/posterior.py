@@ -9,7 +9,6 @@ first. Grey values share one scale, the standard deviations have one of their ow
 
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Array, Bool, Float, Num
 from matplotlib.axes import Axes
@@ -17,11 +16,9 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 
 from probdiff.plots.pictures import Points
-from probdiff.plots.style import BLUE, ORANGE, SKY, axes_or_new, square
+from probdiff.plots.style import BLUE, ORANGE, SKY, Grid, axes_or_new, grid_or_new, square
 
 Images = Num[Array | np.ndarray, "_ _ _"]
-Grid = Any
-"""Axes in rows and columns, `(images, columns)`."""
 
 
 def posterior_images(
@@ -59,7 +56,18 @@ def posterior_images(
         The axes, `(images, columns)`; the figure is `axes[0, 0].figure`.
 
     Raises:
-        ValueError: if the numbers of images differ, or axes have another shape.
+        ValueError: If the numbers of images differ, or axes have another shape.
+
+    Example:
+        >>> import numpy as np
+        >>> from probdiff import datasets, plots
+        >>> rng, truth = np.random.default_rng(0), np.asarray(datasets.digits().test[:2])
+        >>> draws = truth + rng.normal(size=(50, 2, 8, 8))
+        >>> axes = plots.posterior_images(
+        ...     truth, truth, draws, draws.mean(axis=0), draws.std(axis=0), num_draws=2, vmax=16
+        ... )
+        >>> [ax.get_title() for ax in axes[0]]
+        ['truth', 'observation', 'draw 1', 'draw 2', 'mean', 'sd']
     """
     shown = [("observation", observation)]
     shown += [(f"draw {i + 1}", draw) for i, draw in enumerate(np.asarray(draws)[:num_draws])]
@@ -68,7 +76,9 @@ def posterior_images(
         shown.insert(0, ("truth", truth))
     columns = [(title, np.asarray(images, np.float64)) for title, images in shown]
     _check_rows({title: len(images) for title, images in columns})
-    axes = _grid(axes, len(columns[0][1]), len(columns))
+    rows = len(columns[0][1])
+    size = (1.2 * len(columns) + 1.2, 1.25 * rows + 0.4)
+    axes = grid_or_new(axes, rows, len(columns), figsize=size)
     hidden = _hidden(observation, mask)
     grey = {"cmap": "gray", "vmin": vmin, "vmax": vmax}
     sd_max = float(np.max(columns[-1][1]))
@@ -114,6 +124,17 @@ def posterior_points(
         title: Title of the panel.
         limit: Half the width of the panel; points outside are not shown.
         ax: Where to draw; a new figure if absent.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> import numpy as np
+        >>> from probdiff import plots
+        >>> draws = np.random.default_rng(0).normal(0.5, 0.2, size=(100, 2))
+        >>> ax = plots.posterior_points(draws, observation=np.array([0.5, np.nan]))  # only x₁
+        >>> [text.get_text() for text in ax.get_legend().get_texts()]
+        ['posterior draws', 'observation']
     """
     ax = axes_or_new(ax)
     if behind is not None:
@@ -161,16 +182,6 @@ def _hatch(ax: Axes, pixels: np.ndarray) -> None:
     squares = [Path(corners + np.array([j, i]), closed=True) for i, j in np.argwhere(pixels)]
     whole = Path.make_compound_path(*squares)
     ax.add_patch(PathPatch(whole, facecolor=SKY, edgecolor="white", hatch="////", linewidth=0))
-
-
-def _grid(axes: Grid, rows: int, columns: int) -> np.ndarray:
-    if axes is None:
-        figure = plt.figure(figsize=(1.2 * columns + 1.2, 1.25 * rows + 0.4), layout="constrained")
-        return figure.subplots(rows, columns, squeeze=False)
-    axes = np.asarray(axes)
-    if axes.shape != (rows, columns):
-        raise ValueError(f"axes must have shape ({rows}, {columns}); got {axes.shape}")
-    return axes
 
 
 def _check_rows(counts: dict[str, int]) -> None:

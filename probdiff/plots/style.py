@@ -6,17 +6,37 @@ values sky blue stands for "no pixel": between images, and where nothing was obs
 Source: Okabe and Ito (2008), Color universal design.
 """
 
+from typing import Any
+
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 """For what is drawn: in a pair, blue first."""
 SKY = "#56B4E9"
 """Where an image has no pixel."""
+Grid = Any
+"""Axes in rows and columns: an array of them, or nested sequences."""
 
 
 def axes_or_new(ax: Axes | None) -> Axes:
     return plt.figure(figsize=(6, 4), layout="constrained").subplots() if ax is None else ax
+
+
+def grid_or_new(axes: Grid, rows: int, columns: int, *, figsize: tuple[float, float]) -> np.ndarray:
+    """Axes `(rows, columns)`, in a new figure where none are given.
+
+    Raises:
+        ValueError: If axes are given in another shape.
+    """
+    if axes is None:
+        figure = plt.figure(figsize=figsize, layout="constrained")
+        return figure.subplots(rows, columns, squeeze=False)
+    axes = np.asarray(axes)
+    if axes.shape != (rows, columns):
+        raise ValueError(f"axes must have shape ({rows}, {columns}); got {axes.shape}")
+    return axes
 
 
 def square(ax: Axes, limit: float, title: str) -> Axes:

@@ -37,6 +37,16 @@ def losses(
         batch_size: Examples in a batch.
         held_out: Steps, and loss per example on held-out data at these.
         ax: Where to draw; a new figure if absent.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> import numpy as np
+        >>> from probdiff import plots
+        >>> ax = plots.losses(np.linspace(30.0, 10.0, 1000), batch_size=10)
+        >>> ax.get_ylabel(), ax.lines[0].get_label()
+        ('loss −K (nats per example)', 'training, means of 10 steps')
     """
     ax = axes_or_new(ax)
     values = np.asarray(losses, np.float64) / batch_size
@@ -69,6 +79,24 @@ def bound_per_step(tree: xr.DataTree, *, ax: Axes | None = None) -> Axes:
     Args:
         tree: What `diagnostics.bound` returned.
         ax: Where to draw; a new figure if absent.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If the tree is not of `diagnostics.bound`.
+
+    Example:
+        The group `bound` of two examples and steps 2 and 3:
+
+        >>> import xarray as xr
+        >>> from probdiff import plots
+        >>> kl = [[1.0, 2.0], [3.0, 2.0]]
+        >>> parts = {"reconstruction": ("example", [0.5, 0.5]), "prior_kl": ("example", [0.0, 0.0])}
+        >>> mean = {"mean": -3.5, "mean_bits": -5.049, "se_bits": 1.443}
+        >>> group = xr.Dataset(parts | {"kl": (("example", "step"), kl)}, {"step": [2, 3]}, mean)
+        >>> plots.bound_per_step(xr.DataTree.from_dict({"bound": group})).get_title()
+        'bound per example: -5.049 ± 1.443 bits'
     """
     if "bound" not in tree.children or "kl" not in tree["bound"]:
         raise ValueError(f"tree must come from diagnostics.bound; got groups {list(tree.children)}")
