@@ -1,7 +1,7 @@
 """Progress bars: a line that grows where a person looks on, a line now and then in a file.
 
 A terminal and a notebook take a bar that is drawn again ten times a second. In a file each drawing
-is kept, and those of an hour hide the rest of a log; there a bar is drawn twice a minute, and at its
+is kept, and those of an hour hide the rest of a log; there it is drawn twice a minute, and at its
 end.
 """
 

@@ -64,3 +64,16 @@ def test_a_notebook_is_kept_from_one_clean_run(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_ends_in_what_it_claims(path):
     assert "assert " in code_cells(nbformat.read(path, as_version=4))[-1].source
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_points_at_what_is_there(path):
+    """Files by their path, and names that follow a file, as `file.py`: `name`, `name`."""
+    package = FOLDER.parent / "probdiff"
+    for cell in nbformat.read(path, as_version=4).cells:
+        for line in cell.source.splitlines() if cell.cell_type == "markdown" else ():
+            files = re.findall(r"`([\w/]+\.py)`", line)
+            sources = [(package / file).read_text() for file in files]
+            named = re.search(r"\.py`: ([^;|]*)", line)
+            for name in re.findall(r"`(\w+)`", named[1]) if named else ():
+                assert any(f"def {name}(" in s or f"class {name}(" in s for s in sources), name

@@ -22,6 +22,7 @@ __all__ = [
     "BridgeVariance",
     "Data",
     "DataLogits",
+    "Denoiser",
     "DiscreteReadout",
     "Discretised",
     "Epsilon",
