@@ -251,8 +251,8 @@ def test_figure_3_has_the_papers_columns_and_the_sd():
     figure = restoration.figure_3(found, draws)
     sheets = [ax.images[0] for ax in figure.axes[:5]]
     assert [ax.get_title().replace("\n", " ") for ax in figure.axes[:5]] == [
-        "held-out digits", "with noise of variance 1", "posterior draws given the noise",
-        "draws of the model", "posterior sd",
+        "held-out digits", "with noise of variance 1",
+        "draws from the posterior given the noisy image", "draws of the model", "posterior sd",
     ]  # fmt: skip
     by_row = [truth[:, None], y[:, None], inferred[0, :3].swapaxes(0, 1), draws[:6], sd[:, None]]
     for sheet, images in zip(sheets, by_row, strict=True):

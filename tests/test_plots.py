@@ -1,5 +1,6 @@
 """Pictures show the numbers they were given, and no others."""
 
+import inspect
 import math
 import sys
 import types
@@ -150,6 +151,17 @@ def test_figure_1_is_drawn_into_given_axes():
     assert plt.get_fignums() == [given[0, 0].figure.number]
     with pytest.raises(ValueError, match=r"axes must have shape \(3, 2\); got \(2, 2\)"):
         plots.figure_1(x, x, x, x, x, [0, 1], axes=given[:2])
+
+
+PICTURES = [name for name in plots.__all__ if callable(getattr(plots, name))]
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_every_picture_can_be_told_its_axes(name):
+    assert len(PICTURES) == 18
+    options = inspect.signature(getattr(plots, name)).parameters
+    (given,) = [options[name] for name in ("ax", "axes") if name in options]
+    assert given.default is None and given.kind is given.KEYWORD_ONLY
 
 
 def test_a_given_axes_is_drawn_into():

@@ -13,7 +13,6 @@ Source: Sohl-Dickstein et al. (2015), section 3.2.4 and figure 3, which denoise 
 """
 
 import dataclasses
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -211,21 +210,24 @@ def figure_3(posterior: Posterior, draws: Any) -> Figure:
     inferred = posterior.tree["posterior"]["x_0"].values[0, :SIDE_BY_SIDE, :rows].swapaxes(0, 1)
     columns = min(SIDE_BY_SIDE, len(draws) // rows)
     sheets = {
-        "held-out digits": posterior.truth[:rows],
-        "with noise of variance 1": posterior.y[:rows],
-        "posterior draws given the noise": inferred.reshape(-1, *inferred.shape[2:]),
-        "draws of the model": draws[: columns * rows],
-        "posterior sd": posterior.sd[:rows],
+        "held-out\ndigits": posterior.truth[:rows],
+        "with noise of\nvariance 1": posterior.y[:rows],
+        "draws from the posterior\ngiven the noisy image": inferred.reshape(
+            -1, *inferred.shape[2:]
+        ),
+        "draws of\nthe model": draws[: columns * rows],
     }
-    widths = [len(images) // rows for images in sheets.values()]
+    sd = posterior.sd[:rows]
+    widths = [len(images) // rows for images in (*sheets.values(), sd)]
     figure = plt.figure(figsize=(0.85 * sum(widths) + 2.5, 0.85 * rows + 0.7), layout="constrained")
-    axes = figure.subplots(1, len(sheets), width_ratios=widths)
-    for ax, (title, images), width in zip(axes, sheets.items(), widths, strict=True):
-        looks = {"vmax": LEVELS}
-        if title == "posterior sd":
-            looks = {"vmax": float(images.max()), "cmap": "viridis"}
-        plots.images(images, columns=width, ax=ax, **looks)
-        ax.set_title(textwrap.fill(title, 11 * width), fontsize="medium")
+    axes = figure.subplots(1, len(widths), width_ratios=widths)
+    for ax, (title, images), width in zip(axes, sheets.items(), widths, strict=False):
+        plots.images(images, columns=width, vmax=LEVELS, title=title, ax=ax)
+    plots.images(
+        sd, columns=1, vmax=float(sd.max()), cmap="viridis", title="posterior\nsd", ax=axes[-1]
+    )
+    for ax in axes:
+        ax.title.set_fontsize("medium")
     figure.colorbar(axes[-2].images[0], ax=axes[-2], label="grey level", shrink=0.6)
     figure.colorbar(axes[-1].images[0], ax=axes[-1], label="posterior sd, grey levels", shrink=0.6)
     return figure

@@ -222,7 +222,7 @@ def information(tree: xr.DataTree, *, ax: Axes | None = None) -> Axes:
         ax.plot(t, mean, color=colour, linewidth=1.5, label=text)
         ax.fill_between(t, mean - 2 * se, mean + 2 * se, color=colour, alpha=0.3, linewidth=0)
     most = group.attrs["most_contrast"]
-    ax.axhline(most, color="black", linewidth=0.8, linestyle=":", label="log N, most by contrast")
+    ax.axhline(most, color="black", linewidth=1.2, linestyle=":", label="log N, most by contrast")
     ax.set(xlabel="level t (0: data)", ylabel="I(X₀; X_t) (nats per example)")
     ax.set_ylim(bottom=0)
     ax.legend(frameon=False)
