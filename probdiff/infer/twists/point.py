@@ -16,7 +16,8 @@ class PointTwist(Twist):
     particles collapse where r is narrow; `LaplaceTwist` puts the width in. It takes no arguments.
 
     Example:
-        The same measurement by two twists, the log evidence of this one less certain:
+        A measurement y = 2, of noise 1, of x_0 ~ N(0, 1), whose posterior has mean 1; without
+        weights the draws go too far:
 
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
         >>> from probdiff import Diffusion, GaussianKernel, infer, schedules
@@ -26,12 +27,12 @@ class PointTwist(Twist):
         >>> prior = diffusion.prior({})
         >>> def program(y):
         ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
-        >>> def log_evidence_se(twist):
-        ...     smc = infer.SMC(program, num_particles=1000, twist=twist)
-        ...     smc.run(jax.random.key(0), y=2.0)
-        ...     return smc.log_evidence_se
-        >>> log_evidence_se(infer.PointTwist()) > 10 * log_evidence_se(infer.LaplaceTwist())
-        True
+        >>> guided = infer.Guided(
+        ...     program, twist=infer.PointTwist(), num_samples=10_000, check=False
+        ... )
+        >>> guided.run(jax.random.key(0), y=2.0)
+        >>> round(float(guided.get_samples()["x_0"].mean()), 1)
+        1.3
 
     Sources: Chung et al. (2023) for the guidance; Wu et al. (2023) for it as a twist.
     """

@@ -64,8 +64,8 @@ class TweedieTwist(Twist):
         ...     numpyro.sample("y", dist.Normal(prior(), 0.1), obs=y)
         >>> smc = infer.SMC(program, num_particles=1000, twist=infer.TweedieTwist(rank=1))
         >>> smc.run(jax.random.key(0), y=0.2)
-        >>> round(float(smc.get_samples()["x_0"].mean()), 1)  # y/2
-        0.1
+        >>> round(float(smc.get_samples()["x_0"].mean()) / tau, 1)  # y/2 = τ
+        1.0
 
     Source: Boys et al. (2023).
     """
