@@ -313,3 +313,7 @@ def _read_array(path: Path) -> np.ndarray:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -170,13 +170,6 @@ def test_the_picture_shows_differences_with_their_paired_errors():
     assert "'best'" in ax.get_xlabel() and "nats" in ax.get_xlabel()
 
 
-def test_the_picture_is_drawn_into_given_axes():
-    given = plt.figure().subplots()
-    assert plots.comparison(diagnostics.compare(trees()), ax=given) is given
-    assert plt.get_fignums() == [given.figure.number]
-    plt.close(given.figure)
-
-
 def test_the_picture_wants_a_comparison():
     with pytest.raises(ValueError, match=r"come from diagnostics.compare; got groups \['bound'\]"):
         plots.comparison(tree_of([1, 2]))

@@ -1,26 +1,24 @@
-"""Models compared by their bounds: paired differences, as ArviZ's comparison plot has them.
+"""Models compared by their bounds: ArviZ's comparison plot of paired differences.
 
 Each model stands at its mean bound minus the best model's, with a bar of one standard error of the
 paired difference to either side. The best has no bar: it differs from itself by nothing.
 """
 
-import matplotlib.pyplot as plt
-import numpy as np
+import arviz_plots
+import pandas as pd
 import xarray as xr
 from matplotlib.axes import Axes
 
 from probdiff.plots.style import BLUE
 
 
-def comparison(tree: xr.DataTree, *, ax: Axes | None = None) -> Axes:
+def comparison(tree: xr.DataTree) -> Axes:
     """Mean bounds relative to the best, with standard errors of the paired differences.
+
+    ArviZ makes the figure, `ax.figure`, and takes no axes.
 
     Args:
         tree: What `diagnostics.compare` returned.
-        ax: Where to draw; a new figure if absent.
-
-    Returns:
-        The axes.
 
     Raises:
         ValueError: If the tree is not of `diagnostics.compare`.
@@ -42,16 +40,24 @@ def comparison(tree: xr.DataTree, *, ax: Axes | None = None) -> Axes:
             f"tree must come from diagnostics.compare; got groups {list(tree.children)}"
         )
     group = tree["comparison"]
-    n = group.sizes["model"]
-    if ax is None:
-        ax = plt.figure(figsize=(7.5, 0.45 * n + 2.0), layout="constrained").subplots()
-    difference, error = group["difference"].values, group["difference_se"].values
-    place = np.arange(n, 0, -1)
-    for low, high, height in zip(difference - error, difference + error, place, strict=True):
-        ax.plot([low, high], [height, height], color=BLUE)
-    ax.scatter(difference, place, color=BLUE)
-    ax.axvline(0, color="black", linestyle="--", linewidth=0.8)
-    ax.set_yticks(place, group["model"].values)
+    size = {"figsize": (7.5, 0.45 * group.sizes["model"] + 2.0), "figsize_units": "inches"}
+    ax = (
+        arviz_plots.plot_compare(
+            _table(group),
+            relative_scale=True,
+            backend="matplotlib",
+            figure_kwargs=size | {"layout": "constrained"},
+            visuals={
+                "point_estimate": {"color": BLUE},
+                "error_bar": {"color": BLUE},
+                "ref_line": {"color": "black", "linestyle": "--", "linewidth": 0.8},
+                "labels": False,
+                "title": False,
+            },
+        )
+        .viz["plot"]
+        .item()
+    )
     mean, se = float(group["mean"][0]), float(group["se"][0])
     best = f"{mean:.4g} ± {se:.2g}".replace("-", "−")
     name = group.attrs["best"]
@@ -63,5 +69,17 @@ def comparison(tree: xr.DataTree, *, ax: Axes | None = None) -> Axes:
         "better\nbars: ± 1 standard error of the paired difference; the bounds' slack may differ",
         fontsize="medium",
     )
-    ax.set_ylim(0.5, n + 0.5)
+    ax.set_ylim(0.5, group.sizes["model"] + 0.5)
     return ax
+
+
+def _table(group: xr.DataTree) -> pd.DataFrame:
+    """What `plot_compare` reads, best first: `mlpd` and `se` before ArviZ 1, the others after."""
+    columns = {
+        "mlpd": group["mean"],
+        "se": group["difference_se"],
+        "mlpd_diff": group["difference"],
+        "dse": group["difference_se"],
+    }
+    values = {name: column.values for name, column in columns.items()}
+    return pd.DataFrame(values, index=group["model"].values)
