@@ -287,8 +287,8 @@ class SampledTimeELBO(SampledTimeLoss):
         ...     lambda x_t, t: jnp.zeros((*x_t.shape, 2)), event_shape=(),  # it is N(0, 1)
         ... )
         >>> svi = SVI(diffusion.model, diffusion.guide, adam(1e-3), SampledTimeELBO())
-        >>> x_0 = jnp.ones(4000)  # one example many times, to average over the noise
-        >>> loss = jax.jit(svi.evaluate)(svi.init(jax.random.key(0), x_0), x_0) / 4000
+        >>> x_0 = jnp.ones(20_000)  # one example many times, to average over the noise
+        >>> loss = jax.jit(svi.evaluate)(svi.init(jax.random.key(0), x_0), x_0) / 20_000
         >>> bool(abs(loss + dist.Normal(0, 1).log_prob(1.0)) < 0.1)
         True
 

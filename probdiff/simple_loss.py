@@ -60,8 +60,8 @@ class SimpleLoss(SampledTimeLoss):
         ...     readout=readouts.Epsilon(readouts.ForwardVariance()), last_step=readouts.Learned(),
         ... )
         >>> svi = SVI(diffusion.model, diffusion.guide, adam(1e-3), SimpleLoss())
-        >>> x_0 = jnp.ones(4000)
-        >>> loss = jax.jit(svi.evaluate)(svi.init(jax.random.key(0), x_0), x_0) / 4000
+        >>> x_0 = jnp.ones(20_000)
+        >>> loss = jax.jit(svi.evaluate)(svi.init(jax.random.key(0), x_0), x_0) / 20_000
         >>> bool(abs(loss - 1) < 0.1)  # E ε² = 1
         True
 
@@ -113,8 +113,8 @@ class CombinedLoss(SampledTimeLoss):
         ...     lambda x_t, t: jnp.zeros((*x_t.shape, 2)), event_shape=(),  # it is N(0, 1)
         ... )
         >>> svi = SVI(diffusion.model, diffusion.guide, adam(1e-3), CombinedLoss(weight=1.0))
-        >>> x_0 = jnp.ones(4000)
-        >>> loss = jax.jit(svi.evaluate)(svi.init(jax.random.key(0), x_0), x_0) / 4000
+        >>> x_0 = jnp.ones(20_000)
+        >>> loss = jax.jit(svi.evaluate)(svi.init(jax.random.key(0), x_0), x_0) / 20_000
         >>> simple = np.cumprod(1 - diffusion.rates).mean()  # L_simple is the mean of ᾱ_t here
         >>> bool(abs(loss - simple - 0.5 * np.log(2 * np.pi) - 0.5) < 0.1)  # −K = −log N(1; 0, 1)
         True

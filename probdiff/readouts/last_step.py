@@ -74,10 +74,15 @@ class Tied(LastStep):
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from probdiff import GaussianKernel, readouts, schedules
-        >>> step = schedules.steps(schedules.linear(4, beta_1=0.19, beta_T=0.5)).at(1, event_dim=0)
-        >>> law = readouts.Tied()(GaussianKernel(), None, jnp.array(2.0), step)
-        >>> round(float(law.mean), 3), round(float(law.variance), 3)  # N(√(1−β_1) x_1, β_1)
+        >>> from probdiff import Diffusion, GaussianKernel, readouts, schedules
+        >>> diffusion = Diffusion(
+        ...     GaussianKernel(), schedules.linear(4, beta_1=0.19, beta_T=0.5),
+        ...     lambda x_t, t: jnp.ones((*x_t.shape, 2)), event_shape=(),  # whatever it says
+        ...     last_step=readouts.Tied(),
+        ... )
+        >>> reverse, _ = diffusion.bind({})
+        >>> law = diffusion.data_given_first(reverse, jnp.array([2.0])).base
+        >>> round(float(law.mean[0]), 3), round(float(law.variance[0]), 3)  # N(√(1−β_1) x_1, β_1)
         (1.8, 0.19)
 
     Source: Sohl-Dickstein et al. (2015), appendix B.2.
