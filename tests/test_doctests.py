@@ -83,6 +83,9 @@ def documented_constants():
                 yield from (name.id for name in names if isinstance(name, ast.Name))
 
 
+CONSTANTS = set(documented_constants())
+
+
 def examples(value, name):
     """The doctests of an object; of a class those of its public methods too."""
     found = doctest.DocTestFinder().find(value, name, module=False, globs={})
@@ -99,22 +102,32 @@ def failures(test):
     return output.getvalue() if result.failed else ""
 
 
-@pytest.mark.parametrize(("module_name", "name"), PUBLIC, ids=map(".".join, PUBLIC))
-def test_public_name_is_explained_by_an_example(module_name, name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+each_public_name = pytest.mark.parametrize(
+    ("module_name", "name"), PUBLIC, ids=map(".".join, PUBLIC)
+)
+
+
+@each_public_name
+def test_a_public_name_is_explained_and_has_an_example(module_name, name):
     module = importlib.import_module(module_name)
     assert getattr(module, name, None) is not None, f"{module_name} has no {name}"
     value = getattr(module, name)
     if isinstance(value, str | float | int):
-        assert name in set(documented_constants())
+        assert name in CONSTANTS
         return
     assert value.__doc__ and value.__doc__.strip()
+    assert is_exempt(value) or examples(value, name), f"{module_name}.{name} has no example"
+
+
+@pytest.mark.long
+@each_public_name
+def test_an_example_runs_and_leaves_no_file(module_name, name, tmp_path, monkeypatch):
+    value = getattr(importlib.import_module(module_name), name)
     if is_exempt(value):
         return
-    tests = examples(value, name)
-    assert tests, f"{module_name}.{name} has no example"
+    monkeypatch.chdir(tmp_path)
     try:
-        for test in tests:
+        for test in examples(value, name):
             assert not (found := failures(test)), found
     finally:
         plt.close("all")
