@@ -45,27 +45,28 @@ class TweedieTwist(Twist):
         ValueError: if `rank` is below 1.
 
     Example:
-        Data as narrow as N(0, 1/100), which the twist reads off the network:
+        Two numbers near −1 or 1, as ½ N(−1, ¼) + ½ N(1, ¼) each, and their sum y = 0 measured: one
+        is high and one is low, and which is left open.
 
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
         >>> from probdiff import Diffusion, GaussianKernel, infer, readouts, schedules
-        >>> beta, tau = schedules.cosine(20), 0.1
-        >>> table = schedules.steps(beta)
-        >>> def network(x_t, t):  # E[x_0 | x_t] of x_0 ~ N(0, τ²)
-        ...     step = table.at(t, 0)
-        ...     total = step.alpha_bar_t * tau**2 + step.noise_t
-        ...     return jnp.sqrt(step.alpha_bar_t) * tau**2 * x_t / total
-        >>> readout = readouts.Data(readouts.BridgeVariance())
+        >>> def network(x_t, t):  # outputs of 0 leave the readout's own components
+        ...     return jnp.zeros((len(x_t), 12))
         >>> diffusion = Diffusion(
-        ...     GaussianKernel(), beta, network, event_shape=(), readout=readout
+        ...     GaussianKernel(), schedules.log_snr_linear(30, beta_1=1e-3, alpha_bar_T=1e-3),
+        ...     network, event_shape=(2,), readout=readouts.Mixture(2, -1.0, 1.0),
+        ...     last_step=readouts.Learned(),
         ... )
         >>> prior = diffusion.prior({})
         >>> def program(y):
-        ...     numpyro.sample("y", dist.Normal(prior(), 0.1), obs=y)
+        ...     numpyro.sample("y", dist.Normal(prior().sum(-1), 0.5), obs=y)
         >>> smc = infer.SMC(program, num_particles=1000, twist=infer.TweedieTwist(rank=1))
-        >>> smc.run(jax.random.key(0), y=0.2)
-        >>> round(float(smc.get_samples()["x_0"].mean()) / tau, 1)  # y/2 = τ
-        1.0
+        >>> smc.run(jax.random.key(0), y=0.0)
+        >>> round(smc.log_evidence, 1)  # log [½ N(0; 0, ¾) + ½ N(2; 0, ¾)]
+        -1.4
+        >>> x_0 = smc.get_samples()["x_0"]
+        >>> bool(0.3 < (x_0[:, 0] > x_0[:, 1]).mean() < 0.7)
+        True
 
     Source: Boys et al. (2023).
     """
