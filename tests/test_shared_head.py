@@ -44,3 +44,22 @@ def test_every_entry_may_depend_on_every_other():
     x, t = jax.random.normal(jax.random.key(0), (1, 6)), jnp.array([2])
     jacobian = jax.jacobian(lambda x: net(x[None], t)[0])(x[0])
     assert (np.abs(jacobian) > 1e-6).all()
+
+
+def test_context_is_a_shift_of_every_layer():
+    """Layers that see c add W c: the network without context, that much added to its biases."""
+    c, t = jnp.array([0.5, -1.0, 2.0]), jnp.array([1, 4])
+    net, plain = network((6,), context_size=3), network((6,))
+    keys = iter(jax.random.split(jax.random.key(1), 20))
+    layers = [[*n.trunk, n.to_channels, n.skip, n.head[0]] for n in (net, plain)]
+    for layer, without in zip(*layers, strict=True):
+        kernel = jax.random.normal(next(keys), layer.kernel.shape)
+        layer.kernel[...], without.kernel[...] = kernel, kernel[:-3]
+        without.bias[...] = layer.bias[...] + c @ kernel[-3:]
+    plain.head[1].kernel[...] = net.head[1].kernel[...]
+    for n in (net, plain):
+        n.readout.kernel[...] = jnp.ones_like(n.readout.kernel[...])
+    x = jax.random.normal(next(keys), (2, 6))
+    out = net(x, t, jnp.broadcast_to(c, (2, 3)))
+    np.testing.assert_allclose(out, plain(x, t), rtol=1e-4)
+    assert np.abs(out - net(x, t, jnp.zeros((2, 3)))).min() > 1e-3

@@ -8,7 +8,7 @@ its range, a value on a grid) and slowly with all others. A perceptron has to le
 turns anew for every entry; a head that all entries share learns them once. On the 8 × 8 digits that
 is worth some 30 nats per image.
 
-Time enters every layer by the bump functions of `Perceptron`.
+Time enters by the bump functions of `Perceptron`, and the context beside it wherever time does.
 """
 
 import itertools
@@ -40,6 +40,7 @@ class SharedHead(nnx.Module):
         head_width: Units in each of the head's two hidden layers.
         bumps: Number of bump functions.
         outputs: 2 for a readout with learned variance, 1 for one without.
+        context_size: Numbers in one example's context; 0 where there is none.
         rngs: Draws the initial weights.
 
     Example:
@@ -66,37 +67,45 @@ class SharedHead(nnx.Module):
         head_width: int = 16,
         bumps: int = 10,
         outputs: int = 2,
+        context_size: int = 0,
         rngs: nnx.Rngs,
     ):
         self.event_shape, self.width, self.depth, self.T = tuple(event_shape), width, depth, T
         self.channels, self.head_width = channels, head_width
-        self.bumps, self.outputs = bumps, outputs
-        size = math.prod(event_shape)
+        self.bumps, self.outputs, self.context_size = bumps, outputs, context_size
+        size, given = math.prod(event_shape), bumps + context_size
         sizes = [size, *[width] * depth]
         zeros = nnx.initializers.zeros
         self.trunk = nnx.List(
-            nnx.Linear(n + bumps, m, rngs=rngs) for n, m in itertools.pairwise(sizes)
+            nnx.Linear(n + given, m, rngs=rngs) for n, m in itertools.pairwise(sizes)
         )
-        self.to_channels = nnx.Linear(width + bumps, size * channels, rngs=rngs)
-        self.skip = nnx.Linear(width + bumps, size * outputs, kernel_init=zeros, rngs=rngs)
+        self.to_channels = nnx.Linear(width + given, size * channels, rngs=rngs)
+        self.skip = nnx.Linear(width + given, size * outputs, kernel_init=zeros, rngs=rngs)
         self.head = nnx.List(
-            nnx.Linear(n, head_width, rngs=rngs) for n in (1 + channels + bumps, head_width)
+            nnx.Linear(n, head_width, rngs=rngs) for n in (1 + channels + given, head_width)
         )
         self.readout = nnx.Linear(head_width, outputs, kernel_init=zeros, rngs=rngs)
 
-    def __call__(self, x_t: Float[Array, "B ..."], t: Int[Array, " B"]) -> Float[Array, "B ..."]:
+    def __call__(
+        self,
+        x_t: Float[Array, "B ..."],
+        t: Int[Array, " B"],
+        context: Float[Array, "B ..."] | None = None,
+    ) -> Float[Array, "B ..."]:
         """Outputs `(B, *event_shape)`, the last axis `outputs` times as long."""
         batch = x_t.shape[0]
         x = x_t.reshape(batch, -1)
         size = x.shape[1]
         g = bump_functions(t, self.T, self.bumps).astype(x.dtype)
+        if context is not None:
+            g = jnp.concatenate([g, context.reshape(batch, -1).astype(x.dtype)], -1)
         h = jax.nn.silu(self.trunk[0](jnp.concatenate([x, g], -1)))
         for layer in self.trunk[1:]:
             h = h + jax.nn.silu(layer(jnp.concatenate([h, g], -1)))
         h = jnp.concatenate([h, g], -1)
         c = self.to_channels(h).reshape(batch, size, self.channels)
-        times = jnp.broadcast_to(g[:, None], (batch, size, self.bumps))
-        entry = jnp.concatenate([x[..., None], c, times], -1)
+        given = jnp.broadcast_to(g[:, None], (batch, size, g.shape[-1]))
+        entry = jnp.concatenate([x[..., None], c, given], -1)
         for layer in self.head:
             entry = jax.nn.silu(layer(entry))
         out = self.readout(entry) + self.skip(h).reshape(batch, size, self.outputs)
