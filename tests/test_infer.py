@@ -3,6 +3,7 @@
 The oracle is a chain that is N(0, 1) at every level, whose posteriors and evidences are closed.
 """
 
+import contextlib
 import math
 import warnings
 
@@ -41,6 +42,7 @@ def standard_normal(event_shape=(), **options):
 
 
 PRIOR = standard_normal().prior({})
+PAIR = standard_normal((2,)).prior({})
 BITS = Diffusion(
     BernoulliKernel(0.5), schedules.harmonic(5), lambda x, t: 0.0 * x, event_shape=(2,)
 ).prior({})
@@ -358,10 +360,13 @@ def healthy(*, runs=2, size=200, **changes):
     )._replace(**changes)
 
 
-def complaints_of(outcome, *, left=0.0, twist=None, steps=None, is_discrete=False):
+def complaints_of(
+    outcome, *, left=0.0, twist=None, steps=None, is_discrete=False, has_covariance=False
+):
     runs, size = outcome.log_weights.shape
     walk = walk_of(measured, twist=twist, num_particles=size, num_runs=runs, steps=steps)
-    names = Layout("x_0", T, np.arange((steps or T) + 1), is_discrete, 0, (), {}, {}, 1)
+    times = np.arange((steps or T) + 1)
+    names = Layout("x_0", T, times, is_discrete, 0, (), {}, {}, 1, "", has_covariance)
     log_w = results.pooled_log_weights(outcome)
     keys = jax.random.split(jax.random.key(0), 1 + runs)[:, None]
     in_runs = np.stack([results.resample(keys[1 + r], outcome.log_weights[r]) for r in range(runs)])
@@ -722,3 +727,63 @@ def test_bits_are_drawn_from_their_posterior(key):
     assert abs(draws[:, 0].mean() - 0.8) < 4 * math.sqrt(0.16 / 400)
     assert abs(draws[:, 1].mean() - 0.5) < 4 * math.sqrt(0.25 / 400)
     assert sampler.to_datatree().attrs["twist"] == "symbols"
+
+
+def rows(n, *, to_event=1, plate=None):
+    """Measurements of a pair each, a row per system where the plate has one."""
+
+    def program(y):
+        with numpyro.plate("row", plate) if plate else contextlib.nullcontext():
+            numpyro.sample("y", dist.Normal(PAIR(), 1.0).to_event(to_event), obs=y)
+
+    return program, np.zeros((n, 2), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        (rows(25), r"'y' must lie in a plate of size 25.*plate\(name, 25\)"),
+        (rows(3, plate=4), r"'y' must have values of shape \(4, 2\), as its law has; got \(3, 2\)"),
+    ],
+)
+def test_rows_without_a_plate_of_their_size_are_refused(case, words):
+    program, y = case
+    with pytest.raises(ValueError, match=words):
+        infer.SMC(program, num_particles=4).run(jax.random.key(0), y)
+
+
+def test_shapes_that_do_not_fit_are_explained_where_numpyro_raises():
+    program, y = rows(4, plate=4, to_event=0)
+    with pytest.raises(ValueError, match="Incompatible shapes") as raised:
+        infer.SMC(program, num_particles=4).run(jax.random.key(0), y)
+    assert "declared by .to_event" in raised.value.__notes__[0]
+
+
+def test_rows_that_repeat_a_measurement_have_a_plate_of_their_own():
+    def repeated(y):
+        x_0 = PAIR()
+        with numpyro.plate("repeat", len(y)):
+            numpyro.sample("y", dist.Normal(x_0, 1.0).to_event(1), obs=y)
+
+    smc = infer.SMC(repeated, num_particles=64, num_runs=2)
+    smc.run(jax.random.key(0), np.ones((3, 2), np.float32))
+    assert smc.get_samples()["x_0"].shape == (128, 2)
+
+
+def test_a_known_entry_that_is_not_a_number_is_refused_at_once():
+    def program(known):
+        PAIR(known=known, mask=np.array([True, False]))
+
+    with pytest.raises(ValueError, match="known must be finite wherever mask is True"):
+        infer.SMC(program, num_particles=4).run(jax.random.key(0), np.array([np.nan, 0.0], "f"))
+
+
+def test_advice_does_not_ask_for_a_covariance_that_was_given():
+    outcome = healthy(ess=np.full((T + 1, 2), 1.0))
+    (complaint,) = complaints_of(outcome, has_covariance=True)
+    assert complaint.endswith("Raise num_particles")
+
+
+def test_advice_is_given_once():
+    texts = complaints_of(healthy(ess=np.full((T + 1, 2), 1.0), log_evidences=np.array([0.0, 9.0])))
+    assert [("Raise num_particles" in text) for text in texts] == [False, True]

@@ -172,7 +172,10 @@ def take_in_runs(a: np.ndarray, in_runs: np.ndarray) -> np.ndarray:
 
 
 def complaints(walk: Walk, layout: Layout, health: Health) -> tuple[str, ...]:
-    """Warnings in words, one of each kind: what is wrong, in how many systems, and what to do."""
+    """Warnings in words, one of each kind: what is wrong, in how many systems, and what to do.
+
+    What to do about weights is the same for all of them, and said after the last.
+    """
     found = _of_weights(walk, health, _advice(walk, layout)) if walk.is_weighted else []
     is_alive = ~(health.is_dead & walk.is_weighted)
     found += [
@@ -247,7 +250,8 @@ def _of_weights(walk: Walk, health: Health, advice: str) -> list[str]:
             np.max(r_hat),
         ),
     ]  # fmt: skip
-    return [dead, *(text and text + advice for text in others)]
+    texts = [text for text in others if text]
+    return [dead, *(text.strip() for text in texts[:-1]), *(text + advice for text in texts[-1:])]
 
 
 def _say(is_so: Any, text: str, *values: Any) -> str:
@@ -269,6 +273,8 @@ def _advice(walk: Walk, layout: Layout) -> str:
         return f"Raise {more}"
     if isinstance(walk.twist, TweedieTwist):
         return f"Raise {more}, or the twist's rank up to the number of measurements of one x_0"
+    if layout.has_covariance:
+        return f"Raise {more}"
     return (
         f"Raise {more}; give Diffusion.prior the covariance of the data, where several numbers of "
         "one x_0 are observed, and see that its variance is not below theirs"

@@ -42,6 +42,8 @@ class Layout(NamedTuple):
     """Network calls of one particle, each product with the Jacobian counted as one."""
     note: str = ""
     """What else must be said of the chain that is walked."""
+    has_covariance: bool = False
+    """Whether the prior was told the covariance of the data."""
 
 
 def layout(conditioned: Conditioned, steps: int | None, twist: Twist) -> Layout:
@@ -71,7 +73,7 @@ def layout(conditioned: Conditioned, steps: int | None, twist: Twist) -> Layout:
     return Layout(
         diffusion.name, diffusion.T, np.concatenate([[0], chain.times]), is_discrete,
         len(diffusion.event_shape), tuple(plates), dims, batch_dims,
-        per_level * (chain.n - 1) + last, _note(chain),
+        per_level * (chain.n - 1) + last, _note(chain), draw.covariance is not None,
     )  # fmt: skip
 
 

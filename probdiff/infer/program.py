@@ -67,8 +67,7 @@ def condition(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         ValueError: if it holds no prior or two, another latent site, an unbound parameter, an
             observed site outside the plates of the prior, or a `Delta` likelihood.
     """
-    with handlers.block():
-        sites = handlers.trace(handlers.seed(program, jax.random.key(0))).get_trace(*args, **kwargs)
+    sites = _trace(program, args, kwargs)
     priors = {n: s for n, s in sites.items() if "prior" in s.get("infer", {})}
     if len(priors) != 1:
         raise ValueError(
@@ -99,6 +98,19 @@ def condition(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             return handlers.trace(run).get_trace(*args, **kwargs)
 
     return Conditioned(draw, site["fn"].batch_shape, observed, sites_at)
+
+
+def _trace(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    try:
+        with handlers.block():
+            seeded = handlers.seed(program, jax.random.key(0))
+            return handlers.trace(seeded).get_trace(*args, **kwargs)
+    except (TypeError, ValueError) as error:
+        error.add_note(
+            "raised in the program. If shapes do not fit: a site's batch must be the plates around "
+            "it, and axes within one observation are declared by .to_event"
+        )
+        raise
 
 
 def _check_plates(site: dict[str, Any]) -> None:
@@ -144,6 +156,32 @@ def _check_observed(site: dict[str, Any], plates: set[str], prior: str) -> None:
             f"of their entries is a posterior of its own; it is outside {sorted(missing)}. Move it "
             "inside, or take the prior out of the plate"
         )
+    if not _is_factor(site):
+        _check_rows(site, prior)
+
+
+def _check_rows(site: dict[str, Any], prior: str) -> None:
+    """A batch without a plate would be taken for repeated measurements of one x_0."""
+    law, shape = site["fn"], jnp.shape(site["value"])
+    first = len(shape) - law.event_dim
+    try:
+        batch = jnp.broadcast_shapes(law.batch_shape, shape[:first])
+    except ValueError:
+        batch = None
+    if batch is None or shape[first:] != law.event_shape:
+        raise ValueError(
+            f"observed site {site['name']!r} must have values of shape {law.shape()}, as its law "
+            f"has; got {shape}"
+        )
+    plates = {frame.dim for frame in site["cond_indep_stack"]}
+    for dim, size in zip(range(-len(batch), 0), batch, strict=True):
+        if size > 1 and dim not in plates:
+            raise ValueError(
+                f"observed site {site['name']!r} must lie in a plate of size {size}, of which it "
+                f"has a batch of shape {batch}. If each entry has an {prior} of its own, put prior "
+                f"and site into numpyro.plate(name, {size}); if all measure one {prior}, the site "
+                "alone; if they are the numbers of one observation, add .to_event"
+            )
 
 
 def _unwrapped(law: dist.Distribution) -> dist.Distribution:

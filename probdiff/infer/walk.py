@@ -30,6 +30,7 @@ from probdiff.infer.look import Plan
 from probdiff.infer.program import Program, condition, systems_are_coupled
 from probdiff.infer.twists import LaplaceTwist, Twist
 from probdiff.kernels import DiscreteKernel
+from probdiff.prior import PriorDraw
 
 PROBES = 8
 """Points at which the likelihood is tried before a run."""
@@ -100,7 +101,9 @@ class Walk:
         """Walk all particles from π to x_0."""
         static, arrays = _split(args, kwargs)
         prepare = self._cached(self._prepare, *static)
-        keys, shape, is_coupled, n = prepare(key, arrays)
+        keys, shape, is_coupled, is_holed, n = prepare(key, arrays)
+        if bool(is_holed):
+            raise ValueError("known must be finite wherever mask is True; got entries that are not")
         if bool(is_coupled):
             raise ValueError(
                 "program must keep the entries of the plates around the prior apart; log r of one "
@@ -203,7 +206,7 @@ class Walk:
                 curvature = _curvature(conditioned, points, probes)
                 points = points * diffusion.scale + diffusion.loc
             is_coupled = systems_are_coupled(conditioned, points[0], points[1])
-            return keys, curvature, is_coupled, jnp.asarray(chain.n)
+            return keys, curvature, is_coupled, _is_holed(conditioned.draw), jnp.asarray(chain.n)
 
         return prepare
 
@@ -277,6 +280,13 @@ def entry_keys(key: Array, batch_shape: tuple[int, ...]) -> Array:
     if not batch_shape:
         return key[None]
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(math.prod(batch_shape)))
+
+
+def _is_holed(draw: PriorDraw) -> Array:
+    """Whether an entry that is said to be known is not a finite number."""
+    if draw.known is None:
+        return jnp.zeros((), bool)
+    return jnp.any(draw.mask & ~jnp.isfinite(draw.known))
 
 
 def _system_keys(key: Array, batch_shape: tuple[int, ...], num_runs: int) -> Array:
