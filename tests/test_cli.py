@@ -81,6 +81,7 @@ def test_bound_prints_what_diagnostics_say_and_writes_it(model, data, capsys):
         np.testing.assert_allclose(tree["bound"]["bound"], expected["bound"], rtol=1e-6)
 
 
+@pytest.mark.long
 def test_bound_climbs_the_ladder_when_told(model, data, tmp_path, capsys):
     folder, diffusion, params = model
     few = tmp_path / "few.npy"

@@ -26,6 +26,7 @@ def test_smc_and_counting_agree(both, what):
     assert 0 < se < 0.05
 
 
+@pytest.mark.long
 def test_some_completions_are_wrong(both):
     assert 0.2 < both[1].right[0] < 0.99
 
@@ -50,6 +51,7 @@ def test_the_error_of_the_mean_log_frequency_is_that_of_repetition():
     assert np.mean(errors) == pytest.approx(np.std(values), rel=0.15)
 
 
+@pytest.mark.long
 def test_rows_stand_beside_their_ceilings(both):
     rows = completion_rows(*both)
     assert [row.ceiling for row in rows] == [100.0, 100.0, -np.log(5), -np.log(5)]

@@ -84,6 +84,7 @@ def test_last_rung_and_smc_reach_the_density_of_a_wrong_chain(rungs):
     assert float(g["bound_mean"]) < exact.mean() - 0.05  # there is something to climb
 
 
+@pytest.mark.long
 def test_rungs_do_not_fall_and_stay_below(rungs):
     """Within one set of weights L_S grows by Jensen's inequality, not only on average."""
     g, exact = rungs
@@ -94,6 +95,7 @@ def test_rungs_do_not_fall_and_stay_below(rungs):
         assert (means - exact.mean() < 3 * paired.std(0, ddof=1) / np.sqrt(len(exact))).all()
 
 
+@pytest.mark.long
 def test_first_rung_is_the_bound(rungs):
     g, _ = rungs
     gap = (g["importance"].sel(size=1) - g["bound"]).values
@@ -226,6 +228,7 @@ def test_estimates_have_no_bias_on_classes(kernel):
 # company, masks, contexts
 
 
+@pytest.mark.long
 def test_an_example_does_not_depend_on_its_company_or_blocks(rungs):
     mean, sd = of_wrong()
     x = np.asarray(mean + sd * np.random.default_rng(0).standard_normal((150, 2)), np.float32)
@@ -296,6 +299,7 @@ def test_sandwich_refuses_one_example():
         diagnostics.sandwich(jax.random.key(0), WRONG, {}, 1)
 
 
+@pytest.mark.long
 def test_a_fresh_process_reopens_and_plots_the_tree_without_the_package(rungs, tmp_path):
     tree = xr.DataTree.from_dict({"ladder": rungs[0]})
     code = """
