@@ -538,8 +538,9 @@ class Diffusion:
             batch = np.shape(array)[: np.ndim(array) - len(event_shape or ())]
             if len(batch) > 1:
                 raise ValueError(
-                    f"{argument} must have shape (N, *{event_shape}) or {event_shape}; got "
-                    f"{np.shape(array)}. For more plates use forward and reverse inside your own"
+                    f"{argument} must have shape {validation.shape_text('N', event_shape)} or "
+                    f"{event_shape}; got {np.shape(array)}. For more plates use forward and "
+                    "reverse inside your own"
                 )
             sizes[argument] = batch
         if len(set(sizes.values())) > 1:
@@ -573,8 +574,8 @@ class Diffusion:
         expected = (2, *output_shape(self.event_shape, count))
         if out.shape != expected:
             raise ValueError(
-                f"network must return shape (B, {', '.join(map(str, expected[1:]))}) for "
-                f"{self.readout}; got (B, {', '.join(map(str, out.shape[1:]))})"
+                f"network must return shape {validation.shape_text('B', expected[1:])} for "
+                f"{self.readout}; got {validation.shape_text('B', out.shape[1:])}"
             )
 
 

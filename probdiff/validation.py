@@ -24,6 +24,11 @@ FEW_ROWS = 32
 """Fewer examples say nothing of a second moment."""
 
 
+def shape_text(lead: str, shape: tuple[int, ...]) -> str:
+    """A shape whose first axes have a name and no number, as text: `(N, 8, 8)`."""
+    return f"({lead},)" if not shape else f"({lead}, {', '.join(map(str, shape))})"
+
+
 def check_units(
     kernel: Any, event_shape: tuple[int, ...], loc: Any, scale: Any
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -96,7 +101,9 @@ def check_data(
     """Shape and dtype of data and mask; their values where they are concrete."""
     shape, dim = np.shape(x_0), len(event_shape)
     if len(shape) < dim or shape[len(shape) - dim :] != event_shape:
-        raise ValueError(f"{argument} must have shape (..., *{event_shape}); got {shape}")
+        raise ValueError(
+            f"{argument} must have shape {shape_text('...', event_shape)}; got {shape}"
+        )
     dtype = jnp.result_type(x_0) if isinstance(x_0, jax.Array) else np.asarray(x_0).dtype
     if isinstance(kernel, GaussianKernel) and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"{argument} must hold real numbers; got dtype {dtype}")
@@ -161,7 +168,7 @@ def check_context(context: Any, context_shape: tuple[int, ...] | None) -> None:
         return
     shape, dim = np.shape(context), len(context_shape)
     if len(shape) < dim or shape[len(shape) - dim :] != context_shape:
-        raise ValueError(f"context must have shape (..., *{context_shape}); got {shape}")
+        raise ValueError(f"context must have shape {shape_text('...', context_shape)}; got {shape}")
 
 
 def check_params(template: Any, params: Any, name: str) -> None:

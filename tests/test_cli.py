@@ -165,7 +165,7 @@ def wrong(tmp_path, model, data):
         "no numbers": (["bound", folder, str(tmp_path / "words.npy")], "must hold real numbers"),
         "other shape": (
             ["bound", folder, str(tmp_path / "wide.npy")],
-            "must have shape (..., *(2,))",
+            "must have shape (..., 2)",
         ),
         "no ladder": (["bound", folder, str(data), "--ladder", "1"], "at least 2 trajectories"),
         "no folder": (["bound", folder, str(data), "--out", "no/such/b.nc"], "folder that exists"),

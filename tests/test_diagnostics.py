@@ -124,7 +124,9 @@ def shift(diffusion, mean, t):
 
 
 BAD = {
-    r"x_0 must have shape \(N": lambda d: diagnostics.bound(jax.random.key(0), d, {}, jnp.zeros(2)),
+    r"x_0 must have shape \(N, 2\) with": lambda d: diagnostics.bound(
+        jax.random.key(0), d, {}, jnp.zeros(2)
+    ),
     "num_draws must be at least 1; got 0": lambda d: diagnostics.bound(
         jax.random.key(0), d, {}, jnp.zeros((3, 2)), num_draws=0
     ),

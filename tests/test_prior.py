@@ -298,7 +298,7 @@ def with_nan(place):
     [
         (KNOWN, None, "known and mask must be given together"),
         (None, MASK, "known and mask must be given together"),
-        (KNOWN[:, 0], MASK[:, 0], "known must have shape (..., *(2,)); got (3,)"),
+        (KNOWN[:, 0], MASK[:, 0], "known must have shape (..., 2); got (3,)"),
         (KNOWN, MASK[0], "mask must have the shape of known, (3, 2); got (2,)"),
         (KNOWN, MASK.astype(int), "mask must be boolean"),
         (KNOWN.astype(int), MASK, "known must hold real numbers"),
@@ -331,7 +331,7 @@ def test_known_symbols_that_are_none_are_refused(make):
     [
         ((2,), None, "context must be given exactly where context_shape is"),
         (None, np.zeros(2), "context must be given exactly where context_shape is"),
-        ((2,), np.zeros(3), "context must have shape (..., *(2,)); got (3,)"),
+        ((2,), np.zeros(3), "context must have shape (..., 2); got (3,)"),
     ],
 )
 def test_context_that_does_not_fit_is_refused(context_shape, context, message):
