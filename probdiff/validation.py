@@ -106,7 +106,10 @@ def check_data(
         )
     dtype = jnp.result_type(x_0) if isinstance(x_0, jax.Array) else np.asarray(x_0).dtype
     if isinstance(kernel, GaussianKernel) and not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"{argument} must hold real numbers; got dtype {dtype}")
+        raise ValueError(
+            f"{argument} must be of a floating dtype; got {dtype}: pass "
+            f"{argument}.astype(numpy.float32)"
+        )
     if mask is not None and np.shape(mask) != shape:
         raise ValueError(f"mask must have the shape of {argument}, {shape}; got {np.shape(mask)}")
     if mask is not None and jnp.asarray(mask).dtype != bool:

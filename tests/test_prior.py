@@ -301,7 +301,11 @@ def with_nan(place):
         (KNOWN[:, 0], MASK[:, 0], "known must have shape (..., 2); got (3,)"),
         (KNOWN, MASK[0], "mask must have the shape of known, (3, 2); got (2,)"),
         (KNOWN, MASK.astype(int), "mask must be boolean"),
-        (KNOWN.astype(int), MASK, "known must hold real numbers"),
+        (
+            KNOWN.astype(int),
+            MASK,
+            "known must be of a floating dtype; got int64: pass known.astype(numpy.float32)",
+        ),
         (with_nan((0, 0)), MASK, "known must be finite"),
         (KNOWN[0], MASK[0], "known must have the batch shape of the plates around it, (3,)"),
         (KNOWN[:2], MASK[:2], "known must have the batch shape of the plates around it, (3,)"),

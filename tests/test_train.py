@@ -613,7 +613,7 @@ def test_a_latent_site_outside_every_plate_is_refused_in_minibatches(key):
     [
         (lambda x: x.at[70, 1].set(jnp.nan), "x_0 must be finite"),
         (lambda x: x[:, :1], r"x_0 must have shape"),
-        (lambda x: x.astype(int), "x_0 must hold real numbers"),
+        (lambda x: x.astype(int), "x_0 must be of a floating dtype"),
     ],
 )
 def test_data_that_a_diffusion_cannot_take_are_refused_before_training(spoil, message):
