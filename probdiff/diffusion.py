@@ -120,8 +120,10 @@ class Diffusion:
         name: str = "x_0",
     ):
         self.kernel, self.network, self.name = kernel, network, name
-        self.event_shape = tuple(event_shape)
-        self.context_shape = None if context_shape is None else tuple(context_shape)
+        self.event_shape = validation.check_shape("event_shape", event_shape)
+        self.context_shape = None
+        if context_shape is not None:
+            self.context_shape = validation.check_shape("context_shape", context_shape)
         self.readout = _default_readout(kernel) if readout is None else readout
         self.last_step = _default_last_step(kernel) if last_step is None else last_step
         is_learned = isinstance(beta, schedules.Learned)

@@ -502,6 +502,19 @@ def test_what_makes_no_model_is_refused_by_name(options, message):
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"event_shape": 12}, "event_shape must be a tuple of ints such as (12,); got 12"),
+        ({"event_shape": (2.0,)}, "event_shape must be a tuple of ints such as (12,); got (2.0,)"),
+        ({"context_shape": 4}, "context_shape must be a tuple of ints such as (12,); got 4"),
+    ],
+)
+def test_a_shape_that_is_none_is_refused_by_name(unchecked, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make(**options)
+
+
+@pytest.mark.parametrize(
     "readout", [readouts.Data(), readouts.Velocity(), readouts.Perturbation()], ids=repr
 )
 def test_other_readouts_serve_a_schedule_that_forgets_everything(x64, readout):
