@@ -538,7 +538,11 @@ def with_entry(value):
     [
         (np.zeros((3, 3)), None, r"x_0 must have shape \(\.\.\., 2\); got \(3, 3\)"),
         (np.zeros(()), None, r"x_0 must have shape .*; got \(\)"),
-        (with_entry(np.nan), None, r"x_0 must be finite.*; got 1 values that are not"),
+        (
+            with_entry(np.nan),
+            None,
+            r"x_0 must be finite.*; got 1 values that are not; missing values want mask=, True",
+        ),
         (with_entry(np.inf), None, r"x_0 must be finite.*; got 1 values"),
         (with_entry(-np.inf), GOOD == 0, r"x_0 must be finite where .*; got 1 values"),
         (
