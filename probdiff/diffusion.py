@@ -578,7 +578,19 @@ class Diffusion:
             raise ValueError(
                 f"network must return shape {validation.shape_text('B', expected[1:])} for "
                 f"{self.readout}; got {validation.shape_text('B', out.shape[1:])}"
+                f"{self._outputs_hint(count)}"
             )
+
+    def _outputs_hint(self, count: int) -> str:
+        """What to say of a network that takes `outputs`, made for another number of them."""
+        outputs = getattr(self.network, "outputs", None)
+        is_other = isinstance(outputs, int) and outputs != count
+        if not (is_other and isinstance(self.kernel, DiscreteKernel)):
+            return ""
+        return (
+            "; pass outputs= to the network: 1 for bits, the number of classes (with states=) for "
+            "classes"
+        )
 
 
 def _at_log_snr(apply: Any, params: Params, steps: Step, x_t: Any, t: Any, context: Any) -> Any:
