@@ -356,3 +356,10 @@ def test_a_covariance_in_the_units_of_the_user_is_noticed():
     diffusion.prior({}, variance=covariance)
     with pytest.warns(UserWarning, match="looks like a covariance in the user's units"):
         diffusion.prior({}, variance=400 * covariance)
+
+
+def test_a_prior_is_shown_on_a_line():
+    shown = [repr(numbers().prior({}, variance=v)) for v in (None, np.ones(2), 0.5 * np.eye(2))]
+    start = "Prior(event_shape=(2,), name='x_0', "
+    ends = ["variance=1)", "variance of each entry)", "covariance)"]
+    assert shown == [start + end for end in ends]

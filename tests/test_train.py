@@ -561,6 +561,13 @@ def test_the_bar_shows_steps_and_loss_per_example(key, svi, capsys):
     assert f"loss per example {fitted.losses[0] / 32:.4g}" in output.err
 
 
+def test_a_fit_is_shown_on_a_line(key, svi):
+    fitted = quiet(key, svi, data(), num_steps=5, batch_size=32)
+    size = sum(np.size(leaf) for leaf in jax.tree.leaves(fitted.params))
+    last = f"{fitted.losses[-1]:.6g}"
+    assert repr(fitted) == f"Fit(num_steps=5, last loss {last}, {size} parameters)"
+
+
 def test_without_progress_nothing_is_written(key, svi, capsys):
     fit(key, svi, data(), num_steps=5, batch_size=32, progress=False)
     assert capsys.readouterr() == ("", "")
