@@ -4,6 +4,7 @@ import functools
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -566,6 +567,20 @@ def test_a_fit_is_shown_on_a_line(key, svi):
     size = sum(np.size(leaf) for leaf in jax.tree.leaves(fitted.params))
     last = f"{fitted.losses[-1]:.6g}"
     assert repr(fitted) == f"Fit(num_steps=5, last loss {last}, {size} parameters)"
+
+
+def test_the_bar_says_that_it_compiles_until_the_first_chunk_is_back(key, svi, capsys):
+    fit(key, svi, data(), num_steps=5, batch_size=32)
+    first, *_, last = re.split(r"[\r\n]+", capsys.readouterr().err.strip())
+    assert " 0/5 " in first and "compiling" in first
+    assert " 5/5 " in last and "loss per example" in last and "compiling" not in last
+
+
+def test_a_run_that_is_done_compiles_nothing_and_does_not_say_so(key, svi, tmp_path, capsys):
+    options = {"num_steps": 5, "batch_size": 32, "checkpoint": tmp_path / "run.safetensors"}
+    quiet(key, svi, data(), **options)
+    fit(key, svi, data(), **options)
+    assert "compiling" not in capsys.readouterr().err
 
 
 def test_without_progress_nothing_is_written(key, svi, capsys):
