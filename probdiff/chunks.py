@@ -93,7 +93,10 @@ def last_record(
     """The record after the last step; saved by the clock, at the end, and when interrupted."""
     saved_step, saved_time = record.step, time.monotonic()
     disable = not (progress and devices.is_first(run.mesh))
-    bar = bars.bar(total=run.num_steps, initial=record.step, disable=disable, unit="step")
+    bar = bars.bar(
+        total=run.num_steps, initial=record.step, disable=disable, unit="step",
+        postfix="compiling" if _room(run, record, 1) else None,
+    )  # fmt: skip
     with contextlib.closing(run.source), bar:
         try:
             for newer in _records(run, record):
@@ -116,7 +119,7 @@ def last_record(
 def _records(run: Run, record: Record) -> Iterator[Record]:
     """The record after each chunk."""
     length = 1  # the first chunk may compile: its time says nothing about a step's
-    n = 0 if _is_stale(run, record) else run.room(record.step, length)
+    n = _room(run, record, length)
     feed = run.source.take(record.step, n) if n else None
     while n:
         began = time.monotonic()
@@ -134,6 +137,11 @@ def _records(run: Run, record: Record) -> Iterator[Record]:
         if _is_stale(run, record):
             return
         n, feed = following, ahead
+
+
+def _room(run: Run, record: Record, n: int) -> int:
+    """How many steps may follow the record in one chunk, at most n; none of a run that is done."""
+    return 0 if _is_stale(run, record) else run.room(record.step, n)
 
 
 def _chunk_length(n: int, seconds: float) -> int:

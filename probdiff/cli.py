@@ -92,6 +92,13 @@ BOUND = """\
 Bound the log density (of bits, classes or grey levels: the log probability) of data under a
 trained model, from below: the mean of K over examples and its standard error, in nats and bits.
 """
+MEANINGS = {
+    "report.md": "the table",
+    "table.json": "the table",
+    ".nc": "open with xarray.open_datatree",
+    ".png": "figure",
+}
+"""What a file that a run leaves is, by its name or its ending."""
 FROM_PYTHON = """\
 DATA.npy is an array of examples along axis 0, in the units the model was trained on:
   >>> numpy.save("x.npy", probdiff.datasets.digits().test)
@@ -219,8 +226,17 @@ def _run(args: argparse.Namespace) -> None:
     rows = experiment.run(out, seed=args.seed, quick=args.quick, progress=True, say=_say, **options)
     print(format_table(rows))
     _say(f"done in {time.monotonic() - began:.0f} s; {out} holds:")
-    for file in sorted(out.iterdir()):
-        _say(f"  {file.name}")
+    files = sorted(out.iterdir())
+    width = max((len(file.name) for file in files), default=0)
+    for file in files:
+        _say(f"  {file.name:{width}}  {_meaning(file, out)}".rstrip())
+
+
+def _meaning(file: Path, out: Path) -> str:
+    """What a file of a run is, or how to open it; nothing of a file unknown."""
+    if file.name in ("params.safetensors", "config.json"):
+        return f"the model: probdiff.load({out.as_posix()!r})"
+    return MEANINGS.get(file.name, MEANINGS.get(file.suffix, ""))
 
 
 def _model_option(args: argparse.Namespace) -> dict[str, Path]:
@@ -301,8 +317,13 @@ def _read_array(path: Path) -> np.ndarray:
         raise UsageError(f"no such file: {path}")
     try:
         array = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise UsageError(f"{path} must be an array saved by numpy.save: {error}") from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
+    except (ValueError, EOFError) as error:
+        raise UsageError(
+            f"{path} must be an array of numbers saved by numpy.save; for text: numpy.save("
+            f"{str(path.with_suffix('.npy'))!r}, numpy.loadtxt({str(path)!r}, delimiter=','))"
+        ) from error
     if not isinstance(array, np.ndarray):
         raise UsageError(f"{path} must hold one array; it is an archive of several")
     is_number = np.issubdtype(array.dtype, np.number) or array.dtype == bool

@@ -120,8 +120,10 @@ class Diffusion:
         name: str = "x_0",
     ):
         self.kernel, self.network, self.name = kernel, network, name
-        self.event_shape = tuple(event_shape)
-        self.context_shape = None if context_shape is None else tuple(context_shape)
+        self.event_shape = validation.check_shape("event_shape", event_shape)
+        self.context_shape = None
+        if context_shape is not None:
+            self.context_shape = validation.check_shape("context_shape", context_shape)
         self.readout = _default_readout(kernel) if readout is None else readout
         self.last_step = _default_last_step(kernel) if last_step is None else last_step
         is_learned = isinstance(beta, schedules.Learned)
@@ -538,8 +540,9 @@ class Diffusion:
             batch = np.shape(array)[: np.ndim(array) - len(event_shape or ())]
             if len(batch) > 1:
                 raise ValueError(
-                    f"{argument} must have shape (N, *{event_shape}) or {event_shape}; got "
-                    f"{np.shape(array)}. For more plates use forward and reverse inside your own"
+                    f"{argument} must have shape {validation.shape_text('N', event_shape)} or "
+                    f"{event_shape}; got {np.shape(array)}. For more plates use forward and "
+                    "reverse inside your own"
                 )
             sizes[argument] = batch
         if len(set(sizes.values())) > 1:
@@ -573,9 +576,21 @@ class Diffusion:
         expected = (2, *output_shape(self.event_shape, count))
         if out.shape != expected:
             raise ValueError(
-                f"network must return shape (B, {', '.join(map(str, expected[1:]))}) for "
-                f"{self.readout}; got (B, {', '.join(map(str, out.shape[1:]))})"
+                f"network must return shape {validation.shape_text('B', expected[1:])} for "
+                f"{self.readout}; got {validation.shape_text('B', out.shape[1:])}"
+                f"{self._outputs_hint(count)}"
             )
+
+    def _outputs_hint(self, count: int) -> str:
+        """What to say of a network that takes `outputs`, made for another number of them."""
+        outputs = getattr(self.network, "outputs", None)
+        is_other = isinstance(outputs, int) and outputs != count
+        if not (is_other and isinstance(self.kernel, DiscreteKernel)):
+            return ""
+        return (
+            "; pass outputs= to the network: 1 for bits, the number of classes (with states=) for "
+            "classes"
+        )
 
 
 def _at_log_snr(apply: Any, params: Params, steps: Step, x_t: Any, t: Any, context: Any) -> Any:

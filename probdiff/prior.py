@@ -100,6 +100,13 @@ class Prior:
             self.covariance = _eigen(self.variance)
             self.variance = np.diag(self.variance).reshape(diffusion.event_shape)
 
+    def __repr__(self) -> str:
+        variance = "variance of each entry" if self.variance.ndim else f"variance={self.variance:g}"
+        return (
+            f"Prior(event_shape={self.diffusion.event_shape}, name={self.diffusion.name!r}, "
+            f"{variance if self.covariance is None else 'covariance'})"
+        )
+
     def __call__(self, *, context: Any = None, known: Any = None, mask: Any = None) -> Any:
         """Draw x_0: sites `name_trajectory` and `name`, no parameters.
 

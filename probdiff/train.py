@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import random
@@ -63,6 +64,12 @@ class Fit(NamedTuple):
     state: SVIState
     held_out_losses: HeldOutLosses
     num_steps: int
+
+    def __repr__(self) -> str:
+        size = sum(np.size(leaf) for leaf in jax.tree.leaves(self.params))
+        return (
+            f"Fit(num_steps={self.num_steps}, last loss {self.losses[-1]:.6g}, {size:,} parameters)"
+        )
 
 
 def fit(

@@ -5,6 +5,7 @@ word, and inside `jit` values cannot be looked at. So all that can be known is c
 tracing: shapes and dtypes always, values where they are concrete.
 """
 
+import operator
 import warnings
 from typing import Any
 
@@ -22,6 +23,21 @@ from probdiff.kernels import (
 
 FEW_ROWS = 32
 """Fewer examples say nothing of a second moment."""
+
+
+def shape_text(lead: str, shape: tuple[int, ...]) -> str:
+    """A shape whose first axes have a name and no number, as text: `(N, 8, 8)`."""
+    return f"({lead},)" if not shape else f"({lead}, {', '.join(map(str, shape))})"
+
+
+def check_shape(argument: str, shape: Any) -> tuple[int, ...]:
+    """A shape as a tuple of Python's ints."""
+    try:
+        return tuple(operator.index(size) for size in shape)
+    except TypeError:
+        raise ValueError(
+            f"{argument} must be a tuple of ints such as (12,); got {shape!r}"
+        ) from None
 
 
 def check_units(
@@ -96,10 +112,15 @@ def check_data(
     """Shape and dtype of data and mask; their values where they are concrete."""
     shape, dim = np.shape(x_0), len(event_shape)
     if len(shape) < dim or shape[len(shape) - dim :] != event_shape:
-        raise ValueError(f"{argument} must have shape (..., *{event_shape}); got {shape}")
+        raise ValueError(
+            f"{argument} must have shape {shape_text('...', event_shape)}; got {shape}"
+        )
     dtype = jnp.result_type(x_0) if isinstance(x_0, jax.Array) else np.asarray(x_0).dtype
     if isinstance(kernel, GaussianKernel) and not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"{argument} must hold real numbers; got dtype {dtype}")
+        raise ValueError(
+            f"{argument} must be of a floating dtype; got {dtype}: pass "
+            f"{argument}.astype(numpy.float32)"
+        )
     if mask is not None and np.shape(mask) != shape:
         raise ValueError(f"mask must have the shape of {argument}, {shape}; got {np.shape(mask)}")
     if mask is not None and jnp.asarray(mask).dtype != bool:
@@ -161,7 +182,7 @@ def check_context(context: Any, context_shape: tuple[int, ...] | None) -> None:
         return
     shape, dim = np.shape(context), len(context_shape)
     if len(shape) < dim or shape[len(shape) - dim :] != context_shape:
-        raise ValueError(f"context must have shape (..., *{context_shape}); got {shape}")
+        raise ValueError(f"context must have shape {shape_text('...', context_shape)}; got {shape}")
 
 
 def check_params(template: Any, params: Any, name: str) -> None:

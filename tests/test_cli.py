@@ -67,6 +67,34 @@ def test_run_hands_over_its_options_and_prints_the_table(tmp_path, monkeypatch, 
     assert "numbers mean nothing" in capsys.readouterr().err
 
 
+def test_a_run_says_what_each_file_is(tmp_path, monkeypatch, capsys):
+    meanings = {
+        "bounds.nc": "open with xarray.open_datatree",
+        "config.json": "the model: probdiff.load('out')",
+        "log.jsonl": "",
+        "params.safetensors": "the model: probdiff.load('out')",
+        "report.md": "the table",
+        "samples.png": "figure",
+        "table.json": "the table",
+    }
+
+    class Experiment:
+        SUMMARY, DURATION = "a summary", "about a second"
+
+        @staticmethod
+        def run(out, **options):
+            out.mkdir()
+            for name in meanings:
+                (out / name).touch()
+            return [Row("some row", 1.5)]
+
+    monkeypatch.setitem(cli.EXPERIMENTS, "fake", Experiment)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["run", "fake", "--out", "out"]) == 0
+    said = capsys.readouterr().err.splitlines()[-len(meanings) :]
+    assert said == [f"  {name:18}  {text}".rstrip() for name, text in meanings.items()]
+
+
 def test_bound_prints_what_diagnostics_say_and_writes_it(model, data, capsys):
     folder, diffusion, params = model
     assert cli.main(["bound", str(folder), str(data), "--seed", "4"]) == 0
@@ -117,7 +145,9 @@ def wrong(tmp_path, model, data):
     np.save(tmp_path / "wide.npy", np.zeros((10, 3)))
     np.save(tmp_path / "words.npy", np.array(["a"]))
     np.savez(tmp_path / "two.npz", a=np.zeros(2), b=np.zeros(2))
-    (tmp_path / "text.npy").write_text("no array")
+    csv = tmp_path / "x.csv"
+    csv.write_text("1,2\n3,4\n")
+    (tmp_path / "empty.npy").touch()
     return {
         "unknown experiment": (
             ["run", "rolls"],
@@ -126,12 +156,17 @@ def wrong(tmp_path, model, data):
         "out is a file": (["run", "digits", "--out", str(data)], "is a file"),
         "no model": (["bound", str(tmp_path / "none"), str(data)], "config.json is not there"),
         "no data": (["bound", folder, "none.npy"], "no such file: none.npy"),
-        "no array": (["bound", folder, str(tmp_path / "text.npy")], "saved by numpy.save"),
+        "text": (
+            ["bound", folder, str(csv)],
+            f"x.csv must be an array of numbers saved by numpy.save; for text: numpy.save("
+            f"'{csv.with_suffix('.npy')}', numpy.loadtxt('{csv}', delimiter=','))",
+        ),
+        "no array": (["bound", folder, str(tmp_path / "empty.npy")], "saved by numpy.save"),
         "two arrays": (["bound", folder, str(tmp_path / "two.npz")], "must hold one array"),
         "no numbers": (["bound", folder, str(tmp_path / "words.npy")], "must hold real numbers"),
         "other shape": (
             ["bound", folder, str(tmp_path / "wide.npy")],
-            "must have shape (..., *(2,))",
+            "must have shape (..., 2)",
         ),
         "no ladder": (["bound", folder, str(data), "--ladder", "1"], "at least 2 trajectories"),
         "no folder": (["bound", folder, str(data), "--out", "no/such/b.nc"], "folder that exists"),
@@ -139,8 +174,8 @@ def wrong(tmp_path, model, data):
 
 
 @pytest.mark.parametrize("case", [
-    "unknown experiment", "out is a file", "no model", "no data", "no array", "two arrays",
-    "no numbers", "other shape", "no ladder", "no folder",
+    "unknown experiment", "out is a file", "no model", "no data", "text", "no array",
+    "two arrays", "no numbers", "other shape", "no ladder", "no folder",
 ])  # fmt: skip
 def test_what_is_wrong_is_said_in_one_line_with_status_2(case, tmp_path, model, data, capsys):
     argv, message = wrong(tmp_path, model, data)[case]
@@ -149,6 +184,7 @@ def test_what_is_wrong_is_said_in_one_line_with_status_2(case, tmp_path, model, 
     assert said.out == ""
     assert message in said.err
     assert said.err.startswith("probdiff: ") and said.err.count("\n") == 1
+    assert "pickle" not in said.err
 
 
 @pytest.mark.parametrize("argv", [[], ["fly"], ["run"], ["run", "digits", "--seed", "-1"]])

@@ -195,7 +195,7 @@ def test_intervals_cover_truths_that_came_from_the_prior(inferred):
 def test_rows_tell_the_posterior_from_the_gaussian(inferred):
     """On Gaussian truths both are one: no difference of mean squares or evidence is left."""
     task, law, found = inferred
-    rows = conditioning.rows("draws", task, found, law, exact=True)
+    rows = conditioning.rows("draws", task, found, law)
     table = {row.row: row for row in rows}
     assert table["draws: inside 90 % intervals"].ceiling == 0.9
     gain = table["draws: mean square, posterior − Gaussian, paired"]
@@ -238,6 +238,12 @@ def test_a_run_leaves_table_report_figures_and_posterior(finished):
     assert [line["row"] for line in table] == [row.row for row in rows]
     assert QUICK in (folder / "report.md").read_text(encoding="utf-8")
     assert said
+
+
+def test_every_line_of_coverage_has_its_ceiling(finished):
+    coverage = [row for row in finished[1] if conditioning.COVERAGE in row.row]
+    assert {row.row.split(":")[0] for row in coverage} == {"held-out digits", "draws of the model"}
+    assert {row.ceiling for row in coverage} == {0.9}
 
 
 def test_figure_3_has_the_papers_columns_and_the_sd():

@@ -124,12 +124,14 @@ def shift(diffusion, mean, t):
 
 
 BAD = {
-    r"x_0 must have shape \(N": lambda d: diagnostics.bound(jax.random.key(0), d, {}, jnp.zeros(2)),
+    r"x_0 must have shape \(N, 2\) with": lambda d: diagnostics.bound(
+        jax.random.key(0), d, {}, jnp.zeros(2)
+    ),
     "num_draws must be at least 1; got 0": lambda d: diagnostics.bound(
         jax.random.key(0), d, {}, jnp.zeros((3, 2)), num_draws=0
     ),
-    "x_0 must be finite": lambda d: diagnostics.bound(
-        jax.random.key(0), d, {}, jnp.full((3, 2), jnp.nan)
+    "x_0 must be finite .*; missing values want mask=, True where observed": lambda d: (
+        diagnostics.bound(jax.random.key(0), d, {}, jnp.full((3, 2), jnp.nan))
     ),
     "params must hold exactly": lambda d: diagnostics.bound(
         jax.random.key(0), d, {"a": 1.0}, jnp.zeros((3, 2))

@@ -20,7 +20,15 @@ from numpyro.infer.util import log_density
 from scipy import stats
 
 import reference
-from probdiff import Diffusion, GaussianKernel, SampledTimeELBO, networks, readouts, schedules
+from probdiff import (
+    Diffusion,
+    GaussianKernel,
+    SampledTimeELBO,
+    networks,
+    readouts,
+    schedules,
+    validation,
+)
 
 T = 5
 BETA = schedules.linear(T, beta_1=0.05, beta_T=0.6)
@@ -494,6 +502,19 @@ def test_what_makes_no_model_is_refused_by_name(options, message):
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"event_shape": 12}, "event_shape must be a tuple of ints such as (12,); got 12"),
+        ({"event_shape": (2.0,)}, "event_shape must be a tuple of ints such as (12,); got (2.0,)"),
+        ({"context_shape": 4}, "context_shape must be a tuple of ints such as (12,); got 4"),
+    ],
+)
+def test_a_shape_that_is_none_is_refused_by_name(unchecked, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make(**options)
+
+
+@pytest.mark.parametrize(
     "readout", [readouts.Data(), readouts.Velocity(), readouts.Perturbation()], ids=repr
 )
 def test_other_readouts_serve_a_schedule_that_forgets_everything(x64, readout):
@@ -515,13 +536,21 @@ def with_entry(value):
 @pytest.mark.parametrize(
     ("x_0", "mask", "message"),
     [
-        (np.zeros((3, 3)), None, r"x_0 must have shape .*\(2,\).*; got \(3, 3\)"),
+        (np.zeros((3, 3)), None, r"x_0 must have shape \(\.\.\., 2\); got \(3, 3\)"),
         (np.zeros(()), None, r"x_0 must have shape .*; got \(\)"),
-        (with_entry(np.nan), None, r"x_0 must be finite.*; got 1 values that are not"),
+        (
+            with_entry(np.nan),
+            None,
+            r"x_0 must be finite.*; got 1 values that are not; missing values want mask=, True",
+        ),
         (with_entry(np.inf), None, r"x_0 must be finite.*; got 1 values"),
         (with_entry(-np.inf), GOOD == 0, r"x_0 must be finite where .*; got 1 values"),
-        (GOOD.astype(np.int32), None, "x_0 must hold real numbers; got dtype int32"),
-        (GOOD == 0, None, "x_0 must hold real numbers; got dtype bool"),
+        (
+            GOOD.astype(np.int32),
+            None,
+            r"x_0 must be of a floating dtype; got int32: pass x_0.astype\(numpy.float32\)",
+        ),
+        (GOOD == 0, None, "x_0 must be of a floating dtype; got bool"),
         (GOOD, np.ones(2, bool), r"mask must have the shape of x_0, \(3, 2\); got \(2,\)"),
     ],
     ids=["shape", "scalar", "nan", "inf", "inf_seen", "integers", "bits", "mask"],
@@ -538,7 +567,7 @@ def test_data_that_are_none_are_refused_by_name(unchecked, x_0, mask, message, a
     [
         ((4,), None, r"context must be given .* got context None with context_shape \(4,\)"),
         (None, CONTEXT, r"context must be given .* got context \(3, 4\) with context_shape None"),
-        ((4,), CONTEXT[:, :3], r"context must have shape .*\(4,\).*; got \(3, 3\)"),
+        ((4,), CONTEXT[:, :3], r"context must have shape \(\.\.\., 4\); got \(3, 3\)"),
         ((4,), CONTEXT[:2], "x_0 and context must have the same number of rows"),
     ],
     ids=["missing", "extra", "shape", "rows"],
@@ -551,6 +580,13 @@ def test_a_context_that_does_not_fit_is_refused_by_name(context_shape, context, 
     for program in (diffusion.model, diffusion.model_by_step):
         with pytest.raises(ValueError, match=message), handlers.seed(rng_seed=0):
             program(GOOD, context=context)
+
+
+@pytest.mark.parametrize(
+    ("shape", "text"), [((), "(N,)"), ((12,), "(N, 12)"), ((8, 8), "(N, 8, 8)")]
+)
+def test_a_shape_is_said_as_python_writes_it(shape, text):
+    assert validation.shape_text("N", shape) == text
 
 
 def test_data_that_would_broadcast_are_refused():

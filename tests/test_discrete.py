@@ -432,7 +432,18 @@ def bits(**options):
     )
 
 
+def made_for(outputs):
+    return networks.Perceptron((3,), 4, 1, 5, outputs=outputs, rngs=nnx.Rngs(0))
+
+
 BAD = {
+    "for Logits(); got (B, 6); pass outputs= to the network: 1 for bits": lambda: bits(
+        network=made_for(2)
+    ),
+    "shape (B, 12) for DataLogits(); got (B, 3); pass outputs= to the network: 1 for bits, the "
+    "number of classes (with states=) for classes": lambda: bits(
+        kernel=CategoricalKernel(4), network=made_for(1)
+    ),
     "rate must lie in (0, 1); got 0.0": lambda: BernoulliKernel(0.0),
     "rate must lie in (0, 1); got 1.0": lambda: BernoulliKernel(1.0),
     "num_classes must be at least 2; got 1": lambda: CategoricalKernel(1),
@@ -471,3 +482,8 @@ BAD = {
 def test_bad_input_is_refused_by_name(message):
     with numpyro.handlers.seed(rng_seed=0), pytest.raises(ValueError, match=re.escape(message)):
         BAD[message]()
+
+
+def test_a_network_of_ones_own_is_not_told_of_outputs_that_it_does_not_take():
+    with pytest.raises(ValueError, match=re.escape("for Logits(); got (B, 6)") + "$"):
+        bits(network=lambda x_t, t: jnp.zeros((len(x_t), 6)))

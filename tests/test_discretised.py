@@ -365,7 +365,7 @@ def test_values_off_the_grid_are_refused_by_name(kind):
 
 
 def test_whole_numbers_of_another_type_are_refused_not_cast():
-    with pytest.raises(ValueError, match="x_0 must hold real numbers; got dtype uint8"):
+    with pytest.raises(ValueError, match="x_0 must be of a floating dtype; got uint8"):
         chain().check_data(np.array([[3, 4]], np.uint8))
 
 

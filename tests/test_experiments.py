@@ -9,7 +9,14 @@ import pytest
 import xarray as xr
 
 from probdiff import datasets, diagnostics, load
-from probdiff.experiments import ddpm_swiss_roll, digits, swiss_roll, swiss_roll_denoising
+from probdiff.experiments import (
+    conditioning,
+    ddpm_swiss_roll,
+    digits,
+    restoration,
+    swiss_roll,
+    swiss_roll_denoising,
+)
 from probdiff.experiments.report import QUICK, Row, mean_and_se
 
 FILES = {"report.md", "table.json", "bounds.nc", "params.safetensors", "config.json"}
@@ -85,6 +92,16 @@ def test_the_same_seed_gives_the_same_table(finished, tmp_path):
     experiment.run(tmp_path, seed=3, quick=True, progress=False)
     for name in ("table.json", "report.md"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("finished", [digits], ids=["digits"], indirect=True)
+def test_coverage_has_a_ceiling_and_the_report_says_where_more_particles_are(finished):
+    _, folder, rows, _ = finished
+    ceilings = [row.ceiling for row in rows if conditioning.COVERAGE in row.row]
+    assert ceilings == [0.9, 0.9]
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert "`probdiff run inpaint` takes more of them" in text
+    assert restoration.INPAINT.size.num_particles > digits.Size().particles
 
 
 def test_ceilings_of_the_roll():

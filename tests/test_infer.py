@@ -235,6 +235,22 @@ def test_a_likelihood_that_is_not_a_number_counts_as_zero(smc):
     assert "the twist was not finite" in " ".join(smc.result.complaints)
 
 
+def test_a_sampler_is_shown_on_a_line():
+    sampler = infer.SMC(measured, num_particles=7, num_runs=3)
+    assert repr(sampler) == (
+        "SMC(measured, LaplaceTwist, num_particles=7, num_runs=3, not run yet)"
+    )
+    many = infer.GaussianTwist(matrix=np.ones((50, 50)), noise=1.0)
+    assert repr(infer.Guided(measured, twist=many)) == (
+        "Guided(measured, GaussianTwist, num_samples=1000, not run yet)"
+    )
+
+
+def test_a_sampler_that_has_run_says_so(smc):
+    run(smc, 1.0, 0.5)
+    assert repr(smc).endswith(", has run)")
+
+
 def test_systematic_resampling_takes_each_particle_within_one_of_its_share(key):
     log_w = np.log(np.random.default_rng(0).dirichlet(np.full(40, 0.5), 3).T)
     index = results.resample(jax.random.split(key, 3), log_w)

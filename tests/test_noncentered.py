@@ -474,7 +474,10 @@ def test_steps_outside_the_chain_are_refused(steps):
         ({"x_0": np.zeros((2, 2)), "sigma": np.float32(1)}, "one row for each chain"),
         ({"x_0": np.zeros((2, 2))}, "'sigma' is missing"),
         ({"sigma": np.ones(2)}, "'x_0' is missing"),
-        ({"x_0": np.zeros((2, 3)), "sigma": np.ones(2)}, "draws['x_0'] must have shape"),
+        (
+            {"x_0": np.zeros((2, 3)), "sigma": np.ones(2)},
+            "draws['x_0'] must have shape (num_chains, 2)",
+        ),
         ({"x_0": np.zeros((2, 2)), "sigma": np.ones((2, 1))}, "draws['sigma'] must have shape"),
     ],
 )

@@ -180,7 +180,7 @@ def test_it_is_plotted_from_its_file_without_the_package(tree, tmp_path):
 # refusals
 
 BAD = {
-    r"x_0 must have shape \(N, \*\(2,\)\) with N at least 2": {"x": np.zeros((1, 2), np.float32)},
+    r"x_0 must have shape \(N, 2\) with N at least 2": {"x": np.zeros((1, 2), np.float32)},
     "num_replicates must be at least 1; got 0": {"num_replicates": 0},
     r"statistics\['max'\] must map examples \(6, 2\) to numbers \(6,\); got \(\)": {
         "statistics": {"max": np.max}

@@ -298,10 +298,14 @@ def with_nan(place):
     [
         (KNOWN, None, "known and mask must be given together"),
         (None, MASK, "known and mask must be given together"),
-        (KNOWN[:, 0], MASK[:, 0], "known must have shape (..., *(2,)); got (3,)"),
+        (KNOWN[:, 0], MASK[:, 0], "known must have shape (..., 2); got (3,)"),
         (KNOWN, MASK[0], "mask must have the shape of known, (3, 2); got (2,)"),
         (KNOWN, MASK.astype(int), "mask must be boolean"),
-        (KNOWN.astype(int), MASK, "known must hold real numbers"),
+        (
+            KNOWN.astype(int),
+            MASK,
+            "known must be of a floating dtype; got int64: pass known.astype(numpy.float32)",
+        ),
         (with_nan((0, 0)), MASK, "known must be finite"),
         (KNOWN[0], MASK[0], "known must have the batch shape of the plates around it, (3,)"),
         (KNOWN[:2], MASK[:2], "known must have the batch shape of the plates around it, (3,)"),
@@ -331,7 +335,7 @@ def test_known_symbols_that_are_none_are_refused(make):
     [
         ((2,), None, "context must be given exactly where context_shape is"),
         (None, np.zeros(2), "context must be given exactly where context_shape is"),
-        ((2,), np.zeros(3), "context must have shape (..., *(2,)); got (3,)"),
+        ((2,), np.zeros(3), "context must have shape (..., 2); got (3,)"),
     ],
 )
 def test_context_that_does_not_fit_is_refused(context_shape, context, message):
@@ -352,3 +356,10 @@ def test_a_covariance_in_the_units_of_the_user_is_noticed():
     diffusion.prior({}, variance=covariance)
     with pytest.warns(UserWarning, match="looks like a covariance in the user's units"):
         diffusion.prior({}, variance=400 * covariance)
+
+
+def test_a_prior_is_shown_on_a_line():
+    shown = [repr(numbers().prior({}, variance=v)) for v in (None, np.ones(2), 0.5 * np.eye(2))]
+    start = "Prior(event_shape=(2,), name='x_0', "
+    ends = ["variance=1)", "variance of each entry)", "covariance)"]
+    assert shown == [start + end for end in ends]

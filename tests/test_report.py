@@ -18,7 +18,7 @@ ROWS = [
 
 
 def cells(row):
-    return [cell.strip() for cell in format_table([row]).splitlines()[-1].split(" | ")]
+    return [cell.strip("| ") for cell in format_table([row]).splitlines()[-1].split(" | ")]
 
 
 def test_table_is_aligned_with_dashes_for_what_is_absent():
@@ -28,6 +28,20 @@ def test_table_is_aligned_with_dashes_for_what_is_absent():
         "| K, test part      | -0.1364 ± 0.0042 | bits per point | 0.1000  | 2.350     |",
         "| draws on the roll | 0.9871           | –              | –       | –         |",
     ]
+
+
+def test_a_column_in_which_every_row_is_empty_is_left_out_of_the_table_alone(tmp_path):
+    rows = [Row("a", 1.0, None, "nats"), Row("b", None)]
+    assert format_table(rows).splitlines() == [
+        "| row | value | unit |",
+        "|-----|-------|------|",
+        "| a   | 1.000 | nats |",
+        "| b   | –     | –    |",
+    ]
+    assert format_table([Row("b", None)]).splitlines()[0] == "| row | value |"
+    write_report(tmp_path, "t", rows)
+    table = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))
+    assert all(set(line) == set(Row._fields) for line in table)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import functools
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -561,6 +562,27 @@ def test_the_bar_shows_steps_and_loss_per_example(key, svi, capsys):
     assert f"loss per example {fitted.losses[0] / 32:.4g}" in output.err
 
 
+def test_a_fit_is_shown_on_a_line(key, svi):
+    fitted = quiet(key, svi, data(), num_steps=5, batch_size=32)
+    size = sum(np.size(leaf) for leaf in jax.tree.leaves(fitted.params))
+    last = f"{fitted.losses[-1]:.6g}"
+    assert repr(fitted) == f"Fit(num_steps=5, last loss {last}, {size} parameters)"
+
+
+def test_the_bar_says_that_it_compiles_until_the_first_chunk_is_back(key, svi, capsys):
+    fit(key, svi, data(), num_steps=5, batch_size=32)
+    first, *_, last = re.split(r"[\r\n]+", capsys.readouterr().err.strip())
+    assert " 0/5 " in first and "compiling" in first
+    assert " 5/5 " in last and "loss per example" in last and "compiling" not in last
+
+
+def test_a_run_that_is_done_compiles_nothing_and_does_not_say_so(key, svi, tmp_path, capsys):
+    options = {"num_steps": 5, "batch_size": 32, "checkpoint": tmp_path / "run.safetensors"}
+    quiet(key, svi, data(), **options)
+    fit(key, svi, data(), **options)
+    assert "compiling" not in capsys.readouterr().err
+
+
 def test_without_progress_nothing_is_written(key, svi, capsys):
     fit(key, svi, data(), num_steps=5, batch_size=32, progress=False)
     assert capsys.readouterr() == ("", "")
@@ -613,7 +635,7 @@ def test_a_latent_site_outside_every_plate_is_refused_in_minibatches(key):
     [
         (lambda x: x.at[70, 1].set(jnp.nan), "x_0 must be finite"),
         (lambda x: x[:, :1], r"x_0 must have shape"),
-        (lambda x: x.astype(int), "x_0 must hold real numbers"),
+        (lambda x: x.astype(int), "x_0 must be of a floating dtype"),
     ],
 )
 def test_data_that_a_diffusion_cannot_take_are_refused_before_training(spoil, message):

@@ -41,6 +41,7 @@ from probdiff.readouts import Tied
 from probdiff.times import StratifiedTimes
 from probdiff.trajectories import ForwardTrajectory, ReverseTrajectory
 from probdiff.types import Params
+from probdiff.validation import shape_text
 
 BITS_PER_NAT = 1 / math.log(2)
 """Bits in a nat, log₂ e = 1.4427: what turns `mean` and `se` of a bound into bits."""
@@ -198,7 +199,7 @@ def check_examples(
     """Raise a `ValueError` unless examples, what comes with them, and counts fit the model."""
     if np.ndim(x_0) != len(diffusion.event_shape) + 1 or np.shape(x_0)[0] < 1:
         raise ValueError(
-            f"x_0 must have shape (N, *{diffusion.event_shape}) with N at least 1; "
+            f"x_0 must have shape {shape_text('N', diffusion.event_shape)} with N at least 1; "
             f"got {np.shape(x_0)}"
         )
     for argument, count in counts.items():
@@ -417,7 +418,9 @@ def entropy_form(
     if not isinstance(diffusion.last_step, Tied):
         raise ValueError(f"last_step must be Tied() for eq. 14; got {diffusion.last_step}")
     if np.ndim(x_0) != len(diffusion.event_shape) + 1:
-        raise ValueError(f"x_0 must have shape (N, *{diffusion.event_shape}); got {np.shape(x_0)}")
+        raise ValueError(
+            f"x_0 must have shape {shape_text('N', diffusion.event_shape)}; got {np.shape(x_0)}"
+        )
     diffusion.check_data(x_0)
     if np.shape(kl) != (len(x_0), diffusion.T - 1):
         raise ValueError(f"kl must have shape {(len(x_0), diffusion.T - 1)}; got {np.shape(kl)}")

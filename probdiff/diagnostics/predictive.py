@@ -35,6 +35,7 @@ from scipy import stats
 from probdiff.diffusion import Data, Diffusion
 from probdiff.sample import ancestral
 from probdiff.types import Params
+from probdiff.validation import shape_text
 
 LEVEL = 0.01
 """Probability that one or more of all the tests reject a model that is right, at most."""
@@ -126,7 +127,7 @@ def _check(
 ) -> None:
     if np.ndim(x_0) != len(diffusion.event_shape) + 1 or np.shape(x_0)[0] < 2:
         raise ValueError(
-            f"x_0 must have shape (N, *{diffusion.event_shape}) with N at least 2; "
+            f"x_0 must have shape {shape_text('N', diffusion.event_shape)} with N at least 2; "
             f"got {np.shape(x_0)}"
         )
     if num_replicates < 1:

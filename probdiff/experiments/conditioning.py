@@ -242,7 +242,7 @@ def root_mean_square(errors: Float[np.ndarray, "images numbers"]) -> tuple[float
     return root, se / (2 * root)
 
 
-def rows(name: str, task: Task, found: Posterior, gaussian: Gaussian, *, exact: bool) -> list[Row]:
+def rows(name: str, task: Task, found: Posterior, gaussian: Gaussian) -> list[Row]:
     """Lines of a table: coverage, errors, evidence, and what the sampler says of itself.
 
     Args:
@@ -250,10 +250,9 @@ def rows(name: str, task: Task, found: Posterior, gaussian: Gaussian, *, exact: 
         task: What was observed.
         found: What was inferred.
         gaussian: Of the training images.
-        exact: Whether truths are draws of the prior, so that coverage must be 0.9.
     """
     lines = [
-        *_coverage_rows(task, found, gaussian, INSIDE if exact else None),
+        *_coverage_rows(task, found, gaussian),
         *_error_rows(task, found, gaussian),
         *_sampler_rows(found.health),
     ]
@@ -262,18 +261,16 @@ def rows(name: str, task: Task, found: Posterior, gaussian: Gaussian, *, exact: 
 
 def short_rows(name: str, task: Task, found: Posterior, gaussian: Gaussian) -> list[Row]:
     """Of `rows` the coverage of pixels that vary, and both errors."""
-    lines = rows(name, task, found, gaussian, exact=False)
+    lines = rows(name, task, found, gaussian)
     return [row for row in lines if row.unit == LEVELS or row.row == f"{name}: {COVERAGE}"]
 
 
-def _coverage_rows(
-    task: Task, found: Posterior, gaussian: Gaussian, ceiling: float | None
-) -> list[Row]:
+def _coverage_rows(task: Task, found: Posterior, gaussian: Gaussian) -> list[Row]:
     constant = task.unseen & gaussian.is_constant
     varying = task.unseen & ~constant
     counted = {"": varying, f", {constant.sum()} constant pixels": constant}
     return [
-        Row(f"{COVERAGE}{text}", *coverage(found.rank, pixels), "share", ceiling)
+        Row(f"{COVERAGE}{text}", *coverage(found.rank, pixels), "share", INSIDE)
         for text, pixels in counted.items()
         if pixels.any()
     ]

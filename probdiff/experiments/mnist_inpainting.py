@@ -124,10 +124,12 @@ def run(
     rows = [
         *_known_rows(task, found["digits"].truth, completed),
         *_classifier_rows(classifier, labels, truths["digits"], completed, clamped),
-        *(row for name, posterior in found.items() for row in conditioning.rows(
-            NAMES[name], task, posterior, gaussian, exact=name == "draws"
-        )),
-    ]  # fmt: skip
+        *(
+            row
+            for name, posterior in found.items()
+            for row in conditioning.rows(NAMES[name], task, posterior, gaussian)
+        ),
+    ]
     figures = {
         f"posterior_{name}": conditioning.sheet(p, vmax=255.0) for name, p in found.items()
     } | {

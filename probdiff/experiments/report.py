@@ -8,7 +8,8 @@ passes and the number that others published:
     | K, test part | -0.1364 ± 0.0042 | bits per point | 0.1000  | –         |
 
 A standard error is given to two significant digits and its value to the same decimals; a value
-without one to four digits; what is absent is a dash. The same lines go to `table.json` unrounded.
+without one to four digits; what is absent is a dash, and a column of dashes alone is left out. The
+same lines go to `table.json` unrounded, with all fields.
 Times are no part of the table, so that a rerun with the same seed leaves the same table.
 """
 
@@ -50,7 +51,10 @@ class Row(NamedTuple):
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table, aligned to be read as plain text too."""
+    """The rows as a Markdown table, aligned to be read as plain text too.
+
+    Unit, ceiling and published are columns only where some row has one.
+    """
     lines = [("row", "value", "unit", "ceiling", "published")]
     for row in rows:
         cells = (
@@ -61,7 +65,13 @@ def format_table(rows: Sequence[Row]) -> str:
             _format_value(row.published, None),
         )
         lines.append(tuple(cell.replace("|", r"\|") for cell in cells))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    columns = [
+        column
+        for column in zip(*lines, strict=True)
+        if column[0] in ("row", "value") or set(column[1:]) != {_ABSENT}
+    ]
+    widths = [max(map(len, column)) for column in columns]
+    lines = zip(*columns, strict=True)
     texts = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([texts[0], rule, *texts[1:]])

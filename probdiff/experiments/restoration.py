@@ -123,9 +123,7 @@ class Restoration:
         rows = [
             row
             for name, posterior in found.items()
-            for row in conditioning.rows(
-                NAMES[name], task, posterior, gaussian, exact=name == "draws"
-            )
+            for row in conditioning.rows(NAMES[name], task, posterior, gaussian)
         ]
         sections = _sections(size, folder, found)
         if self.is_figure_3:

@@ -165,6 +165,9 @@ class Guided(Sampler):
         self._result = result
         results.warn(result.complaints)
 
+    def _counts(self) -> str:
+        return f"num_samples={self._walk.num_particles}"
+
     def _lines(self, limit: int) -> list[str]:
         lines = [APPROXIMATE, summary.cost(self.result)]
         if self.check is not None:

@@ -36,6 +36,7 @@ from probdiff.infer.levels import Levels, levels
 from probdiff.infer.program import Program
 from probdiff.kernels import DiscreteKernel
 from probdiff.trajectories import SampledTimes
+from probdiff.validation import shape_text
 
 Noise = Float[Array, "levels *shape"]
 State = Float[Array, "*shape"]
@@ -319,8 +320,8 @@ def _value(site: dict[str, Any], draws: dict[str, Any]) -> Any:
         shape = (*chain.lead, *chain.levels.draw.diffusion.event_shape)
     if draws[name].shape != shape:
         raise ValueError(
-            f"draws[{name!r}] must have shape (num_chains, *{shape}); "
-            f"got (num_chains, *{draws[name].shape})"
+            f"draws[{name!r}] must have shape {shape_text('num_chains', shape)}; "
+            f"got {shape_text('num_chains', draws[name].shape)}"
         )
     if chain is None:
         return draws[name]

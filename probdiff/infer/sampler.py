@@ -17,16 +17,30 @@ from jaxtyping import Array
 from probdiff.infer import results, summary
 from probdiff.infer.datatree import datatree
 from probdiff.infer.results import Result
+from probdiff.infer.walk import Walk
 
 
 class Sampler(abc.ABC):
     """Draws from the posterior of a program that holds a prior."""
 
+    _walk: Walk
     _result: Result | None = None
+
+    def __repr__(self) -> str:
+        program = self._walk.program
+        name = getattr(program, "__name__", type(program).__name__)
+        return (
+            f"{type(self).__name__}({name}, {type(self._walk.twist).__name__}, {self._counts()}, "
+            f"{'not run yet' if self._result is None else 'has run'})"
+        )
 
     @abc.abstractmethod
     def run(self, key: Array, *args: Any, **kwargs: Any) -> None:
         """Sample the posterior of the program at these arguments."""
+
+    @abc.abstractmethod
+    def _counts(self) -> str:
+        """How much a run draws."""
 
     @abc.abstractmethod
     def _lines(self, limit: int) -> list[str]:

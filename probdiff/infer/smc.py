@@ -145,6 +145,9 @@ class SMC(Sampler):
         self._result = results.run(self._walk, key, args, kwargs, self.progress)
         results.warn(self._result.complaints)
 
+    def _counts(self) -> str:
+        return f"num_particles={self._walk.num_particles}, num_runs={self._walk.num_runs}"
+
     def _lines(self, limit: int) -> list[str]:
         low, high = self.log_evidence_interval()
         values = map(np.asarray, (self.log_evidence, low, high))

@@ -61,7 +61,8 @@ class GaussianKernel:
         if not np.isfinite(values).all():
             raise ValueError(
                 f"{argument} must be finite where it is observed; got "
-                f"{np.sum(~np.isfinite(values))} values that are not"
+                f"{np.sum(~np.isfinite(values))} values that are not; missing values want mask=, "
+                "True where observed"
             )
 
     def expected_log_stationary(self, law: dist.Normal) -> Float[Array, "..."]:

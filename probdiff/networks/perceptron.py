@@ -33,9 +33,11 @@ class Perceptron(nnx.Module):
         depth: Number of hidden layers.
         T: Number of steps over which the bumps are spread; the network serves no other T.
         bumps: Number of bump functions.
-        outputs: 2 for a readout with learned variance, 1 for one without.
+        outputs: Numbers per entry of x, as the readout needs: 2 with a learned variance, 1 without
+            one, 1 for bits, K for K classes.
         context_size: Numbers in one example's context; 0 where there is none.
-        states: States of a symbol, to be coded one-hot; 0 takes x as the numbers they are.
+        states: States of a symbol, to be coded one-hot: the kernel's `num_states`, for K classes K,
+            or K + 1 with an absorbing state. 0 takes x as the numbers they are, as bits may be.
         rngs: Draws the initial weights.
 
     Example:
@@ -51,6 +53,11 @@ class Perceptron(nnx.Module):
         180
         >>> (2 + 10 + 1) * 8 + (8 + 10 + 1) * 4  # 10 bump functions enter both layers
         180
+        >>> letters = networks.Perceptron(
+        ...     (2,), width=8, depth=1, T=40, outputs=26, states=26, rngs=nnx.Rngs(0)
+        ... )
+        >>> jax.eval_shape(letters, jnp.ones((5, 2), int), jnp.full(5, 40)).shape  # 26 logits each
+        (5, 52)
 
     Source: Sohl-Dickstein et al. (2015), appendix D.2.1, for the bumps g(t).
     """
