@@ -45,7 +45,7 @@ from probdiff import (
 from probdiff.experiments.report import Row, write_report
 
 SUMMARY = "binary images: nats per test image of an absorbing chain, fixed binarisation"
-DURATION = "about 40 minutes on two CPU cores"
+DURATION = "about 25 minutes on one CPU core"
 
 UNIT = "nats per image"
 PUBLISHED = 79.2

@@ -61,7 +61,7 @@ from probdiff.experiments.two_sample import TwoSampleTest, energy, gaussian, two
 from probdiff.types import Params
 
 SUMMARY = "a tutorial's Swiss roll: x_0 predicted by radial basis functions, bound and L_simple"
-DURATION = "about 7 minutes on one CPU core"
+DURATION = "about 4 minutes on one CPU core"
 
 T, BETA_1, BETA_T, NOISE = 40, 1e-3, 0.05, 0.25
 BATCH_SIZE, LEARNING_RATE, EMA_DECAY = 100, 5e-3, 0.999

@@ -65,7 +65,7 @@ from probdiff.experiments.report import Row, mean_and_se, write_report
 from probdiff.types import Params
 
 SUMMARY = "sequences of bits: K beside what it can reach, as T grows to 2000, figure 2"
-DURATION = "about 4 minutes on two CPU cores"
+DURATION = "about 4 minutes on one CPU core"
 
 NUM_TIMES, LEARNING_RATE, EMA_DECAY = 4, 5e-3, 0.999
 RATE_2015 = 3e-3

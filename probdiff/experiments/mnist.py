@@ -42,7 +42,7 @@ from probdiff.experiments.report import Row, mean_and_se, write_report
 from probdiff.experiments.training import CALLS, Recipe, bits_rows, curve, learn, sheets
 
 SUMMARY = "grey digits of 28 × 28 pixels: bits per pixel, and draws"
-DURATION = "about 50 minutes on two CPU cores"
+DURATION = "about 40 minutes on one CPU core"
 
 T, ALPHA_BAR_T, COMPONENTS, LEVELS = 1000, 1e-4, 4, 256
 PIXELS, SHADES = 784, (0.0, LEVELS - 1.0)

@@ -35,7 +35,7 @@ from probdiff.experiments.training import CALLS
 from probdiff.types import Params
 
 SUMMARY = "the lower half of MNIST digits from the upper: posteriors, and what a classifier reads"
-DURATION = "about 25 minutes on two CPU cores, once mnist has run"
+DURATION = "about 30 minutes on one CPU core, once mnist has run"
 
 TRAINED = Path("runs/mnist")
 """Where `probdiff run mnist` leaves its model."""

@@ -31,7 +31,7 @@ from probdiff.types import Params
 TRAINED = Path("runs/digits")
 """Where `probdiff run digits` leaves its model."""
 KEPT, EVIDENCES = 8, 20
-DURATION = "about 7 minutes on two CPU cores, once digits has run"
+DURATION = "about 6 minutes on one CPU core, once digits has run"
 
 
 class Size(NamedTuple):
@@ -166,7 +166,7 @@ INPAINT = Restoration(
     "posteriors of the lower half of a digit, the upper known exactly: coverage, error, evidence",
     lambda prior, scale: conditioning.inpainting(prior),
     EXACT_PIXELS,
-    "about 15 minutes on two CPU cores, once digits has run",
+    "about 15 minutes on one CPU core, once digits has run",
 )
 SUPER_RESOLUTION = Restoration(
     "Super-resolution of digits",

@@ -63,7 +63,7 @@ from probdiff.types import Params
 SUMMARY = (
     "a curve in the plane: K beside its ceilings, learned rates, the network of 2015, figure 1"
 )
-DURATION = "about 4 minutes on two CPU cores"
+DURATION = "about 3 minutes on one CPU core"
 
 NOISE, BETA_1, ALPHA_BAR_T = 0.1, 1e-4, 1e-3
 BATCH_SIZE, LEARNING_RATE, EMA_DECAY = 512, 4e-3, 0.999
