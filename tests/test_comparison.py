@@ -84,6 +84,7 @@ def test_pairing_takes_out_what_examples_have_in_common():
     assert (group["se"] > 0.2).all()
 
 
+@pytest.mark.long
 def test_intervals_cover_as_often_as_they_say():
     """Of two models of 6 examples, 2000 times; the difference's sign follows the order of means."""
     n, true, covered = 2_000, 0.7, 0

@@ -19,7 +19,7 @@ def roll(seed, n, noise=NOISE):
     return datasets.swiss_roll(jax.random.key(seed), n, noise=noise)
 
 
-@pytest.mark.parametrize(("t", "noise"), [(2, 0.25), (20, 1.0)])
+@pytest.mark.parametrize(("t", "noise"), [pytest.param(2, 0.25, marks=pytest.mark.long), (20, 1.0)])
 def test_best_step_has_the_moments_that_the_score_tells(x64, t, noise):
     """E[x_0 | x_t] = (x_t + n ∇ log q) / √ᾱ, Var = n/ᾱ (1 + n ∂² log q), n = 1 − ᾱ."""
     steps = schedules.steps(BETA)

@@ -192,6 +192,7 @@ def test_joint_density_factorises_over_sites(x):
     assert float(total) == pytest.approx(float(by_hand.sum()), abs=1e-10)
 
 
+@pytest.mark.long
 def test_identity_holds_in_float32_at_a_thousand_steps():
     """N(0, I) data and the forward kernel run backwards: K is the log density, draw by draw."""
     diffusion = Diffusion(

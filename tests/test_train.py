@@ -390,7 +390,7 @@ KILLED = """
 """
 
 
-@pytest.mark.parametrize("length", [1, 53, 0])
+@pytest.mark.parametrize("length", [1, *(pytest.param(n, marks=pytest.mark.long) for n in (53, 0))])
 def test_a_run_killed_at_any_moment_resumes_bit_for_bit(key, svi, tmp_path, length):
     path = tmp_path / "run.safetensors"
     command = [sys.executable, "-c", textwrap.dedent(KILLED), str(length), str(path)]
