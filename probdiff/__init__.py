@@ -1,7 +1,7 @@
 """Diffusion probabilistic models as NumPyro programs.
 
-The forward chain is a guide, the learned reverse chain a model; stock NumPyro trains, samples and
-scores them. Start at `Diffusion`.
+The forward trajectory is a guide, the learned reverse trajectory a model; stock NumPyro trains,
+samples and scores them. Start at `Diffusion`.
 
 Source: Sohl-Dickstein et al. (2015), Deep Unsupervised Learning using Nonequilibrium
 Thermodynamics.

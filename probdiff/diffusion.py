@@ -1,19 +1,20 @@
 """`Diffusion`: a diffusion probabilistic model as two NumPyro programs, guide and model.
 
-    guide    x_1..x_T ~ q(· | x_0)                 the forward chain, nothing to learn but β
-    model    x_1..x_T ~ p(·),  x_0 ~ p(x_0 | x_1)   the learned reverse chain
+    guide    x_1..x_T ~ q(· | x_0)                 the forward trajectory, nothing to learn but β
+    model    x_1..x_T ~ p(·),  x_0 ~ p(x_0 | x_1)   the learned reverse trajectory
 
 With guide and model in `SVI`, the ELBO is the bound of 2015 on log p(x_0), in nats and summed over
 examples (eqs. 10 to 12):
 
     K = E_q [ log π(x_T) + Σ_t log p(x_{t−1} | x_t) − Σ_t log q(x_t | x_{t−1}) ].
 
-The guide has no trained density of its own, so for chains of bits too there is no score-function
-term to miss. `forward` and `reverse` are the two statements to use inside a larger program, under
-any plates, masks and scales; `model` and `guide` add a plate over examples around them.
-`model_by_step` and `guide_by_step` are the same pair with one site per level in the order of the
-bridge, q(x_T | x_0) ∏ q(x_s | x_t, x_0): with it `TraceMeanField_ELBO` computes each KL in closed
-form (eq. 14 before the entropies are taken out). It is slow to compile; meant for T up to about 50.
+The guide has no trained density of its own, so for diffusions of bits too there is no
+score-function term to miss. `forward` and `reverse` are the two statements to use inside a larger
+program, under any plates, masks and scales; `model` and `guide` add a plate over examples around
+them. `model_by_step` and `guide_by_step` are the same pair with one site per level in the order of
+the bridge, q(x_T | x_0) ∏ q(x_s | x_t, x_0): with it `TraceMeanField_ELBO` computes each KL in
+closed form (eq. 14 before the entropies are taken out). It is slow to compile; meant for T up to
+about 50.
 
 Source: Sohl-Dickstein et al. (2015), sections 2.2 to 2.4.
 """
@@ -50,10 +51,10 @@ Mask = Bool[Array | np.ndarray, "..."]
 
 
 class Diffusion:
-    """A forward chain, a schedule and a network, as two NumPyro programs.
+    """A forward trajectory, a schedule and a network, as two NumPyro programs.
 
-        guide    x_1..x_T ~ q(· | x_0)                  the forward chain, nothing to learn but β
-        model    x_1..x_T ~ p(·),  x_0 ~ p(x_0 | x_1)   the learned reverse chain
+        guide    x_1..x_T ~ q(· | x_0)                 the forward trajectory, only β to learn
+        model    x_1..x_T ~ p(·),  x_0 ~ p(x_0 | x_1)  the learned reverse trajectory
 
     Their ELBO is the bound K on log p(x_0), nats. `model` and `guide` are for `SVI` and
     `Predictive`; `forward` and `reverse` are statements for larger programs, `prior` is one with
@@ -73,7 +74,7 @@ class Diffusion:
         last_step: p(x_0 | x_1): `Tied()`, `Learned()`, or `Discretised(low, high, levels)` for
             numbers on a grid; tied by default, learned for classes.
         loc: Subtracted from the data, broadcastable to `event_shape`.
-        scale: Then divided by; the chain runs on (x − loc)/scale, which should have second
+        scale: Then divided by; the diffusion runs on (x − loc)/scale, which should have second
             moment near 1. `x_0` and every density stay in the user's units.
         context_shape: Shape of one example's context, None where there is none.
         name: Name of the data site; the trajectory is `name + "_trajectory"`, parameters begin
@@ -170,7 +171,7 @@ class Diffusion:
             mask: True where x_0 is observed, same shape; None where all of it is.
 
         Returns:
-            The trajectory, `(*plates, T, *event_shape)`, on the scale of the chain.
+            The trajectory, `(*plates, T, *event_shape)`, on the scale of the diffusion.
 
         Raises:
             ValueError: if shapes or values do not fit.
@@ -196,7 +197,7 @@ class Diffusion:
     def reverse(
         self, x_0: Data | None = None, *, context: Any = None, mask: Mask | None = None
     ) -> Any:
-        """Statement of a model: the trajectory from the reverse chain, then x_0 given x_1.
+        """Statement of a model: the reverse trajectory, then x_0 given x_1.
 
         Args:
             x_0: Observed data in the user's units, or None where x_0 is to be drawn.
@@ -235,7 +236,7 @@ class Diffusion:
     def model(
         self, x_0: Data | None = None, *, context: Any = None, mask: Mask | None = None
     ) -> Any:
-        """The learned reverse chain: `reverse` in a plate "data" over the rows of x_0.
+        """The learned reverse trajectory: `reverse` in a plate "data" over the rows of x_0.
 
         Without x_0 (and context) there is no plate: one example is drawn.
 
@@ -270,7 +271,7 @@ class Diffusion:
     def guide(
         self, x_0: Data | None = None, *, context: Any = None, mask: Mask | None = None
     ) -> Any:
-        """The forward chain: `forward` in a plate "data" over the rows of x_0.
+        """The forward trajectory: `forward` in a plate "data" over the rows of x_0.
 
         Args:
             x_0: Data in the user's units, `(N, *event_shape)` or `event_shape`.
@@ -278,7 +279,7 @@ class Diffusion:
             mask: True where x_0 is observed, shape of x_0.
 
         Returns:
-            The trajectory, `(N, T, *event_shape)`, on the scale of the chain.
+            The trajectory, `(N, T, *event_shape)`, on the scale of the diffusion.
 
         Raises:
             ValueError: if x_0 is not given, or shapes or values do not fit.
@@ -324,7 +325,7 @@ class Diffusion:
             raise ValueError("x_0 must be given to the guide, which starts at data; got None")
         self.check_data(x_0, None)
         event_dim, steps = len(self.event_shape), self._steps()
-        x_0_scaled = self.to_chain(jnp.asarray(x_0))
+        x_0_scaled = self.to_state(jnp.asarray(x_0))
         with self._plate(x_0, context):
             q = self.kernel.marginal(x_0_scaled, steps.at(self.T, event_dim))
             x = numpyro.sample(f"{self.trajectory_name}_{self.T}", q.to_event(event_dim))
@@ -337,7 +338,8 @@ class Diffusion:
 
         Args:
             params: Values of the parameters.
-            variance: Variance τ² of the data on the scale of the chain, 1 if absent; see `Prior`.
+            variance: Variance τ² of the data on the scale of the diffusion, 1 if absent; see
+                `Prior`.
 
         Returns:
             The `Prior`.
@@ -367,7 +369,7 @@ class Diffusion:
     # pieces, for objectives, samplers and diagnostics
 
     def bind(self, params: Params, *, context: Any = None, mask: Any = None):
-        """The reverse chain with parameters bound: (reverse trajectory, table of steps).
+        """The reverse trajectory with parameters bound, and the table of steps.
 
         Args:
             params: Values of the parameters, by site name.
@@ -410,7 +412,7 @@ class Diffusion:
         """q(x_1..x_T | x_0) for data in the user's units."""
         x_0 = jnp.asarray(x_0) if mask is None else jnp.where(mask, x_0, jnp.zeros_like(x_0))
         return ForwardTrajectory(
-            self.kernel, steps, self.to_chain(x_0), len(self.event_shape), mask
+            self.kernel, steps, self.to_state(x_0), len(self.event_shape), mask
         )
 
     def reverse_trajectory(
@@ -441,12 +443,12 @@ class Diffusion:
         grid = self.last_step.grid
         return self.kernel.support if grid is None else grid
 
-    def to_chain(self, x_0: Any) -> Any:
-        """Data as the chain holds them: (x_0 − loc)/scale, or symbols as int32."""
+    def to_state(self, x_0: Any) -> Any:
+        """Data as the diffusion holds them: (x_0 − loc)/scale, or symbols as int32."""
         return self.kernel.to_state(x_0 if self.scale is None else (x_0 - self.loc) / self.scale)
 
     def to_data(self, x: Any) -> Any:
-        """What the last step draws on the scale of the chain, as data: the way back."""
+        """What the last step draws on the scale of the diffusion, as data: the way back."""
         return to_data(x, self.support, self.loc, self.scale)
 
     @functools.cached_property
@@ -608,6 +610,6 @@ def _default_readout(kernel: Any) -> Any:
 
 
 def _default_last_step(kernel: Any) -> readouts.LastStep:
-    """2015 for numbers and bits; classes learn it, as an absorbing chain must."""
+    """2015 for numbers and bits; classes learn it, as an absorbing diffusion must."""
     is_classes = isinstance(kernel, CategoricalKernel | AbsorbingKernel)
     return readouts.Learned() if is_classes else readouts.Tied()

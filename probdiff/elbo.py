@@ -166,7 +166,7 @@ class SampledTimeLoss(ELBO, abc.ABC):
 
     @abc.abstractmethod
     def end_loss(self, forward: ForwardTrajectory) -> Float[Array, "*batch"]:
-        """What the start of the reverse chain adds, x_T ~ π."""
+        """What the start of the reverse trajectory adds, x_T ~ π."""
 
     @abc.abstractmethod
     def data_loss(
@@ -371,7 +371,7 @@ def step_kl(
 ) -> Float[Array, "*lead"]:
     """KL( q(x_s | x_t, x_0) ‖ p(x_s | x_t) ) at given levels, nats, summed over the event."""
     kl = dist.kl_divergence(bridge_at(forward, x_t, t), reverse_step)
-    if forward.observed is not None:  # a missing entry runs the same chain in guide and model
+    if forward.observed is not None:  # a missing entry runs the same process in guide and model
         kl = jnp.where(forward.observed, kl, 0.0)
     return forward.sum_event(kl)
 

@@ -39,9 +39,9 @@ class PriorDraw(NamedTuple):
     diffusion: Any
     """The `Diffusion`."""
     trajectory: ReverseTrajectory
-    """Its reverse chain, parameters and context bound."""
+    """Its reverse trajectory, parameters and context bound."""
     variance: np.ndarray
-    """Variance τ² of x_0 on the scale of the chain, which sets the width of a twist."""
+    """Variance τ² of x_0 on the scale of the diffusion, which sets the width of a twist."""
     covariance: Covariance | None
     """Covariance of x_0 on that scale, where it was given."""
     known: Any
@@ -60,7 +60,7 @@ class Prior:
     Args:
         diffusion: The `Diffusion`.
         params: Its parameters.
-        variance: Variance τ² of the data on the scale of the chain, positive, broadcastable to
+        variance: Variance τ² of the data on the scale of the diffusion, positive, broadcastable to
             `event_shape`; 1 if absent. It sets how wide `infer` takes x_0 to be given a noisy
             level; too wide is safer than too narrow. Or their covariance, `(d, d)` for d
             numbers in an event: the better choice for images, whose numbers hang together.
@@ -73,7 +73,7 @@ class Prior:
         >>> import jax.numpy as jnp
         >>> from numpyro.handlers import seed, trace
         >>> from probdiff import Diffusion, GaussianKernel, schedules
-        >>> def network(x_t, t):  # z = v = 0: the exact reverse chain of N(0, I)
+        >>> def network(x_t, t):  # z = v = 0: the exact reverse trajectory of N(0, I)
         ...     return jnp.zeros((len(x_t), 4))
         >>> diffusion = Diffusion(
         ...     GaussianKernel(), schedules.linear(5, beta_T=0.5), network, event_shape=(2,)

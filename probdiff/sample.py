@@ -2,7 +2,7 @@
 
 `numpyro.infer.Predictive(diffusion.model, params=..., num_samples=...)` does the same through the
 program. `ancestral` is for many draws: one compiled loop, kept between calls, that holds a single
-level of the chain unless trajectories are asked for, and runs in blocks that fit memory. Blocks
+level of the diffusion unless trajectories are asked for, and runs in blocks that fit memory. Blocks
 have keys of their own, so several devices draw one each at the same time and never exchange
 anything (see `devices`).
 
@@ -36,7 +36,7 @@ def ancestral(
     mesh: Mesh | None = None,
     progress: bool = False,
 ) -> Any:
-    """Draw x_0 from the learned reverse chain.
+    """Draw x_0 from the learned reverse trajectory.
 
     Args:
         key: Randomness; block b uses `fold_in(key, b)`, so draws depend on `block_size`.
@@ -47,7 +47,7 @@ def ancestral(
         steps: Levels to walk, evenly spread over T; None walks them all. Fewer is faster and
             draws from another law: each longer step is one Gaussian, or one draw of every symbol
             by itself, where several would have followed each other.
-        keep_trajectory: Also return the levels walked, x_1 first, on the scale of the chain.
+        keep_trajectory: Also return the levels walked, x_1 first, on the scale of the diffusion.
         block_size: Draws made at once, by each device.
         mesh: Devices that draw a block each at the same time, on one axis; no draw depends on it.
         progress: Show a bar over the blocks.
@@ -64,7 +64,7 @@ def ancestral(
         >>> import jax
         >>> import jax.numpy as jnp
         >>> from probdiff import Diffusion, GaussianKernel, sample, schedules
-        >>> def network(x_t, t):  # z = v = 0: the exact reverse chain of N(0, I)
+        >>> def network(x_t, t):  # z = v = 0: the exact reverse trajectory of N(0, I)
         ...     return jnp.zeros((len(x_t), 4))
         >>> diffusion = Diffusion(
         ...     GaussianKernel(), schedules.linear(5, beta_T=0.5), network, event_shape=(2,)
@@ -111,8 +111,8 @@ def _draw_block(
     steps: int | None,
     keep_trajectory: bool,
 ) -> tuple[Any, Any]:
-    key_chain, key_last = jax.random.split(key)
+    key_walk, key_last = jax.random.split(key)
     reverse, _ = diffusion.bind(params, context=context)
     shape = () if context is not None else numbers.shape  # contexts bring the batch themselves
-    x_1, trajectory = reverse.walk(key_chain, shape, num_steps=steps, keep=keep_trajectory)
+    x_1, trajectory = reverse.walk(key_walk, shape, num_steps=steps, keep=keep_trajectory)
     return diffusion.data_given_first(reverse, x_1).sample(key_last), trajectory

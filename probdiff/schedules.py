@@ -1,9 +1,9 @@
-"""Diffusion rates β_1..β_T: how fast the forward chain forgets the data.
+"""Diffusion rates β_1..β_T: how fast the forward trajectory forgets the data.
 
 A schedule is an array of shape `(T,)`, β_t in (0, 1); β_T = 1 is allowed and forgets everything.
-With ᾱ_t = ∏ (1 − β), level t of a Gaussian chain has signal-to-noise ratio ᾱ_t / (1 − ᾱ_t).
+With ᾱ_t = ∏ (1 − β), level t of a Gaussian diffusion has signal-to-noise ratio ᾱ_t / (1 − ᾱ_t).
 
-    harmonic        β_t = 1 / (T − t + 1), hence ᾱ_t = 1 − t/T (2015, binomial chain)
+    harmonic        β_t = 1 / (T − t + 1), hence ᾱ_t = 1 − t/T (2015, binomial diffusion)
     linear          β_t from β_1 to β_T in equal steps (Ho et al. 2020)
     cosine          ᾱ_t ∝ cos² (Nichol & Dhariwal 2021)
     log_snr_linear  log ᾱ_t/(1 − ᾱ_t) in equal steps: every step costs a like number of nats
@@ -60,8 +60,8 @@ def linear(T: int, *, beta_1: float = 1e-4, beta_T: float = 0.02) -> np.ndarray:
     """β_t in equal steps from `beta_1` to `beta_T` (Ho et al. 2020: 1e-4 to 0.02, T = 1000).
 
     Args:
-        T: Number of steps, at least 2. The chain forgets the data if T is large or `beta_T` is; the
-            default rates are meant for T = 1000.
+        T: Number of steps, at least 2. The diffusion forgets the data if T is large or `beta_T` is;
+            the default rates are meant for T = 1000.
         beta_1: First rate, in (0, 1).
         beta_T: Last rate, in (0, 1].
 

@@ -1,4 +1,5 @@
-"""Trajectories x_1..x_T as NumPyro distributions: the forward chain and the learned reverse chain.
+"""Trajectories x_1..x_T as NumPyro distributions: the forward trajectory and the learned reverse
+trajectory.
 
 One trajectory is one value of shape `(T, *event_shape)`, level t at index t − 1:
 
@@ -12,7 +13,7 @@ is registered for these classes: an objective that looks for one (`TraceMeanFiel
 to sampled log-ratios, which is right, because x_1 depends on x_0.
 
 Missing entries of x_0 (mask False) carry no information: forward they start at stationarity,
-x_1 ~ π; in the model they follow the same stationary chain backwards, T_π(x_s | x_t) by detailed
+x_1 ~ π; in the model they follow the same stationary process backwards, T_π(x_s | x_t) by detailed
 balance, and do not enter p(x_0 | x_1). Their terms cancel, so what remains is the bound of the
 program that sees noise in place of what is missing.
 
@@ -58,7 +59,7 @@ def first(trajectory: Any, event_dim: int) -> Any:
 
 
 class _Trajectory(dist.Distribution):
-    """What both chains share: the shape of a value and its support."""
+    """What both trajectories share: the shape of a value and its support."""
 
     pytree_data_fields = ("steps", "observed")
     pytree_aux_fields = ("kernel",)
@@ -103,7 +104,7 @@ def _where(mask: Any, kept: Any, otherwise: Any) -> Any:
 
 
 class ForwardTrajectory(_Trajectory):
-    """Forward chain q(x_1..x_T | x_0), started at data; batch shape that of x_0."""
+    """Forward trajectory q(x_1..x_T | x_0), started at data; batch shape that of x_0."""
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
     pytree_data_fields = ("x_0",)
@@ -161,7 +162,7 @@ class ForwardTrajectory(_Trajectory):
 
 
 class ReverseTrajectory(_Trajectory):
-    """Learned reverse chain p(x_1..x_T), from x_T ~ π down to x_1."""
+    """Learned reverse trajectory p(x_1..x_T), from x_T ~ π down to x_1."""
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
     pytree_data_fields = ("network", "context")
@@ -226,7 +227,7 @@ class ReverseTrajectory(_Trajectory):
         return self.readout(self.kernel, outputs, x_t, self.step_at(t))
 
     def x_0_hat(self, x_t: Any, t: Int[Array, "..."]) -> Any:
-        """Denoised point E[x_0 | x_t] on the scale of the chain."""
+        """Denoised point E[x_0 | x_t] on the scale of the diffusion."""
         outputs = self.outputs(x_t, t)
         return self.readout.x_0_hat(self.kernel, outputs, x_t, self.step_at(t))
 
@@ -265,7 +266,7 @@ class ReverseTrajectory(_Trajectory):
         return x_1, x
 
     def _draw(self, key: Array, x_t: Any, t: Int[Array, ""], step: Step, *, is_longer: bool) -> Any:
-        """One draw of x_s given x_t, all at one t; missing entries stay in the stationary chain."""
+        """One draw of x_s given x_t, all at one t; missing entries stay in the stationary law."""
         if is_longer:
             outputs = self.outputs(x_t, jnp.broadcast_to(t, x_t.shape[: x_t.ndim - self.x_dim]))
             trained = self.step_at(t)
@@ -296,7 +297,8 @@ def _times(start: int, stop: int, lead_dim: int) -> Int[Array, "..."]:
 
 
 def to_data(x: Any, support: Any, loc: Any, scale: Any) -> Any:
-    """x_0 in the user's units, on the grid where the support is one, from the scale of the chain.
+    """x_0 in the user's units, on the grid where the support is one, from the scale of the
+    diffusion.
 
     Symbols are as they are.
     """
@@ -307,7 +309,7 @@ def to_data(x: Any, support: Any, loc: Any, scale: Any) -> Any:
 
 
 class DataGivenFirst(dist.Distribution):
-    """Last reverse step p(x_0 | x_1) in the user's units, loc + scale · the chain's.
+    """Last reverse step p(x_0 | x_1) in the user's units, loc + scale · the diffusion's.
 
     Where the support is a `Grid` that is put on its nearest value, and `log_prob` is of a mass.
     Symbols have no units: for them `loc` and `scale` are None. Entries whose mask is False do not
@@ -326,7 +328,7 @@ class DataGivenFirst(dist.Distribution):
         super().__init__(base.batch_shape[:split], base.batch_shape[split:])
 
     def with_base(self, base: dist.Distribution) -> "DataGivenFirst":
-        """The same with another law on the scale of the chain."""
+        """The same with another law on the scale of the diffusion."""
         scaled = (self.loc, self.scale, self.observed)
         return DataGivenFirst(base, self.data_support, self.event_dim, *scaled)
 

@@ -1,4 +1,4 @@
-"""The few types that every module shares: one step of the chain, and what a network is.
+"""The few types that every module shares: one step of the diffusion, and what a network is.
 
 A diffusion with rates β_1..β_T has levels 0..T; step t leads from level s = t − 1 to level t. With
 

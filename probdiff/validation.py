@@ -70,7 +70,7 @@ def check_units(
 def check_schedule(
     kernel: Any, readout: Any, last_step: Any, rates: np.ndarray, *, is_learned: bool
 ) -> None:
-    """What a readout or a chain of symbols asks of the rates and the last step."""
+    """What a readout or a diffusion of symbols asks of the rates and the last step."""
     if readout.needs_signal and rates[-1] == 1:
         raise ValueError(
             f"readout {type(readout).__name__} divides by sqrt(alpha_bar_T); got a schedule with "
@@ -152,7 +152,7 @@ def check_variance(event_shape: tuple[int, ...], variance: Any) -> np.ndarray:
 def warn_about_moment(
     kernel: Any, event_shape: tuple[int, ...], rates: np.ndarray, x: Any, mask: Any
 ) -> None:
-    """Warn where data, on the scale of the chain, are far from the law N(0, 1) that it ends in."""
+    """Warn where data, on the scale of the diffusion, are far from the N(0, 1) that it ends in."""
     if not isinstance(kernel, GaussianKernel) or not _is_concrete(x, mask):
         return
     size = int(np.prod(event_shape))
@@ -163,9 +163,9 @@ def warn_about_moment(
         return
     correction = -0.5 * size * (moment - 1) * float(np.prod(1 - rates) + rates[0])
     warnings.warn(
-        f"x_0 has second moment {moment:.3g} after loc and scale, where the chain ends in 1: the "
-        f"entropy form of the bound (eq. 14) is off by {correction:.3g} nats per example, and "
-        "sampling starts from another law than the chain reaches. Pass loc= and scale=",
+        f"x_0 has second moment {moment:.3g} after loc and scale, where the diffusion ends in 1: "
+        f"the entropy form of the bound (eq. 14) is off by {correction:.3g} nats per example, and "
+        "sampling starts from another law than the diffusion reaches. Pass loc= and scale=",
         stacklevel=5,
     )
 

@@ -195,9 +195,9 @@ def program(dx, dy, variance=widest):
 
 
 class OptimalTwist(Twist):
-    """p(y | x_t) of the chain that is walked, and the proposal that it makes exact within k.
+    """p(y | x_t) of the diffusion that is walked, and the proposal that it makes exact within k.
 
-    The variance of x_0 given x_t and k is what a chain with data N(·, I) has: 1 − ᾱ_t but where
+    The variance of x_0 given x_t and k is what a diffusion with data N(·, I) has: 1 − ᾱ_t but where
     steps are long.
     """
 

@@ -1,4 +1,5 @@
-"""Models whose bound is known: the exact reverse chain of Gaussian data with independent entries.
+"""Models whose bound is known: the exact reverse trajectory of Gaussian data with independent
+entries.
 
 For x_0 ~ N(m, s²) entry by entry, x_s given x_t is Gaussian,
 
@@ -8,8 +9,8 @@ For x_0 ~ N(m, s²) entry by entry, x_s given x_t is Gaussian,
 so a network that says so makes log p(x_0..T) − log q(x_1..T | x_0) equal to log p(x_0) for every
 draw of the trajectory, whatever is paired, masked or scaled around it.
 
-And models that need not be right, whose own p(x_0) is known: `gaussian_law` of a chain whose steps
-are affine, `enumerate_chain` of a few symbols.
+And models that need not be right, whose own p(x_0) is known: `gaussian_law` of a diffusion whose
+steps are affine, `enumerate_diffusion` of a few symbols.
 """
 
 import itertools
@@ -62,7 +63,7 @@ def log_normal(x, mean, sd):
 
 
 def gaussian_law(diffusion, params=None):
-    """Mean and sd of p(x_0), entry by entry, of a chain of Gaussian steps affine in each entry."""
+    """Mean and sd of p(x_0), entry by entry, where steps are Gaussian and affine in each entry."""
     reverse, _ = diffusion.bind(params or {})
     ends = jnp.stack([jnp.zeros(diffusion.event_shape), jnp.ones(diffusion.event_shape)])
     mean, variance = np.zeros(diffusion.event_shape), np.ones(diffusion.event_shape)
@@ -76,7 +77,7 @@ def gaussian_law(diffusion, params=None):
     return mean, np.sqrt(variance)
 
 
-def enumerate_chain(diffusion, params=None):
+def enumerate_diffusion(diffusion, params=None):
     """States of x_0 and their probabilities, through all states of all levels."""
     kernel, (length,) = diffusion.kernel, diffusion.event_shape
     levels = np.array(list(itertools.product(range(kernel.num_states), repeat=length)))
@@ -93,8 +94,8 @@ def enumerate_chain(diffusion, params=None):
     return data, p @ to(data, diffusion.data_given_first(reverse, jnp.asarray(levels)))
 
 
-def covariance_of_chain(diffusion, d):
-    """Covariance of p(x_0) of a chain of mean 0 and linear steps, x_s = A x_t + noise."""
+def covariance_of_diffusion(diffusion, d):
+    """Covariance of p(x_0) of a diffusion of mean 0 and linear steps, x_s = A x_t + noise."""
     trajectory, steps = diffusion.bind({})
     ones = jnp.concatenate([jnp.zeros((1, d)), jnp.eye(d)])
 

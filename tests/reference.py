@@ -1,4 +1,4 @@
-"""The Gaussian chain of the 2015 paper in plain NumPy, float64: the oracle of the other tests.
+"""The Gaussian diffusion of the 2015 paper in plain NumPy, float64: the oracle of the other tests.
 
 β_1..β_T is an array whose entry t − 1 belongs to step t; so is everything else that has one entry
 per step. s = t − 1. Values are in nats, summed over dimensions unless said otherwise.
@@ -18,7 +18,7 @@ import numpy as np
 LOG_2_PI_E = np.log(2 * np.pi * np.e)
 
 
-class ReverseChain(NamedTuple):
+class ReverseTrajectory(NamedTuple):
     """Linear reverse kernels, p(x_s | x_t) = N(A[t − 1] x_t, covariance[t − 1])."""
 
     A: np.ndarray
@@ -153,7 +153,7 @@ def covariance_at(C, beta, t):
     return share * C + (1 - share) * np.eye(len(C))
 
 
-def optimal_reverse_chain(C, beta, *, diagonal):
+def optimal_reverse_trajectory(C, beta, *, diagonal):
     """Reverse kernels that maximise K on x_0 ~ N(0, C), the last step tied.
 
     E log N(x_s; A x_t, V) is greatest at the regression A_t and V = S_t; among diagonal V it is
@@ -171,7 +171,7 @@ def optimal_reverse_chain(C, beta, *, diagonal):
         A.append(np.sqrt(1 - beta[t - 1]) * C_s @ np.linalg.inv(C_t))
         S = C_s - A[-1] @ C_t @ A[-1].T
         V.append(np.diag(np.diag(S)) if diagonal else S)
-    return ReverseChain(np.array(A), np.array(V))
+    return ReverseTrajectory(np.array(A), np.array(V))
 
 
 def cross_entropy_normal(covariance, V):
@@ -180,7 +180,7 @@ def cross_entropy_normal(covariance, V):
     return 0.5 * (log_det + np.trace(np.linalg.solve(V, covariance)))
 
 
-def bound_eq12_gaussian_data(C, beta, chain):
+def bound_eq12_gaussian_data(C, beta, reverse):
     """Exact K, eq. 12, of linear reverse kernels on x_0 ~ N(0, C).
 
     K = −E[−log π(x_T)] − Σ_{t ≥ 1} ( E[−log p(x_s | x_t)] − H_q(X_t | X_s) ), with
@@ -188,15 +188,15 @@ def bound_eq12_gaussian_data(C, beta, chain):
     """
     total = -cross_entropy_normal(covariance_at(C, beta, len(beta)), np.eye(len(C)))
     for t in range(1, len(beta) + 1):
-        C_s, C_t, A = covariance_at(C, beta, t - 1), covariance_at(C, beta, t), chain.A[t - 1]
+        C_s, C_t, A = covariance_at(C, beta, t - 1), covariance_at(C, beta, t), reverse.A[t - 1]
         cross = np.sqrt(1 - beta[t - 1]) * A @ C_s
         error = C_s - cross - cross.T + A @ C_t @ A.T
-        total -= cross_entropy_normal(error, chain.covariance[t - 1])
+        total -= cross_entropy_normal(error, reverse.covariance[t - 1])
         total += len(C) * entropy_normal(beta[t - 1])
     return total
 
 
-def bound_eq14_gaussian_data(C, beta, chain):
+def bound_eq14_gaussian_data(C, beta, reverse):
     """Exact entropy form of K, eq. 14, of the same; without `correction_eq14`.
 
     The bridge has mean a x_0 + b x_t and variance v I; a x_0 + (b I − A) x_t has covariance R, and
@@ -207,8 +207,8 @@ def bound_eq14_gaussian_data(C, beta, chain):
     for t in range(2, len(beta) + 1):
         a, v = bridge(0.0, 1.0, beta, t)
         b, _ = bridge(1.0, 0.0, beta, t)
-        B = b * np.eye(d) - chain.A[t - 1]
-        C_t, V = covariance_at(C, beta, t), chain.covariance[t - 1]
+        B = b * np.eye(d) - reverse.A[t - 1]
+        C_t, V = covariance_at(C, beta, t), reverse.covariance[t - 1]
         cross = a * np.sqrt(alpha_bar_at(beta, t)) * B @ C
         R = a**2 * C + cross + cross.T + B @ C_t @ B.T
         total -= cross_entropy_normal(v * np.eye(d) + R, V) - d * entropy_normal(v)

@@ -1,6 +1,6 @@
 """Ranks are uniform for a sampler of the posterior and for no other.
 
-The prior is a chain that is N(0, 1) at every level, whose posteriors are closed.
+The prior is a diffusion that is N(0, 1) at every level, whose posteriors are closed.
 """
 
 import warnings
@@ -36,7 +36,7 @@ SIGMA = 0.7
 
 
 def standard_normal(event_shape, T=20, **options):
-    """A chain that is N(0, 1) at every level, exactly."""
+    """A diffusion that is N(0, 1) at every level, exactly."""
     beta = schedules.log_snr_linear(T, beta_1=1e-4, alpha_bar_T=1e-4)
     readout = readouts.Perturbation(readouts.ForwardVariance())
     return Diffusion(
@@ -56,7 +56,7 @@ def measured(y=None):
 
 
 def in_plate(y=None, sigma=SIGMA):
-    """The same, 200 examples side by side, of a chain of two steps: where no chain is walked."""
+    """The same, 200 examples side by side, of two steps: for where none is walked."""
     with numpyro.plate("example", 200):
         numpyro.sample("y", dist.Normal(SHORT(), sigma).to_event(1), obs=y)
 

@@ -16,7 +16,7 @@ from probdiff.experiments.report import Row
 
 @pytest.fixture
 def model(tmp_path):
-    """A saved model with nothing learned: the reverse chain of N(0, I)."""
+    """A saved model with nothing learned: the reverse trajectory of N(0, I)."""
     network = networks.Perceptron((2,), width=4, depth=1, T=5, rngs=nnx.Rngs(0))
     beta = schedules.log_snr_linear(5, beta_1=0.1, alpha_bar_T=0.01)
     diffusion = Diffusion(GaussianKernel(), beta, network, event_shape=(2,))

@@ -203,7 +203,7 @@ def test_rows_tell_the_posterior_from_the_gaussian(inferred):
 
 
 def nothing_learned(folder, event_shape, **units):
-    """Save a model in `folder` that is the reverse chain of N(0, I)."""
+    """Save a model in `folder` that is the reverse trajectory of N(0, I)."""
     network = networks.Perceptron(event_shape, width=4, depth=1, T=10, rngs=nnx.Rngs(0))
     beta = schedules.log_snr_linear(10, beta_1=0.05, alpha_bar_T=1e-3)
     diffusion = Diffusion(GaussianKernel(), beta, network, event_shape=event_shape, **units)

@@ -18,7 +18,7 @@ def kl_at(forward, reverse, x_t, times):
 
 
 def draws(num_draws, t=3, rows=1, mask=None):
-    """KL_t of the exact chain at draws of x_t, and what control makes of them."""
+    """KL_t of the exact diffusion at draws of x_t, and what control makes of them."""
     diffusion = exact_gaussian(MEAN, SD)
     x = jnp.asarray(MEAN + SD * np.random.default_rng(0).standard_normal((rows, 2)), jnp.float32)
     reverse, steps = diffusion.bind({}, mask=mask)

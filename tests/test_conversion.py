@@ -171,7 +171,7 @@ def test_mcmc_and_smc_of_a_program_have_the_same_dims():
             xr.testing.assert_equal(ours["observed_data"][name], value)
 
 
-def test_chains_of_different_lengths_count_their_own_steps():
+def test_diffusions_of_different_lengths_count_their_own_steps():
     first, second = standard(name="a").prior({}), standard(T=3, name="b", event_shape=()).prior({})
 
     def program():
@@ -247,7 +247,7 @@ def test_losses_have_the_step_they_belong_to(fitted):
     np.testing.assert_array_equal(tree["training"]["loss"], stock.losses)
 
 
-def test_draws_of_the_guide_are_the_forward_chain_with_its_names(fitted):
+def test_draws_of_the_guide_are_the_forward_trajectory_with_its_names(fitted):
     result, svi, x = fitted
     tree = diagnostics.to_datatree(result, x, svi=svi, key=jax.random.key(1), num_draws=2_000)
     trajectory = tree["posterior"]["x_0_trajectory"]

@@ -1,4 +1,4 @@
-"""The tutorial's roll: its best possible chain, its ceilings, and the test draws have to pass."""
+"""The tutorial's roll: its best diffusion, its ceilings, and the test that draws have to pass."""
 
 import jax
 import jax.numpy as jnp

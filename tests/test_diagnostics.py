@@ -28,7 +28,7 @@ def data():
     return jnp.asarray(MEAN + SD * np.random.default_rng(0).standard_normal((50, 2)), jnp.float32)
 
 
-def test_bound_of_the_exact_chain_is_the_log_density(data):
+def test_bound_of_the_exact_diffusion_is_the_log_density(data):
     diffusion = exact_gaussian(MEAN, SD)
     tree = diagnostics.bound(jax.random.key(0), diffusion, {}, data, num_draws=4_000)
     gap = tree["bound"]["bound"].values - log_normal(np.asarray(data), MEAN, SD).sum(1)
@@ -89,7 +89,7 @@ def test_result_survives_a_file(data, tmp_path):
 
 
 def test_blocks_keep_every_example_and_its_context():
-    """The context is the mean of an exact chain: a wrong row would show as another density."""
+    """The context is the mean of an exact diffusion: a wrong row would show as another density."""
     means = jnp.linspace(-2.0, 2.0, 50)[:, None]
     fixed = exact_gaussian(np.zeros(1), np.full(1, 0.5))
     diffusion = Diffusion(
@@ -117,7 +117,7 @@ def test_blocks_keep_every_example_and_its_context():
 
 
 def shift(diffusion, mean, t):
-    """What a mean adds to the denoised point of the exact chain with mean 0, x_t held fixed."""
+    """What a mean adds to the denoised point of the exact diffusion with mean 0, x_t held fixed."""
     step = diffusion.bound_steps({}).at(t, 1)
     variance = 1 / (1 / 0.5**2 + step.alpha_bar_t / step.noise_t)
     return variance * mean / 0.5**2

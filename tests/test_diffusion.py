@@ -56,7 +56,7 @@ def numbers(*shape, seed=0):
 
 
 def log_p(x_0, x, loc=0.0, scale=1.0):
-    """log p(x_0..x_T), entry by entry of x_0; x has time first, and is on the chain's scale."""
+    """log p(x_0..x_T), entry by entry of x_0; x has time first, and is on the diffusion's scale."""
     total = reference.log_normal(x[-1], 0.0, 1.0)
     for t in range(2, T + 1):
         beta = BETA[t - 1]
@@ -69,7 +69,7 @@ def log_p(x_0, x, loc=0.0, scale=1.0):
 
 
 def log_q(x_0, x):
-    """log q(x_1..x_T | x_0), entry by entry; x_0 and x on the chain's scale, time first."""
+    """log q(x_1..x_T | x_0), entry by entry; x_0 and x on the diffusion's scale, time first."""
     levels = [x_0, *x]
     return sum(
         reference.log_normal(levels[t], *reference.transition(levels[t - 1], BETA, t))
@@ -190,7 +190,7 @@ def test_units_of_each_entry_are_its_own(x64):
 
 
 def test_missing_entries_are_noise_in_both_programs(x64):
-    """Forward they start at π; in the model they run the stationary chain and leave x_0 out."""
+    """Forward they start at π; in the model they run the stationary process and leave x_0 out."""
     x_0, x = numbers(4, 2), numbers(T, 4, 2, seed=1)
     mask = np.array([[True, False], [True, True], [False, False], [False, True]])
     diffusion, values = make(), {"x_0_trajectory": np.moveaxis(x, 0, 1)}
@@ -444,8 +444,8 @@ def test_sets_of_parameters_are_mapped_over(x64):
     other = jax.tree.map(lambda leaf: 0.5 * leaf - 0.1, one)
     both = jax.tree.map(lambda *leaves: jnp.stack(leaves), one, other)
     x = jnp.asarray(numbers(T, 2))
-    chains = jax.vmap(lambda params: diffusion.bind(params)[0])(both)
-    mapped = jax.jit(jax.vmap(lambda chain: chain.log_prob(x)))(chains)
+    trajectories = jax.vmap(lambda params: diffusion.bind(params)[0])(both)
+    mapped = jax.jit(jax.vmap(lambda trajectory: trajectory.log_prob(x)))(trajectories)
     score = jax.jit(lambda params: diffusion.bind(params)[0].log_prob(x))
     alone = [score(params) for params in (one, other)]
     np.testing.assert_allclose(mapped, alone, rtol=1e-12)

@@ -1,4 +1,4 @@
-"""Chains of bits and classes: identities of the kernels, and programs against full enumeration."""
+"""Diffusions of bits and classes: kernels by their identities, programs by enumeration."""
 
 import itertools
 import math
@@ -257,7 +257,7 @@ CASES = {
 }
 
 
-def enumerate_chain(diffusion, params):
+def enumerate_diffusion(diffusion, params):
     """All joint states, exact p(x_0) and exact K(x_0), by summing over every trajectory level."""
     kernel, T, L = diffusion.kernel, diffusion.T, diffusion.event_shape[0]
     levels = np.array(list(itertools.product(range(kernel.num_states), repeat=L)))
@@ -304,7 +304,7 @@ def enumerate_chain(diffusion, params):
 @pytest.mark.parametrize("case", CASES)
 def test_bound_and_importance_estimate_agree_with_enumeration(case):
     diffusion, params = tiny(*CASES[case])
-    data, p_0, bound = enumerate_chain(diffusion, params)
+    data, p_0, bound = enumerate_diffusion(diffusion, params)
     assert p_0.sum() == pytest.approx(1, abs=1e-5)
     assert (bound <= np.log(p_0) + 1e-6).all()
     assert (np.log(p_0) - bound).max() > 1e-3  # the network is no posterior: the bound is strict
@@ -338,7 +338,7 @@ def test_bound_and_importance_estimate_agree_with_enumeration(case):
 @pytest.mark.parametrize("case", CASES)
 def test_every_objective_estimates_the_enumerated_bound(case):
     diffusion, params = tiny(*CASES[case])
-    data, _, bound = enumerate_chain(diffusion, params)
+    data, _, bound = enumerate_diffusion(diffusion, params)
     x = jnp.asarray(data[[1, 5]])
     expected = bound[[1, 5]].sum()
     routes = [
@@ -357,7 +357,7 @@ def test_every_objective_estimates_the_enumerated_bound(case):
 def test_draws_of_the_model_have_the_enumerated_law():
     for case in ("bits, tied", "absorbing"):
         diffusion, params = tiny(*CASES[case])
-        data, p_0, _ = enumerate_chain(diffusion, params)
+        data, p_0, _ = enumerate_diffusion(diffusion, params)
         n = 20_000
         draws = Predictive(diffusion.model, params=params, num_samples=n, parallel=True)(
             jax.random.key(3)
@@ -388,7 +388,7 @@ def test_missing_bits_leave_the_bound_of_the_observed():
         event_shape=(3,),
         readout=readouts.Logits(),
     )
-    # data whose entries are B(rate): the chain is stationary, so K = log p(x_0) exactly
+    # data whose entries are B(rate): the process is stationary, so K = log p(x_0) exactly
     x = jnp.array([[0, 1, 1], [1, 0, 0]])
     mask = jnp.array([[True, False, True], [True, True, False]])
     expected = float(jnp.sum(jnp.where(mask, jnp.log(jnp.where(x == 1, rate, 1 - rate)), 0)))
@@ -402,7 +402,7 @@ def test_missing_bits_leave_the_bound_of_the_observed():
 def test_entropy_form_is_a_bound_only_with_its_correction():
     """Bits far from the kernel's rate: eq. 14 alone is off by the correction."""
     diffusion, params = tiny(BernoulliKernel(0.3), readouts.Tied())
-    data, _, bound = enumerate_chain(diffusion, params)
+    data, _, bound = enumerate_diffusion(diffusion, params)
     kl = diagnostics.bound(jax.random.key(0), diffusion, params, data, num_draws=20_000)
     plain, correction = diagnostics.entropy_form(diffusion, params, data, kl["bound"]["kl"].values)
     assert np.allclose(plain + correction, bound, atol=0.03)
@@ -413,7 +413,7 @@ def test_entropy_form_is_a_bound_only_with_its_correction():
     assert np.abs(by_hand).max() > 0.1
 
 
-def test_gradient_based_mcmc_refuses_a_chain_of_bits():
+def test_gradient_based_mcmc_refuses_a_diffusion_of_bits():
     diffusion, params = tiny(BernoulliKernel(0.3), readouts.Tied())
     prior = diffusion.prior(params)
     with pytest.raises(NotImplementedError):

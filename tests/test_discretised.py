@@ -1,4 +1,4 @@
-"""Numbers on a grid: masses of cells against quadrature, and p(x_0) of the exact Gaussian chain."""
+"""Numbers on a grid: masses of cells against quadrature, and p(x_0) of exact diffusions."""
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,12 @@ NARROW, WIDE = np.array([6.3, 9.0]), np.array([1.7, 2.5])
 """Mean and standard deviation of data, the user's units: some cells hold little, some much."""
 
 
-def chain(last_step=GRID, mean=NARROW, sd=WIDE, beta_1=0.2, loc=8.0, scale=2.5):
-    """Exact reverse chain of N(mean, sd²) in the user's units, put on a grid at the end.
+def gridded(last_step=GRID, mean=NARROW, sd=WIDE, beta_1=0.2, loc=8.0, scale=2.5):
+    """Exact reverse trajectory of N(mean, sd²) in the user's units, put on a grid at the end.
 
-    As x_1 is exact, p(x_0) is N(mean, sd²) put on the grid. It is not the chain of gridded data:
-    its x_1 does not know of the grid, so forward noise must fill a cell for weights to be even.
+    As x_1 is exact, p(x_0) is N(mean, sd²) put on the grid. It is not the diffusion of gridded
+    data: its x_1 does not know of the grid, so forward noise must fill a cell for weights to be
+    even.
     """
     mean, sd = (np.asarray(mean) - loc) / scale, np.asarray(sd) / scale
     beta = schedules.log_snr_linear(12, beta_1=beta_1, alpha_bar_T=1e-24)
@@ -126,7 +127,7 @@ def test_open_cells_hold_all_that_is_outside(x64):
 
 def test_draws_have_the_masses_of_their_cells(key):
     """40,000 draws of two entries at once; each share within 4.5 standard errors."""
-    n, diffusion = 40_000, chain()
+    n, diffusion = 40_000, gridded()
     law = diffusion.data_given_first(diffusion.bind({})[0], jnp.array([[-0.4, 0.3]]))
     x = np.asarray(law.sample(key, (n,)))[:, 0]
     pairs = np.stack(np.meshgrid(np.arange(17.0), np.arange(17.0), indexing="ij"), -1)
@@ -146,7 +147,7 @@ def test_values_of_the_grid_come_back_bit_for_bit():
     assert float(Grid(0, 16, 17).log_mass(jnp.array(3.5), 3.0, 1.0)) == -np.inf
 
 
-# the exact chain
+# the exact diffusion
 
 
 @pytest.mark.long
@@ -154,7 +155,7 @@ def test_importance_weighting_finds_the_mass_of_every_value():
     """One number; and so the masses of the model sum to 1."""
     mean, sd = np.array([0.6]), np.array([0.9])
     last = Discretised(-1, 3, 5)
-    diffusion = chain(last, mean, sd, loc=0.3, scale=1.1)
+    diffusion = gridded(last, mean, sd, loc=0.3, scale=1.1)
     x = last.grid.values[:, None].astype(np.float32)
     g = diagnostics.ladder(
         jax.random.key(0), diffusion, {}, x, sizes=(1, 1000), num_repeats=40, num_draws=10
@@ -170,9 +171,9 @@ def test_importance_weighting_finds_the_mass_of_every_value():
 def test_bound_with_fine_cells_is_that_of_the_density_times_their_width():
     last = Discretised(0, 16, 16_001)
     x = np.asarray(np.clip(on_grid(200) - 0.337, 0.1, 15.9), np.float32)
-    fine = diagnostics.bound(jax.random.key(0), chain(last), {}, x, num_draws=4)["bound"]
+    fine = diagnostics.bound(jax.random.key(0), gridded(last), {}, x, num_draws=4)["bound"]
     smooth = diagnostics.bound(
-        jax.random.key(0), chain(readouts.Learned()), {}, x, num_draws=4
+        jax.random.key(0), gridded(readouts.Learned()), {}, x, num_draws=4
     )["bound"]  # fmt: skip
     np.testing.assert_allclose(fine["kl"], smooth["kl"])
     np.testing.assert_allclose(
@@ -183,7 +184,7 @@ def test_bound_with_fine_cells_is_that_of_the_density_times_their_width():
 
 def test_bound_is_of_a_probability_and_has_bits():
     x = on_grid(400)
-    tree = diagnostics.bound(jax.random.key(0), chain(), {}, x, num_draws=20)
+    tree = diagnostics.bound(jax.random.key(0), gridded(), {}, x, num_draws=20)
     attrs = tree["bound"].attrs
     assert (attrs["reference_measure"], attrs["num_dims"]) == ("counting", 2)
     bits = diagnostics.bits_per_dim(tree)
@@ -191,20 +192,20 @@ def test_bound_is_of_a_probability_and_has_bits():
     gap = exact - tree["bound"]["bound"].values
     assert bits.mean == pytest.approx(-attrs["mean"] / 2 / np.log(2))
     assert gap.mean() > -3 * gap.std() / 20
-    some = diagnostics.sampled_bound(jax.random.key(1), chain(), {}, x, num_times=10)["bound"]
+    some = diagnostics.sampled_bound(jax.random.key(1), gridded(), {}, x, num_times=10)["bound"]
     paired = some["bound"].values - tree["bound"]["bound"].values
     assert abs(paired.mean()) < 4 * paired.std() / 20
     assert some.attrs["reference_measure"] == "counting"
 
 
 @pytest.mark.long
-def test_units_of_the_chain_do_not_enter():
+def test_units_of_the_diffusion_do_not_enter():
     """Other loc and scale, the same masses: no Jacobian."""
     x = on_grid(20)
     found = []
     for loc, scale in ((8.0, 2.5), (np.array([6.0, 9.5]), np.array([2.0, 3.0]))):
         g = diagnostics.ladder(
-            jax.random.key(0), chain(loc=loc, scale=scale), {}, x, sizes=(1, 100), num_repeats=2,
+            jax.random.key(0), gridded(loc=loc, scale=scale), {}, x, sizes=(1, 100), num_repeats=2,
             num_draws=2,
         )["ladder"]  # fmt: skip
         found.append(g["importance"][:, -1].values)
@@ -215,7 +216,7 @@ def test_units_of_the_chain_do_not_enter():
 
 def test_bounds_from_both_sides_close_in_on_draws_of_the_grid():
     tree = diagnostics.sandwich(
-        jax.random.key(1), chain(beta_1=0.05), {}, 200, sizes=(1, 10, 100), num_repeats=2
+        jax.random.key(1), gridded(beta_1=0.05), {}, 200, sizes=(1, 10, 100), num_repeats=2
     )
     x, g = tree["draws"]["x_0"].values, tree["sandwich"]
     np.testing.assert_array_equal(x, np.clip(np.round(x), 0, 16))
@@ -229,8 +230,8 @@ def test_bounds_from_both_sides_close_in_on_draws_of_the_grid():
 def test_missing_entries_do_not_count():
     x, mask = on_grid(30), np.array([[True, False]] * 30)
     holes = np.where(mask, x, np.nan).astype(np.float32)
-    tree = diagnostics.bound(jax.random.key(0), chain(), {}, holes, mask=mask, num_draws=50)
-    alone = chain(mean=NARROW[:1], sd=WIDE[:1])
+    tree = diagnostics.bound(jax.random.key(0), gridded(), {}, holes, mask=mask, num_draws=50)
+    alone = gridded(mean=NARROW[:1], sd=WIDE[:1])
     other = diagnostics.bound(jax.random.key(1), alone, {}, x[:, :1], num_draws=50)
     gap = tree["bound"]["bound"].values - other["bound"]["bound"].values
     assert abs(gap.mean()) < 4 * gap.std() / np.sqrt(30) + 1e-3
@@ -243,7 +244,7 @@ def test_missing_entries_do_not_count():
 
 
 def test_model_draws_and_observes_values_of_the_grid(key):
-    diffusion = chain()
+    diffusion = gridded()
     draws = Predictive(diffusion.model, params={}, num_samples=4_000)(key)["x_0"]
     np.testing.assert_array_equal(draws, np.clip(np.round(draws), 0, 16))
     cells = np.exp(log_cells())
@@ -292,7 +293,7 @@ def posterior(y, noise):
 @pytest.mark.long
 def test_smc_finds_the_posterior_over_values_of_the_grid():
     """A likelihood as sharp as a cell: what counts is r at the values, not between them."""
-    prior, y, noise = chain().prior({}), np.array([5.4, 11.2], np.float32), 0.6
+    prior, y, noise = gridded().prior({}), np.array([5.4, 11.2], np.float32), 0.6
 
     def program():
         with numpyro.plate("rows", 2):
@@ -314,7 +315,7 @@ def test_smc_finds_the_posterior_over_values_of_the_grid():
     ("beta_1", "both"), [(0.2, (0, 16)), (0.002, (4, 12))], ids=["wide step", "step within a cell"]
 )
 def test_evidence_of_known_values_is_their_mass(beta_1, both):
-    prior = chain(beta_1=beta_1).prior({}, variance=(WIDE / 2.5) ** 2)
+    prior = gridded(beta_1=beta_1).prior({}, variance=(WIDE / 2.5) ** 2)
     known = np.array([[9.0, np.nan], both, [7.0, 9.0]], np.float32)
     mask = np.array([[True, False], [True, True], [False, False]])
 
@@ -337,7 +338,7 @@ def test_evidence_of_known_values_is_their_mass(beta_1, both):
 
 
 def test_nuts_is_refused_since_a_grid_has_no_slope():
-    prior = chain().prior({})
+    prior = gridded().prior({})
     with pytest.raises(ValueError, match=r"got numbers on a grid.*Use infer\.SMC"):
         MCMC(NUTS(infer.noncentered(prior)), num_warmup=1, num_samples=1).run(jax.random.key(0))
 
@@ -351,7 +352,7 @@ BAD_DATA = {
 
 @pytest.mark.parametrize("kind", BAD_DATA)
 def test_values_off_the_grid_are_refused_by_name(kind):
-    x, diffusion = BAD_DATA[kind], chain()
+    x, diffusion = BAD_DATA[kind], gridded()
     message = "x_0 must lie on the grid of 17 values from 0 to 16; got . values that do not, such"
     with pytest.raises(ValueError, match=message):
         diffusion.check_data(x)
@@ -366,7 +367,7 @@ def test_values_off_the_grid_are_refused_by_name(kind):
 
 def test_whole_numbers_of_another_type_are_refused_not_cast():
     with pytest.raises(ValueError, match="x_0 must be of a floating dtype; got uint8"):
-        chain().check_data(np.array([[3, 4]], np.uint8))
+        gridded().check_data(np.array([[3, 4]], np.uint8))
 
 
 @pytest.mark.parametrize(

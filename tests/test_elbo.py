@@ -253,7 +253,7 @@ def test_plates_masks_scales_and_missing_entries_count_as_in_trace_elbo():
 
 
 def test_other_latents_are_scored_as_mean_field_does():
-    """A chain beside a latent with a closed-form KL: the KL is exact, not sampled."""
+    """A diffusion beside a latent with a closed-form KL: the KL is exact, not sampled."""
     diffusion = exact_gaussian(MEAN, SD)
     x = jnp.asarray(MEAN + SD * 0.5)[None]
 

@@ -19,13 +19,13 @@ from probdiff import (
     readouts,
     schedules,
 )
-from probdiff.experiments import heartbeat_chains
+from probdiff.experiments import heartbeat_models
 
 KEY = jax.random.key(0)
 
 
 def gaussian(sd, T=15):
-    """The exact chain of N(0, sd²), and its exact H(X_s | X_t) and I(X_0; X_t), nats."""
+    """The exact diffusion of N(0, sd²), and its exact H(X_s | X_t) and I(X_0; X_t), nats."""
     beta = schedules.log_snr_linear(T, beta_1=0.01, alpha_bar_T=1e-3)
     sd = np.asarray(sd, float)
     diffusion = Diffusion(
@@ -49,8 +49,8 @@ def data(sd, n=2_000):
 
 
 def heartbeat(T=100):
-    """The exact chain of the heartbeat, its H(X_t) for t = 1..T, by the ones in each phase."""
-    diffusion = heartbeat_chains.define_exact(T)
+    """The exact diffusion of the heartbeat, its H(X_t) for t = 1..T, by the ones in each phase."""
+    diffusion = heartbeat_models.define_exact(T)
     alpha_bar = np.cumprod(1 - np.asarray(diffusion.schedule, float))
     counts = np.array(list(itertools.product(range(5), repeat=5)))
     orders = np.array([math.comb(4, k) for k in range(5)])[counts].prod(1)
@@ -101,7 +101,7 @@ def test_upper_bound_needs_its_condition_and_the_correction_repairs_it():
 @pytest.mark.long
 def test_bounds_hold_at_every_step_of_the_heartbeat():
     diffusion, entropy = heartbeat()
-    x = heartbeat_chains.examples()
+    x = heartbeat_models.examples()
     _, g = measured(diffusion, x, num_draws=200)
     exact = g["upper"].values + entropy[:-1] - entropy[1:]  # H(X_t | X_s) + H(X_s) − H(X_t)
     assert (g["lower"] <= exact + 1e-5).all() and (exact <= g["upper"] + 1e-5).all()
@@ -151,7 +151,7 @@ def test_information_of_gaussian_data_lies_between_its_bounds():
 
 def test_information_of_the_heartbeat_is_its_entropy_at_first():
     diffusion, entropy = heartbeat(40)
-    x = heartbeat_chains.examples()
+    x = heartbeat_models.examples()
     tree, _ = measured(diffusion, x, num_draws=4)
     g = diagnostics.information(KEY, diffusion, {}, x, tree)["information"]
     a = np.cumprod(1 - np.asarray(diffusion.schedule, float))

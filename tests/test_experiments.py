@@ -25,7 +25,7 @@ FIGURES = {
         "figure_1.png", "samples.png", "bound_per_step.png", "losses.png", "denoising.png",
         "ladder.png",
     },
-    ddpm_swiss_roll: {"chains.png", "samples.png", "kl_per_step.png", "losses.png"},
+    ddpm_swiss_roll: {"trajectories.png", "samples.png", "kl_per_step.png", "losses.png"},
     digits: {
         "samples.png", "bound_per_step.png", "losses.png", "denoised.png", "inpainted.png",
     },
@@ -144,7 +144,7 @@ def test_brute_force_finds_a_gaussian_posterior():
 
 
 def test_drift_of_an_untrained_model_shrinks_towards_zero():
-    """A perturbation of 0 is the chain of N(0, I), whose reverse step is √(1−β) x."""
+    """A perturbation of 0 is the diffusion of N(0, I), whose reverse step is √(1−β) x."""
     diffusion = swiss_roll.define(40)
     svi_params = jax.tree.map(
         lambda leaf: np.zeros(leaf.shape, leaf.dtype), diffusion.params_template

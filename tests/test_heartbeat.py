@@ -1,4 +1,4 @@
-"""The heartbeat and the toy language: ceilings against enumeration, exact chains, whole runs."""
+"""Heartbeat and toy language: ceilings against enumeration, exact diffusions, whole runs."""
 
 import itertools
 import json
@@ -11,7 +11,7 @@ import pytest
 import xarray as xr
 
 from probdiff import Diffusion, datasets, diagnostics, load, readouts, schedules
-from probdiff.experiments import heartbeat, heartbeat_chains, toy_language
+from probdiff.experiments import heartbeat, heartbeat_models, toy_language
 from probdiff.experiments.heartbeat_ceilings import ceilings
 from probdiff.experiments.report import QUICK, Row, mean_and_se
 from probdiff.experiments.toy_language_ceilings import Language, ceiling
@@ -41,7 +41,7 @@ def test_ceilings_of_the_heartbeat(T, limit, tied, learned):
 
 
 def enumerated(beta, rate, length, period):
-    """(tied, learned, −H(X_1)) of the best factorised chain in bits, summing over all x_t."""
+    """(tied, learned, −H(X_1)) of the best factorised diffusion in bits, summing over all x_t."""
     data = datasets.heartbeat_sequences(length=length, period=period)
     states = np.array(list(itertools.product((0, 1), repeat=length)))
     alpha_bar = np.concatenate([[1.0], np.cumprod(1 - beta)])
@@ -98,9 +98,9 @@ def test_two_enumerations_agree_on_bits():
     assert found == pytest.approx(ceilings(beta, length=6, period=3).learned, rel=1e-10)
 
 
-def test_bound_of_the_exact_chain_is_its_ceiling():
+def test_bound_of_the_exact_diffusion_is_its_ceiling():
     """The library's own K, with the posterior over phases for a network."""
-    x, exact = heartbeat_chains.examples(), heartbeat_chains.define_exact(20)
+    x, exact = heartbeat_models.examples(), heartbeat_models.define_exact(20)
     tree = diagnostics.bound(jax.random.key(0), exact, {}, x, num_draws=50)
     k, se = mean_and_se(heartbeat.in_bits(tree))
     assert abs(k - ceilings(exact.schedule).tied) < 4 * se
@@ -111,7 +111,7 @@ def test_exact_network_is_bayes_rule(x64):
     sequences = datasets.heartbeat_sequences(length=6, period=3)
     states = np.array(list(itertools.product((0, 1), repeat=6)), np.int32)
     beta = schedules.harmonic(4)
-    network = heartbeat_chains.exact_network(schedules.steps(beta), sequences, rate=0.3)
+    network = heartbeat_models.exact_network(schedules.steps(beta), sequences, rate=0.3)
     for t in range(1, 5):
         a = 1 - t / 4
         one = a * sequences + 0.3 * (1 - a)
@@ -126,7 +126,7 @@ def test_phases_of_draws():
     wrong = sequences[3].copy()
     wrong[0] ^= 1
     draws = np.stack([sequences[2], wrong, sequences[0], np.zeros(20, np.int32)])
-    np.testing.assert_array_equal(heartbeat_chains.phases_of(draws), [2, -1, 0, -1])
+    np.testing.assert_array_equal(heartbeat_models.phases_of(draws), [2, -1, 0, -1])
 
 
 def test_gain_over_the_null_model_is_that_of_the_paper_at_its_bound():
@@ -136,11 +136,11 @@ def test_gain_over_the_null_model_is_that_of_the_paper_at_its_bound():
 
 def test_last_step_is_measured_without_bias():
     """A tied one, whose mean is known: p(x_0 = 1 | x_1) is 1 − 0.8 β after a 1, 0.2 β after a 0."""
-    exact = heartbeat_chains.define_exact(20)
+    exact = heartbeat_models.define_exact(20)
     one, zero = 1 - 0.8 / 20, 0.2 / 20
     per_one = one * np.log2(one) + (1 - one) * np.log2(zero)
     per_zero = zero * np.log2(1 - one) + (1 - zero) * np.log2(1 - zero)
-    found = heartbeat.last_step(jax.random.key(2), exact, {}, heartbeat_chains.examples())
+    found = heartbeat.last_step(jax.random.key(2), exact, {}, heartbeat_models.examples())
     k, se = mean_and_se(found)
     assert abs(k - 4 * per_one - 16 * per_zero) < 4 * se
     assert se < 0.02
@@ -162,7 +162,7 @@ def test_a_bound_above_its_ceiling_is_named():
 UNIFORM, ABSORBING = (toy_language.stationary(k) for k in toy_language.KERNELS.values())
 
 
-def test_language_has_the_entropy_of_its_chain():
+def test_language_has_the_entropy_of_its_markov_chain():
     words = toy_language.language()
     rate = -(0.2 * np.log2(0.2) + 0.8 * np.log2(0.8))
     assert words.entropy == pytest.approx(np.log2(3) + 5 * rate, rel=1e-12)
@@ -183,7 +183,7 @@ def test_strings_are_drawn_by_their_law(key):
 
 
 @pytest.mark.parametrize("pi", [UNIFORM, ABSORBING], ids=["uniform", "absorbing"])
-def test_best_chain_approaches_the_entropy_from_below(pi):
+def test_best_diffusion_approaches_the_entropy_from_below(pi):
     words = toy_language.language(3)
     found = [ceiling(words, schedules.harmonic(T), pi).bound for T in (3, 10, 30, 100, 1000)]
     assert (np.diff([*found, -words.entropy]) > 0).all()
@@ -268,7 +268,7 @@ def test_the_saved_model_is_bounded_as_reported(finished):
     diffusion, params = load(folder)
     with xr.open_datatree(folder / "bounds.nc", engine="h5netcdf") as tree:
         if experiment is heartbeat:
-            saved, x = mean_and_se(heartbeat.in_bits(tree)), heartbeat_chains.examples()
+            saved, x = mean_and_se(heartbeat.in_bits(tree)), heartbeat_models.examples()
         else:
             words = toy_language.language()
             saved, x = tree["bound"].attrs["mean_bits"] / 6, words.strings
@@ -294,16 +294,16 @@ def test_the_same_seed_gives_the_same_table(finished, tmp_path):
 
 
 def test_fewer_steps_ask_the_same_network_at_the_same_level():
-    """p(x_0 | x_t) of the chain of 4 steps at t is that of the chain of 12 at 3 t."""
-    diffusion = heartbeat_chains.define(12)
+    """p(x_0 | x_t) of the diffusion of 4 steps at t is that of the diffusion of 12 at 3 t."""
+    diffusion = heartbeat_models.define(12)
     noise = jax.random.normal(jax.random.key(1), (10_000,))
     params = jax.tree.map(
         lambda p: 0.3 * noise[: p.size].reshape(p.shape), diffusion.params_template
     )
-    shorter = heartbeat_chains.with_fewer_steps(diffusion, params, 4)
+    shorter = heartbeat_models.with_fewer_steps(diffusion, params, 4)
     (few, few_steps), (many, steps) = shorter.bind({}), diffusion.bind(params)
     np.testing.assert_allclose(few_steps.alpha_bar_t, steps.alpha_bar_t[2::3], rtol=1e-6)
-    x_t, t = jnp.asarray(heartbeat_chains.examples()[:4]), jnp.arange(1, 5)
+    x_t, t = jnp.asarray(heartbeat_models.examples()[:4]), jnp.arange(1, 5)
     np.testing.assert_allclose(few.x_0_hat(x_t, t), many.x_0_hat(x_t, 3 * t), rtol=1e-6)
 
 

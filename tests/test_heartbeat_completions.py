@@ -1,20 +1,20 @@
-"""Completing first beats: SMC and counting say the same of the same chain."""
+"""Completing first beats: SMC and counting say the same of the same diffusion."""
 
 import jax
 import numpy as np
 import pytest
 
 from probdiff import datasets, sample
-from probdiff.experiments.heartbeat_chains import define_exact
 from probdiff.experiments.heartbeat_completions import among, complete, completion_rows
+from probdiff.experiments.heartbeat_models import define_exact
 
 
 @pytest.fixture(scope="module")
 def both():
-    """The exact chain of 12 steps, which errs enough to have wrong completions."""
-    chain = define_exact(12)
-    draws = sample.ancestral(jax.random.key(0), chain, {}, 40_000)
-    by_smc = complete(jax.random.key(1), chain, {}, num_particles=500, num_runs=4)
+    """The exact diffusion of 12 steps, which errs enough to have wrong completions."""
+    diffusion = define_exact(12)
+    draws = sample.ancestral(jax.random.key(0), diffusion, {}, 40_000)
+    by_smc = complete(jax.random.key(1), diffusion, {}, num_particles=500, num_runs=4)
     return by_smc, among(draws)
 
 

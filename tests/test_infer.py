@@ -1,6 +1,6 @@
 """`SMC` and `Guided` as a user meets them: draws, evidence, warnings, summaries, DataTrees.
 
-The oracle is a chain that is N(0, 1) at every level, whose posteriors and evidences are closed.
+The oracle is a diffusion that is N(0, 1) at every level, whose posteriors and evidences are closed.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ QUIET = "ignore::probdiff.infer.InferenceWarning"
 
 
 def standard_normal(event_shape=(), **options):
-    """A chain that is N(0, 1) at every level, exactly."""
+    """A diffusion that is N(0, 1) at every level, exactly."""
     beta = schedules.log_snr_linear(T, beta_1=1e-4, alpha_bar_T=1e-4)
     readout = readouts.Perturbation(readouts.ForwardVariance())
     return Diffusion(
@@ -443,7 +443,7 @@ def test_a_heavy_tail_of_the_final_weights_is_warned_of():
     assert "Pareto k of the final weights" in " ".join(complaints_of(outcome))
 
 
-def test_a_chain_that_does_not_end_in_noise_is_warned_of():
+def test_a_diffusion_that_does_not_end_in_noise_is_warned_of():
     (complaint,) = complaints_of(healthy(), left=0.2)
     assert "alpha_bar_T times E|x_0|^2 is 0.2" in complaint
     assert complaints_of(healthy(), left=0.09) == ()
@@ -590,7 +590,7 @@ def test_factors_are_likelihoods_and_not_data(smc):
     np.testing.assert_array_equal(tree["log_likelihood"]["shift"], np.full((1, 1024), 2.0))
 
 
-def test_a_shorter_chain_says_what_becomes_of_a_learned_variance():
+def test_a_shorter_diffusion_says_what_becomes_of_a_learned_variance():
     diffusion = Diffusion(
         GaussianKernel(),
         schedules.log_snr_linear(T, beta_1=1e-4, alpha_bar_T=1e-4),

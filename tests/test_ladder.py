@@ -1,4 +1,4 @@
-"""The ladder against exact log p(x_0): of Gaussian chains, right and wrong, and of a few bits."""
+"""The ladder against exact log p(x_0): of Gaussians, right and wrong, and of a few bits."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from flax import nnx
 from numpyro.infer import SVI
 
 from fresh import check_in_fresh_process
-from oracles import enumerate_chain, exact_gaussian, gaussian_law, gaussian_network, log_normal
+from oracles import enumerate_diffusion, exact_gaussian, gaussian_law, gaussian_network, log_normal
 from probdiff import (
     AbsorbingKernel,
     BernoulliKernel,
@@ -28,7 +28,7 @@ from probdiff.diagnostics import LadderWarning
 
 pytestmark = pytest.mark.filterwarnings("ignore::probdiff.diagnostics.LadderWarning")
 MEAN, SD = np.array([0.3, -0.5]), np.array([0.9, 0.6])
-# A network that holds the data for wider than they are, of a chain that ends before noise
+# A network that holds the data for wider than they are, of a diffusion that ends before noise
 RATES = schedules.log_snr_linear(8, beta_1=0.01, alpha_bar_T=0.6)
 WRONG = Diffusion(
     GaussianKernel(),
@@ -43,7 +43,7 @@ WRONG = Diffusion(
 
 
 def of_wrong():
-    """Mean and sd of what the wrong chain draws, the user's units."""
+    """Mean and sd of what the wrong diffusion draws, the user's units."""
     mean, sd = gaussian_law(WRONG)
     return 0.1 + 1.2 * mean, 1.2 * sd
 
@@ -62,7 +62,7 @@ def z(group, name, exact):
     return (group[name].values - exact) / group[f"{name}_se"].values
 
 
-def test_every_rung_of_the_exact_chain_is_the_log_density():
+def test_every_rung_of_the_exact_diffusion_is_the_log_density():
     """Where the weights do not vary at all; SMC resamples nothing and pays for π on the way."""
     diffusion = exact_gaussian(MEAN, SD)
     x = np.asarray(MEAN + SD * np.random.default_rng(1).standard_normal((50, 2)), np.float32)
@@ -76,7 +76,7 @@ def test_every_rung_of_the_exact_chain_is_the_log_density():
 
 
 @pytest.mark.long
-def test_last_rung_and_smc_reach_the_density_of_a_wrong_chain(rungs):
+def test_last_rung_and_smc_reach_the_density_of_a_wrong_diffusion(rungs):
     g, exact = rungs
     for found in (g["importance"][:, -1].values, g["smc"].values):
         gap = found - exact
@@ -140,7 +140,7 @@ def test_stated_intervals_cover_as_they_say():
         assert 0.93 <= covered <= 0.97, (name, covered)
 
 
-# bits: a trained chain, enumerated
+# bits: a trained diffusion, enumerated
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def trained():
 @pytest.mark.long
 def test_rungs_climb_to_the_probability_of_bits(trained):
     diffusion, params = trained
-    states, p = enumerate_chain(diffusion, params)
+    states, p = enumerate_diffusion(diffusion, params)
     x, exact = states[::2], np.log(p)[::2]  # 64 states, likely and not
     with pytest.warns(LadderWarning):
         tree = diagnostics.ladder(
@@ -184,7 +184,7 @@ def test_rungs_climb_to_the_probability_of_bits(trained):
 @pytest.mark.long
 def test_upper_bound_of_bits_is_not_below(trained):
     diffusion, params = trained
-    states, p = enumerate_chain(diffusion, params)
+    states, p = enumerate_diffusion(diffusion, params)
     tree = diagnostics.sandwich(
         jax.random.key(4), diffusion, params, 500, sizes=(1, 10, 100, 1000), num_repeats=1
     )
@@ -213,7 +213,7 @@ def test_estimates_have_no_bias_on_classes(kernel):
         readout=readouts.DataLogits(),
         last_step=readouts.Learned(),
     )
-    data, p = enumerate_chain(diffusion)
+    data, p = enumerate_diffusion(diffusion)
     assert p.sum() == pytest.approx(1, abs=1e-5)
     for threshold in (0.0, 0.9):
         weighed = diagnostics.weights.weigh(

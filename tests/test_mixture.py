@@ -1,4 +1,4 @@
-"""The mixture readout against integrals on a line, and chains for which it is exact."""
+"""The mixture readout against integrals on a line, and diffusions for which it is exact."""
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +86,7 @@ def diffusion_of_the_standard_normal():
     return Diffusion(KERNEL, BETA, standard_normal, event_shape=(2,), readout=readouts.Mixture(2))
 
 
-def test_reverse_chain_of_the_standard_normal_is_the_forward_kernel(x64):
+def test_reverse_trajectory_of_the_standard_normal_is_the_forward_kernel(x64):
     reverse, steps = diffusion_of_the_standard_normal().bind({})
     x_t = jnp.asarray(np.random.default_rng(0).normal(size=(T - 1, 2)))
     t = jnp.arange(2, T + 1)

@@ -1,6 +1,6 @@
 """Programs over noise: their law, their density, their posteriors under NUTS, their starts.
 
-Priors have Gaussian laws: N(0, 1) under the network 0, whose chain is exact for any levels;
+Priors have Gaussian laws: N(0, 1) under the network 0, whose diffusion is exact for any levels;
 N(m, s²) under `exact_gaussian`; and a correlated one under a linear network, by recursion.
 """
 
@@ -104,7 +104,7 @@ def test_sites_are_the_noise_and_x_0(x64):
 
 @pytest.mark.parametrize(("steps", "event_shape"), [(None, (2, 2)), (4, ())], ids=str)
 def test_noise_gives_x_0_the_law_of_the_prior(x64, steps, event_shape):
-    """N(0, 1) on the scale of the chain, of which any number of levels is exact."""
+    """N(0, 1) on the scale of the diffusion, of which any number of levels is exact."""
     prior = standard(event_shape=event_shape, loc=0.5, scale=2.0).prior({})
 
     def program():
@@ -356,7 +356,7 @@ def test_starts_replay_to_the_given_x_0_in_float32():
 
 @pytest.mark.parametrize("steps", [None, 4])
 def test_noise_of_draws_of_the_prior_is_standard_normal(x64, steps):
-    """For the exact chain the way up and the way down have one law."""
+    """For the exact diffusion the way up and the way down have one law."""
     prior = standard(loc=0.5, scale=2.0, event_shape=()).prior({})
     x_0 = stats.norm(0.5, 2.0).rvs(4_000, random_state=1)
 
@@ -460,7 +460,7 @@ def test_a_bound_parameter_is_accepted(x64):
 
 
 @pytest.mark.parametrize("steps", [1, T + 1])
-def test_steps_outside_the_chain_are_refused(steps):
+def test_steps_outside_the_diffusion_are_refused(steps):
     prior = standard().prior({})
     with pytest.raises(ValueError, match=re.escape(f"steps must lie in 2..T = {T}; got {steps}")):
         sites_of(noncentered(lambda: prior(), steps=steps))
@@ -498,7 +498,7 @@ def test_draws_that_do_not_fit_are_refused(draws, message):
 def test_rates_of_longer_steps_keep_their_digits_where_nothing_of_the_data_is_left():
     beta = schedules.log_snr_linear(40, beta_1=1e-4, alpha_bar_T=1e-24)
     program = noncentered(standard(beta=beta).prior({}), steps=10)
-    chain = sites_of(program)["x_0_noise"]["infer"]["chain"].levels
-    jumps = itertools.pairwise([0, *chain.times])
+    trajectory = sites_of(program)["x_0_noise"]["infer"]["walk"].levels
+    jumps = itertools.pairwise([0, *trajectory.times])
     by_hand = [1 - np.prod(1 - beta[start:stop]) for start, stop in jumps]
-    np.testing.assert_allclose(chain.table.beta, by_hand, rtol=1e-5)
+    np.testing.assert_allclose(trajectory.table.beta, by_hand, rtol=1e-5)

@@ -41,7 +41,7 @@ def elbo(model, guide, *args, key=0, **kwargs):
     return float(run(jax.random.key(key), args, kwargs))
 
 
-def test_elbo_of_the_exact_chain_is_the_log_density_of_every_draw(x):
+def test_elbo_of_the_exact_diffusion_is_the_log_density_of_every_draw(x):
     diffusion = exact_gaussian(MEAN, SD)
     expected = float(log_normal(x, MEAN, SD).sum())
     for key in range(3):
@@ -152,8 +152,8 @@ def test_two_models_in_one_program_keep_their_densities(x):
 
 
 @pytest.mark.long
-def test_latent_code_and_chain_give_the_evidence(x):
-    """z ~ exact Gaussian chain, y ~ N(z, σ²): with the exact guide for z the ELBO is log p(y)."""
+def test_latent_code_and_diffusion_give_the_evidence(x):
+    """z ~ exact diffusion, y ~ N(z, σ²): with the exact guide for z the ELBO is log p(y)."""
     diffusion = exact_gaussian(MEAN, SD, name="z")
     sigma = 0.5
 
@@ -215,7 +215,7 @@ def golden_network(rho, T):
     """Optimal diagonal reverse kernels of a correlated Gaussian, as a `Perturbation` network."""
     beta = schedules.harmonic(T)
     covariance = np.array([[1, rho], [rho, 1]])
-    A, C = reference.optimal_reverse_chain(covariance, beta, diagonal=True)
+    A, C = reference.optimal_reverse_trajectory(covariance, beta, diagonal=True)
     shift = (A - np.sqrt(1 - beta)[:, None, None] * np.eye(2)) / np.sqrt(beta)[:, None, None]
     variance = np.diagonal(C, axis1=1, axis2=2)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -258,7 +258,7 @@ def test_exact_diagonal_kernels_reach_the_golden_bound(rho, T, bits):
 
 @pytest.mark.long
 def test_trained_perceptron_comes_within_two_hundredths_of_a_bit():
-    """rho = 0.9, harmonic schedule, T = 40: the best diagonal chain reaches -3.0760 bits."""
+    """rho = 0.9, harmonic schedule, T = 40: the best diagonal diffusion reaches -3.0760 bits."""
     covariance = jnp.array([[1, 0.9], [0.9, 1]])
     law = numpyro.distributions.MultivariateNormal(jnp.zeros(2), covariance)
     keys = jax.random.split(jax.random.key(3), 4)
@@ -281,7 +281,7 @@ def test_trained_perceptron_comes_within_two_hundredths_of_a_bit():
     value = gap.mean() - 2.8962
     error = gap.std() / math.sqrt(len(gap))
     assert value > -3.0760 - 0.02 - 3 * error
-    assert value < -3.0760 + 3 * error  # above the best diagonal chain would be a bug
+    assert value < -3.0760 + 3 * error  # above the best diagonal diffusion would be a bug
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """A trained diffusion as a statement: its sites, exact conditioning on entries, what it refuses.
 
-Factors are compared with p(x_0 | x_1) by hand, N(√(1−β_1) x_1, β_1) on the scale of the chain for a
-tied last step, divided by the scale for the user's units.
+Factors are compared with p(x_0 | x_1) by hand, N(√(1−β_1) x_1, β_1) on the scale of the diffusion
+for a tied last step, divided by the scale for the user's units.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""`ReadoutTwist` against chains whose law of known entries is exact, and its power by hand."""
+"""`ReadoutTwist` against diffusions whose law of known entries is exact, and its power by hand."""
 
 import math
 
@@ -10,7 +10,7 @@ import numpyro.distributions as dist
 import pytest
 from scipy import stats
 
-from oracles import covariance_of_chain, moments
+from oracles import covariance_of_diffusion, moments
 from probdiff import Diffusion, GaussianKernel, infer, readouts, sample, schedules
 from probdiff.infer.program import condition
 from probdiff.infer.twists.readout import power
@@ -54,7 +54,7 @@ def covariance(rho):
 MASK = np.array([True, False])
 
 
-def test_a_chain_of_independent_entries_has_weights_of_one():
+def test_a_diffusion_of_independent_entries_has_weights_of_one():
     """n = 4 × 4096, whose start alone, x_T ~ π, has weights: sd 3e-4."""
     diffusion, a = pair(0.0), 1.2
     prior = diffusion.prior({})
@@ -63,7 +63,7 @@ def test_a_chain_of_independent_entries_has_weights_of_one():
         num_runs=4, twist=infer.ReadoutTwist(),
     )  # fmt: skip
     smc.run(jax.random.key(0))
-    exact = stats.norm.logpdf(a, 0, math.sqrt(covariance_of_chain(diffusion, 2)[0, 0]))
+    exact = stats.norm.logpdf(a, 0, math.sqrt(covariance_of_diffusion(diffusion, 2)[0, 0]))
     assert smc.log_evidence == pytest.approx(exact, abs=1e-3)
     ess = smc.result.outcome.ess
     assert ess.min() > 0.995 * 4096  # what the start leaves, x_T ~ π
@@ -84,7 +84,7 @@ def test_a_known_entry_of_a_correlated_pair_is_conditioned_on_exactly(measures_t
 
     smc = infer.SMC(program, num_particles=8192, num_runs=4, twist=infer.ReadoutTwist())
     smc.run(jax.random.key(1), np.float32(y))
-    cov = covariance_of_chain(diffusion, 2)
+    cov = covariance_of_diffusion(diffusion, 2)
     mean, variance = cov[1, 0] / cov[0, 0] * a, cov[1, 1] - cov[1, 0] ** 2 / cov[0, 0]
     exact = stats.norm.logpdf(a, 0, math.sqrt(cov[0, 0]))
     if measures_the_other:

@@ -109,7 +109,7 @@ def test_learned_variance_has_a_gradient_where_a_step_forgets_everything(x64):
     ],
     ids=["bridge", "forward"],
 )
-def test_chain_of_a_perfect_denoiser_has_the_stated_variance(x64, variance, figures):
+def test_diffusion_of_a_perfect_denoiser_has_the_stated_variance(x64, variance, figures):
     """N(0, 1) data, x̂_0 = √ᾱ_t x_t: Var x_1, by Var x_s = (1−β_t) Var x_t + variance_t."""
     for steps, stated in figures.items():
         beta = schedules.log_snr_linear(steps, beta_1=1e-3, alpha_bar_T=1e-4)

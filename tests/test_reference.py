@@ -15,9 +15,9 @@ def correlated(rho):
     return np.array([[1.0, rho], [rho, 1.0]])
 
 
-def diagonal_reverse(chain):
-    """A chain's kernels as the function that single trajectories are scored with."""
-    return lambda x_t, t: (chain.A[t - 1] @ x_t, np.diag(chain.covariance[t - 1]))
+def diagonal_reverse(trajectory):
+    """A diffusion's kernels as the function that single trajectories are scored with."""
+    return lambda x_t, t: (trajectory.A[t - 1] @ x_t, np.diag(trajectory.covariance[t - 1]))
 
 
 def draw_trajectory(rng, C, beta):
@@ -76,11 +76,11 @@ def test_kl_and_entropy_are_the_integrals():
 @pytest.mark.parametrize("beta", SCHEDULES.values(), ids=SCHEDULES)
 def test_standard_normal_data_are_kept_by_the_forward_kernel(beta):
     """K = −½ log2 2πe = −2.0471 bits per dimension; the KLs are ½ log2((1 − ᾱ_T)/β_1)."""
-    chain = reference.optimal_reverse_chain(np.eye(1), beta, diagonal=True)
+    reverse = reference.optimal_reverse_trajectory(np.eye(1), beta, diagonal=True)
     for t in range(1, len(beta) + 1):
-        np.testing.assert_allclose(chain.A[t - 1], [[np.sqrt(1 - beta[t - 1])]], rtol=1e-12)
-        np.testing.assert_allclose(chain.covariance[t - 1], [[beta[t - 1]]], rtol=1e-12)
-    bound = reference.bound_eq12_gaussian_data(np.eye(1), beta, chain) / LOG_2
+        np.testing.assert_allclose(reverse.A[t - 1], [[np.sqrt(1 - beta[t - 1])]], rtol=1e-12)
+        np.testing.assert_allclose(reverse.covariance[t - 1], [[beta[t - 1]]], rtol=1e-12)
+    bound = reference.bound_eq12_gaussian_data(np.eye(1), beta, reverse) / LOG_2
     assert bound == pytest.approx(-2.0471, abs=5e-5)
     kl = reference.entropies_eq14(beta) / LOG_2 - bound
     expected = 0.5 * np.log2((1 - reference.alpha_bar(beta)[-1]) / beta[0])
@@ -103,8 +103,8 @@ def test_standard_normal_data_are_kept_by_the_forward_kernel(beta):
 def test_optimal_bound_on_correlated_data(rho, T, diagonal_bits, full_bits):
     C, beta = correlated(rho), reference.harmonic(T)
     for diagonal, bits in [(True, diagonal_bits), (False, full_bits)]:
-        chain = reference.optimal_reverse_chain(C, beta, diagonal=diagonal)
-        bound = reference.bound_eq12_gaussian_data(C, beta, chain)
+        reverse = reference.optimal_reverse_trajectory(C, beta, diagonal=diagonal)
+        bound = reference.bound_eq12_gaussian_data(C, beta, reverse)
         assert bound / LOG_2 == pytest.approx(bits, abs=1e-4)
     assert bound == pytest.approx(reference.log_density_ceiling(C, beta), abs=1e-10)
 
@@ -115,12 +115,12 @@ def test_optimal_bound_on_correlated_data(rho, T, diagonal_bits, full_bits):
 def test_entropy_form_needs_its_correction(beta, scale, diagonal):
     """Eq. 14 is eq. 12 once corrected, also for kernels that are not the best ones."""
     C = scale * correlated(0.7)
-    chain = reference.optimal_reverse_chain(C, beta, diagonal=diagonal)
-    chain = chain._replace(A=0.9 * chain.A, covariance=1.2 * chain.covariance)
-    tied = reference.optimal_reverse_chain(C, beta, diagonal=diagonal)
-    chain.A[0], chain.covariance[0] = tied.A[0], tied.covariance[0]
-    exact = reference.bound_eq12_gaussian_data(C, beta, chain)
-    entropy_form = reference.bound_eq14_gaussian_data(C, beta, chain)
+    reverse = reference.optimal_reverse_trajectory(C, beta, diagonal=diagonal)
+    reverse = reverse._replace(A=0.9 * reverse.A, covariance=1.2 * reverse.covariance)
+    tied = reference.optimal_reverse_trajectory(C, beta, diagonal=diagonal)
+    reverse.A[0], reverse.covariance[0] = tied.A[0], tied.covariance[0]
+    exact = reference.bound_eq12_gaussian_data(C, beta, reverse)
+    entropy_form = reference.bound_eq14_gaussian_data(C, beta, reverse)
     correction = reference.correction_eq14(scale, beta, d=2)
     assert entropy_form + correction == pytest.approx(exact, abs=1e-10)
     assert (abs(correction) > 1e-2) == (scale != 1)
@@ -129,7 +129,7 @@ def test_entropy_form_needs_its_correction(beta, scale, diagonal):
 @pytest.mark.parametrize("diagonal", [True, False])
 def test_no_other_kernels_do_better(diagonal):
     C, beta = correlated(0.9), reference.harmonic(10)
-    best = reference.optimal_reverse_chain(C, beta, diagonal=diagonal)
+    best = reference.optimal_reverse_trajectory(C, beta, diagonal=diagonal)
     at_best = reference.bound_eq12_gaussian_data(C, beta, best)
     for factor in (0.99, 1.01):
         for other in (best._replace(A=factor * best.A), best._replace(covariance=factor * best[1])):
@@ -139,18 +139,18 @@ def test_no_other_kernels_do_better(diagonal):
 def test_trajectories_average_to_the_exact_bounds():
     """Eqs. 12 and 14 of single draws against their expectations, within 4 standard errors."""
     C, n = 1.3 * correlated(0.8), 2_000
-    chain = reference.optimal_reverse_chain(C, LINEAR, diagonal=True)
-    reverse = diagonal_reverse(chain)
+    best = reference.optimal_reverse_trajectory(C, LINEAR, diagonal=True)
+    reverse = diagonal_reverse(best)
     rng = np.random.default_rng(0)
     trajectories = [draw_trajectory(rng, C, LINEAR) for _ in range(n)]
     for draws, exact in [
         (
             [reference.log_ratio(x, LINEAR, reverse) for x in trajectories],
-            reference.bound_eq12_gaussian_data(C, LINEAR, chain),
+            reference.bound_eq12_gaussian_data(C, LINEAR, best),
         ),
         (
             [reference.bound_eq14(x[0], x, LINEAR, reverse) for x in trajectories],
-            reference.bound_eq14_gaussian_data(C, LINEAR, chain),
+            reference.bound_eq14_gaussian_data(C, LINEAR, best),
         ),
     ]:
         assert abs(np.mean(draws) - exact) < 4 * np.std(draws) / np.sqrt(n)

@@ -49,7 +49,7 @@ def test_ancestral_draws_have_the_law_of_the_program(key, last_step):
         assert stats.ks_2samp(ours @ direction, np.asarray(program) @ direction).pvalue > 1e-3
 
 
-def test_an_exact_chain_returns_the_standard_normal(key):
+def test_an_exact_diffusion_returns_the_standard_normal(key):
     """10000 draws of N(0, I): Kolmogorov-Smirnov on each axis, and no correlation."""
     draws = sample.ancestral(key, standard_normal(), {}, 10_000)
     for axis in draws.T:
@@ -67,7 +67,7 @@ def test_keeping_the_trajectory_changes_no_draw(key):
     np.testing.assert_allclose(x_0, alone, rtol=1e-5, atol=1e-5)
     assert trajectory.shape == (600, T, 2)
     assert stats.kstest(trajectory[:, -1].ravel(), "norm").pvalue > 1e-3
-    residual = (diffusion.to_chain(x_0) - np.sqrt(0.95) * trajectory[:, 0]) / np.sqrt(0.05)
+    residual = (diffusion.to_state(x_0) - np.sqrt(0.95) * trajectory[:, 0]) / np.sqrt(0.05)
     assert stats.kstest(residual.ravel(), "norm").pvalue > 1e-3
 
 

@@ -1,6 +1,6 @@
 """SMC on inverse problems with many modes, against their exact posteriors.
 
-See `gaussian_mixtures` for the problems and metrics. A chain that misses a mode has its weights
+See `gaussian_mixtures` for the problems and metrics. A diffusion that misses a mode has its weights
 wrong (TV), and log Z with them. Floors are no zero: 2000 draws of the posterior differ from 2000
 others, and with the exact twist p(y | x_t) SMC does what its 1000 particles can; what a twist costs
 is its SW over that of the exact one on the same problems.
@@ -67,7 +67,7 @@ def test_evidence_by_hand_is_the_mean_of_the_likelihood():
 def test_modes_and_evidence_are_found(seed):
     score = run(seed, 8, 1, LAPLACE)
     assert score.tv < 0.06
-    assert abs(score.log_z_error) < 0.35  # of which the 100-step chain itself has 0.15
+    assert abs(score.log_z_error) < 0.35  # of which the 100-step diffusion itself has 0.15
     assert score.least_ess > 0.2
     assert score.sw < 0.5
 

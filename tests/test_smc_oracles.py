@@ -1,13 +1,13 @@
 """SMC against posteriors and evidences that are known.
 
-A chain of Gaussians is linear, so its law p(x_0), and with it posterior and evidence, follow from a
-recursion over means and covariances; and any chain can be drawn from, so that for any r
+A diffusion of Gaussians is linear, so its law p(x_0), and with it posterior and evidence, follow
+from a recursion over means and covariances; and any diffusion can be drawn from, so that for any r
 
     Z = E[r(x_0)],    E[f | r] = E[f r] / Z,    x_0 ~ p by ancestral sampling,
 
 is an importance estimate from p itself, free of every choice that SMC makes. The reference is in
-both cases the chain of T steps that is walked, and not the data it stands for: the two differ by a
-discretisation error that no number of particles removes.
+both cases the diffusion of T steps that is walked, and not the data it stands for: the two differ
+by a discretisation error that no number of particles removes.
 
 Unweighted, the rule of 2015 has a bias of its own, which is a column here too: for N(0, 1) data it
 tends to p r² instead of p r.
@@ -25,7 +25,7 @@ import numpyro.distributions as dist
 import pytest
 from scipy import stats
 
-from oracles import covariance_of_chain, moments
+from oracles import covariance_of_diffusion, moments
 from probdiff import Diffusion, GaussianKernel, infer, readouts, sample, schedules
 from probdiff.kernels import bridge_weights
 
@@ -35,7 +35,7 @@ LONG = schedules.log_snr_linear(1000, beta_1=1e-5, alpha_bar_T=1e-5)
 
 
 def standard_normal(beta):
-    """A chain that is N(0, 1) at every level, exactly."""
+    """A diffusion that is N(0, 1) at every level, exactly."""
     readout = readouts.Perturbation(readouts.ForwardVariance())
     return Diffusion(GaussianKernel(), beta, lambda x, t: 0 * x, event_shape=(1,), readout=readout)
 
@@ -53,16 +53,16 @@ def measured(prior):
 
 
 @pytest.fixture(scope="module")
-def on_a_long_chain():
+def on_a_long_diffusion():
     """One compiled sampler of T = 1000 steps."""
     prior = standard_normal(LONG).prior({})
     return infer.SMC(measured(prior), num_particles=16_384, num_runs=4, block_size=65_536)
 
 
 @pytest.mark.parametrize("variance", [1.0, 0.25])
-def test_posterior_of_a_standard_normal_is_exact(on_a_long_chain, variance):
+def test_posterior_of_a_standard_normal_is_exact(on_a_long_diffusion, variance):
     """Evidence within 1e-4, ten of its standard errors: what float32 leaves of 1000 steps."""
-    smc, y, sigma = on_a_long_chain, 1.0, math.sqrt(variance)
+    smc, y, sigma = on_a_long_diffusion, 1.0, math.sqrt(variance)
     smc.run(jax.random.key(0), np.float32(y), np.float32(sigma))
     mean, var = moments(smc)
     assert mean[0] == pytest.approx(y / (1 + variance), abs=0.01)
@@ -130,7 +130,7 @@ def test_known_entry_of_a_pair_is_conditioned_on_exactly(rho):
         lambda: prior(known=known, mask=mask), num_particles=8_192, num_runs=4, block_size=32_768
     )
     smc.run(jax.random.key(0))
-    cov = covariance_of_chain(diffusion, 2)
+    cov = covariance_of_diffusion(diffusion, 2)
     mean, var = moments(smc)
     assert np.abs(cov - [[1, rho], [rho, 1]]).max() < 0.006  # what T = 1000 leaves of it
     exact = stats.norm.logpdf(a, 0, math.sqrt(cov[0, 0]))
@@ -174,7 +174,7 @@ def test_a_known_linear_map_uses_the_covariance_of_the_data_as_any_likelihood_do
         smc.run(jax.random.key(0), np.float32(1.0))
         found.append(smc.log_evidence)
     assert found[0] == pytest.approx(found[1], abs=1e-3)
-    variance = float((row @ covariance_of_chain(diffusion, 2) @ row.T)[0, 0]) + noise**2
+    variance = float((row @ covariance_of_diffusion(diffusion, 2) @ row.T)[0, 0]) + noise**2
     exact = stats.norm.logpdf(1.0, 0, math.sqrt(variance))
     assert abs(found[0] - exact) < 4 * smc.log_evidence_se
 
@@ -183,9 +183,9 @@ def test_a_known_linear_map_uses_the_covariance_of_the_data_as_any_likelihood_do
 
 
 @pytest.mark.long
-def test_a_likelihood_of_one_leaves_the_law_of_the_chain(key):
+def test_a_likelihood_of_one_leaves_the_law_of_the_diffusion(key):
     """Every weight is exactly one; draws are those of ancestral sampling."""
-    diffusion = mixture_chain()
+    diffusion = mixture_diffusion()
     prior = diffusion.prior({})
     smc = infer.SMC(lambda: prior(), num_particles=4_000, num_runs=2)
     smc.run(key)
@@ -205,7 +205,7 @@ SHARES = np.array([0.5, 0.3, 0.2], np.float32)
 SPREAD = 0.35
 
 
-def mixture_chain():
+def mixture_diffusion():
     """The exact denoiser of a mixture of three Gaussians; its mean is near 0, its variance 1."""
     beta = schedules.log_snr_linear(STEPS, beta_1=1e-3, alpha_bar_T=1e-4)
     table = schedules.steps(beta)
@@ -251,8 +251,10 @@ def two_peaks(x):
 
 @pytest.fixture(scope="module")
 def drawn():
-    """A million exact draws of the chain."""
-    return sample.ancestral(jax.random.key(9), mixture_chain(), {}, 1_000_000, block_size=250_000)
+    """A million exact draws of the diffusion."""
+    return sample.ancestral(
+        jax.random.key(9), mixture_diffusion(), {}, 1_000_000, block_size=250_000
+    )
 
 
 def importance(draws, observe):
@@ -283,7 +285,7 @@ def functions(x):
 def test_posterior_under_a_mixture_is_that_of_importance_sampling(drawn, observe):
     """Evidence within 3 standard errors of both sides together, five moments within 4."""
     runs = 16
-    prior = mixture_chain().prior({})
+    prior = mixture_diffusion().prior({})
     smc = infer.SMC(lambda: observe(prior()), num_particles=2_048, num_runs=runs)
     smc.run(jax.random.key(3))
     log_z, se_z, mean, se = importance(drawn, observe)

@@ -1,6 +1,6 @@
-"""SMC over chains of bits and classes against full enumeration.
+"""SMC over diffusions of bits and classes against full enumeration.
 
-A chain of L = 3 symbols and T = 4 steps has so few states that the product of its transition
+A diffusion of L = 3 symbols and T = 4 steps has so few states that the product of its transition
 matrices gives the exact law p(x_0), and with it for any r
 
     Z = Σ p(x_0) r(x_0),    p(x_0 | r) = p(x_0) r(x_0) / Z.
@@ -23,7 +23,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 
-from oracles import enumerate_chain
+from oracles import enumerate_diffusion
 from probdiff import (
     AbsorbingKernel,
     BernoulliKernel,
@@ -47,8 +47,8 @@ every_kernel = pytest.mark.parametrize("kernel", KERNELS)
 pytestmark = pytest.mark.filterwarnings("ignore::probdiff.infer.InferenceWarning")
 
 
-class Chain(NamedTuple):
-    """A chain with its exact law."""
+class Lookup(NamedTuple):
+    """A diffusion with its exact law."""
 
     diffusion: Diffusion
     data: np.ndarray
@@ -57,8 +57,8 @@ class Chain(NamedTuple):
     """Their probabilities."""
 
 
-def chain(kernel):
-    """A chain whose network looks its outputs up."""
+def lookup(kernel):
+    """A diffusion whose network looks its outputs up."""
     law, readout, last_step = KERNELS[kernel]
     outputs = L * readout.num_outputs(law)
     table = 0.9 * np.random.default_rng(4).normal(size=(T, law.num_states**L, outputs))
@@ -76,7 +76,7 @@ def chain(kernel):
         readout=readout,
         last_step=last_step,
     )
-    return Chain(diffusion, *enumerate_chain(diffusion))
+    return Lookup(diffusion, *enumerate_diffusion(diffusion))
 
 
 # Likelihoods: log r of states, the same function for the program and for the oracle
@@ -107,8 +107,8 @@ RUNS, SIZE = 400, 64
 
 
 def compiled(kernel):
-    """A chain, and a sampler of many small runs whose likelihood and mask are arguments."""
-    model = chain(kernel)
+    """A diffusion, and a sampler of many small runs whose likelihood and mask are arguments."""
+    model = lookup(kernel)
     prior = model.diffusion.prior({})
     known = jnp.broadcast_to(KNOWN % model.diffusion.kernel.num_data_states, (RUNS, L))
 
@@ -163,7 +163,7 @@ def test_evidence_and_posterior_have_no_bias_however_few_the_particles(kernel):
 
 
 def test_known_entries_alone_are_conditioned_on_exactly():
-    model = chain("absorbing")
+    model = lookup("absorbing")
     prior, mask = model.diffusion.prior({}), MASKS[1]
     known = np.broadcast_to(KNOWN % model.diffusion.kernel.num_data_states, (RUNS, L))
 

@@ -191,7 +191,7 @@ def test_proposal_of_a_twist_that_changes_nothing_weighs_exactly_one(key):
     assert (made.draw(key, None)[1] == 0).all()
 
 
-def chain(T=40):
+def standard_normal(T=40):
     return Diffusion(
         GaussianKernel(),
         schedules.log_snr_linear(T, beta_1=1e-3, alpha_bar_T=1e-3),
@@ -203,12 +203,12 @@ def chain(T=40):
 
 def prior_draw():
     with numpyro.handlers.trace() as sites, numpyro.handlers.seed(rng_seed=0):
-        chain().prior({})()
+        standard_normal().prior({})()
     return next(s["infer"]["prior"] for s in sites.values() if "prior" in s["infer"])
 
 
 @pytest.mark.parametrize("n", [2, 7, 39])
-def test_fewer_levels_are_longer_steps_of_the_same_chain(x64, n):
+def test_fewer_levels_are_longer_steps_of_the_same_diffusion(x64, n):
     draw = prior_draw()
     full, few = levels(draw), levels(draw, n)
     assert few.times[0] == 1 and few.times[-1] == full.n and few.n == n
@@ -219,7 +219,7 @@ def test_fewer_levels_are_longer_steps_of_the_same_chain(x64, n):
     np.testing.assert_allclose(few.table.alpha_bar_t[:-1], few.table.alpha_bar_s[1:], atol=0)
 
 
-def test_all_levels_are_the_chain_itself():
+def test_all_levels_are_the_diffusion_itself():
     draw = prior_draw()
     full = levels(draw)
     assert not full.is_respaced

@@ -381,7 +381,7 @@ def entropy_form(
 
         E[log π(x_T)] + H_π + log π(x_0) − E[log π(x_1)];
 
-    for the Gaussian −½ (ᾱ_T + β_1) Σ_i (x_i² − 1), x on the scale of the chain.
+    for the Gaussian −½ (ᾱ_T + β_1) Σ_i (x_i² − 1), x on the scale of the diffusion.
 
     Args:
         diffusion: The model; its last step must be tied, as eq. 14 assumes.
@@ -426,7 +426,7 @@ def entropy_form(
         raise ValueError(f"kl must have shape {(len(x_0), diffusion.T - 1)}; got {np.shape(kl)}")
     steps = diffusion.bound_steps(params)
     kernel, event_dim = diffusion.kernel, len(diffusion.event_shape)
-    x = diffusion.to_chain(jnp.asarray(x_0))
+    x = diffusion.to_state(jnp.asarray(x_0))
     q_1 = kernel.marginal(x, steps.at(1, event_dim))
     q_T = kernel.marginal(x, steps.at(diffusion.T, event_dim))
     pi = kernel.stationary(x.shape)

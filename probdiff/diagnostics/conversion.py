@@ -9,13 +9,13 @@ An axis has the name of the plate that makes it, wherever the plate stands, and 
 those of the diffusion they belong to:
 
     x_0                (…plates, x_0_dim_0, x_0_dim_1, …)
-    x_0_trajectory     (…plates, step, x_0_dim_0, …)        step = 1..T, level t of the chain
+    x_0_trajectory     (…plates, step, x_0_dim_0, …)        step = 1..T, level t of the diffusion
     x_0_noise          (…plates, level, x_0_dim_0, …)       level = 0..n, `t` beside it
 
-as in `SMC.to_datatree`. All other axes are `site_dim_i`. Where chains differ in length, or a plate
-is called `step`, the name stands in front: `x_0_step`. ArviZ's own conversion forgets gaps between
-plates, names the axes of a trajectory after the trajectory, so that they are not those of x_0, and
-gives `lp` the sign of an energy; here `lp` is the log density.
+as in `SMC.to_datatree`. All other axes are `site_dim_i`. Where diffusions differ in length, or a
+plate is called `step`, the name stands in front: `x_0_step`. ArviZ's own conversion forgets gaps
+between plates, names the axes of a trajectory after the trajectory, so that they are not those of
+x_0, and gives `lp` the sign of an energy; here `lp` is the log density.
 """
 
 import re
@@ -216,12 +216,12 @@ class _Seen(NamedTuple):
     coords: dict[str, np.ndarray]
     """Values along `step` and `level`."""
     times: dict[str, np.ndarray]
-    """Level t of the chain along each dim that counts the levels of a walk."""
+    """Level t of the diffusion along each dim that counts the levels of a walk."""
     observed: dict[str, np.ndarray]
     """Observed values, factors left out."""
 
 
-class _Chain(NamedTuple):
+class _Trajectory(NamedTuple):
     """One diffusion in a program."""
 
     x_dims: list[str]
@@ -258,59 +258,59 @@ def _look(
 def _names(sites: dict[str, Any]) -> tuple[dict[str, list[str]], dict[str, Any], dict[str, Any]]:
     """Dims of every site, coordinates, and levels t of walks."""
     plates = {frame.name for site in sites.values() for frame in site.get("cond_indep_stack", ())}
-    chains = _chains(sites)
-    step = _counter("step", {name: c.T for name, c in chains.items() if c.T}, plates)
-    walks = {name: tuple(c.times) for name, c in chains.items() if c.times is not None}
+    trajectories = _trajectories(sites)
+    step = _counter("step", {name: c.T for name, c in trajectories.items() if c.T}, plates)
+    walks = {name: tuple(c.times) for name, c in trajectories.items() if c.times is not None}
     level = _counter("level", walks, set())  # a plate of that name is called level_plate
     dims = {}
     for name, site in sites.items():
         if site["type"] in ("sample", "deterministic"):
-            dims[name] = _site_dims(name, site, _event_dims(name, chains, step, level))
-    coords = {step[name]: np.arange(1, c.T + 1) for name, c in chains.items() if c.T}
+            dims[name] = _site_dims(name, site, _event_dims(name, trajectories, step, level))
+    coords = {step[name]: np.arange(1, c.T + 1) for name, c in trajectories.items() if c.T}
     coords |= {level[name]: np.arange(len(times)) for name, times in walks.items()}
     return dims, coords, {level[name]: np.array(times) for name, times in walks.items()}
 
 
-def _chains(sites: dict[str, Any]) -> dict[str, _Chain]:
+def _trajectories(sites: dict[str, Any]) -> dict[str, _Trajectory]:
     """Diffusions in a program, by the name of x_0."""
-    chains = {}
+    trajectories = {}
     for name, site in sites.items():
         if site["type"] != "sample":
             continue
-        law, walk = _unwrapped(site["fn"]), site["infer"].get("chain")
+        law, walk = _unwrapped(site["fn"]), site["infer"].get("walk")
         if walk is not None:
             diffusion, times = walk.levels.draw.diffusion, np.append(0, walk.levels.times)
             x_dims = numbered(diffusion.name, 0, len(diffusion.event_shape))
-            chains[diffusion.name] = _Chain(x_dims, None, times)
+            trajectories[diffusion.name] = _Trajectory(x_dims, None, times)
         elif isinstance(law, ReverseTrajectory | ForwardTrajectory):
             x_name = name.removesuffix(TRAJECTORY_SUFFIX)
-            chains[x_name] = _Chain(numbered(x_name, 0, law.x_dim), law.steps.T, None)
+            trajectories[x_name] = _Trajectory(numbered(x_name, 0, law.x_dim), law.steps.T, None)
         elif isinstance(law, DataGivenFirst):
-            x_name = name.removesuffix("_free") if name not in chains else name
-            found = _Chain(numbered(x_name, 0, law.event_dim), None, None)
-            chains.setdefault(x_name, found)
-    return chains
+            x_name = name.removesuffix("_free") if name not in trajectories else name
+            found = _Trajectory(numbered(x_name, 0, law.event_dim), None, None)
+            trajectories.setdefault(x_name, found)
+    return trajectories
 
 
 def _counter(word: str, lengths: dict[str, Any], taken: set[str]) -> dict[str, str]:
-    """Name of the dim that counts each chain's levels: one for all where all are alike."""
+    """Name of the dim that counts each diffusion's levels: one for all where all are alike."""
     is_one = len(set(lengths.values())) == 1 and word not in taken
     return {name: word if is_one else f"{name}_{word}" for name in lengths}
 
 
 def _event_dims(
-    name: str, chains: dict[str, _Chain], step: dict[str, str], level: dict[str, str]
+    name: str, trajectories: dict[str, _Trajectory], step: dict[str, str], level: dict[str, str]
 ) -> list[str] | None:
     """Axes of an event that belongs to a diffusion; None of any other."""
-    for x_name, chain in chains.items():
+    for x_name, trajectory in trajectories.items():
         if name in (x_name, f"{x_name}_free") or re.fullmatch(
             rf"{re.escape(x_name)}_trajectory_\d+", name
         ):
-            return chain.x_dims
+            return trajectory.x_dims
         if name == x_name + TRAJECTORY_SUFFIX:
-            return [step[x_name], *chain.x_dims]
+            return [step[x_name], *trajectory.x_dims]
         if name == f"{x_name}_noise" and x_name in level:
-            return [level[x_name], *chain.x_dims]
+            return [level[x_name], *trajectory.x_dims]
     return None
 
 

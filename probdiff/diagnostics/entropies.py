@@ -56,14 +56,14 @@ def entropies(diffusion: Diffusion, params: Params, x_0: Data, tree: xr.DataTree
 
     Returns:
         DataTree with group `entropy`, nats, mean over examples and summed over an example's entries
-        on the scale of the chain, by `step` (2..T): `lower`, `upper`, `correction` (to be added to
-        `upper` where the data do not meet the condition), `model` and `model_se`. Attributes:
+        on the scale of the diffusion, by `step` (2..T): `lower`, `upper`, `correction` (to be added
+        to `upper` where the data do not meet the condition), `model` and `model_se`. Attributes:
         `units`, `condition` (what `upper` needs), `log_pi_change` (by how far the data miss it:
         E log π(x_0) + H(π), 0 where they meet it).
 
     Raises:
         ValueError: if data or parameters do not fit, the tree is not of these examples, or the
-            chain is an absorbing one, whose π puts no mass on data.
+            diffusion is an absorbing one, whose π puts no mass on data.
 
     Example:
         For the true model of N(0, 1) the entropy of a step is that of N(·, β_t), and the model's
@@ -93,7 +93,7 @@ def entropies(diffusion: Diffusion, params: Params, x_0: Data, tree: xr.DataTree
     kernel = diffusion.kernel
     if isinstance(kernel, AbsorbingKernel):
         raise ValueError(f"kernel must put mass on data for eq. 24; got {kernel}")
-    x = diffusion.to_chain(jnp.asarray(x_0))
+    x = diffusion.to_state(jnp.asarray(x_0))
     steps = diffusion.bound_steps(params)
     forward, before, after, log_pi = _closed_forms(kernel, x, steps, len(diffusion.event_shape))
     lower = (forward + before - after).mean(1)

@@ -11,8 +11,8 @@ A trajectory drawn forward from an example has the weight
 
 it is the weight of a particle, and particles may be resampled on the way: the product of the mean
 weights between resamplings is again unbiased for p(x_0). By detailed balance a step's factor is
-p(x_s | x_t) over the stationary chain's own T_π(x_s | x_t): 1 where the network has nothing to say.
-An absorbing chain has no π on data; it is left out there until x_T.
+p(x_s | x_t) over the stationary process's own T_π(x_s | x_t): 1 where the network has nothing to
+say. An absorbing diffusion has no π on data; it is left out there until x_T.
 
 A trajectory that the model itself drew down to its x_0 has the same weight, but is distributed as
 p(x_1..x_T | x_0).
@@ -49,7 +49,7 @@ class Weighed(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Both chains of one example, parameters bound."""
+    """Both trajectories of one example, parameters bound."""
 
     diffusion: Diffusion
     forward: ForwardTrajectory
@@ -72,7 +72,7 @@ class Pair(NamedTuple):
         return self.forward.kernel.stationary(x_t.shape).log_prob(x_t)
 
     def sum_observed(self, terms: Any) -> Float[Array, " S"]:
-        """Sum over entries; a missing one runs the same chain both ways, and its terms cancel."""
+        """Sum over entries; a missing one runs the same process both ways, and its terms cancel."""
         observed = self.forward.observed
         return self.forward.sum_event(terms if observed is None else jnp.where(observed, terms, 0))
 

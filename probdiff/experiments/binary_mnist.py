@@ -1,16 +1,17 @@
-"""Binarised MNIST: what is the likelihood of a chain that hides bits one after another?
+"""Binarised MNIST: what is the likelihood of a diffusion that hides bits one after another?
 
 The fixed binarisation, for which likelihoods are published. A bit is a class of two; the forward
-chain absorbs pixels into a third state, about 1/T of them per step, and the reverse chain fills
-them in, by what a convolutional network says of x_0 given the pixels it sees. T = 500; a training
-step sees one t per image, so T costs nothing in training. K of every test image is estimated at
-`TEST_TIMES` random steps.
+trajectory absorbs pixels into a third state, about 1/T of them per step, and the reverse trajectory
+fills them in, by what a convolutional network says of x_0 given the pixels it sees. T = 500; a
+training step sees one t per image, so T costs nothing in training. K of every test image is
+estimated at `TEST_TIMES` random steps.
 
 Training is cut into ten pieces with a checkpoint between them: a run that was stopped goes on where
 it was, and K on validation images against the time spent is the curve in `curve.png`.
 
 Sources: Salakhutdinov & Murray (2008) and Larochelle & Murray (2011) for the bits; Austin et al.
-(2021) for absorbing chains. Published nats on this split: PixelRNN 79.2, IAF 79.9, PixelCNN 81.3.
+(2021) for absorbing diffusions. Published nats on this split: PixelRNN 79.2, IAF 79.9, PixelCNN
+81.3.
 """
 
 import json
@@ -44,7 +45,7 @@ from probdiff import (
 )
 from probdiff.experiments.report import Row, write_report
 
-SUMMARY = "binary images: nats per test image of an absorbing chain, fixed binarisation"
+SUMMARY = "binary images: nats per test image of an absorbing diffusion, fixed binarisation"
 DURATION = "about 25 minutes on one CPU core"
 
 UNIT = "nats per image"
@@ -131,8 +132,8 @@ def run(
     draws = sample.ancestral(key_draw, diffusion, fitted.params, size.draws, progress=progress)
     bound = tree["bound"].attrs
     rows = [
-        Row("−K, absorbing chain, test", -bound["mean"], bound["se"], UNIT, None, PUBLISHED),
-        Row("−K, absorbing chain, validation", -curve[-1].mean, curve[-1].se, UNIT),
+        Row("−K, absorbing diffusion, test", -bound["mean"], bound["se"], UNIT, None, PUBLISHED),
+        Row("−K, absorbing diffusion, validation", -curve[-1].mean, curve[-1].se, UNIT),
         Row("bits per pixel, test", -bound["mean_bits"] / 784, bound["se_bits"] / 784, "bits"),
         Row("share of ones in training images", float(data.train.mean()), None, ""),
         Row("share of ones in draws", float(draws.mean()), None, ""),
@@ -156,7 +157,7 @@ def run(
 
 
 def define(size: Size, rngs: nnx.Rngs) -> Diffusion:
-    """The absorbing chain of bits and its network."""
+    """The absorbing diffusion of bits and its network."""
     network = networks.ConvolutionalNetwork(
         (28, 28), size.width, size.depth, size.T, outputs=2, states=3, rngs=rngs
     )
@@ -219,7 +220,7 @@ def _sections(size: Size, diffusion: Diffusion) -> dict[str, str]:
             "better. The published figure is PixelRNN's on the same split; IAF has 79.9, PixelCNN "
             "81.3. Every test image's K is estimated without bias at "
             f"{TEST_TIMES} random steps; errors are standard errors over images. An absorbing "
-            "chain ends where no data are, so there is no K − L_null."
+            "diffusion ends where no data are, so there is no K − L_null."
         ),
         "Settings": (
             f"T = {size.T}, harmonic rates, last step learned; a U of convolutions, width "

@@ -12,7 +12,7 @@ log2 s − K/3 = 4.20; the row "as the paper's K" is this one turned round, 3 (l
 Training images are seen with their mirror images. On a CPU the recipe is a small network for an
 hour's worth of patience; on a GPU it is the one to quote.
 
-Published: 2015's chain 4.20, DDPM 3.70, variational diffusion 2.65 bits per dimension.
+Published: 2015's diffusion 4.20, DDPM 3.70, variational diffusion 2.65 bits per dimension.
 """
 
 import functools
@@ -133,7 +133,7 @@ def _sections(size: Size, recipe: Recipe, diffusion: Diffusion) -> dict[str, str
             "Bits per dimension are −K over 3072 numbers, an upper bound on the code length of one "
             "of 256 levels; lower is better. K of every test image is estimated without bias at "
             f"{size.test_times} random steps; errors are standard errors over images. Published is "
-            "DDPM's; a variational diffusion has 2.65, the chain of 2015 4.20, of which its "
+            "DDPM's; a variational diffusion has 2.65, the diffusion of 2015 4.20, of which its "
             "printed 5.4 bits per pixel are another form: a log density, higher is better."
         ),
         "Settings": (

@@ -17,7 +17,8 @@ These rates leave ᾱ_40 = 0.35 of the data's variance, and the bound pays for i
 while q(x_T) itself is almost N(0, I) for data of unit variance, so that draws may start there. K is
 reported beside the best that elementwise Gaussian steps can reach (`swiss_roll_best`), at the same
 draws of the forward noise. Draws are compared with held-out points by permutation tests that look
-more and more closely (`two_sample`); how closely the best chain's draws pass is all one can ask.
+more and more closely (`two_sample`); how closely the best diffusion's draws pass is all one can
+ask.
 
 Source: Ho et al. (2020) for the model and L_simple; Sohl-Dickstein et al. (2015), appendix D.1.1,
 for the network.
@@ -145,7 +146,7 @@ def run(
         tests = compare(seed, x_0, held_out, size.num_permutations)
         models[name] = Trained(diffusion, fitted, tree, x_0, trajectory, tests)
 
-    say("best possible chain")
+    say("best possible diffusion")
     best = define_best(rates(), NOISE)
     best_tree = _bound(keys, best, {}, held_out, size)
     limits = densities(keys["noise"], held_out)
@@ -303,10 +304,10 @@ def _bound_rows(models: dict[str, Trained], best: xr.DataTree, limits: Densities
 
 
 def _other_draws(keys: dict[str, Array], main: Trained, best: Diffusion) -> dict[str, np.ndarray]:
-    """As many draws of the best possible chain, of a model not trained, and of plain noise."""
+    """As many draws of the best possible diffusion, of a model not trained, and of plain noise."""
     n = len(main.x_0)
     return {
-        "best possible chain": sample.ancestral(keys["draw"], best, {}, n),
+        "best possible diffusion": sample.ancestral(keys["draw"], best, {}, n),
         "untrained": sample.ancestral(keys["draw"], main.diffusion, untrained(main.diffusion), n),
         "N(0, I)": np.asarray(jax.random.normal(keys["noise"], (n, 2))),
     }
@@ -343,13 +344,13 @@ def _sections(
         "Reading": (
             "K is the bound on the log density of a held-out point, with respect to area after the "
             "roll was centred and scaled to unit mean variance; errors are standard errors over "
-            "held-out points. Its ceiling is the K of the best chain there is with these rates, a "
-            "tied last step and Gaussian steps whose coordinates are independent: means and "
-            "variances of q(x_s | x_t), known for the roll. Differences to it are paired: same "
-            f"points, same draws of the noise. {verdict} What is lost between that chain and "
+            "held-out points. Its ceiling is the K of the best diffusion there is with these "
+            "rates, a tied last step and Gaussian steps whose coordinates are independent: means "
+            "and variances of q(x_s | x_t), known for the roll. Differences to it are paired: same "
+            f"points, same draws of the noise. {verdict} What is lost between that diffusion and "
             "-h(X⁽¹⁾) is the steps' own; a smaller β_1 would raise -h(X⁽¹⁾)."
         ),
-        "The end of the chain": (
+        "The end of the diffusion": (
             f"40 steps leave ᾱ_T = {np.prod(1 - rates()):.3f} of the data's variance. The bound "
             "pays -log(1 - ᾱ_T) = 0.63 bits for it: this is what x_T tells of x_0, not a fault "
             "of the model. Draws start from N(0, I) in place of "
@@ -366,10 +367,10 @@ def _sections(
             f"{size.num_permutations} permutations, so that p is at least "
             f"{1 / (1 + size.num_permutations):.2g}: by the energy distance, which sees where mass "
             "lies, and by the maximum mean discrepancy with Gaussian kernels of widths 0.3, a "
-            "third of what lies between two turns, and 0.1. The best possible chain shows what can "
-            "pass: Gaussian steps blur the roll, the tied last one alone by √(2 β_1) = 0.045, more "
-            "than the noise of the data, 0.037. The widths were chosen with the draws of seed 0 in "
-            f"view. Told from the data at the level 0.01:\n\n{told}"
+            "third of what lies between two turns, and 0.1. The best possible diffusion shows what "
+            "can pass: Gaussian steps blur the roll, the tied last one alone by √(2 β_1) = 0.045, "
+            "more than the noise of the data, 0.037. The widths were chosen with the draws of seed "
+            f"0 in view. Told from the data at the level 0.01:\n\n{told}"
         ),
         "Settings": (
             f"As the tutorial states: T = {T}, β linear from {BETA_1} to {BETA_T}, radial basis "
@@ -383,7 +384,7 @@ def _sections(
         ),
         "Figures": (
             f"All of {size.functions} functions trained by the bound, which is also the model "
-            "saved here, unless they say otherwise. `chains`: data becoming noise, and noise "
+            "saved here, unless they say otherwise. `trajectories`: data becoming noise, and noise "
             "becoming draws. `kl_per_step`: where the bits go, beside the best possible."
         ),
     }
@@ -403,12 +404,12 @@ def _figures(
     model, x = models[main], held_out[: len(models[main].x_0)]
     forward = model.diffusion.forward_trajectory(schedules.steps(rates()), x).sample(key)
     smallest = f"{min(size.others)} functions, {BOUND}"
-    shown = [main, "best possible chain", smallest, "untrained"]
+    shown = [main, "best possible diffusion", smallest, "untrained"]
     p_values = {
         name: {test: found.p_value for test, found in tests[name].items()} for name in shown
     }
     return {
-        "chains": figures.chains(x, forward, model.x_0, model.trajectory),
+        "trajectories": figures.trajectories(x, forward, model.x_0, model.trajectory),
         "samples": figures.samples(
             held_out[: size.compared], {name: draws[name] for name in shown}, p_values
         ),

@@ -1,4 +1,4 @@
-"""Pictures of the tutorial's Swiss roll: chains, draws beside data, where the bits go, losses.
+"""Pictures of the tutorial's Swiss roll: diffusions, draws beside data, where the bits go, losses.
 
 Every function takes arrays that `ddpm_swiss_roll` computed and returns a new figure.
 """
@@ -15,19 +15,19 @@ from probdiff import plots
 COLORS = (plots.BLUE, plots.ORANGE, plots.GREEN, "black", "0.6")
 
 
-def chains(
+def trajectories(
     data: Any, forward: Float[Array, "n T 2"], draws: Any, reverse: Float[np.ndarray, "n T 2"]
 ) -> Figure:
-    """The forward chain from data, and the learned chain from noise, at the same levels."""
+    """The forward trajectory from data and the reverse one from noise, at the same levels."""
     levels = [0, 5, 10, 20, forward.shape[1]]
     figure = plt.figure(figsize=(3 * len(levels), 6.4), layout="constrained")
     axes = figure.subplots(2, len(levels))
     titles = [f"t = {t}" for t in levels]
-    for row, name, color, start, chain in (
-        (axes[0], "forward chain q(x_t)", plots.BLUE, data, forward),
-        (axes[1], "reverse chain p(x_t)", plots.ORANGE, draws, reverse),
+    for row, name, color, start, trajectory in (
+        (axes[0], "forward trajectory q(x_t)", plots.BLUE, data, forward),
+        (axes[1], "reverse trajectory p(x_t)", plots.ORANGE, draws, reverse),
     ):
-        at = [start if t == 0 else chain[:, t - 1] for t in levels]
+        at = [start if t == 0 else trajectory[:, t - 1] for t in levels]
         plots.slices(at, titles, color=color, axes=row)
         row[0].set_ylabel(f"{name}\n\nx₂")
     return figure

@@ -1,18 +1,18 @@
-"""Binary heartbeat: how close to the truth is the bound of a chain of bits?
+"""Binary heartbeat: how close to the truth is the bound of a diffusion of bits?
 
 The data are five sequences of 20 bits, a 1 in every fifth bin, the phase uniform; no model can say
-more than log2(1/5) = −2.3219 bits of one. As in 2015 the chain has T = 2000 binomial steps with
+more than log2(1/5) = −2.3219 bits of one. As in 2015 the diffusion has T = 2000 binomial steps with
 β_t = 1/(T − t + 1), ends in B(0.2) for each bit, and its last step is tied. What K can then reach
 is known exactly (`heartbeat_ceilings`): −2.3683 bits with the best steps that treat bins alone.
 
 The network says p(x_0 | x_t), and one training serves many bounds. It includes a learned last step,
 with which K is higher; without it the same weights are the tied model. And the posterior depends on
-t by ᾱ_t = 1 − t/T alone, so a chain of T/n steps may ask the same network at every n-th t.
+t by ᾱ_t = 1 − t/T alone, so a diffusion of T/n steps may ask the same network at every n-th t.
 
-K is measured against the exact chain, the one whose network is the posterior over phases: both see
-the same draws of x_t, and their mean difference, which is far less noisy than K, is taken from the
-exact ceiling. At T = 2000 it is also measured by itself, where a fault that both chains share would
-carry it above the ceiling.
+K is measured against the exact diffusion, the one whose network is the posterior over phases: both
+see the same draws of x_t, and their mean difference, which is far less noisy than K, is taken from
+the exact ceiling. At T = 2000 it is also measured by itself, where a fault that both trajectories
+share would carry it above the ceiling.
 
 Source: Sohl-Dickstein et al. (2015), section 3.1.2, appendix D.1.2, table 1 and figure 2.
 """
@@ -46,7 +46,9 @@ from probdiff import (
     track_kl,
 )
 from probdiff.experiments.heartbeat_ceilings import Ceilings, ceilings
-from probdiff.experiments.heartbeat_chains import (
+from probdiff.experiments.heartbeat_completions import among, complete, completion_rows
+from probdiff.experiments.heartbeat_figures import Bounds, figure_2, k_against_T
+from probdiff.experiments.heartbeat_models import (
     COPIES,
     LENGTH,
     PERIOD,
@@ -59,8 +61,6 @@ from probdiff.experiments.heartbeat_chains import (
     tied,
     with_fewer_steps,
 )
-from probdiff.experiments.heartbeat_completions import among, complete, completion_rows
-from probdiff.experiments.heartbeat_figures import Bounds, figure_2, k_against_T
 from probdiff.experiments.report import Row, mean_and_se, write_report
 from probdiff.types import Params
 
@@ -71,7 +71,7 @@ NUM_TIMES, LEARNING_RATE, EMA_DECAY = 4, 5e-3, 0.999
 RATE_2015 = 3e-3
 UNIT = "bits per sequence"
 PUBLISHED_K, PUBLISHED_GAIN = -2.414, 12.024
-VALID_LIMIT = 99.31  # % ± 0.04: 40,000 draws of the exact chain with T = 2000
+VALID_LIMIT = 99.31  # % ± 0.04: 40,000 draws of the exact diffusion with T = 2000
 
 
 class Size(NamedTuple):
@@ -132,7 +132,7 @@ def run(
     for T in size.shorter:
         shorter = with_fewer_steps(diffusion, fitted.params, T)
         limits[T] = ceilings(shorter.schedule)
-        # a short chain has few terms to average over, and is cheap to draw
+        # a short diffusion has few terms to average over, and is cheap to draw
         num_draws = size.paired_draws * max(1, size.T // (4 * T))
         found[T] = measure(keys, shorter, {}, limits[T], num_draws)
 
@@ -196,7 +196,7 @@ def in_bits(tree: xr.DataTree, name: str = "bound") -> Float[np.ndarray, " rows"
 def measure(
     keys: dict[str, Array], diffusion: Diffusion, params: Params, limits: Ceilings, num_draws: int
 ) -> Bounds:
-    """Bounds of a model by its mean difference to the exact chain, whose K is known."""
+    """Bounds of a model by its mean difference to the exact diffusion, whose K is known."""
     x, key = examples(), keys["paired"]
     ours = diagnostics.bound(key, tied(diffusion), params, x, num_draws=num_draws)
     best = diagnostics.bound(key, define_exact(diffusion.T), {}, x, num_draws=num_draws)
@@ -242,7 +242,7 @@ def _rows(
             best.tied - l_null, PUBLISHED_GAIN,
         ),
         Row(f"K (tied), measured by itself, T = {T}", *by_itself, UNIT, best.tied, PUBLISHED_K),
-        Row(f"K of the exact chain − K, paired, T = {T}", *main.gap, UNIT, 0.0),
+        Row(f"K of the exact diffusion − K, paired, T = {T}", *main.gap, UNIT, 0.0),
         Row(f"K (learned last step), T = {T}", *main.learned, UNIT, best.learned),
         Row(f"K (tied), network of 2015, T = {T}", *k_2015, UNIT, best.tied, PUBLISHED_K),
     ]  # fmt: skip
@@ -265,7 +265,7 @@ def _rows(
 
 
 def null_bits() -> float:
-    """log2-likelihood of a sequence under the law the chain ends in: −20 h2(0.2)."""
+    """log2-likelihood of a sequence under the law the diffusion ends in: −20 h2(0.2)."""
     return LENGTH * float(RATE * np.log2(RATE) + (1 - RATE) * np.log2(1 - RATE))
 
 
@@ -291,8 +291,8 @@ def _sections(size: Size, rows: list[Row], limits: Ceilings, by_itself: float) -
         "Reading": (
             "K is the bound on the log-likelihood of one sequence of 20 bits, in bits. Its ceiling "
             "is exact: what K becomes when every reverse step is the best of those that treat bins "
-            f"alone. {verdict} K is the ceiling less its mean difference to the exact chain on the "
-            f"same draws of x_t. Measured by itself, K at T = {size.T} is "
+            f"alone. {verdict} K is the ceiling less its mean difference to the exact diffusion on "
+            f"the same draws of x_t. Measured by itself, K at T = {size.T} is "
             f"{abs(by_itself - limits.tied_limit):.4f} bits {place} the hard limit "
             f"{limits.tied_limit:.4f} of any tied last step. Errors are standard errors over draws."
         ),
@@ -308,10 +308,10 @@ def _sections(size: Size, rows: list[Row], limits: Ceilings, by_itself: float) -
             f"five sequences, {COPIES} times each, at times drawn in proportion to their KL, "
             f"{NUM_TIMES} of them per row. {size.num_steps} steps of Adam at T = {size.T}, "
             f"learning rate {LEARNING_RATE} falling to 0 along a cosine, averaged weights (decay "
-            f"{EMA_DECAY}). Chains of fewer steps use this network at every (T / n)-th t. Network "
-            "of 2015: 20-50-50-50 sigmoid units shared by all steps, a read-out of f_b for each; "
-            f"{size.steps_2015} steps of the same optimiser, a learning rate of {RATE_2015}; its "
-            "bound was still rising then."
+            f"{EMA_DECAY}). Diffusions of fewer steps use this network at every (T / n)-th t. "
+            "Network of 2015: 20-50-50-50 sigmoid units shared by all steps, a read-out of f_b for "
+            f"each; {size.steps_2015} steps of the same optimiser, a learning rate of {RATE_2015}; "
+            "its bound was still rising then."
         ),
         "Completions": (
             "The first 5 bits are known exactly, each phase in turn, and SMC infers the other 15 "

@@ -21,7 +21,7 @@ import numpyro
 from jaxtyping import Array, Int
 
 from probdiff import Diffusion, datasets, infer
-from probdiff.experiments.heartbeat_chains import LENGTH, PERIOD, phases_of
+from probdiff.experiments.heartbeat_models import LENGTH, PERIOD, phases_of
 from probdiff.experiments.report import Row, mean_and_se
 from probdiff.types import Params
 

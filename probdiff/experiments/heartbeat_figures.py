@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from probdiff import plots
 from probdiff.experiments.heartbeat_ceilings import Ceilings
-from probdiff.experiments.heartbeat_chains import LENGTH, PERIOD, examples, phases_of
+from probdiff.experiments.heartbeat_models import LENGTH, PERIOD, examples, phases_of
 
 
 class Bounds(NamedTuple):
@@ -25,7 +25,7 @@ class Bounds(NamedTuple):
     learned: tuple[float, float]
     """The same with a learned last step."""
     gap: tuple[float, float]
-    """What the tied K lacks to that of the exact chain, on the same draws."""
+    """What the tied K lacks to that of the exact diffusion, on the same draws."""
 
 
 def figure_2(
@@ -57,16 +57,16 @@ def figure_2(
     }
     for ax, (title, bits) in zip(above, sheets.items(), strict=True):
         _bits(bits, title, "one sequence per row", ax)
-    chains = {
-        "forward chain of one sequence": dissolved,
-        "reverse chain of one draw": levels[0],
-        "reverse chain of another": levels[1],
+    trajectories = {
+        "forward trajectory of one sequence": dissolved,
+        "reverse trajectory of one draw": levels[0],
+        "reverse trajectory of another": levels[1],
         "its E[x₀ | x_t] on the way": expected,
     }
     T = len(dissolved)
     at = np.unique(np.linspace(1, T, 40).round().astype(int)) - 1
-    for ax, (title, bits) in zip(below, chains.items(), strict=True):
-        _chain(np.asarray(bits)[at], T, title, ax)
+    for ax, (title, bits) in zip(below, trajectories.items(), strict=True):
+        _trajectory(np.asarray(bits)[at], T, title, ax)
     return figure
 
 
@@ -101,8 +101,8 @@ def _bits(bits: Any, title: str, label: str, ax: Axes) -> None:
     ax.set(xlabel="bin", ylabel=label, xticks=range(0, LENGTH, PERIOD), yticks=[])
 
 
-def _chain(bits: Any, T: int, title: str, ax: Axes) -> None:
-    """Levels of a chain from t = 1 at the top to t = T at the bottom."""
+def _trajectory(bits: Any, T: int, title: str, ax: Axes) -> None:
+    """Levels of a trajectory from t = 1 at the top to t = T at the bottom."""
     _bits(bits, title, "step t", ax)
     n = len(bits)
     ax.set_yticks([0, (n - 1) / 2, n - 1], ["1", str(T // 2), str(T)])

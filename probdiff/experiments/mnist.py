@@ -1,6 +1,6 @@
 """MNIST: how many bits a pixel of 256 grey levels takes, and what the draws look like.
 
-    chain     T = 1000, log signal-to-noise linear from noise of one grey level to ᾱ_T = 1e-4
+    diffusion T = 1000, log signal-to-noise linear from noise of one grey level to ᾱ_T = 1e-4
     readout   a mixture of four Gaussians for each pixel, conditioned on its own noise exactly
     last step put on the 256 levels, so that K is of a probability
 
@@ -49,7 +49,7 @@ PIXELS, SHADES = 784, (0.0, LEVELS - 1.0)
 BITS = "bits per pixel, 256 levels"
 PUBLISHED = 0.936
 PARZEN = {"draws": 317, "training images": 349}
-"""Published, for 10,000 of each: the chain of 2015, and training images."""
+"""Published, for 10,000 of each: the diffusion of 2015, and training images."""
 PARZEN_UNIT = "bits per image in [0, 1]"
 
 RECIPES = {

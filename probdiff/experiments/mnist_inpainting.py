@@ -1,14 +1,14 @@
 """The lower half of a digit from its upper half: exact posteriors beside the 2015 rule's.
 
 The upper 14 rows are known exactly, as mass points of 256 levels; the lower 14 are inferred, on a
-chain of 50 of the model's 1000 levels,
+diffusion of 50 of the model's 1000 levels,
 
     SMC          weighted particles led by `ReadoutTwist`, exact as they grow; log evidence
     2015 rule    known pixels set to their values at every level, no weights: another law
 
 A classifier that has seen real digits only reads the completed images. Its accuracy has a ceiling:
 the upper half does not always tell the digit. Whether posteriors are right is told by truths that
-are draws of the same 50-step chain: central 90 % intervals hold 90 % of them.
+are draws of the same 50-step diffusion: central 90 % intervals hold 90 % of them.
 
 Source: Sohl-Dickstein et al. (2015), section 2.5 and figure 3.
 """
@@ -230,9 +230,9 @@ def _sections(size: Size, folder: Path, found: dict[str, Posterior]) -> dict[str
         ),
         "Settings": (
             f"Model: `{folder.as_posix()}`. {size.images} images of each kind, {size.num_runs} "
-            f"runs of {size.num_particles} particles each, {size.steps} levels of the chain; the "
-            "twist is the readout's mixture at the known pixels, tempered by the covariance of the "
-            "training images. The 2015 rule draws as many."
+            f"runs of {size.num_particles} particles each, {size.steps} levels of the diffusion; "
+            "the twist is the readout's mixture at the known pixels, tempered by the covariance of "
+            "the training images. The 2015 rule draws as many."
         ),
         "Warnings": warnings_of(found),
     }

@@ -170,7 +170,7 @@ class Textured:
         SUMMARY: What it asks, for `probdiff list`.
         DURATION: How long it takes.
         data: What makes the patches.
-        T: Steps of the chain.
+        T: Steps of the diffusion.
         text_2015: What the paper of 2015 has, in words.
     """
 

@@ -232,7 +232,7 @@ def figure_3(posterior: Posterior, draws: Any) -> Figure:
 
 
 def trust(posterior: Posterior) -> Figure:
-    """Effective numbers down the chain, and log evidence of each run."""
+    """Effective numbers down the diffusion, and log evidence of each run."""
     figure = plt.figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     plots.ess_trace(posterior.tree, ax=left)
@@ -292,9 +292,9 @@ def _sections(size: Size, folder: Path, found: dict[str, Posterior]) -> dict[str
         ),
         "Settings": (
             f"Model: `{folder.as_posix()}`. {size.images} images of each kind, {size.num_runs} "
-            f"runs of {size.num_particles} particles each, all steps of the chain; the twist knows "
-            "the covariance of the training images. `posterior.nc` holds the first posteriors of "
-            "held-out digits."
+            f"runs of {size.num_particles} particles each, all steps of the diffusion; the twist "
+            "knows the covariance of the training images. `posterior.nc` holds the first "
+            "posteriors of held-out digits."
         ),
         "Warnings": warnings_of(found),
     }

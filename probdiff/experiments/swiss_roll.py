@@ -384,11 +384,11 @@ def _sections(size: Size, rows: list[Row], ceilings: list[Any]) -> dict[str, str
             "all: paired differences and their standard errors."
         ),
         "Figures": (
-            "Figure 1, as in the paper: draws of the forward chain, draws of the learned reverse "
-            "chain, and the drift of one reverse step. All figures are of the perceptron with "
-            "T = 40 and fixed rates, which is also the model saved here. `denoising`: posterior "
-            "draws of held-out points. `ladder`: rungs at held-out points, and bounds from both "
-            "sides at draws."
+            "Figure 1, as in the paper: draws of the forward trajectory, draws of the learned "
+            "reverse trajectory, and the drift of one reverse step. All figures are of the "
+            "perceptron with T = 40 and fixed rates, which is also the model saved here. "
+            "`denoising`: posterior draws of held-out points. `ladder`: rungs at held-out points, "
+            "and bounds from both sides at draws."
         ),
     }
 

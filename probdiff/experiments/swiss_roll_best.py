@@ -1,4 +1,4 @@
-"""The best chain of the roll whose reverse steps are elementwise Gaussians: what K can reach.
+"""The best diffusion of the roll whose reverse steps are elementwise Gaussians: what K can reach.
 
 A reverse step N(μ(x_t), diag σ²(x_t)) costs least, on average over the data, where it has the means
 and variances of q(x_s | x_t), with s = t − 1. These follow from those of x_0 given x_t by the
@@ -12,9 +12,9 @@ v = ᾱ_t σ² + n,
     p(u | x_t) ∝ N(x_t; √ᾱ_t c(u), v I),
     x_0 | x_t, u ~ N( (n c(u) + √ᾱ_t σ² x_t) / v, σ² n/v I ),
 
-so that averages over a grid of u give mean and variance of x_0 given x_t. The chain that says these
-has no parameters, and its bound on held-out points is the ceiling of every trained one with the
-same rates and a tied last step, whatever its network.
+so that averages over a grid of u give mean and variance of x_0 given x_t. The diffusion that says
+these has no parameters, and its bound on held-out points is the ceiling of every trained one with
+the same rates and a tied last step, whatever its network.
 
 Source: Sohl-Dickstein et al. (2015), section 2.4, for the bound that these steps maximise.
 """
@@ -34,7 +34,7 @@ from probdiff.types import Step
 
 
 def define_best(beta: Float[np.ndarray, " T"], noise: float) -> Diffusion:
-    """The best chain for the roll with raw noise `noise`; it has no parameters."""
+    """The best diffusion for the roll with raw noise `noise`; it has no parameters."""
     network = best_network(schedules.steps(beta), noise)
     return Diffusion(
         GaussianKernel(), beta, network, event_shape=(2,), readout=readouts.Data()

@@ -2,7 +2,7 @@
 
 Strings have six letters of {a, b, c}: the first is uniform, and each is followed by itself (with
 probability 0.2) or by its successor in the cycle a → b → c → a (0.8). That leaves 96 of 729 strings
-and an entropy of 0.866 bits per letter, computed exactly. Two chains of T = 20 steps:
+and an entropy of 0.866 bits per letter, computed exactly. Two diffusions of T = 20 steps:
 
     uniform     a letter is replaced by one of the three    `CategoricalKernel(3)`
     absorbing   a letter is erased and stays erased         `AbsorbingKernel(3)`
@@ -183,7 +183,7 @@ def stationary(kernel: CategoricalKernel | AbsorbingKernel) -> Float[np.ndarray,
 
 @functools.cache  # what is compiled for a diffusion is kept with it
 def define(kernel: CategoricalKernel | AbsorbingKernel, T: int, length: int = LENGTH) -> Diffusion:
-    """A chain of letters that predicts x_0, its last step learned."""
+    """A diffusion of letters that predicts x_0, its last step learned."""
     network = networks.Perceptron(
         (length,), width=128, depth=2, T=T, outputs=kernel.num_data_states,
         states=kernel.num_states, rngs=nnx.Rngs(0),
@@ -278,8 +278,8 @@ def _sections(
         "Two kernels": (
             "Both are held to the same T and schedule. An erased letter says of itself that it "
             "carries nothing, where a replaced one must be doubted: absorbing reaches more. It "
-            "puts no mass on data at the end of the chain, so it has no L_null and no tied last "
-            "step."
+            "puts no mass on data at the end of the diffusion, so it has no L_null and no tied "
+            "last step."
         ),
         "Draws": "\n".join(f"- {name}: `{text}`" for name, text in shown.items()),
         "Settings": (

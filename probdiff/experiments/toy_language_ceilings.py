@@ -2,8 +2,8 @@
 
 All strings x_0 and all levels x_t are listed, so posteriors and expectations are finite sums. With
 m_i(k | x_t) = P(x_0i = k | x_t) the posterior of one letter, the best reverse step that treats
-letters alone is the bridge averaged over it, r_i = Σ_k m_i(k) q(x_s,i | x_t,i, k), and the chain of
-best steps has
+letters alone is the bridge averaged over it, r_i = Σ_k m_i(k) q(x_s,i | x_t,i, k), and the
+diffusion of best steps has
 
     K = −Σ_i H(X_0i | X_1) − Σ_{t ≥ 2} E Σ_i Σ_k m_i(k) KL( q(· | x_t,i, k) ‖ r_i ) − E KL_T^prior.
 
@@ -38,7 +38,7 @@ class Language(NamedTuple):
 
 
 class Ceiling(NamedTuple):
-    """The best factorised chain, bits per string."""
+    """The best factorised diffusion, bits per string."""
 
     bound: float
     """K."""
@@ -125,7 +125,7 @@ def _step(language: Language, alpha_bar: np.ndarray, beta: float, pi: np.ndarray
 
 
 def _bridges(K: int, alpha_bar_s: float, beta: float, pi: np.ndarray) -> np.ndarray:
-    """q(x_s | x_t, x_0 = k), axes (x_t, k, x_s); zero where no chain joins k to x_t."""
+    """q(x_s | x_t, x_0 = k), axes (x_t, k, x_s); zero where no diffusion joins k to x_t."""
     step = (1 - beta) * np.eye(len(pi)) + beta * pi  # rows x_s, columns x_t
     joint = _replace(K, alpha_bar_s, pi)[None] * step.T[:, None]
     norm = joint.sum(-1, keepdims=True)

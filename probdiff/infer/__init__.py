@@ -1,6 +1,6 @@
 """Inference: conditioning a program that holds a trained diffusion.
 
-    SMC           weighted particles over the reverse chain: draws, evidence and their errors
+    SMC           weighted particles over the reverse trajectory: draws, evidence and their errors
     Guided        the same walk without weights: approximate, among them the rule of 2015
     noncentered   the program over its noise, for MCMC(NUTS(...))
     calibrate     simulation-based calibration of a sampler under its own prior

@@ -1,8 +1,8 @@
 """Simulation-based calibration: does a sampler draw from the posterior it says it draws from?
 
-Under the program itself draw x_0* ~ p, the trained chain, and data y ~ p(y | x_0*). Then x_0* is
-one draw of p(x_0 | y), as good as any other, so among L draws of a sampler that is right, the rank
-of any quantity f(x_0, y) is uniform on 0..L, and
+Under the program itself draw x_0* ~ p, the trained diffusion, and data y ~ p(y | x_0*). Then x_0*
+is one draw of p(x_0 | y), as good as any other, so among L draws of a sampler that is right, the
+rank of any quantity f(x_0, y) is uniform on 0..L, and
 
     PIT = (#{f_l < f*} + U (1 + #{f_l = f*})) / (L + 1),    U ~ Uniform(0, 1),
 
@@ -206,7 +206,7 @@ class _Simulator:
         log_r = jax.lax.map(conditioned.log_r, x_0, batch_size=BLOCK)
         values = {self.name: x_0, "log_r": log_r}
         if len(self._directions):
-            flat = self._diffusion.to_chain(x_0).reshape(*log_r.shape, -1)
+            flat = self._diffusion.to_state(x_0).reshape(*log_r.shape, -1)
             values["projection"] = flat @ self._directions.T
         return values
 

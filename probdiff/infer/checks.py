@@ -8,7 +8,7 @@
     Pareto k of the least even step    > 0.7          the same, hidden by a resampling
     R-hat over runs                    > 1.05         runs differ in where their draws lie
     twists that are not finite         > 0            log r is nan or infinite somewhere
-    ᾱ_T E|x_0|²                        > 0.1          the chain does not end in noise
+    ᾱ_T E|x_0|²                        > 0.1          the diffusion does not end in noise
 
 Source: Vehtari et al. (2021) for R-hat, (2024) for k.
 """
@@ -29,7 +29,7 @@ FEWEST_FOR_PARETO = 100
 
 
 class InferenceWarning(UserWarning):
-    """A posterior, an evidence or a chain that is not to be trusted as it is.
+    """A posterior, an evidence or a diffusion that is not to be trusted as it is.
 
     Its text says what is wrong, in how many systems, and what to do; the file's docstring has the
     limits. The texts of a run are in `print_summary` and in the attribute `warnings` of its
@@ -84,7 +84,7 @@ class Health(NamedTuple):
     bad: np.ndarray
     """Largest share of particles, of any level and run, whose twist was not finite."""
     left: np.ndarray
-    """ᾱ_T E|x_0|², on the scale of the chain; 0 for symbols."""
+    """ᾱ_T E|x_0|², on the scale of the diffusion; 0 for symbols."""
 
 
 def health(
@@ -188,9 +188,9 @@ def complaints(walk: Walk, layout: Layout, health: Health) -> tuple[str, ...]:
         ),
         _say(
             is_alive & (health.left > 0.1),
-            "alpha_bar_T times E|x_0|^2 is {:.2g}, more than 0.1: the chain starts from noise at a "
-            "level where the data are still seen, so that its own law is not quite that of the "
-            "data. Train with a smaller alpha_bar_T",
+            "alpha_bar_T times E|x_0|^2 is {:.2g}, more than 0.1: the diffusion starts from noise "
+            "at a level where the data are still seen, so that its own law is not quite that of "
+            "the data. Train with a smaller alpha_bar_T",
             np.max(health.left),
         ),
     ]

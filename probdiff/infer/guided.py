@@ -55,8 +55,8 @@ class Guided(Sampler):
 
     Args:
         program: Any NumPyro program with one `prior()` and observed sites or factors below it.
-        twist: What leads the draws, `LaplaceTwist()` if absent. Chains of symbols have one of their
-            own.
+        twist: What leads the draws, `LaplaceTwist()` if absent. Diffusions of symbols have one of
+            their own.
         num_samples: Number of draws, at least 1, independent of each other.
         steps: Number n in 2..T of levels to walk; T if absent.
         check: Whether to run one small SMC, 2 runs of 64 particles with a `LaplaceTwist`, and

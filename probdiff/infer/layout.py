@@ -25,7 +25,7 @@ class Layout(NamedTuple):
     name: str
     """Site of x_0."""
     T: int
-    """Steps of the chain."""
+    """Steps of the diffusion."""
     times: np.ndarray
     """t of each level that is walked, and 0 for the data, ascending, `(n + 1,)`."""
     is_discrete: bool
@@ -41,7 +41,7 @@ class Layout(NamedTuple):
     calls: int
     """Network calls of one particle, each product with the Jacobian counted as one."""
     note: str = ""
-    """What else must be said of the chain that is walked."""
+    """What else must be said of the diffusion that is walked."""
     has_covariance: bool = False
     """Whether the prior was told the covariance of the data."""
 
@@ -65,30 +65,31 @@ def layout(conditioned: Conditioned, steps: int | None, twist: Twist) -> Layout:
     for name, site in sites.items():
         if site["type"] == "deterministic" and name != diffusion.name:
             dims[name] = _deterministic_dims(site, plates, batch_shape)
-    chain = levels(draw, steps)
+    trajectory = levels(draw, steps)
     is_discrete = isinstance(diffusion.kernel, DiscreteKernel)
     size = math.prod(diffusion.event_shape)
     per_level = 1 if is_discrete else 1 + _products(twist, size)
     last = 0 if isinstance(diffusion.last_step, Tied) else 1
     return Layout(
-        diffusion.name, diffusion.T, np.concatenate([[0], chain.times]), is_discrete,
+        diffusion.name, diffusion.T, np.concatenate([[0], trajectory.times]), is_discrete,
         len(diffusion.event_shape), tuple(plates), dims, batch_dims,
-        per_level * (chain.n - 1) + last, _note(chain), draw.covariance is not None,
+        per_level * (trajectory.n - 1) + last, _note(trajectory), draw.covariance is not None,
     )  # fmt: skip
 
 
-def _note(chain: Levels) -> str:
-    """A learned variance has no value for the longer steps of a shorter chain."""
-    readout = chain.draw.trajectory.readout
+def _note(trajectory: Levels) -> str:
+    """A learned variance has no value for the longer steps of a shorter diffusion."""
+    readout = trajectory.draw.trajectory.readout
     loses_variance = (
         isinstance(readout, GaussianReadout)
         and readout.fixed_variance(longer=False) is None
         and readout.fixed_variance(longer=True) is not None
     )
-    if not (loses_variance and chain.is_respaced):
+    if not (loses_variance and trajectory.is_respaced):
         return ""
     return (
-        f"steps={chain.n} has no learned variance, which belongs to T steps: the bridge's is used"
+        f"steps={trajectory.n} has no learned variance, which belongs to T steps: "
+        "the bridge's is used"
     )
 
 

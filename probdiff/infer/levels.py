@@ -1,14 +1,14 @@
-"""The reverse chain as inference walks it: all T levels, or n of them.
+"""The reverse trajectory as inference walks it: all T levels, or n of them.
 
-With n < T levels t_1 = 1 < … < t_n = T, evenly spread, the chain jumps from level t_i to level
+With n < T levels t_1 = 1 < … < t_n = T, evenly spread, the diffusion jumps from level t_i to level
 t_{i−1} by
 
     p(x_s | x_t) = N(w_0 x̂_0 + w_t x_t, bridge variance)         numbers
     p(x_s | x_t) = Σ_j p(x_0 = j | x_t) q(x_s | x_t, x_0 = j)     symbols
 
 with the coefficients of the longer step. `ForwardVariance` has a value for a longer step too,
-1 − ᾱ_t/ᾱ_s; a learned variance has none, and the bridge's stands in. The n-step chain is another
-model than the T-step one: its evidence is its own.
+1 − ᾱ_t/ᾱ_s; a learned variance has none, and the bridge's stands in. The n-step diffusion is
+another model than the T-step one: its evidence is its own.
 """
 
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from probdiff.types import Step
 
 
 class Levels(NamedTuple):
-    """Levels of a bound reverse chain, addressed by position i = 1..n; level 0 is the data."""
+    """Levels of a bound reverse trajectory, addressed by position i = 1..n; level 0 is the data."""
 
     draw: PriorDraw
     times: Int[np.ndarray, " n"]
@@ -77,7 +77,7 @@ class Levels(NamedTuple):
         return readout(kernel, outputs, x_t, step)
 
     def last(self, x_1: Any) -> dist.Distribution:
-        """p(x_0 | x_1), elementwise, on the scale of the chain; under a tied step no network.
+        """p(x_0 | x_1), elementwise, on the scale of the diffusion; under a tied step no network.
 
         Before x_0 is put on a grid.
         """
@@ -95,7 +95,7 @@ class Widths(NamedTuple):
     slope: Float[Array, "n ..."]
     """∂x̂_0/∂x_t = √ᾱ_t w_t/(1−ᾱ_t)."""
     variance: Float[Array, "n ..."]
-    """Var[x_0 | x_t] under the chain that is walked."""
+    """Var[x_0 | x_t] under the diffusion that is walked."""
 
 
 class Reading(NamedTuple):
@@ -156,16 +156,16 @@ def trusted(levels: Levels, reading: Reading, x_0_hat: Any, i: Any, *, is_slope:
 
 
 def widths(levels: Levels, reading: Reading) -> Widths:
-    """Variance of x_0 given each level, of this chain and not of an ideal one.
+    """Variance of x_0 given each level, of this diffusion and not of an ideal one.
 
-    An ideal chain has w_t = τ²(1−ᾱ_t)/(1−ᾱ_t+ᾱ_t τ²). As x̂_0 is a martingale, the variances of its
-    moves add up,
+    An ideal diffusion has w_t = τ²(1−ᾱ_t)/(1−ᾱ_t+ᾱ_t τ²). As x̂_0 is a martingale, the variances of
+    its moves add up,
 
         Var[x_0 | x_t] = Var[x_0 | x_s] + slope_s² Var[x_s | x_t],
 
-    and with the chain's own Var[x_s | x_t], which may be narrower, this is what the chain does; it
-    tells where steps are long, near the data above all. A learned variance counts as ideal.
-    The error of the network is added, but at the first level, whose step is the law itself.
+    and with the diffusion's own Var[x_s | x_t], which may be narrower, this is what the diffusion
+    does; it tells where steps are long, near the data above all. A learned variance counts as
+    ideal. The error of the network is added, but at the first level, whose step is the law itself.
     """
     step = levels.step(jnp.arange(1, levels.n + 1))
     return _widths(levels, step, jnp.asarray(levels.draw.variance, step.beta.dtype), reading)
@@ -210,7 +210,7 @@ def step_variance(levels: Levels, ideal: Any, i: Any) -> Any:
 
 
 def levels(draw: PriorDraw, n: int | None = None) -> Levels:
-    """Levels of a prior's chain: all of them, or n, evenly spread with the first and the last.
+    """Levels of a prior's diffusion: all of them, or n, evenly spread with the first and the last.
 
     Raises:
         ValueError: if n is not in 2..T.
@@ -224,7 +224,7 @@ def levels(draw: PriorDraw, n: int | None = None) -> Levels:
 def within_cells(draw: PriorDraw) -> Any:
     """Variance that a known value of a grid leaves to what is put on it: that of its cell, Δ²/12.
 
-    On the scale of the chain; 0 elsewhere. The end cells are open, and count as if they were not.
+    On the scale of the diffusion; 0 elsewhere. The open end cells count as if they were closed.
     """
     grid = draw.diffusion.last_step.grid
     if grid is None or draw.known is None:

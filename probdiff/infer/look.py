@@ -38,7 +38,7 @@ PERFECT = Reading(0.0, 0.0)
 PROBES, FEW_PROBES, PROBED_NUMBERS = 1024, 64, 2**22
 """Draws of x_T at which the network's error is told; fewer where they would have more numbers."""
 LEAST = -1e4
-"""log ψ where a twist says 0 or nothing: ψ must be positive wherever the chain can go."""
+"""log ψ where a twist says 0 or nothing: ψ must be positive wherever the diffusion can go."""
 
 
 class Plan(NamedTuple):
@@ -312,16 +312,16 @@ def _view(
 
 
 def _known(plan: Plan) -> tuple[Any, Any]:
-    """Known entries on the scale of the chain, and their mask."""
+    """Known entries on the scale of the diffusion, and their mask."""
     draw = plan.levels.draw
     if draw.known is None:
         return None, None
     values = jnp.where(draw.mask, draw.known, jnp.zeros_like(draw.known))
-    return draw.diffusion.to_chain(values), draw.mask
+    return draw.diffusion.to_state(values), draw.mask
 
 
 def log_r(plan: Plan, x: Any) -> Any:
-    """log r of particles on the scale of the chain, `(P, *plates)`; at their values on a grid."""
+    """log r of particles on the diffusion's scale, `(P, *plates)`; at their values on a grid."""
     return jax.vmap(plan.conditioned.log_r)(plan.levels.draw.diffusion.to_data(x))
 
 

@@ -1,6 +1,6 @@
-"""`noncentered`: a program over the noise of its reverse chains, for `MCMC(NUTS(...))`.
+"""`noncentered`: a program over the noise of its reverse trajectories, for `MCMC(NUTS(...))`.
 
-A reverse chain of numbers is a smooth map of standard normal noise z_0..z_T,
+A reverse trajectory of numbers is a smooth map of standard normal noise z_0..z_T,
 
     x_T = z_T,    x_s = μ_t(x_t) + σ_t(x_t) z_s    for t = T..1, s = t − 1,
 
@@ -11,10 +11,11 @@ took 31 leapfrog steps an iteration over z, and 46, 91, 213 over x_1..x_T at β_
 (log_snr_linear), though each of those is one batched network call instead of T calls in turn.
 x_0 is deterministic and recorded; the trajectory is not, T times as large.
 
-With `steps=n` the map is that of the n-step chain, another model than the T-step one, as in `SMC`.
+With `steps=n` the map is that of the n-step diffusion, another model than the T-step one, as in
+`SMC`.
 
 NUTS crosses between modes poorly. `initial_noise` starts chains at draws of `SMC`: from each x_0
-a trajectory is drawn by the forward chain, and the reverse steps are solved for the noise,
+a trajectory is drawn forward, and the reverse steps are solved for the noise,
 
     x_t ~ q(· | x_s),    z_s = (x_s − μ_t(x_t)) / σ_t(x_t),    z_T = x_T.
 
@@ -52,7 +53,7 @@ def noncentered(program: Program, *, steps: int | None = None) -> Program:
 
     Args:
         program: A program that calls priors of numbers; condition it before, on what it observes.
-        steps: Steps n of the chain, in 2..T; all T if absent. Fewer are another, coarser model,
+        steps: Steps n of the diffusion, in 2..T; all T if absent. Fewer are another, coarser model,
             whose posteriors may be narrower by a quarter.
 
     Returns:
@@ -98,7 +99,7 @@ def initial_noise(
 ) -> dict[str, Any]:
     """Where to start chains, `MCMC.run(init_params=...)`, so that they are at given x_0.
 
-    The trajectories between are drawn by the forward chain, so that equal x_0 differ in their
+    The trajectories between are drawn forward, so that equal x_0 differ in their
     noise.
 
     Args:
@@ -163,8 +164,8 @@ def initial_noise(
     return jax.jit(jax.vmap(start))(jax.random.split(key, num_chains), draws)
 
 
-class _Chain(NamedTuple):
-    """The chain that a noise drives; kept with its site."""
+class _Trajectory(NamedTuple):
+    """The diffusion that a noise drives; kept with its site."""
 
     levels: Levels
     lead: tuple[int, ...]
@@ -197,15 +198,15 @@ class _Retreat(Messenger):
         draw = msg["infer"]["prior"]
         name = draw.diffusion.name
         _check(msg)
-        chain = _Chain(levels(draw, self.steps), msg["fn"].batch_shape)
-        event_shape = (chain.levels.n + 1, *draw.diffusion.event_shape)
-        normal = dist.Normal(0.0, 1.0).expand((*chain.lead, *event_shape))
+        trajectory = _Trajectory(levels(draw, self.steps), msg["fn"].batch_shape)
+        event_shape = (trajectory.levels.n + 1, *draw.diffusion.event_shape)
+        normal = dist.Normal(0.0, 1.0).expand((*trajectory.lead, *event_shape))
         noise = numpyro.sample(
-            f"{name}_noise", normal.to_event(len(event_shape)), infer={"chain": chain}
+            f"{name}_noise", normal.to_event(len(event_shape)), infer={"walk": trajectory}
         )
         noise = jnp.moveaxis(noise, -len(event_shape), 0)
         self.noise_0[name if draw.known is None else f"{name}_free"] = noise[0]
-        _keep(msg, _only(_x_1_of_noise(chain.levels, noise), len(chain.lead)))
+        _keep(msg, _only(_x_1_of_noise(trajectory.levels, noise), len(trajectory.lead)))
 
     def _put_data(self, msg: dict[str, Any]) -> None:
         name, law = msg["name"], _unexpanded(msg["fn"])
@@ -215,8 +216,8 @@ class _Retreat(Messenger):
             numpyro.deterministic(name, x_0)
 
 
-def _x_1_of_noise(chain: Levels, noise: Noise) -> State:
-    """x_1 from the noise z_0..z_n, levels in front, on the scale of the chain.
+def _x_1_of_noise(trajectory: Levels, noise: Noise) -> State:
+    """x_1 from the noise z_0..z_n, levels in front, on the scale of the diffusion.
 
     Backwards through the walk, each step is computed again: what is kept is one level for each
     step, whatever the network holds inside.
@@ -224,30 +225,30 @@ def _x_1_of_noise(chain: Levels, noise: Noise) -> State:
 
     def retreat(x_t: Any, inputs: Any) -> Any:
         i, z_s = inputs
-        law = chain.reverse(chain.outputs(x_t, i), x_t, i)
+        law = trajectory.reverse(trajectory.outputs(x_t, i), x_t, i)
         return law.loc + law.scale * z_s, None
 
     again = jax.checkpoint(retreat, prevent_cse=False)  # a scan keeps the two apart by itself
-    i = jnp.arange(2, chain.n + 1)
+    i = jnp.arange(2, trajectory.n + 1)
     return jax.lax.scan(again, noise[-1], (i, noise[1:-1]), reverse=True)[0]
 
 
-def _noise_of_data(key: Array, chain: Levels, x_0: State) -> Noise:
-    """Noise z_0..z_n, levels in front, that leads to x_0 (on the scale of the chain).
+def _noise_of_data(key: Array, trajectory: Levels, x_0: State) -> Noise:
+    """Noise z_0..z_n, levels in front, that leads to x_0 (on the scale of the diffusion).
 
-    One draw: the trajectory between is drawn by the forward chain.
+    One draw: the trajectory between is drawn forward.
     """
-    kernel = chain.draw.diffusion.kernel
-    keys = jax.random.split(key, chain.n)
+    kernel = trajectory.draw.diffusion.kernel
+    keys = jax.random.split(key, trajectory.n)
 
     def climb(x_s: Any, inputs: Any) -> Any:
         i, key = inputs
-        x_t = kernel.transition(x_s, chain.step(i)).sample(key)
-        return x_t, _solve(chain.reverse(chain.outputs(x_t, i), x_t, i), x_s)
+        x_t = kernel.transition(x_s, trajectory.step(i)).sample(key)
+        return x_t, _solve(trajectory.reverse(trajectory.outputs(x_t, i), x_t, i), x_s)
 
-    x_1 = kernel.transition(x_0, chain.step(1)).sample(keys[0])
-    z_0 = _solve(chain.last(x_1), x_0)
-    x_n, z = jax.lax.scan(climb, x_1, (jnp.arange(2, chain.n + 1), keys[1:]))
+    x_1 = kernel.transition(x_0, trajectory.step(1)).sample(keys[0])
+    z_0 = _solve(trajectory.last(x_1), x_0)
+    x_n, z = jax.lax.scan(climb, x_1, (jnp.arange(2, trajectory.n + 1), keys[1:]))
     return jnp.concatenate([z_0[None], z, x_n[None]])
 
 
@@ -308,23 +309,23 @@ def _value(site: dict[str, Any], draws: dict[str, Any]) -> Any:
     """Value of a latent site of a noncentered program."""
     if not _is_latent(site):
         return None
-    chain = site["infer"].get("chain")
-    name = site["name"] if chain is None else chain.levels.draw.diffusion.name
+    trajectory = site["infer"].get("walk")
+    name = site["name"] if trajectory is None else trajectory.levels.draw.diffusion.name
     if name not in draws:
         raise ValueError(
             f"draws must hold every latent site and every prior; {name!r} is missing from "
             f"{sorted(draws)}"
         )
     shape = site["fn"].shape()
-    if chain is not None:
-        shape = (*chain.lead, *chain.levels.draw.diffusion.event_shape)
+    if trajectory is not None:
+        shape = (*trajectory.lead, *trajectory.levels.draw.diffusion.event_shape)
     if draws[name].shape != shape:
         raise ValueError(
             f"draws[{name!r}] must have shape {shape_text('num_chains', shape)}; "
             f"got {shape_text('num_chains', draws[name].shape)}"
         )
-    if chain is None:
+    if trajectory is None:
         return draws[name]
-    x_0 = chain.levels.draw.diffusion.to_chain(draws[name])
-    noise = _noise_of_data(site["kwargs"]["rng_key"], chain.levels, x_0)
-    return jnp.moveaxis(noise, 0, len(chain.lead))
+    x_0 = trajectory.levels.draw.diffusion.to_state(draws[name])
+    noise = _noise_of_data(site["kwargs"]["rng_key"], trajectory.levels, x_0)
+    return jnp.moveaxis(noise, 0, len(trajectory.lead))

@@ -1,4 +1,4 @@
-"""Sequential Monte Carlo over the reverse chain, twisted: the loop behind `SMC` and `Guided`.
+"""Sequential Monte Carlo over the reverse trajectory, twisted: the loop behind `SMC` and `Guided`.
 
 With positive twists ψ_1..ψ_n, ψ_0 = r, and proposals q,
 
@@ -104,7 +104,7 @@ def advance(plan: Plan, keys: Array, state: State, i: Any) -> State:
 
 
 def finish(plan: Plan, keys: Array, state: State) -> State:
-    """From level 1 to x_0 and its likelihood; `x` is then on the scale of the chain."""
+    """From level 1 to x_0 and its likelihood; `x` is then on the scale of the diffusion."""
     look = in_blocks(plan, state.x, lambda x: look_at_first(plan, x))
     state = _move(plan, keys, state, look, 1, None)
     likelihood = in_blocks(plan, state.x, lambda x: log_r(plan, x))

@@ -174,7 +174,7 @@ def _deterministics(conditioned: Any, x_0: Any) -> dict[str, Any]:
 
 
 def _left(conditioned: Any, x_0: Any) -> Any:
-    """ᾱ_T E|x_0|² over draws, on the scale of the chain."""
+    """ᾱ_T E|x_0|² over draws, on the scale of the diffusion."""
     diffusion, steps = conditioned.draw.diffusion, conditioned.draw.trajectory.steps
     x = (x_0 - diffusion.loc) / diffusion.scale
     axes = tuple(range(1 + len(conditioned.batch_shape), x_0.ndim))

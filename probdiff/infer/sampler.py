@@ -121,7 +121,7 @@ class Sampler(abc.ABC):
             SMC, LaplaceTwist(rank=4): 10 of T = 10 steps, 4 run(s) of 200 particles
                       mean         sd         5%        95%
             x_0 ...
-            log evidence of the chain of 10 steps: -2.2... (95% from -2.2... to -2.2...)
+            log evidence of the diffusion of 10 steps: -2.2... (95% from -2.2... to -2.2...)
             effective number: least at one level ...% of 200, final ... of 800
             ...
             no warnings

@@ -1,13 +1,14 @@
 """`SMC`: the posterior of x_0 under a program, exact as particles grow, with its evidence.
 
-R independent runs of N particles each walk the reverse chain as `particles` says. Their draws are
-pooled with weights in proportion to each run's Ẑ, so that the pooled estimate is that of one larger
-importance sample, and
+R independent runs of N particles each walk the reverse trajectory as `particles` says. Their draws
+are pooled with weights in proportion to each run's Ẑ, so that the pooled estimate is that of one
+larger importance sample, and
 
     log Z ≈ log (1/R) Σ_r Ẑ_r,    se = sd(Ẑ_r) / (√R · mean(Ẑ_r)),
 
-with Student-t intervals of R − 1 degrees of freedom. Z is the evidence of the chain that was
-walked: of all T steps, or of the n-step chain where `steps=n`; known entries of x_0 count in it.
+with Student-t intervals of R − 1 degrees of freedom. Z is the evidence of the diffusion that was
+walked: of all T steps, or of the n-step diffusion where `steps=n`; known entries of x_0
+count in it.
 
 Source: Sohl-Dickstein et al. (2015), section 2.5, for conditioning by r; Del Moral et al. (2006).
 """
@@ -29,8 +30,8 @@ from probdiff.infer.walk import Walk
 class SMC(Sampler):
     """Twisted sequential Monte Carlo: weighted draws of the posterior of x_0 and its evidence.
 
-    Particles walk the reverse chain x_T → x_0. A twist ψ_t, the guess of E[r(x_0) | x_t], leads
-    each step by a proposal q, and the weights repair what it gets wrong:
+    Particles walk the reverse trajectory x_T → x_0. A twist ψ_t, the guess of E[r(x_0) | x_t],
+    leads each step by a proposal q, and the weights repair what it gets wrong:
 
         w_s = w_t · p(x_s | x_t) ψ_s(x_s) / (q(x_s | x_t) ψ_t(x_t)),    ψ_0 = r = the likelihood.
 
@@ -43,9 +44,10 @@ class SMC(Sampler):
         num_runs: Independent runs R, at least 1, between which errors are told; with one of them
             `log_evidence_se` is nan.
         twist: Guess of E[r(x_0) | x_t], `LaplaceTwist()` if absent; `ReadoutTwist()` where many
-            entries are known exactly and the readout is a `Mixture`. Chains of symbols have one of
-            their own.
-        steps: Number n in 2..T of levels to walk, another model than the T-step chain; T if absent.
+            entries are known exactly and the readout is a `Mixture`. Diffusions of symbols have one
+            of their own.
+        steps: Number n in 2..T of levels to walk, another model than the T-step diffusion; T if
+            absent.
         ess_threshold: Share of N in [0, 1] below which the effective number calls for resampling;
             0 for never.
         block_size: Particles, times entries of the plates, that the network sees at once.

@@ -37,10 +37,10 @@ def evidence(
     values: np.ndarray, low: np.ndarray, high: np.ndarray, result: Result, limit: int
 ) -> list[str]:
     """log Z with its interval, system by system."""
-    chain = f"of the chain of {len(result.layout.times) - 1} steps"
+    walked = f"of the diffusion of {len(result.layout.times) - 1} steps"
     if values.ndim == 0:
-        return [f"log evidence {chain}: {_interval(values, low, high)}"]
-    lines = [f"log evidence {chain}, by {', '.join(result.layout.plates)}:"]
+        return [f"log evidence {walked}: {_interval(values, low, high)}"]
+    lines = [f"log evidence {walked}, by {', '.join(result.layout.plates)}:"]
     for place in list(np.ndindex(values.shape))[:limit]:
         interval = _interval(values[place], low[place], high[place])
         lines.append(f"  {list(map(int, place))} {interval}")

@@ -190,7 +190,7 @@ class Walk:
             conditioned = self._condition(static, arrays)
             diffusion = conditioned.draw.diffusion
             self._check(conditioned)
-            chain = levels(conditioned.draw, self.steps)
+            trajectory = levels(conditioned.draw, self.steps)
             keys = _system_keys(key, conditioned.batch_shape, self.num_runs)
             probes = jax.random.key(0)
             shape = (*conditioned.batch_shape, *diffusion.event_shape)
@@ -206,7 +206,8 @@ class Walk:
                 curvature = _curvature(conditioned, points, probes)
                 points = points * diffusion.scale + diffusion.loc
             is_coupled = systems_are_coupled(conditioned, points[0], points[1])
-            return keys, curvature, is_coupled, _is_holed(conditioned.draw), jnp.asarray(chain.n)
+            num_steps = jnp.asarray(trajectory.n)
+            return keys, curvature, is_coupled, _is_holed(conditioned.draw), num_steps
 
         return prepare
 
@@ -300,7 +301,7 @@ def _curvature(conditioned: Any, points: Any, key: Array) -> Array:
     """Whether the curvature of log r is diagonal, whether it is the same everywhere, and whether
     r is 0 at all points.
 
-    Tried at points on the scale of the chain, by products with random signs.
+    Tried at points on the scale of the diffusion, by products with random signs.
     """
     diffusion = conditioned.draw.diffusion
     lead = 1 + len(conditioned.batch_shape)

@@ -24,7 +24,7 @@ class GaussianKernel:
 
         T(x_t | x_s; β) = N(√(1−β) x_s, β),    q(x_t | x_0) = N(√ᾱ_t x_0, 1 − ᾱ_t)
 
-    It takes no arguments. Data should have second moment near 1 on the scale of the chain; see
+    It takes no arguments. Data should have second moment near 1 on the scale of the diffusion; see
     `loc` and `scale` of `Diffusion`.
 
     Example:
@@ -53,7 +53,7 @@ class GaussianKernel:
         return jnp.result_type(float)
 
     def to_state(self, x_0: Any) -> Any:
-        """Data as the chain holds them: unchanged."""
+        """Data as the diffusion holds them: unchanged."""
         return x_0
 
     def check_values(self, values: np.ndarray, argument: str = "x_0") -> None:
@@ -70,7 +70,7 @@ class GaussianKernel:
         return -0.5 * (math.log(2 * math.pi) + law.loc**2 + law.scale**2)
 
     def stationary(self, shape: tuple[int, ...]) -> dist.Distribution:
-        """Law the chain ends in, π = N(0, 1), for each of `shape` numbers."""
+        """Law the diffusion ends in, π = N(0, 1), for each of `shape` numbers."""
         return dist.Normal(jnp.zeros(shape), 1.0)
 
     def transition(self, x_s: Float[Array, "*shape"], step: Step) -> dist.Distribution:
@@ -129,7 +129,7 @@ def bridge_mean(
 
     Args:
         x_t: State after step t.
-        x_0: Data on the scale of the chain, or an estimate of them.
+        x_0: Data on the scale of the diffusion, or an estimate of them.
         step: Coefficients of step t, broadcastable to x_t.
 
     Returns:

@@ -1,6 +1,6 @@
 """Laws of a symbol and of a bit, elementwise, and the KL between two of them.
 
-Near the data most probabilities are 1e-4 or less from 0 or 1, and a chain has thousands of steps
+Near the data most probabilities are 1e-4 or less from 0 or 1, and there are thousands of steps
 whose KL is as small; so laws are held by log-probabilities (`States`) or the logit (`Bits`), and
 
     KL(q ‖ p) = Σ q (e^d − 1 − d),    d = log p − log q,
@@ -27,8 +27,8 @@ class Integers(constraints.Constraint):
     """Integers 0..K−1 that do not call themselves discrete.
 
     NumPyro warns about discrete latent sites because a guide with parameters would need a
-    score-function term. The forward chain has none, so no term is missing; and as no bijection to
-    the reals is registered for this constraint, gradient-based MCMC refuses the site.
+    score-function term. The forward trajectory has none, so no term is missing; and as no bijection
+    to the reals is registered for this constraint, gradient-based MCMC refuses the site.
     """
 
     is_discrete = False

@@ -9,7 +9,7 @@ site. Where the parameters come from differs:
     function     nothing to train
 
 State that changes as the network runs (batch statistics, a dropout stream) is refused: a reverse
-chain calls the network in a scan, where such state cannot leave the loop.
+trajectory calls the network in a scan, where such state cannot leave the loop.
 """
 
 import inspect
@@ -23,8 +23,8 @@ from flax import linen, nnx
 from jaxtyping import Array
 
 STATEFUL = (
-    "network must be stateless; got {kind} that keeps {what}. The reverse chain calls it inside a "
-    "scan: use LayerNorm, GroupNorm or RMSNorm, and no dropout or batch statistics"
+    "network must be stateless; got {kind} that keeps {what}. The reverse trajectory calls it "
+    "inside a scan: use LayerNorm, GroupNorm or RMSNorm, and no dropout or batch statistics"
 )
 
 

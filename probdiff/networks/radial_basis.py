@@ -28,7 +28,7 @@ class RadialBasis(nnx.Module):
         width: Number of basis functions.
         T: Number of steps; the network serves no other T.
         outputs: 2 for a readout with learned variance, 1 for one without.
-        rngs: Draws the centres from N(0, 1), the law the chain ends in.
+        rngs: Draws the centres from N(0, 1), the law the diffusion ends in.
 
     Example:
         >>> import jax

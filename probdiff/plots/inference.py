@@ -26,7 +26,7 @@ LEFT_OUT = "credible_interval", "suspicious_points", "p_value_text", "remove_axi
 
 
 def ess_trace(tree: xr.DataTree, *, threshold: float | None = 0.5, ax: Axes | None = None) -> Axes:
-    """Effective share of particles down the chain, noise on the left, one line for each run.
+    """Effective share of particles down the diffusion, noise on the left, one line for each run.
 
     Where the prior stands in plates, the least over them is shown, and a mark wherever any of them
     was resampled. At t = 0 stands the share that the final draws rest on.

@@ -1,6 +1,6 @@
-"""Points and images: what a chain holds at its levels.
+"""Points and images: what a trajectory holds at its levels.
 
-`figure_1` is the paper's first figure: the forward chain, the reverse chain and its drift
+`figure_1` is the paper's first figure: the forward trajectory, the reverse trajectory and its drift
 f_μ(x, t) − x at three levels.
 
 Source of the figure: Sohl-Dickstein et al. (2015), figure 1.
@@ -73,7 +73,7 @@ def slices(
     limit: float = 2.6,
     axes: Sequence[Axes] | np.ndarray | None = None,
 ) -> list[Axes]:
-    """The same points at several levels of a chain, side by side.
+    """The same points at several levels of a trajectory, side by side.
 
     Args:
         levels: Points at each level.
@@ -120,7 +120,7 @@ def drift(
     Args:
         x: Where the arrows start.
         displacement: f_μ(x, t) − x at these points.
-        behind: Points of the chain at this level, drawn pale behind the arrows.
+        behind: Points of the diffusion at this level, drawn pale behind the arrows.
         title: Title of the panel.
         limit: Half the width of the panel.
         ax: Where to draw; a new figure if absent.
@@ -216,11 +216,12 @@ def figure_1(
     """Figure 1 of the paper: data diffusing, noise becoming data, and the drift that does it.
 
     Args:
-        forward: Draws of the forward chain at the levels.
-        reverse: Draws of the learned reverse chain at the levels.
+        forward: Draws of the forward trajectory at the levels.
+        reverse: Draws of the learned reverse trajectory at the levels.
         grid: Where the arrows of each drift start.
         drifts: f_μ(x, t) − x there.
-        behind: Draws of the reverse chain at the levels of the third row, pale behind the arrows.
+        behind: Draws of the reverse trajectory at the levels of the third row, pale behind the
+            arrows.
         levels: Levels t of the columns; 0 is the data.
         drift_levels: Levels of the third row, `levels` if absent: no step leads down from 0.
         limit: Half the width of each panel.
@@ -246,7 +247,7 @@ def figure_1(
     slices(reverse, [f"t = {t}" for t in levels], color=ORANGE, limit=limit, axes=axes[1])
     for x, change, draws, t, ax in zip(grid, drifts, behind, drift_levels, axes[2], strict=True):
         drift(x, change, behind=draws, title=f"t = {t}", limit=limit, ax=ax)
-    names = ("forward chain q(x_t)", "reverse chain p(x_t)", "drift f_μ(x, t) − x")
+    names = ("forward trajectory q(x_t)", "reverse trajectory p(x_t)", "drift f_μ(x, t) − x")
     for row, name in zip(axes, names, strict=True):
         row[0].set_ylabel(f"{name}\n\nx₂")
     return axes

@@ -5,9 +5,10 @@
                  p(x_s | x_t) = Σ_j p(x_0 = j | x_t) q(x_s | x_t, x_0 = j)
 
 `Logits` is the paper's f_b with the forward kernel's own logit taken out, as the Gaussian readout
-perturbs the Gaussian kernel: z = 0 is the exact reverse chain of π, and any f_b can be reached.
-`DataLogits` says what the data are and leaves the steps to the bridge (Austin et al. 2021); the
-network gives one number for a bit, the logit of 1, and K numbers on the last axis for K classes.
+perturbs the Gaussian kernel: z = 0 is the exact reverse trajectory of π, and any f_b can be
+reached. `DataLogits` says what the data are and leaves the steps to the bridge (Austin et al.
+2021); the network gives one number for a bit, the logit of 1, and K numbers on the last axis for K
+classes.
 
 Sources: Sohl-Dickstein et al. (2015), table App. 1; Austin et al. (2021), equation 4.
 """
@@ -25,7 +26,7 @@ from probdiff.types import Step
 
 
 class DiscreteReadout(abc.ABC):
-    """Reverse step of a chain of symbols, read from a network's output.
+    """Reverse step of a diffusion of symbols, read from a network's output.
 
     Abstract; `Logits` says where the next bit goes, `DataLogits` where x_0 is. `num_outputs` is how
     many numbers the network owes for each symbol, laid side by side along its last axis.
@@ -93,7 +94,7 @@ class Logits(DiscreteReadout):
 
         p(x_s = 1 | x_t) = f_b = sigmoid(z + logit T_π(1 | x_t; β_t))
 
-    It takes no arguments. With z = 0 it is the exact reverse chain of π.
+    It takes no arguments. With z = 0 it is the exact reverse trajectory of π.
 
     Example:
         >>> import jax.numpy as jnp

@@ -1,10 +1,10 @@
-"""Readouts of a Gaussian chain: a network's output as p(x_s | x_t), with s = t − 1.
+"""Readouts of a Gaussian diffusion: a network's output as p(x_s | x_t), with s = t − 1.
 
-The reverse step of a Gaussian chain is N(mean, variance), elementwise. A readout says what the
+The reverse step of a Gaussian diffusion is N(mean, variance), elementwise. A readout says what the
 network's first output z stands for; each also gives x̂_0 = E[x_0 | x_t], since mean and x̂_0 are
 linked by the bridge, mean = w_0 x̂_0 + w_t x_t:
 
-    Perturbation  mean = √(1−β_t) x_t + √β_t z        z = 0 is the exact reverse chain of N(0, 1)
+    Perturbation  mean = √(1−β_t) x_t + √β_t z        z = 0 is exact for N(0, 1)
     Epsilon       x̂_0 = (x_t − √(1−ᾱ_t) z) / √ᾱ_t     z is the noise
     Data          x̂_0 = z
     Velocity      x̂_0 = √ᾱ_t x_t − √(1−ᾱ_t) z         z = √ᾱ_t ε − √(1−ᾱ_t) x_0
@@ -134,7 +134,7 @@ class BridgeVariance(Variance):
 
 
 class GaussianReadout(abc.ABC):
-    """Reverse step N(mean, variance) of a Gaussian chain, read from a network's output.
+    """Reverse step N(mean, variance) of a Gaussian diffusion, read from a network's output.
 
     Abstract; `Denoiser` is the base of those that give one point x̂_0, `Mixture` gives a law of
     x_0. `num_outputs` is how many numbers the network owes for each number of x, laid side by side
@@ -287,8 +287,8 @@ class Denoiser(GaussianReadout):
 class Perturbation(Denoiser):
     """Perturbed forward kernel, mean √(1−β_t) x_t + √β_t z: the readout of 2015.
 
-    With z = 0 and variance β_t it is the exact reverse chain of N(0, 1), from which training starts
-    where a network's output starts at 0.
+    With z = 0 and variance β_t it is the exact reverse trajectory of N(0, 1), from which training
+    starts where a network's output starts at 0.
 
     Args:
         variance: Variance of the reverse step: `LearnedVariance()`, `ForwardVariance()`,
@@ -352,7 +352,7 @@ class Epsilon(Denoiser):
 
 @dataclasses.dataclass(frozen=True)
 class Data(Denoiser):
-    """The network predicts x_0 itself, on the scale of the chain: x̂_0 = z.
+    """The network predicts x_0 itself, on the scale of the diffusion: x̂_0 = z.
 
     Args:
         variance: Variance of the reverse step: `LearnedVariance()`, `ForwardVariance()`,

@@ -57,8 +57,8 @@ class Mixture(GaussianReadout):
 
     Args:
         components: K, at least 2.
-        low: Mean of the first component where the network's output is 0, on the scale of the chain:
-            the least value of the data is a good start, (0 − loc)/scale for grey levels.
+        low: Mean of the first component where the network's output is 0, on the scale of the
+            diffusion: the least value of the data is a good start, (0 − loc)/scale for grey levels.
         high: Mean of the last; the others lie evenly between, a quarter of their distance wide.
 
     Raises:

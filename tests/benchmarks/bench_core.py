@@ -5,7 +5,7 @@
 Prints, with standard errors over interleaved rounds of one process: the training step at T = 1000
 over T = 40 (time, and temporary memory as the compiler counts it), `fit` with EMA over a jitted
 `lax.scan` with the same objective written out, the sampler over a jitted `lax.scan`, compile time
-at T = 1000 over T = 40, the training step of a chain of bits over a hand-written one, and the
+at T = 1000 over T = 40, the training step of a diffusion of bits over a hand-written one, and the
 spread of one draw of the loss for the three laws of t.
 """
 
@@ -154,7 +154,7 @@ def fitted(diffusion, x, num_steps):
 
 
 def bits_steps(T, x, n=100, rate=0.2):
-    """n training steps of a chain of bits: ours, and by hand with the same parametrisation."""
+    """n training steps of a diffusion of bits: ours, and by hand with the same parametrisation."""
     network = networks.Perceptron((20,), WIDTH, DEPTH, T, outputs=1, rngs=nnx.Rngs(0))
     diffusion = Diffusion(
         BernoulliKernel(rate),

@@ -1,7 +1,7 @@
 """Twists: guesses ψ_t(x_t) of E[r(x_0) | x_t], which decide whether conditioning works.
 
-The reverse chain given an observation is p(x_s | x_t) ψ*_s(x_s)/ψ*_t(x_t), with the exact twist
-ψ*_t(x_t) = E[r(x_0) | x_t]. Any positive ψ_t with ψ_0 = r gives a sampler that is exact as
+The reverse trajectory given an observation is p(x_s | x_t) ψ*_s(x_s)/ψ*_t(x_t), with the exact
+twist ψ*_t(x_t) = E[r(x_0) | x_t]. Any positive ψ_t with ψ_0 = r gives a sampler that is exact as
 particles grow, because its weights repair the rest; how many particles that takes depends on ψ. All
 twists here but the last look at r through the denoised point x̂_0 = E[x_0 | x_t]:
 
@@ -26,7 +26,7 @@ cost of a particle.
 
 A twist gives log ψ_t and a proposal: by how much the mean of p(x_s | x_t) moves,
 (β_t/√(1−β_t)) ∇ log ψ_t, and the precision that ψ_s adds to it. Known entries of x_0 are a
-likelihood without width; log r and its derivatives are on the scale of the chain.
+likelihood without width; log r and its derivatives are on the scale of the diffusion.
 
 Sources: Sohl-Dickstein et al. (2015), section 2.5; Wu et al. (2023) for the point twist in SMC;
 Song et al. (2023) for the width; Boys et al. (2023) for C_t.

@@ -44,9 +44,9 @@ class View(NamedTuple):
     pull_back: Callable[[Any], Any]
     """v ↦ (∂x̂_0/∂x_t)ᵀ v."""
     log_r: Callable[[Any], Any]
-    """log r on the scale of the chain."""
+    """log r on the scale of the diffusion."""
     known: Any
-    """Known entries on the scale of the chain, or None."""
+    """Known entries on the scale of the diffusion, or None."""
     mask: Any
     """True where an entry is known, or None."""
     is_diagonal: bool
@@ -177,8 +177,8 @@ FURTHEST = 5.0
 def limited(shift: Any, view: View) -> Any:
     """A shift as far as p(x_s | x_t) follows it.
 
-    Over a long step near the data a chain with the bridge's variance is much narrower than an ideal
-    one, and x_s can move only by V ∇ log ψ_s: hence the ratio of the two variances.
+    Over a long step near the data a diffusion with the bridge's variance is much narrower than an
+    ideal one, and x_s can move only by V ∇ log ψ_s: hence the ratio of the two variances.
     """
     step = view.levels.step(view.i)
     weight_0, _ = bridge_weights(step)

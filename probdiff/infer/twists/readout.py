@@ -7,10 +7,11 @@ together. For a known entry, x_0,i = y_i, the second says
     log ψ_t = γ_t Σ_{i known} log p(x_0,i = y_i | x_t),         its mass where x_0 is on a grid,
 
 and its proposal is the bridge q(x_s,i | x_t,i, x_0,i = y_i), averaged over the cell of a grid; a
-chain of independent entries then has weights of one. A product over entries counts many times over
-what correlated ones share; the power γ_t undoes that. For Gaussian x_0 of covariance C, and C_t
-given x_t, with D = diag(C_t)⁻¹, M = C − C_t the covariance of x̂_0 and E that of its error, all on
-the known entries, it is the regression of the exact log-likelihood on the product's as x̂_0 varies,
+diffusion of independent entries then has weights of one. A product over entries counts many times
+over what correlated ones share; the power γ_t undoes that. For Gaussian x_0 of covariance C, and
+C_t given x_t, with D = diag(C_t)⁻¹, M = C − C_t the covariance of x̂_0 and E that of its error, all
+on the known entries, it is the regression of the exact log-likelihood on the product's as x̂_0
+varies,
 
     γ_t = tr(M D) / tr(D C_t D (M + E)),
 

@@ -84,7 +84,7 @@ class TweedieTwist(Twist):
         # Lanczos in the inner product of C: vectors v with their images u = C v, vᵢ·uⱼ = 1[i = j]
         w_t, w_s = view.widths.variance[view.i - 1], view.widths.variance[view.i - 2]
         slope_t, slope_s = view.widths.slope[view.i - 1], view.widths.slope[view.i - 2]
-        spread = jnp.mean(w_t / slope_t)  # (1−ᾱ_t)/√ᾱ_t in an ideal chain
+        spread = jnp.mean(w_t / slope_t)  # (1−ᾱ_t)/√ᾱ_t in an ideal diffusion
         vs, us, hs, v, is_new = [], [], [], at.gradient, True
         for j in range(min(self.rank, size_of(view))):
             if j > 0:

@@ -1,8 +1,9 @@
-"""Chains for the binary heartbeat: one to train, the one of 2015, and the exact one.
+"""Diffusions for the binary heartbeat: one to train, the one of 2015, and the exact one.
 
-The exact chain is the best whose steps treat bins alone. Its network is Bayes' rule: given x_t the
-sequence of phase j has weight w_j ∝ ∏_i q(x_t,i | x_0,i), so that p(x_0,i = 1 | x_t) is the weight
-of the phases that have a 1 in bin i. Its K is the ceiling that `heartbeat_ceilings` computes.
+The exact diffusion is the best whose steps treat bins alone. Its network is Bayes' rule: given x_t
+the sequence of phase j has weight w_j ∝ ∏_i q(x_t,i | x_0,i), so that p(x_0,i = 1 | x_t) is the
+weight of the phases that have a 1 in bin i. Its K is the ceiling that `heartbeat_ceilings`
+computes.
 
 Source: Sohl-Dickstein et al. (2015), section 3.1.2 and appendix D.1.2.
 """
@@ -32,7 +33,7 @@ def examples() -> Int[np.ndarray, "rows length"]:
 
 @functools.cache  # what is compiled for a diffusion is kept with it
 def define(T: int) -> Diffusion:
-    """A chain of bits that predicts x_0, its last step learned."""
+    """A diffusion of bits that predicts x_0, its last step learned."""
     network = networks.Perceptron(
         (LENGTH,), width=64, depth=3, T=T, bumps=20, outputs=1, rngs=nnx.Rngs(0)
     )
@@ -48,7 +49,7 @@ def define_2015(T: int) -> Diffusion:
 
 @functools.cache
 def define_exact(T: int) -> Diffusion:
-    """The best chain whose steps treat bins alone: its network is the exact posterior."""
+    """The best diffusion whose steps treat bins alone: its network is the exact posterior."""
     steps = schedules.steps(schedules.harmonic(T))
     sequences = datasets.heartbeat_sequences(length=LENGTH, period=PERIOD)
     network = exact_network(steps, sequences)
@@ -63,7 +64,7 @@ def _define(T: int, network: Any, readout: Any, last_step: readouts.LastStep) ->
 
 
 def with_fewer_steps(diffusion: Diffusion, params: Params, T: int) -> Diffusion:
-    """The chain of T steps, a divisor of the model's, that asks the same network at the same ᾱ_t.
+    """The diffusion of T steps, a divisor of the model's, asking the same network at the same ᾱ_t.
 
     Its parameters are bound: it has none of its own.
     """
