@@ -34,7 +34,7 @@ from numpyro.distributions import constraints
 from probdiff import readouts, schedules, validation
 from probdiff.kernels import AbsorbingKernel, CategoricalKernel, DiscreteKernel, GaussianKernel
 from probdiff.networks.binding import bind, example_inputs
-from probdiff.networks.radial_basis import output_shape
+from probdiff.networks.shapes import check_shape, output_shape
 from probdiff.prior import Prior
 from probdiff.trajectories import (
     TRAJECTORY_SUFFIX,
@@ -121,10 +121,10 @@ class Diffusion:
         name: str = "x_0",
     ):
         self.kernel, self.network, self.name = kernel, network, name
-        self.event_shape = validation.check_shape("event_shape", event_shape)
+        self.event_shape = check_shape("event_shape", event_shape)
         self.context_shape = None
         if context_shape is not None:
-            self.context_shape = validation.check_shape("context_shape", context_shape)
+            self.context_shape = check_shape("context_shape", context_shape)
         self.readout = _default_readout(kernel) if readout is None else readout
         self.last_step = _default_last_step(kernel) if last_step is None else last_step
         is_learned = isinstance(beta, schedules.Learned)

@@ -5,7 +5,6 @@ word, and inside `jit` values cannot be looked at. So all that can be known is c
 tracing: shapes and dtypes always, values where they are concrete.
 """
 
-import operator
 import warnings
 from typing import Any
 
@@ -28,16 +27,6 @@ FEW_ROWS = 32
 def shape_text(lead: str, shape: tuple[int, ...]) -> str:
     """A shape whose first axes have a name and no number, as text: `(N, 8, 8)`."""
     return f"({lead},)" if not shape else f"({lead}, {', '.join(map(str, shape))})"
-
-
-def check_shape(argument: str, shape: Any) -> tuple[int, ...]:
-    """A shape as a tuple of Python's ints."""
-    try:
-        return tuple(operator.index(size) for size in shape)
-    except TypeError:
-        raise ValueError(
-            f"{argument} must be a tuple of ints such as (12,); got {shape!r}"
-        ) from None
 
 
 def check_units(

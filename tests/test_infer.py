@@ -421,7 +421,7 @@ def test_a_healthy_run_is_not_complained_of():
         ({"ancestors": np.arange(200)[None] % 9 + np.zeros((2, 1), int)}, "from 18 particles"),
         (
             {"worst_log_weights": heavy((2, 200)), "resampled": np.ones((T + 1, 2), bool)},
-            "least even step",
+            "worst step",
         ),
         ({"log_r": np.arange(400.0).reshape(2, 200)}, "R-hat over the runs is"),
         ({"x_0": np.arange(400.0).reshape(2, 200)}, "R-hat over the runs is"),

@@ -264,3 +264,20 @@ def test_a_network_that_keeps_state_is_refused_with_the_reason(make, message):
 def test_what_cannot_be_called_is_refused(unchecked):
     with pytest.raises(ValueError, match=r"callable as network\(x_t, t\); got str"):
         diffusion_of("unet")
+
+
+BUILT_IN = {
+    "MultiScaleConvolution": (8, 2, T),
+    "Perceptron": (8, 2, T),
+    "RadialBasis": (8, T),
+    "SharedHead": (8, 2, T),
+    "SigmoidPerceptron": (8, 2, T),
+    "UNet": ((8,), 1),
+}
+
+
+@pytest.mark.parametrize("name", [n for n in networks.__all__ if n != "summary"])
+def test_a_shape_that_is_none_is_refused(unchecked, name):
+    message = r"event_shape must be a tuple of ints such as \(12,\); got 12"
+    with pytest.raises(ValueError, match=message):
+        getattr(networks, name)(12, *BUILT_IN[name], rngs=nnx.Rngs(0))

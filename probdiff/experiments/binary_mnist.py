@@ -2,9 +2,9 @@
 
 The fixed binarisation, for which likelihoods are published. A bit is a class of two; the forward
 trajectory absorbs pixels into a third state, about 1/T of them per step, and the reverse trajectory
-fills them in, by what a convolutional network says of x_0 given the pixels it sees. T = 500; a
-training step sees one t per image, so T costs nothing in training. K of every test image is
-estimated at `TEST_TIMES` random steps.
+fills them in, by what a U-Net says of x_0 given the pixels it sees. T = 500; a training step sees
+one t per image, so T costs nothing in training. K of every test image is estimated at `TEST_TIMES`
+random steps.
 
 Training is cut into ten pieces with a checkpoint between them: a run that was stopped goes on where
 it was, and K on validation images against the time spent is the curve in `curve.png`.
@@ -58,8 +58,7 @@ class Size(NamedTuple):
     """How much of everything a run does."""
 
     T: int = 500
-    width: int = 32
-    depth: int = 1
+    widths: tuple[int, ...] = (32, 64)
     num_steps: int = 4_000
     train_images: int = 50_000
     validation_images: int = 1_000
@@ -68,7 +67,13 @@ class Size(NamedTuple):
 
 
 SMALL = Size(
-    T=8, width=4, num_steps=20, train_images=200, validation_images=20, test_images=40, draws=4
+    T=8,
+    widths=(8, 8),
+    num_steps=20,
+    train_images=200,
+    validation_images=20,
+    test_images=40,
+    draws=4,
 )
 
 
@@ -158,8 +163,8 @@ def run(
 
 def define(size: Size, rngs: nnx.Rngs) -> Diffusion:
     """The absorbing diffusion of bits and its network."""
-    network = networks.ConvolutionalNetwork(
-        (28, 28), size.width, size.depth, size.T, outputs=2, states=3, rngs=rngs
+    network = networks.UNet(
+        (28, 28), size.widths, depth=1, T=size.T, patch=2, outputs=2, states=3, rngs=rngs
     )
     return Diffusion(AbsorbingKernel(2), schedules.harmonic(size.T), network, event_shape=(28, 28))
 
@@ -223,8 +228,8 @@ def _sections(size: Size, diffusion: Diffusion) -> dict[str, str]:
             "diffusion ends where no data are, so there is no K − L_null."
         ),
         "Settings": (
-            f"T = {size.T}, harmonic rates, last step learned; a U of convolutions, width "
-            f"{size.width}, depth {size.depth}, {count:,} parameters. Training: Adam, "
+            f"T = {size.T}, harmonic rates, last step learned; a U-Net, channels {size.widths} at "
+            f"1/2 and 1/4 of the resolution, {count:,} parameters. Training: Adam, "
             f"{size.num_steps} steps of {BATCH_SIZE} images, learning rate {LEARNING_RATE} falling "
             f"to 0 along a cosine, averaged weights (decay {EMA_DECAY})."
         ),

@@ -5,7 +5,7 @@
     effective number, final, pooled    < 100          means have errors above a tenth of an sd
     distinct ancestors, distinct draws < 5 %          many draws are one draw
     Pareto k of the final weights      > 0.7          a variance that may be infinite, error unknown
-    Pareto k of the least even step    > 0.7          the same, hidden by a resampling
+    Pareto k of the worst step         > 0.7          the same, hidden by a resampling
     R-hat over runs                    > 1.05         runs differ in where their draws lie
     twists that are not finite         > 0            log r is nan or infinite somewhere
     ᾱ_T E|x_0|²                        > 0.1          the diffusion does not end in noise
@@ -78,7 +78,7 @@ class Health(NamedTuple):
     pareto_k: np.ndarray
     """Pareto k of the pooled weights; nan where they are equal or fewer than 100."""
     worst_pareto_k: np.ndarray
-    """Pareto k of the least even step's own weights, the mean of the runs, which repeat it."""
+    """Pareto k of one step's own weights, the step of least effective number; mean of the runs."""
     r_hat: np.ndarray
     """Largest R-hat over runs, of log r and of coordinates; nan for one run."""
     bad: np.ndarray
@@ -239,8 +239,8 @@ def _of_weights(walk: Walk, health: Health, advice: str) -> list[str]:
         ),
         _say(
             is_alive & (health.resampled > 0) & (worst_k > 0.7),  # else the final weights show it
-            "Pareto k of the weights of the least even step is {:.2f}, above 0.7: what that step "
-            "lost is not seen in the final weights. ",
+            "Pareto k of the worst step's weights is {:.2f}, above 0.7: a few particles carried "
+            "that step, and the final weights do not show it. ",
             np.max(worst_k),
         ),
         _say(

@@ -56,7 +56,7 @@ def particles(result: Result) -> list[str]:
         f"{walk.num_particles}, final {np.min(health.ess):.0f} of {total}",
         f"resampled up to {np.max(health.resampled)} times; {np.min(health.distinct)} distinct "
         f"draws from {np.min(health.ancestors)} distinct ancestors",
-        f"Pareto k: final {_worst(health.pareto_k)}, least even step "
+        f"Pareto k: final {_worst(health.pareto_k)}, worst step "
         f"{_worst(health.worst_pareto_k)}; R-hat over runs {_worst(health.r_hat)}",
     ]
 

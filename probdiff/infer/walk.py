@@ -60,7 +60,7 @@ class Outcome(NamedTuple):
     bad: np.ndarray
     """Share of particles whose twist was not finite at levels n..0, `(n + 1, R, *plates)`."""
     worst_log_weights: np.ndarray
-    """Log weights of the least even step, `(R, N, *plates)`."""
+    """Log weights of the worst step, that of the least effective number, `(R, N, *plates)`."""
 
 
 class Walk:

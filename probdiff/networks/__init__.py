@@ -1,6 +1,5 @@
 """Networks `network(x_t, t, context=None)`: flax.nnx modules that hold no probability."""
 
-from probdiff.networks.convolution import ConvolutionalNetwork
 from probdiff.networks.multi_scale import MultiScaleConvolution
 from probdiff.networks.perceptron import Perceptron
 from probdiff.networks.radial_basis import RadialBasis
@@ -10,7 +9,6 @@ from probdiff.networks.summary import summary
 from probdiff.networks.unet import UNet
 
 __all__ = [
-    "ConvolutionalNetwork",
     "MultiScaleConvolution",
     "Perceptron",
     "RadialBasis",

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from probdiff.networks.convolution import convolve
 from probdiff.networks.perceptron import as_numbers, bump_functions
-from probdiff.networks.radial_basis import output_shape
+from probdiff.networks.shapes import check_shape, output_shape
 
 
 class MultiScaleConvolution(nnx.Module):
@@ -91,8 +91,9 @@ class MultiScaleConvolution(nnx.Module):
         outputs: int = 2,
         rngs: nnx.Rngs,
     ):
+        event_shape = check_shape("event_shape", event_shape)
         _check(event_shape, depth, scales, dense_depth)
-        self.event_shape, self.width, self.depth, self.T = tuple(event_shape), width, depth, T
+        self.event_shape, self.width, self.depth, self.T = event_shape, width, depth, T
         self.dense_width, self.dense_depth = dense_width, dense_depth
         self.upper_width, self.upper_depth = upper_width, upper_depth
         self.scales, self.dense_outputs = scales, dense_outputs
@@ -165,7 +166,7 @@ def _check(event_shape: tuple[int, ...], depth: int, scales: int, dense_depth: i
     if len(event_shape) not in (2, 3) or any(n % side for n in event_shape[:2]):
         raise ValueError(
             f"event_shape must be (height, width) or (height, width, channels) with sides that "
-            f"are multiples of {side}; got {tuple(event_shape)}"
+            f"are multiples of {side}; got {event_shape}"
         )
     if depth < 1 and dense_depth < 1:
         raise ValueError(f"depth or dense_depth must be at least 1; got {depth} and {dense_depth}")

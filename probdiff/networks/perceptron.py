@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
-from probdiff.networks.radial_basis import output_shape
+from probdiff.networks.shapes import check_shape, output_shape
 
 
 class Perceptron(nnx.Module):
@@ -75,7 +75,8 @@ class Perceptron(nnx.Module):
         states: int = 0,
         rngs: nnx.Rngs,
     ):
-        self.event_shape, self.width, self.depth, self.T = tuple(event_shape), width, depth, T
+        event_shape = check_shape("event_shape", event_shape)
+        self.event_shape, self.width, self.depth, self.T = event_shape, width, depth, T
         self.bumps, self.outputs = bumps, outputs
         self.context_size, self.states = context_size, states
         size = math.prod(event_shape)

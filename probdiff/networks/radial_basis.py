@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from probdiff.networks.shapes import check_shape, output_shape
+
 
 class RadialBasis(nnx.Module):
     """One hidden layer of normalised radial basis functions with a linear read-out per step.
@@ -53,7 +55,8 @@ class RadialBasis(nnx.Module):
         outputs: int = 2,
         rngs: nnx.Rngs,
     ):
-        self.event_shape, self.width, self.T, self.outputs = tuple(event_shape), width, T, outputs
+        event_shape = check_shape("event_shape", event_shape)
+        self.event_shape, self.width, self.T, self.outputs = event_shape, width, T, outputs
         size = math.prod(event_shape)
         self.centres = nnx.Param(jax.random.normal(rngs.params(), (width, size)))
         self.log_widths = nnx.Param(jnp.zeros(width))
@@ -68,10 +71,3 @@ class RadialBasis(nnx.Module):
         h = jax.nn.softmax(-0.5 * distance * jnp.exp(-2 * self.log_widths[...]), axis=-1)
         out = jnp.einsum("bw,bwo->bo", h, self.weights[...][t - 1]) + self.biases[...][t - 1]
         return out.reshape(x_t.shape[0], *output_shape(self.event_shape, self.outputs))
-
-
-def output_shape(event_shape: tuple[int, ...], outputs: int) -> tuple[int, ...]:
-    """Event shape with its last axis `outputs` times as long; `(outputs,)` for scalars."""
-    if not event_shape:
-        return () if outputs == 1 else (outputs,)
-    return (*event_shape[:-1], outputs * event_shape[-1])

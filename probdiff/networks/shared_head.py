@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from probdiff.networks.perceptron import bump_functions
-from probdiff.networks.radial_basis import output_shape
+from probdiff.networks.shapes import check_shape, output_shape
 
 
 class SharedHead(nnx.Module):
@@ -70,7 +70,8 @@ class SharedHead(nnx.Module):
         context_size: int = 0,
         rngs: nnx.Rngs,
     ):
-        self.event_shape, self.width, self.depth, self.T = tuple(event_shape), width, depth, T
+        event_shape = check_shape("event_shape", event_shape)
+        self.event_shape, self.width, self.depth, self.T = event_shape, width, depth, T
         self.channels, self.head_width = channels, head_width
         self.bumps, self.outputs, self.context_size = bumps, outputs, context_size
         size, given = math.prod(event_shape), bumps + context_size

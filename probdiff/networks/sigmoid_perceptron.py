@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
 from probdiff.networks.perceptron import as_numbers
-from probdiff.networks.radial_basis import output_shape
+from probdiff.networks.shapes import check_shape, output_shape
 
 
 class SigmoidPerceptron(nnx.Module):
@@ -58,7 +58,8 @@ class SigmoidPerceptron(nnx.Module):
         outputs: int = 1,
         rngs: nnx.Rngs,
     ):
-        self.event_shape, self.width, self.depth, self.T = tuple(event_shape), width, depth, T
+        event_shape = check_shape("event_shape", event_shape)
+        self.event_shape, self.width, self.depth, self.T = event_shape, width, depth, T
         self.outputs = outputs
         size = math.prod(event_shape)
         # Glorot's range four times as wide is his own for this sigmoid: its slope at 0 is 1/4.

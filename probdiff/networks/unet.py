@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Num
 
 from probdiff.networks.convolution import convolve, from_patches, to_patches
 from probdiff.networks.perceptron import as_numbers
-from probdiff.networks.radial_basis import output_shape
+from probdiff.networks.shapes import check_shape, output_shape
 
 GROUP = 8
 """Channels per group of a GroupNorm."""
@@ -97,11 +97,12 @@ class UNet(nnx.Module):
         dtype: str | None = None,
         rngs: nnx.Rngs,
     ):
+        event_shape = check_shape("event_shape", event_shape)
         side = patch * 2 ** (len(widths) - 1)
         if len(event_shape) not in (2, 3) or any(n % side for n in event_shape[:2]):
             raise ValueError(
                 f"event_shape must be (height, width) or (height, width, channels) with sides that "
-                f"are multiples of {side}; got {tuple(event_shape)}"
+                f"are multiples of {side}; got {event_shape}"
             )
         if not widths or any(width % GROUP for width in widths):
             raise ValueError(f"widths must be multiples of {GROUP}; got {tuple(widths)}")
@@ -110,7 +111,7 @@ class UNet(nnx.Module):
                 f"attention_heads must divide the last of widths, {widths[-1]}; got "
                 f"{attention_heads}"
             )
-        self.event_shape, self.widths, self.depth = tuple(event_shape), tuple(widths), depth
+        self.event_shape, self.widths, self.depth = event_shape, tuple(widths), depth
         self.T, self.patch, self.head_width = T, patch, head_width
         self.attention_heads, self.context_size = attention_heads, context_size
         self.outputs, self.states, self.dtype = outputs, states, dtype

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_bound.py [--rounds 4] [--T 1000] [--examples 100]
 
-A convolutional network on 28 × 28 images, one draw per step. The floor calls the network T − 1
+A U-Net on 28 × 28 images, one draw per step. The floor calls the network T − 1
 times on the same number of images in one compiled loop, and does nothing else. Memory is the
 process's peak before the floor is built, less what it held when data and model were made.
 """
@@ -33,7 +33,7 @@ def main():
     parser.add_argument("--T", type=int, default=1000)
     parser.add_argument("--examples", type=int, default=100)
     given = parser.parse_args()
-    network = networks.ConvolutionalNetwork((28, 28), 32, 2, given.T, rngs=nnx.Rngs(0))
+    network = networks.UNet((28, 28), (32, 64), 2, T=given.T, patch=2, rngs=nnx.Rngs(0))
     beta = schedules.log_snr_linear(given.T, beta_1=1e-4, alpha_bar_T=1e-3)
     diffusion = Diffusion(GaussianKernel(), beta, network, event_shape=(28, 28))
     init, apply = diffusion._binding
