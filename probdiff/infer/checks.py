@@ -239,8 +239,8 @@ def _of_weights(walk: Walk, health: Health, advice: str) -> list[str]:
         ),
         _say(
             is_alive & (health.resampled > 0) & (worst_k > 0.7),  # else the final weights show it
-            "Pareto k of the worst step's weights is {:.2f}, above 0.7: a few particles carried "
-            "that step, and the final weights do not show it. ",
+            "Pareto k of the worst step's weights is {:.2f}, above 0.7: large weights may be too "
+            "rare to have been met there, which the final weights do not show. ",
             np.max(worst_k),
         ),
         _say(
