@@ -5,7 +5,7 @@ on whether it was interrupted. Three sources give the loop its data, n steps fro
 
 - `Minibatches`: the rows 0..N−1 in a random order, one permutation an epoch,
 
-      π_0(0), …, π_0(N−1), π_1(0), …, π_1(N−1), π_2(0), …
+      ρ_0(0), …, ρ_0(N−1), ρ_1(0), …, ρ_1(N−1), ρ_2(0), …
 
   and step i takes elements iB, …, (i+1)B − 1 of that stream. Within an epoch nothing is drawn
   twice; a batch may end one epoch and begin the next, so that no example is left over.

@@ -81,10 +81,15 @@ def write(path: str | Path, arrays: dict[str, np.ndarray], metadata: dict[str, s
     dtypes = json.dumps({name: array.dtype.name for name, array in arrays.items()})
     sealed = {**metadata, "dtypes": dtypes}
     sealed["sha256"] = _seal(arrays, sealed)
+    replace(path, safetensors.numpy.save(arrays, metadata=sealed))
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Put bytes at `path`, all or nothing."""
     # One fixed name, so that what a killed process left behind is overwritten and never piles up.
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as file:
-        file.write(safetensors.numpy.save(arrays, metadata=sealed))
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)

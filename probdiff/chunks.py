@@ -1,6 +1,6 @@
 """The loop on the host: chunks of steps, and what is done between them.
 
-Steps run in chunks, one call of the compiled loop in `steps` each. A chunk's length follows the
+Steps run in chunks, one call of the compiled loop of `compiled` each. A chunk's length follows the
 clock, so that it takes about two seconds. Between chunks the host checks that all is finite,
 evaluates on held-out data, moves the bar and writes the checkpoint, by one rule:
 
@@ -24,8 +24,8 @@ from numpyro.infer.svi import SVIState
 from tqdm import tqdm
 
 from probdiff import bars, batches, devices
+from probdiff.compiled import Carry, Compiled, Weights, batch_at, is_finite
 from probdiff.journal import HeldOutLosses, Journal, Progress
-from probdiff.steps import Carry, Steps, Weights, batch_at, is_finite
 
 _CHUNK_SECONDS = 2.0
 """Of steps between two looks at how things go. A call of a compiled function begins in fresh
@@ -42,9 +42,9 @@ class Record(NamedTuple):
 
 
 class Run(NamedTuple):
-    """All that does not; of `losses` the first `record.step` are meant."""
+    """All that stays the same from step to step; of `losses` the first `record.step` are meant."""
 
-    steps: Steps
+    compiled: Compiled
     source: batches.Whole | batches.Minibatches | batches.Stream
     num_steps: int
     ema_decay: float | None
@@ -60,7 +60,7 @@ class Run(NamedTuple):
         """n steps from `start` on, under way: (carry, losses, whether the weights are finite)."""
         losses = np.zeros(self.source.capacity, self.losses.dtype)
         options = (np.int32(start), np.int32(n), self.ema_decay or 0.0, losses)
-        return self.steps.chunk(carry, *feed, *options, mesh=self.mesh)
+        return self.compiled.chunk(carry, *feed, *options, mesh=self.mesh)
 
     def room(self, step: int, n: int) -> int:
         """How many steps may follow `step` in one chunk, at most n."""
@@ -76,10 +76,10 @@ class Run(NamedTuple):
 
 def first_record(run: Run, state: SVIState) -> Record:
     """The record before the first step."""
-    carry = run.steps.start(state, averaged=run.ema_decay is not None)
+    carry = run.compiled.start(state, averaged=run.ema_decay is not None)
     carry = devices.replicate(carry, run.mesh)
     # A stand-in until the first evaluation, so that the tree of a checkpoint is always the same.
-    best = None if run.patience is None else run.steps.weights(carry)
+    best = None if run.patience is None else run.compiled.weights(carry)
     return Record(0, carry, best, ())
 
 
@@ -171,7 +171,7 @@ def _explain(run: Run, record: Record, feed: tuple, losses: np.ndarray) -> str:
     bad = np.flatnonzero(~np.isfinite(losses))
     n = int(bad[0]) if bad.size else len(losses)
     carry, step = run.chunk(record.carry, feed, record.step, n)[0], record.step + n
-    params = run.steps.weights(carry).raw_params
+    params = run.compiled.weights(carry).raw_params
     names = [
         name
         for name, value in params.items()
@@ -185,17 +185,17 @@ def _explain(run: Run, record: Record, feed: tuple, losses: np.ndarray) -> str:
             f"it spoiled the parameters {names}"
         )
     _, key = random.split(carry.state.rng_key)  # as `svi.update` does
-    faults = run.steps.faults(key, params, carry.state.mutable_state, batch_at(*feed, n))
+    faults = run.compiled.faults(key, params, carry.state.mutable_state, batch_at(*feed, n))
     return f"the loss is {losses[n]} at step {step + 1}; not finite: {', '.join(faults)}"
 
 
 def evaluated(run: Run, record: Record) -> Record:
     """The record with one more evaluation."""
-    weights = run.steps.weights(record.carry)
+    weights = run.compiled.weights(record.carry)
     judged = (run.key_held_out, weights.params, record.carry.state.mutable_state, run.held_out)
-    loss = float(run.steps.loss(*judged))
+    loss = float(run.compiled.loss(*judged))
     if not np.isfinite(loss):
-        faults = ", ".join(run.steps.faults(*judged))
+        faults = ", ".join(run.compiled.faults(*judged))
         raise FloatingPointError(
             f"the loss on held_out is {loss} after step {record.step}; not finite: {faults}"
         )
@@ -205,12 +205,13 @@ def evaluated(run: Run, record: Record) -> Record:
 
 
 def _report(run: Run, record: Record) -> None:
-    params = run.steps.weights(record.carry).params
+    params = run.compiled.weights(record.carry).params
     losses, held_out = run.losses[: record.step], held_out_losses(record)
     run.journal.report(Progress(record.step, params, losses, held_out), run.source.examples)
 
 
 def held_out_losses(record: Record) -> HeldOutLosses:
+    """The evaluations of a record as two arrays."""
     return HeldOutLosses(
         np.array([step for step, _ in record.evaluations], np.int64),
         np.array([loss for _, loss in record.evaluations], np.float64),

@@ -1,20 +1,21 @@
 """`Diffusion`: a diffusion probabilistic model as two NumPyro programs, guide and model.
 
     guide    x_1..x_T ~ q(· | x_0)                 the forward trajectory, nothing to learn but β
-    model    x_1..x_T ~ p(·),  x_0 ~ p(x_0 | x_1)   the learned reverse trajectory
+    model    x_1..x_T ~ p(·),  x_0 ~ p(x_0 | x_1)  the learned reverse trajectory
 
 With guide and model in `SVI`, the ELBO is the bound of 2015 on log p(x_0), in nats and summed over
 examples (eqs. 10 to 12):
 
     K = E_q [ log π(x_T) + Σ_t log p(x_{t−1} | x_t) − Σ_t log q(x_t | x_{t−1}) ].
 
-The guide has no trained density of its own, so for diffusions of bits too there is no
-score-function term to miss. `forward` and `reverse` are the two statements to use inside a larger
-program, under any plates, masks and scales; `model` and `guide` add a plate over examples around
-them. `model_by_step` and `guide_by_step` are the same pair with one site per level in the order of
-the bridge, q(x_T | x_0) ∏ q(x_s | x_t, x_0): with it `TraceMeanField_ELBO` computes each KL in
-closed form (eq. 14 before the entropies are taken out). It is slow to compile; meant for T up to
-about 50.
+Only numbers may have learned rates, and their trajectories are differentiated by them; a guide of
+bits or classes has nothing to learn. So no score-function term is missing.
+
+`forward` and `reverse` are the two statements to use inside a larger program, under any plates,
+masks and scales; `model` and `guide` add a plate over examples around them. `model_by_step` and
+`guide_by_step` are the same pair with one site per level in the order of the bridge,
+q(x_T | x_0) ∏ q(x_s | x_t, x_0): with it `TraceMeanField_ELBO` computes each KL in closed form
+(eq. 14 before the entropies are taken out). It is slow to compile; meant for T up to about 50.
 
 Source: Sohl-Dickstein et al. (2015), sections 2.2 to 2.4.
 """
@@ -32,7 +33,7 @@ from jaxtyping import Array, Bool, Shaped
 from numpyro.distributions import constraints
 
 from probdiff import readouts, schedules, validation
-from probdiff.kernels import AbsorbingKernel, CategoricalKernel, DiscreteKernel, GaussianKernel
+from probdiff.kernels import BernoulliKernel, DiscreteKernel, GaussianKernel
 from probdiff.networks.binding import bind, example_inputs
 from probdiff.networks.shapes import check_shape, output_shape
 from probdiff.prior import Prior
@@ -51,7 +52,7 @@ Mask = Bool[Array | np.ndarray, "..."]
 
 
 class Diffusion:
-    """A forward trajectory, a schedule and a network, as two NumPyro programs.
+    """A kernel, a schedule and a network, as two NumPyro programs.
 
         guide    x_1..x_T ~ q(· | x_0)                 the forward trajectory, only β to learn
         model    x_1..x_T ~ p(·),  x_0 ~ p(x_0 | x_1)  the learned reverse trajectory
@@ -61,8 +62,8 @@ class Diffusion:
     parameters bound.
 
     Args:
-        kernel: What one forward step does to one number.
-        beta: Rates β_1..β_T in (0, 1), shape `(T,)`, or `schedules.learned(beta)`.
+        kernel: What one forward step does to one number or symbol.
+        beta: Rates β_1..β_T, shape `(T,)`, in (0, 1), β_T in (0, 1]; or `schedules.learned(beta)`.
         network: `network(x_t, t)`, with x_t `(B, *event_shape)` and t int32 `(B,)` in 1..T,
             returning `(B, *event_shape)`, the last axis as many times as long as the readout
             needs outputs (2 with a learned variance, K for K classes);
@@ -109,7 +110,7 @@ class Diffusion:
     def __init__(
         self,
         kernel: GaussianKernel | DiscreteKernel,
-        beta: np.ndarray | schedules.Learned | Any,
+        beta: np.ndarray | schedules.LearnedRates | Any,
         network: Network,
         *,
         event_shape: tuple[int, ...],
@@ -127,7 +128,7 @@ class Diffusion:
             self.context_shape = check_shape("context_shape", context_shape)
         self.readout = _default_readout(kernel) if readout is None else readout
         self.last_step = _default_last_step(kernel) if last_step is None else last_step
-        is_learned = isinstance(beta, schedules.Learned)
+        is_learned = isinstance(beta, schedules.LearnedRates)
         self.schedule = beta if is_learned else schedules.check_beta(beta)
         self.loc, self.scale = validation.check_units(kernel, self.event_shape, loc, scale)
         validation.check_schedule(
@@ -153,7 +154,7 @@ class Diffusion:
     @property
     def rates(self) -> np.ndarray:
         """β_1..β_T; of a learned schedule, those it starts from."""
-        is_learned = isinstance(self.schedule, schedules.Learned)
+        is_learned = isinstance(self.schedule, schedules.LearnedRates)
         return self.schedule.beta if is_learned else self.schedule
 
     @property
@@ -338,8 +339,8 @@ class Diffusion:
 
         Args:
             params: Values of the parameters.
-            variance: Variance τ² of the data on the scale of the diffusion, 1 if absent; see
-                `Prior`.
+            variance: Variance τ² or covariance of the data on the scale of the diffusion, 1 if
+                absent; see `Prior`.
 
         Returns:
             The `Prior`.
@@ -402,8 +403,8 @@ class Diffusion:
             network, steps = self._bound()
         return self.reverse_trajectory(network, steps, context, mask), steps
 
-    def bound_steps(self, params: Params) -> Step:
-        """The table of steps with parameters bound, which the rates may be among."""
+    def steps_given(self, params: Params) -> Step:
+        """The table of steps under given parameters, which the rates may be among."""
         self.check_params(params)
         with numpyro.handlers.block(), numpyro.handlers.substitute(data=params):
             return self._steps()
@@ -605,11 +606,10 @@ def _default_readout(kernel: Any) -> Any:
     """2015 for numbers and bits; for classes the law of x_0."""
     if isinstance(kernel, GaussianKernel):
         return readouts.Perturbation()
-    is_bits = not isinstance(kernel, CategoricalKernel | AbsorbingKernel)
-    return readouts.Logits() if is_bits else readouts.DataLogits()
+    return readouts.Logits() if isinstance(kernel, BernoulliKernel) else readouts.DataLogits()
 
 
 def _default_last_step(kernel: Any) -> readouts.LastStep:
     """2015 for numbers and bits; classes learn it, as an absorbing diffusion must."""
-    is_classes = isinstance(kernel, CategoricalKernel | AbsorbingKernel)
-    return readouts.Learned() if is_classes else readouts.Tied()
+    is_of_2015 = isinstance(kernel, GaussianKernel | BernoulliKernel)
+    return readouts.Tied() if is_of_2015 else readouts.Learned()

@@ -60,8 +60,9 @@ class _TrackKL(Messenger):
 def track_kl(guide: Callable[..., Any]) -> Callable[..., Any]:
     """The same guide with a `numpyro.mutable` site per trajectory, for `ImportanceTimes`.
 
-    The site holds the running mean square of KL_t, `(T − 1,)`, nats². It is not declared by every
-    guide because NumPyro's own objectives lose mutable state with more than one particle.
+    The site holds the running mean square of KL_t, `(T − 1,)`, nats² (of the step's loss under
+    `SimpleLoss` and `CombinedLoss`). It is not declared by every guide because NumPyro's own
+    objectives lose mutable state with more than one particle.
 
     Args:
         guide: Any guide with forward trajectories, such as `diffusion.guide`.
@@ -166,7 +167,7 @@ class SampledTimeLoss(ELBO, abc.ABC):
 
     @abc.abstractmethod
     def end_loss(self, forward: ForwardTrajectory) -> Float[Array, "*batch"]:
-        """What the start of the reverse trajectory adds, x_T ~ π."""
+        """What the end of the forward trajectory adds: x_T, against π."""
 
     @abc.abstractmethod
     def data_loss(

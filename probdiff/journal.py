@@ -2,11 +2,12 @@
 
 A line of the log has
 
-    {"step": 2000, "seconds": 371.2, "loss": 612.4, "held_out": 598.1}
+    {"step": 2000, "seconds": 371.2, "loss": 612.4, "held_out": 598100.0}
 
 with the seconds of training up to then, interrupted parts left out, the mean loss per example since
-the line before, and the loss of the held-out data if there are any. A run that goes on from its
-checkpoint first takes back the lines of steps that it has to do again.
+the line before, and, if there are held-out data, the loss of all of them, summed and not per
+example. A run that goes on from its checkpoint first takes back the lines of steps that it has to
+do again.
 """
 
 import json

@@ -23,6 +23,9 @@ from probdiff import validation
 from probdiff.trajectories import ReverseTrajectory, first
 from probdiff.types import Params
 
+FLOOR = 1e-5
+"""Least variance along an axis, as a share of the largest: data need not fill their space."""
+
 
 class Covariance(NamedTuple):
     """Covariance Σ = U diag(λ) Uᵀ of the d numbers of x_0."""
@@ -73,7 +76,7 @@ class Prior:
         >>> import jax.numpy as jnp
         >>> from numpyro.handlers import seed, trace
         >>> from probdiff import Diffusion, GaussianKernel, schedules
-        >>> def network(x_t, t):  # z = v = 0: the exact reverse trajectory of N(0, I)
+        >>> def network(x_t, t):  # z = v = 0: exact for data from N(0, I)
         ...     return jnp.zeros((len(x_t), 4))
         >>> diffusion = Diffusion(
         ...     GaussianKernel(), schedules.linear(5, beta_T=0.5), network, event_shape=(2,)
@@ -127,7 +130,8 @@ class Prior:
         """
         diffusion = self.diffusion
         if (known is None) != (mask is None):
-            raise ValueError("known and mask must be given together; got one of them")
+            given = "mask" if known is None else "known"
+            raise ValueError(f"known and mask must be given together; got only {given}")
         if known is not None:
             validation.check_data(
                 diffusion.kernel, diffusion.event_shape, known, mask, "known",
@@ -167,10 +171,6 @@ def _warn_about_units(diffusion: Any, covariance: np.ndarray) -> None:
             "(x − loc)/scale",
             stacklevel=4,
         )
-
-
-FLOOR = 1e-5
-"""Least variance along an axis, as a share of the largest: data need not fill their space."""
 
 
 def _eigen(covariance: np.ndarray) -> Covariance:

@@ -2,9 +2,9 @@
 
 `numpyro.infer.Predictive(diffusion.model, params=..., num_samples=...)` does the same through the
 program. `ancestral` is for many draws: one compiled loop, kept between calls, that holds a single
-level of the diffusion unless trajectories are asked for, and runs in blocks that fit memory. Blocks
-have keys of their own, so several devices draw one each at the same time and never exchange
-anything (see `devices`).
+level unless whole trajectories are asked for, and runs in blocks that fit memory. Blocks have keys
+of their own, so several devices draw one each at the same time and never exchange anything (see
+`devices`).
 
 Source: Sohl-Dickstein et al. (2015), section 2.2.
 """
@@ -64,7 +64,7 @@ def ancestral(
         >>> import jax
         >>> import jax.numpy as jnp
         >>> from probdiff import Diffusion, GaussianKernel, sample, schedules
-        >>> def network(x_t, t):  # z = v = 0: the exact reverse trajectory of N(0, I)
+        >>> def network(x_t, t):  # z = v = 0: exact for data from N(0, I)
         ...     return jnp.zeros((len(x_t), 4))
         >>> diffusion = Diffusion(
         ...     GaussianKernel(), schedules.linear(5, beta_T=0.5), network, event_shape=(2,)
@@ -114,5 +114,5 @@ def _draw_block(
     key_walk, key_last = jax.random.split(key)
     reverse, _ = diffusion.bind(params, context=context)
     shape = () if context is not None else numbers.shape  # contexts bring the batch themselves
-    x_1, trajectory = reverse.walk(key_walk, shape, num_steps=steps, keep=keep_trajectory)
+    x_1, trajectory = reverse.walk(key_walk, shape, steps=steps, keep=keep_trajectory)
     return diffusion.data_given_first(reverse, x_1).sample(key_last), trajectory

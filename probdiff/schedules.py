@@ -60,8 +60,8 @@ def linear(T: int, *, beta_1: float = 1e-4, beta_T: float = 0.02) -> np.ndarray:
     """β_t in equal steps from `beta_1` to `beta_T` (Ho et al. 2020: 1e-4 to 0.02, T = 1000).
 
     Args:
-        T: Number of steps, at least 2. The diffusion forgets the data if T is large or `beta_T` is;
-            the default rates are meant for T = 1000.
+        T: Number of steps, at least 2. The data are forgotten if T is large or `beta_T` is; the
+            default rates are meant for T = 1000.
         beta_1: First rate, in (0, 1).
         beta_T: Last rate, in (0, 1].
 
@@ -116,6 +116,8 @@ def cosine(T: int, *, offset: float = 0.008, beta_max: float = 0.999) -> np.ndar
     _check_T(T)
     if not 0 < beta_max <= 1:
         raise ValueError(f"beta_max must lie in (0, 1]; got {beta_max}")
+    if not offset > 0:
+        raise ValueError(f"offset must be above 0; got {offset}")
     angle = 0.5 * math.pi * (np.arange(T + 1) / T + offset) / (1 + offset)
     alpha_bar = np.cos(angle) ** 2
     return check_beta(np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], beta_max))
@@ -158,7 +160,7 @@ def log_snr_linear(T: int, *, beta_1: float, alpha_bar_T: float) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Learned:
+class LearnedRates:
     """A schedule whose β_2..β_T are trained; made by `learned`.
 
     Args:
@@ -175,7 +177,7 @@ class Learned:
         return jnp.concatenate([first, rest])
 
 
-def learned(beta: Any) -> Learned:
+def learned(beta: Any) -> LearnedRates:
     """Make β_2..β_T one trained `numpyro.param`, starting at `beta`; β_1 is pinned.
 
     Gradients flow through x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε with ε held fixed ("frozen noise").
@@ -206,7 +208,7 @@ def learned(beta: Any) -> Learned:
     beta = check_beta(beta)
     if beta[-1] >= 1:
         raise ValueError("beta must lie in (0, 1) to be learned; got beta_T = 1")
-    return Learned(beta)
+    return LearnedRates(beta)
 
 
 def check_beta(beta: Any) -> np.ndarray:
@@ -237,7 +239,8 @@ def check_beta(beta: Any) -> np.ndarray:
     inside[-1] = 0 < beta[-1] <= 1
     if not inside.all():
         t = int(np.flatnonzero(~inside)[0]) + 1
-        raise ValueError(f"beta must lie in (0, 1); got {beta[t - 1]} at t = {t}")
+        interval = "(0, 1]" if t == len(beta) else "(0, 1)"
+        raise ValueError(f"beta must lie in {interval}; got {beta[t - 1]} at t = {t}")
     return beta
 
 
@@ -278,12 +281,12 @@ def steps(beta: Any) -> Step:
     return Step(t, *(jnp.asarray(column, jnp.result_type(float)) for column in columns))
 
 
-def respaced(table: Step, n: int) -> tuple[Int[np.ndarray, " n"], Step]:
+def respaced(table: Step, steps: int) -> tuple[Int[np.ndarray, " n"], Step]:
     """Fewer and longer steps: n levels of a table, evenly spread, the first and the last of them.
 
     Args:
         table: Coefficients of all T steps.
-        n: Number of steps, in 2..T.
+        steps: Number n of them, in 2..T.
 
     Returns:
         The levels' times, and the coefficients of the step from each level to the one before it;
@@ -301,10 +304,10 @@ def respaced(table: Step, n: int) -> tuple[Int[np.ndarray, " n"], Step]:
         >>> [round(a, 3) for a in longer.alpha_bar_s.tolist()]  # of the levels 0, 1 and 5
         [1.0, 0.889, 0.444]
     """
-    if not 2 <= n <= table.T:
-        raise ValueError(f"steps must lie in 2..T = {table.T}; got {n}")
-    times = np.unique(np.round(np.linspace(1, table.T, n)).astype(int))
-    if n == table.T:
+    if not 2 <= steps <= table.T:
+        raise ValueError(f"steps must lie in 2..T = {table.T}; got {steps}")
+    times = np.unique(np.round(np.linspace(1, table.T, steps)).astype(int))
+    if steps == table.T:
         return times, table
     at = jax.tree.map(lambda column: column[times - 1], table)
     alpha_bar_s = jnp.concatenate([table.alpha_bar_s[:1], at.alpha_bar_t[:-1]])

@@ -186,6 +186,7 @@ def _scaled(forward: ForwardTrajectory, error: Any, t: Int[Array, "*lead"]) -> A
 def _check(forward: ForwardTrajectory) -> None:
     if not isinstance(forward.kernel, GaussianKernel):
         raise ValueError(
-            f"L_simple must have numbers, whose noise is Gaussian; got {forward.kernel}. "
+            f"kernel must be GaussianKernel() for L_simple, whose noise is Gaussian; got "
+            f"{forward.kernel}. "
             "Use SampledTimeELBO"
         )

@@ -9,7 +9,6 @@ Each file is written beside its place and renamed into it, the configuration las
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from flax import nnx
 from safetensors.flax import load as read_tensors
 from safetensors.flax import save as write_tensors
 
-from probdiff import kernels, networks, readouts, schedules
+from probdiff import checkpoint, kernels, networks, readouts, schedules, validation
 from probdiff.diffusion import Diffusion
 from probdiff.networks.binding import built_in_config
 from probdiff.types import Network, Params
@@ -79,14 +78,15 @@ def save(path: str | Path, diffusion: Diffusion, params: Params) -> None:
         ['config.json', 'params.safetensors']
     """
     diffusion.check_params(params)
-    tensors = {name: jnp.asarray(leaf) for name, leaf in _named_leaves(params)}
+    leaves = validation.leaves_by_path(params)
+    tensors = {name: jnp.asarray(leaf) for name, leaf in leaves.items()}
     data = write_tensors(tensors)
     config = _config(diffusion) | {"params_sha256": hashlib.sha256(data).hexdigest()}
     config |= {"config_sha256": _digest(config)}
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "params.safetensors", data)
-    _replace(folder / "config.json", json.dumps(config, indent=1).encode())
+    checkpoint.replace(folder / "params.safetensors", data)
+    checkpoint.replace(folder / "config.json", json.dumps(config, indent=1).encode())
 
 
 def load(path: str | Path, *, network: Network | None = None) -> tuple[Diffusion, Params]:
@@ -130,18 +130,13 @@ def load(path: str | Path, *, network: Network | None = None) -> tuple[Diffusion
         raise ValueError(f"{file} must be as it was saved; its checksum is another")
     tensors = read_tensors(data)
     tree = jax.tree_util.tree_structure(diffusion.params_template)
-    names = [name for name, _ in _named_leaves(diffusion.params_template)]
+    names = list(validation.leaves_by_path(diffusion.params_template))
     if sorted(names) != sorted(tensors):
         raise ValueError(f"{file} must hold the parameters {sorted(names)}; got {sorted(tensors)}")
     leaves = [tensors[name] for name in names]
     params = jax.tree_util.tree_unflatten(tree, leaves)
     diffusion.check_params(params)
     return diffusion, params
-
-
-def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
 
 
 def _config(diffusion: Diffusion) -> dict[str, Any]:
@@ -152,7 +147,7 @@ def _config(diffusion: Diffusion) -> dict[str, Any]:
         "format": FORMAT,
         "kernel": _describe(diffusion.kernel),
         "beta": diffusion.rates.tolist(),
-        "beta_learned": isinstance(diffusion.schedule, schedules.Learned),
+        "beta_learned": isinstance(diffusion.schedule, schedules.LearnedRates),
         "network": {"type": kind, "settings": settings},
         "readout": _describe(diffusion.readout),
         "last_step": _describe(diffusion.last_step),
@@ -171,7 +166,9 @@ def _as_list(value: Any, default: float) -> Any:
 def _describe(part: Any) -> dict[str, Any]:
     """Type and fields of a kernel, readout, variance or last step."""
     if PARTS.get(type(part).__name__) is not type(part):
-        raise ValueError(f"only built-in parts can be saved; got {type(part).__name__}")
+        raise ValueError(
+            f"diffusion must be made of built-in parts to be saved; got {type(part).__name__}"
+        )
     fields = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
     values = {k: _describe(v) if dataclasses.is_dataclass(v) else v for k, v in fields.items()}
     return {"type": type(part).__name__} | values
@@ -181,7 +178,9 @@ def _revive(described: dict[str, Any]) -> Any:
     values = {k: v for k, v in described.items() if k != "type"}
     values = {k: _revive(v) if isinstance(v, dict) else v for k, v in values.items()}
     if described["type"] not in PARTS:
-        raise ValueError(f"config.json names an unknown part {described['type']!r}")
+        raise ValueError(
+            f"config.json must name built-in parts {sorted(PARTS)}; got {described['type']!r}"
+        )
     return PARTS[described["type"]](**values)
 
 
@@ -230,12 +229,3 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 def _digest(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-
-
-def _replace(file: Path, data: bytes) -> None:
-    beside = file.with_name(f".{file.name}.part")  # one name: killed saves do not pile up
-    with open(beside, "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(beside, file)

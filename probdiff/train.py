@@ -23,8 +23,8 @@ from numpyro.infer.svi import SVIState
 from probdiff import batches, devices
 from probdiff import checkpoint as checkpoints
 from probdiff.chunks import Record, Run, evaluated, first_record, held_out_losses, last_record
+from probdiff.compiled import compiled_of
 from probdiff.journal import HeldOutLosses, Journal, Progress
-from probdiff.steps import steps_of
 
 
 class Fit(NamedTuple):
@@ -151,9 +151,9 @@ def fit(
     key_init, key_batches, key_held_out = random.split(key, 3)
     source = batches.from_data(key_batches, data, batch_size, mesh)
     held_out = None if held_out is None else batches.as_arrays(held_out, "held_out")
-    steps = steps_of(svi)
-    state = steps.init(key_init, source.first)
-    global_latents = steps.global_latents(state, source.known)
+    compiled = compiled_of(svi)
+    state = compiled.init(key_init, source.first)
+    global_latents = compiled.global_latents(state, source.known)
     if batch_size is not None and global_latents:
         raise ValueError(
             "batch_size must be None where a latent site is outside every plate, since each "
@@ -161,7 +161,7 @@ def fit(
             f"numpyro.plate(..., subsample_size=); got the site {global_latents[0]!r}"
         )
     run = Run(
-        steps=steps,
+        compiled=compiled,
         source=source,
         num_steps=num_steps,
         ema_decay=ema_decay,
@@ -197,7 +197,7 @@ def _check(
     if ema_decay is not None and not 0 < ema_decay < 1:
         raise ValueError(f"ema_decay must lie in (0, 1); got {ema_decay}")
     if patience is not None and held_out is None:
-        raise ValueError(f"patience needs held_out, which must then be given; got {patience}")
+        raise ValueError(f"held_out must be given with patience; got None and patience={patience}")
 
 
 def _check_same(run: Run, record: Record, state: SVIState, identity: dict[str, str]) -> None:
@@ -216,7 +216,7 @@ def _result(run: Run, record: Record) -> Fit:
     if run.held_out is not None and record.step not in dict(record.evaluations):
         # It came after the checkpoint, for a run that goes on has no evaluation at this step.
         record = evaluated(run, record)
-    weights = run.steps.weights(record.carry) if run.patience is None else record.best
+    weights = run.compiled.weights(record.carry) if run.patience is None else record.best
     return Fit(
         params=weights.params,
         raw_params=weights.raw_params,
@@ -252,7 +252,7 @@ class _File(NamedTuple):
         for name in self.identity | found:
             if (there := found.get(name)) != (here := self.identity.get(name)):
                 raise ValueError(
-                    f"{self.path} holds another run: {name} is {there} there and {here} here"
+                    f"checkpoint must be of this run; {self.path} has {name} {there}, not {here}"
                 )
         losses, evaluations = arrays.pop("losses"), arrays.pop("evaluations")
         if losses.size > run.num_steps:
@@ -264,7 +264,9 @@ class _File(NamedTuple):
         try:
             tree = devices.replicate(checkpoints.unflatten(template, arrays), run.mesh)
         except ValueError as error:
-            raise ValueError(f"{self.path} holds another run: {error}") from error
+            raise ValueError(
+                f"checkpoint must be of this run; {self.path} is not: {error}"
+            ) from error
         run.losses[: losses.size] = losses
         done = tuple((int(step), float(loss)) for step, loss in evaluations)
         return Record(losses.size, tree["carry"], tree["best"], done)

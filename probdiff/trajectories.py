@@ -1,16 +1,15 @@
-"""Trajectories x_1..x_T as NumPyro distributions: the forward trajectory and the learned reverse
-trajectory.
+"""Trajectories x_1..x_T as NumPyro distributions: the forward one, and the learned reverse one.
 
 One trajectory is one value of shape `(T, *event_shape)`, level t at index t − 1:
 
     ForwardTrajectory   q(x_1..x_T | x_0) = ∏_{t ≥ 1} q(x_t | x_{t−1})                eq. 3
-    ReverseTrajectory   p(x_1..x_T) = π(x_T) ∏_{t ≥ 2} p(x_{t−1} | x_t)              eqs. 4 to 6
+    ReverseTrajectory   p(x_1..x_T) = π(x_T) ∏_{t ≥ 2} p(x_{t−1} | x_t)              eqs. 4 and 5
     DataGivenFirst      p(x_0 | x_1), the last reverse step, in the user's units
 
 As one vector site the trajectory does not care in which order a guide or a model walks it, works
 under any plate and handler, and is scored by a single batched network call. No closed form of KL
-is registered for these classes: an objective that looks for one (`TraceMeanField_ELBO`) falls back
-to sampled log-ratios, which is right, because x_1 depends on x_0.
+is registered for these classes, for p(x_s | x_t) asks a network at x_t: an objective that looks for
+one (`TraceMeanField_ELBO`) falls back to sampled log-ratios.
 
 Missing entries of x_0 (mask False) carry no information: forward they start at stationarity,
 x_1 ~ π; in the model they follow the same stationary process backwards, T_π(x_s | x_t) by detailed
@@ -95,9 +94,6 @@ class _Trajectory(dist.Distribution):
         """Put the time axis in front: `(..., T, *event)` to `(T, ..., *event)`."""
         return jnp.moveaxis(x, -1 - self.x_dim, 0)
 
-    def _keys(self, key: Array) -> Array:
-        return jax.random.split(key, self.steps.T)
-
 
 def _where(mask: Any, kept: Any, otherwise: Any) -> Any:
     return kept if mask is None else jnp.where(mask, kept, otherwise)
@@ -133,7 +129,8 @@ class ForwardTrajectory(_Trajectory):
             x_t = self.kernel.transition(x_s, step).sample(key)
             return x_t, x_t
 
-        _, trajectory = jax.lax.scan(advance, x_0, (self.steps, self._keys(key_steps)))
+        keys = jax.random.split(key_steps, self.steps.T)
+        _, trajectory = jax.lax.scan(advance, x_0, (self.steps, keys))
         return jnp.moveaxis(trajectory, 0, -1 - self.x_dim)
 
     def log_prob(self, value: Any, intermediates: Any = None) -> Any:
@@ -239,19 +236,19 @@ class ReverseTrajectory(_Trajectory):
         key: Array,
         sample_shape: tuple[int, ...] = (),
         *,
-        num_steps: int | None = None,
+        steps: int | None = None,
         keep: bool = False,
     ) -> tuple[Any, Any]:
-        """Draw from x_T down to x_1, over all T levels or over `num_steps` of them.
+        """Draw from x_T down to x_1, over all T levels or over `steps` of them.
 
         Returns:
             x_1, and the levels x_1..x_T on the axis in front of x's own if they are kept, or None.
         """
-        n = self.steps.T if num_steps is None else num_steps
+        n = self.steps.T if steps is None else steps
         times, table = schedules.respaced(self.steps, n)
-        key_last, key_steps = jax.random.split(key)
+        key_T, key_steps = jax.random.split(key)
         lead = (*sample_shape, *self.batch_shape)
-        x_T = self.kernel.stationary((*lead, *self.x_shape)).sample(key_last)
+        x_T = self.kernel.stationary((*lead, *self.x_shape)).sample(key_T)
 
         def retreat(x_t: Any, inputs: Any) -> Any:
             t, step, key = inputs
@@ -259,8 +256,8 @@ class ReverseTrajectory(_Trajectory):
             return x_s, x_s if keep else None
 
         keys = jax.random.split(key_steps, n - 1)
-        steps = (jnp.asarray(times[1:]), jax.tree.map(lambda column: column[1:], table), keys)
-        x_1, x = jax.lax.scan(retreat, x_T, steps, reverse=True)
+        inputs = (jnp.asarray(times[1:]), jax.tree.map(lambda column: column[1:], table), keys)
+        x_1, x = jax.lax.scan(retreat, x_T, inputs, reverse=True)
         if keep:
             x = jnp.moveaxis(jnp.concatenate([x, x_T[None]]), 0, -1 - self.x_dim)
         return x_1, x
@@ -297,8 +294,7 @@ def _times(start: int, stop: int, lead_dim: int) -> Int[Array, "..."]:
 
 
 def to_data(x: Any, support: Any, loc: Any, scale: Any) -> Any:
-    """x_0 in the user's units, on the grid where the support is one, from the scale of the
-    diffusion.
+    """From the scale of the diffusion to the user's units, and onto the grid where there is one.
 
     Symbols are as they are.
     """
@@ -309,9 +305,9 @@ def to_data(x: Any, support: Any, loc: Any, scale: Any) -> Any:
 
 
 class DataGivenFirst(dist.Distribution):
-    """Last reverse step p(x_0 | x_1) in the user's units, loc + scale · the diffusion's.
+    """Last reverse step p(x_0 | x_1) in the user's units: loc + scale · x, x ~ `base`.
 
-    Where the support is a `Grid` that is put on its nearest value, and `log_prob` is of a mass.
+    Where the support is a `Grid`, x_0 is put on its nearest value, and `log_prob` is of a mass.
     Symbols have no units: for them `loc` and `scale` are None. Entries whose mask is False do not
     enter `log_prob`.
     """

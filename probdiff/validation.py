@@ -62,8 +62,8 @@ def check_schedule(
     """What a readout or a diffusion of symbols asks of the rates and the last step."""
     if readout.needs_signal and rates[-1] == 1:
         raise ValueError(
-            f"readout {type(readout).__name__} divides by sqrt(alpha_bar_T); got a schedule with "
-            "beta_T = 1. Use Data, Velocity or Perturbation"
+            f"beta_T must be below 1 for readout {type(readout).__name__}, which divides by "
+            "sqrt(alpha_bar_T); got 1. Use Data, Velocity or Perturbation"
         )
     if isinstance(kernel, DiscreteKernel) and is_learned:
         raise ValueError(
@@ -134,14 +134,18 @@ def check_variance(event_shape: tuple[int, ...], variance: Any) -> np.ndarray:
     if not is_matrix and not (is_finite and (value > 0).all()):
         raise ValueError(f"variance must be positive and finite; got {variance}")
     if is_matrix and not (is_finite and np.allclose(value, value.T)):
-        raise ValueError("variance must be a symmetric, finite covariance; got one that is not")
+        asymmetry = np.max(np.abs(value - value.T))
+        raise ValueError(
+            "variance must be a symmetric, finite covariance; got one that differs from its "
+            f"transpose by {asymmetry:.3g}"
+        )
     return value
 
 
 def warn_about_moment(
     kernel: Any, event_shape: tuple[int, ...], rates: np.ndarray, x: Any, mask: Any
 ) -> None:
-    """Warn where data, on the scale of the diffusion, are far from the N(0, 1) that it ends in."""
+    """Warn where data, on the scale of the diffusion, are far from the second moment of π, 1."""
     if not isinstance(kernel, GaussianKernel) or not _is_concrete(x, mask):
         return
     size = int(np.prod(event_shape))
@@ -152,9 +156,10 @@ def warn_about_moment(
         return
     correction = -0.5 * size * (moment - 1) * float(np.prod(1 - rates) + rates[0])
     warnings.warn(
-        f"x_0 has second moment {moment:.3g} after loc and scale, where the diffusion ends in 1: "
-        f"the entropy form of the bound (eq. 14) is off by {correction:.3g} nats per example, and "
-        "sampling starts from another law than the diffusion reaches. Pass loc= and scale=",
+        f"x_0 has second moment {moment:.3g} after loc and scale, where x_T ~ π has 1: the "
+        f"entropy form of the bound (eq. 14) is off by {correction:.3g} nats per example, and "
+        "sampling starts from another law than the forward trajectory reaches. Pass loc= and "
+        "scale=",
         stacklevel=5,
     )
 
@@ -178,7 +183,7 @@ def check_params(template: Any, params: Any, name: str) -> None:
     """Parameters are those of the template: names, tree and shapes."""
     if not isinstance(params, dict):
         raise ValueError(f"params must be a dict by site name; got {type(params).__name__}")
-    expected, given = _leaves(template), _leaves(params)
+    expected, given = leaves_by_path(template), leaves_by_path(params)
     missing = sorted(expected.keys() - given.keys())
     unknown = sorted(given.keys() - expected.keys())
     if missing or unknown:
@@ -210,7 +215,7 @@ def _observed(x: Any, mask: Any) -> np.ndarray:
     return values if mask is None else values[np.asarray(mask)]
 
 
-def _leaves(tree: Any) -> dict[str, Any]:
+def leaves_by_path(tree: Any) -> dict[str, Any]:
     """Leaves by their path, as text."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}

@@ -118,7 +118,7 @@ def test_blocks_keep_every_example_and_its_context():
 
 def shift(diffusion, mean, t):
     """What a mean adds to the denoised point of the exact diffusion with mean 0, x_t held fixed."""
-    step = diffusion.bound_steps({}).at(t, 1)
+    step = diffusion.steps_given({}).at(t, 1)
     variance = 1 / (1 / 0.5**2 + step.alpha_bar_t / step.noise_t)
     return variance * mean / 0.5**2
 

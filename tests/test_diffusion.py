@@ -488,11 +488,11 @@ def wide(x_t, t):
         ),
         (
             {"beta": schedules.harmonic(T), "readout": readouts.Epsilon()},
-            "Epsilon divides by .*beta_T = 1. Use Data, Velocity or Perturbation",
+            "beta_T must be below 1 for readout Epsilon, .*; got 1. Use Data, Velocity or Perturbation",
         ),
         (
             {"beta": schedules.harmonic(T), "readout": readouts.Score()},
-            "Score divides by .*beta_T = 1. Use Data, Velocity or Perturbation",
+            "beta_T must be below 1 for readout Score, .*; got 1. Use Data, Velocity or Perturbation",
         ),
     ],
 )

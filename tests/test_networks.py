@@ -281,3 +281,19 @@ def test_a_shape_that_is_none_is_refused(unchecked, name):
     message = r"event_shape must be a tuple of ints such as \(12,\); got 12"
     with pytest.raises(ValueError, match=message):
         getattr(networks, name)(12, *BUILT_IN[name], rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("name", ["Perceptron", "SharedHead", "SigmoidPerceptron"])
+def test_a_network_without_layers_is_refused(name):
+    for argument, counts in {"width": (0, 2), "depth": (8, 0)}.items():
+        with pytest.raises(ValueError, match=f"{argument} must be at least 1; got 0"):
+            getattr(networks, name)((2,), *counts, T, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("name", ["Perceptron", "RadialBasis", "SharedHead", "SigmoidPerceptron"])
+def test_bits_are_seen_as_the_numbers_they_are(name):
+    network = randomise(getattr(networks, name)((2,), *BUILT_IN[name], rngs=nnx.Rngs(0)))
+    bits, t = jnp.array([[0, 1], [0, 1], [1, 1]]), jnp.array([1, T, T])
+    out = network(bits, t)
+    np.testing.assert_array_equal(out, network(bits.astype(float), t))
+    assert np.abs(np.asarray(out[0] - out[1])).max() > 1e-3  # the step counts

@@ -296,8 +296,8 @@ def with_nan(place):
 @pytest.mark.parametrize(
     ("known", "mask", "message"),
     [
-        (KNOWN, None, "known and mask must be given together"),
-        (None, MASK, "known and mask must be given together"),
+        (KNOWN, None, "given together; got only known"),
+        (None, MASK, "given together; got only mask"),
         (KNOWN[:, 0], MASK[:, 0], "known must have shape (..., 2); got (3,)"),
         (KNOWN, MASK[0], "mask must have the shape of known, (3, 2); got (2,)"),
         (KNOWN, MASK.astype(int), "mask must be boolean"),

@@ -50,7 +50,7 @@ COMMON = f"""
         Diffusion, GaussianKernel, SampledTimeELBO, batches, devices, diagnostics, fit, networks,
         readouts, sample, schedules,
     )
-    from probdiff.steps import steps_of
+    from probdiff.compiled import compiled_of
 
     T = {T}
     beta = schedules.log_snr_linear(T=T, beta_1=1e-2, alpha_bar_T=1e-2)
@@ -67,10 +67,10 @@ COMMON = f"""
 
     def in_a_step(svi, data, batch_size):
         source = batches.from_data(random.key(2), data, batch_size, mesh)
-        steps = steps_of(svi)
-        carry = steps.start(steps.init(random.key(0), source.first), averaged=True)
+        compiled = compiled_of(svi)
+        carry = compiled.start(compiled.init(random.key(0), source.first), averaged=True)
         options = np.int32(0), np.int32(1), 0.9, np.zeros(source.capacity, np.float32)
-        lowered = steps.chunk.lower(
+        lowered = compiled.chunk.lower(
             devices.replicate(carry, mesh), *source.take(0, 1), *options, mesh=mesh
         )
         return collectives(lowered.compile().as_text())

@@ -424,7 +424,7 @@ def entropy_form(
     diffusion.check_data(x_0)
     if np.shape(kl) != (len(x_0), diffusion.T - 1):
         raise ValueError(f"kl must have shape {(len(x_0), diffusion.T - 1)}; got {np.shape(kl)}")
-    steps = diffusion.bound_steps(params)
+    steps = diffusion.steps_given(params)
     kernel, event_dim = diffusion.kernel, len(diffusion.event_shape)
     x = diffusion.to_state(jnp.asarray(x_0))
     q_1 = kernel.marginal(x, steps.at(1, event_dim))

@@ -94,7 +94,7 @@ def entropies(diffusion: Diffusion, params: Params, x_0: Data, tree: xr.DataTree
     if isinstance(kernel, AbsorbingKernel):
         raise ValueError(f"kernel must put mass on data for eq. 24; got {kernel}")
     x = diffusion.to_state(jnp.asarray(x_0))
-    steps = diffusion.bound_steps(params)
+    steps = diffusion.steps_given(params)
     forward, before, after, log_pi = _closed_forms(kernel, x, steps, len(diffusion.event_shape))
     lower = (forward + before - after).mean(1)
     pi = kernel.stationary(x.shape)
@@ -246,7 +246,7 @@ def _contrast(
     key: Array, params: Params, x_0: Any, levels: Array, diffusion: Diffusion
 ) -> Float[Array, "levels N"]:
     """log q(x_t | x_0) − log (1/N) Σ_j q(x_t | x_0^j) at one draw per example and level."""
-    forward = diffusion.forward_trajectory(diffusion.bound_steps(params), x_0)
+    forward = diffusion.forward_trajectory(diffusion.steps_given(params), x_0)
     n = len(x_0)
 
     def at(inputs: tuple[Any, Any]) -> Any:

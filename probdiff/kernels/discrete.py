@@ -34,7 +34,7 @@ class DiscreteKernel(abc.ABC):
         T(x_t | x_s; β) = (1 − β) 1[x_t = x_s] + β π(x_t)
 
     Abstract: a subclass gives π by `log_pi`, and the numbers of states, of which the data take the
-    first `num_data_states`. For a subclass of your own give `Diffusion` the readout `DataLogits()`.
+    first `num_data_states`.
 
     Example:
         Letters are redrawn by their frequencies:
@@ -80,7 +80,7 @@ class DiscreteKernel(abc.ABC):
         """Data as the diffusion holds them: int32."""
         return jnp.asarray(x_0).astype(jnp.int32)
 
-    def check_values(self, values: np.ndarray, argument: str = "x_0") -> None:
+    def check_values(self, values: np.ndarray, argument: str) -> None:
         """Raise a `ValueError` unless all values are states of the data."""
         bad = ~np.isin(values, np.arange(self.num_data_states))
         if bad.any():
@@ -90,7 +90,7 @@ class DiscreteKernel(abc.ABC):
             )
 
     def stationary(self, shape: tuple[int, ...]) -> States | Bits:
-        """Law the diffusion ends in, π, for each of `shape` symbols."""
+        """Law the forward trajectory ends in, π, for each of `shape` symbols."""
         return States(jnp.broadcast_to(jnp.asarray(self.log_pi), (*shape, self.num_states)))
 
     def transition(self, x_s: Symbols, step: Step) -> States | Bits:
@@ -104,8 +104,8 @@ class DiscreteKernel(abc.ABC):
     def bridge(self, x_t: Symbols, x_0: Symbols, step: Step) -> States | Bits:
         """Forward process pinned at both ends, q(x_s | x_t, x_0) with s = t − 1.
 
-        q(x_s | x_t, x_0) ∝ q(x_t | x_s) q(x_s | x_0). Ends that no diffusion joins (an absorbing
-        diffusion that left x_0 for another class) have no law; there x_s = x_t stands in.
+        q(x_s | x_t, x_0) ∝ q(x_t | x_s) q(x_s | x_0). Ends that no trajectory joins (absorbing: x_t
+        is a class other than x_0) have no law; there x_s = x_t stands in.
 
         Source: Sohl-Dickstein et al. (2015), section 2.4 and appendix B.3.
         """
@@ -155,8 +155,8 @@ class BernoulliKernel(DiscreteKernel):
     """Binomial diffusion of bits, x_t ~ B((1−β) x_s + rate · β), with stationary law B(rate).
 
     Args:
-        rate: Mean activity of a bit at the end of the diffusion, in (0, 1): a number, or one for
-            each bit of an example as nested tuples (an array is turned into them).
+        rate: Mean activity of a bit under π, in (0, 1): a number, or one for each bit of an example
+            as nested tuples (an array is turned into them).
 
     Raises:
         ValueError: if a rate is outside (0, 1).
@@ -194,7 +194,7 @@ class BernoulliKernel(DiscreteKernel):
         return np.asarray(self.rate)
 
     # A logit of a bit has only two values per step, for x = 0 and for x = 1: they are computed per
-    # step and chosen per bit, which makes the diffusion as cheap as the network's last layer.
+    # step and chosen per bit, which makes a law as cheap as the network's last layer.
 
     def stationary(self, shape: tuple[int, ...]) -> Bits:
         """B(rate) for each of `shape` bits."""

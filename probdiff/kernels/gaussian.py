@@ -56,7 +56,7 @@ class GaussianKernel:
         """Data as the diffusion holds them: unchanged."""
         return x_0
 
-    def check_values(self, values: np.ndarray, argument: str = "x_0") -> None:
+    def check_values(self, values: np.ndarray, argument: str) -> None:
         """Raise a `ValueError` unless the values are finite real numbers."""
         if not np.isfinite(values).all():
             raise ValueError(
@@ -70,7 +70,7 @@ class GaussianKernel:
         return -0.5 * (math.log(2 * math.pi) + law.loc**2 + law.scale**2)
 
     def stationary(self, shape: tuple[int, ...]) -> dist.Distribution:
-        """Law the diffusion ends in, π = N(0, 1), for each of `shape` numbers."""
+        """Law the forward trajectory ends in, π = N(0, 1), for each of `shape` numbers."""
         return dist.Normal(jnp.zeros(shape), 1.0)
 
     def transition(self, x_s: Float[Array, "*shape"], step: Step) -> dist.Distribution:

@@ -32,7 +32,10 @@ def from_patches(x: Float[Array, "B h w c"], patch: int) -> Float[Array, "B H W 
 
 
 def convolve(x: Array, kernel: Array, *args: Any, **kwargs: Any) -> Array:
-    """3 × 3 convolution, NHWC × HWIO, padded to the same size; fast gradients in loops on a CPU."""
+    """3 × 3 convolution, NHWC × HWIO, padded to the same size; fast gradients in loops on a CPU.
+
+    `nnx.Conv` hands over strides, padding and layout too, which are always those of `_plain`.
+    """
     if jax.default_backend() == "cpu":
         return _canonical(x, kernel)
     return _plain(x, kernel)

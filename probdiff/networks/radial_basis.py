@@ -12,9 +12,9 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
-from probdiff.networks.shapes import check_shape, output_shape
+from probdiff.networks.shapes import check_counts, check_shape, output_shape
 
 
 class RadialBasis(nnx.Module):
@@ -30,7 +30,7 @@ class RadialBasis(nnx.Module):
         width: Number of basis functions.
         T: Number of steps; the network serves no other T.
         outputs: 2 for a readout with learned variance, 1 for one without.
-        rngs: Draws the centres from N(0, 1), the law the diffusion ends in.
+        rngs: Draws the centres from N(0, 1), the stationary law.
 
     Example:
         >>> import jax
@@ -56,6 +56,7 @@ class RadialBasis(nnx.Module):
         rngs: nnx.Rngs,
     ):
         event_shape = check_shape("event_shape", event_shape)
+        check_counts(width=width)
         self.event_shape, self.width, self.T, self.outputs = event_shape, width, T, outputs
         size = math.prod(event_shape)
         self.centres = nnx.Param(jax.random.normal(rngs.params(), (width, size)))
@@ -63,7 +64,7 @@ class RadialBasis(nnx.Module):
         self.weights = nnx.Param(jnp.zeros((T, width, outputs * size)))
         self.biases = nnx.Param(jnp.zeros((T, outputs * size)))
 
-    def __call__(self, x_t: Float[Array, "B ..."], t: Int[Array, " B"]) -> Float[Array, "B ..."]:
+    def __call__(self, x_t: Num[Array, "B ..."], t: Int[Array, " B"]) -> Float[Array, "B ..."]:
         """Outputs `(B, *event_shape)`, the last axis `outputs` times as long."""
         x = x_t.reshape(x_t.shape[0], -1)
         # |x − c|² term by term: a matrix product would lose digits where x is near a centre

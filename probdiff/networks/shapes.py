@@ -18,6 +18,13 @@ def check_shape(argument: str, shape: Any) -> tuple[int, ...]:
         ) from None
 
 
+def check_counts(**counts: int) -> None:
+    """Raise a `ValueError` unless every count is at least 1."""
+    for argument, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{argument} must be at least 1; got {count}")
+
+
 def output_shape(event_shape: tuple[int, ...], outputs: int) -> tuple[int, ...]:
     """Event shape with its last axis `outputs` times as long; `(outputs,)` for scalars."""
     if not event_shape:

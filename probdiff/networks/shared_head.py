@@ -17,10 +17,10 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
-from probdiff.networks.perceptron import bump_functions
-from probdiff.networks.shapes import check_shape, output_shape
+from probdiff.networks.perceptron import as_numbers, bump_functions
+from probdiff.networks.shapes import check_counts, check_shape, output_shape
 
 
 class SharedHead(nnx.Module):
@@ -71,6 +71,7 @@ class SharedHead(nnx.Module):
         rngs: nnx.Rngs,
     ):
         event_shape = check_shape("event_shape", event_shape)
+        check_counts(width=width, depth=depth)
         self.event_shape, self.width, self.depth, self.T = event_shape, width, depth, T
         self.channels, self.head_width = channels, head_width
         self.bumps, self.outputs, self.context_size = bumps, outputs, context_size
@@ -89,13 +90,13 @@ class SharedHead(nnx.Module):
 
     def __call__(
         self,
-        x_t: Float[Array, "B ..."],
+        x_t: Num[Array, "B ..."],
         t: Int[Array, " B"],
         context: Float[Array, "B ..."] | None = None,
     ) -> Float[Array, "B ..."]:
         """Outputs `(B, *event_shape)`, the last axis `outputs` times as long."""
         batch = x_t.shape[0]
-        x = x_t.reshape(batch, -1)
+        x = as_numbers(x_t, 0).reshape(batch, -1)
         size = x.shape[1]
         g = bump_functions(t, self.T, self.bumps).astype(x.dtype)
         if context is not None:

@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
 from probdiff.networks.perceptron import as_numbers
-from probdiff.networks.shapes import check_shape, output_shape
+from probdiff.networks.shapes import check_counts, check_shape, output_shape
 
 
 class SigmoidPerceptron(nnx.Module):
@@ -59,6 +59,7 @@ class SigmoidPerceptron(nnx.Module):
         rngs: nnx.Rngs,
     ):
         event_shape = check_shape("event_shape", event_shape)
+        check_counts(width=width, depth=depth)
         self.event_shape, self.width, self.depth, self.T = event_shape, width, depth, T
         self.outputs = outputs
         size = math.prod(event_shape)

@@ -4,8 +4,8 @@
     h = blocks(h, e) at each resolution, halved on the way down, doubled on the way up, with skips
     output_i = head(x_t,i, h_i, e)            pixel by pixel, the same head everywhere
 
-e is an embedding of the step, of t/T or of the log-SNR log ᾱ_t/(1−ᾱ_t), and of the
-context. The log-SNR says how noisy x_t is whatever the schedule, so that the network serves any T.
+e embeds the step (t/T, or the log-SNR log ᾱ_t/(1−ᾱ_t)) and the context. The log-SNR says how noisy
+x_t is whatever the schedule, so that the network then serves any T.
 
 The head sees each pixel of x_t itself. Near the data a denoiser turns sharply with the pixel that
 it denoises, between the ends of the grey scale, and slowly with all others; convolutions over

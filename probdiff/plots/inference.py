@@ -17,7 +17,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from scipy import stats
 
-from probdiff.plots.style import BLUE, ORANGE, Grid, axes_or_new, grid_or_new
+from probdiff.plots.style import BLUE, ORANGE, AxesGrid, axes_or_new, grid_or_new
 
 COLUMNS = 4
 """Panels of a calibration side by side."""
@@ -26,7 +26,7 @@ LEFT_OUT = "credible_interval", "suspicious_points", "p_value_text", "remove_axi
 
 
 def ess_trace(tree: xr.DataTree, *, threshold: float | None = 0.5, ax: Axes | None = None) -> Axes:
-    """Effective share of particles down the diffusion, noise on the left, one line for each run.
+    """Effective share of particles at each level, noise on the left, one line for each run.
 
     Where the prior stands in plates, the least over them is shown, and a mark wherever any of them
     was resampled. At t = 0 stands the share that the final draws rest on.
@@ -139,7 +139,7 @@ def evidence(tree: xr.DataTree, *, prob: float = 0.95, ax: Axes | None = None) -
 
 
 def calibration(
-    tree: xr.DataTree, *, num_panels: int = 8, axes: Grid = None, **options: Any
+    tree: xr.DataTree, *, num_panels: int = 8, axes: AxesGrid = None, **options: Any
 ) -> np.ndarray:
     """Δ-ECDF of each quantity's PITs: log r, then the quantities that look worst.
 
@@ -212,7 +212,7 @@ def calibration(
     return axes
 
 
-def _axes_of(axes: Grid, count: int) -> np.ndarray:
+def _axes_of(axes: AxesGrid, count: int) -> np.ndarray:
     """One axes for each panel, in a new figure where none are given."""
     if axes is not None:
         axes = np.ravel(np.asarray(axes, dtype=object))

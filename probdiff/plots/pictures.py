@@ -20,7 +20,7 @@ from probdiff.plots.style import (
     GREEN,
     ORANGE,
     SKY,
-    Grid,
+    AxesGrid,
     axes_or_new,
     grid_or_new,
     square,
@@ -120,7 +120,7 @@ def drift(
     Args:
         x: Where the arrows start.
         displacement: f_μ(x, t) − x at these points.
-        behind: Points of the diffusion at this level, drawn pale behind the arrows.
+        behind: Draws of the reverse trajectory at this level, drawn pale behind the arrows.
         title: Title of the panel.
         limit: Half the width of the panel.
         ax: Where to draw; a new figure if absent.
@@ -211,7 +211,7 @@ def figure_1(
     *,
     drift_levels: Sequence[int] | None = None,
     limit: float = 2.6,
-    axes: Grid = None,
+    axes: AxesGrid = None,
 ) -> np.ndarray:
     """Figure 1 of the paper: data diffusing, noise becoming data, and the drift that does it.
 
@@ -220,8 +220,7 @@ def figure_1(
         reverse: Draws of the learned reverse trajectory at the levels.
         grid: Where the arrows of each drift start.
         drifts: f_μ(x, t) − x there.
-        behind: Draws of the reverse trajectory at the levels of the third row, pale behind the
-            arrows.
+        behind: Draws of the reverse trajectory at `drift_levels`, pale behind the arrows.
         levels: Levels t of the columns; 0 is the data.
         drift_levels: Levels of the third row, `levels` if absent: no step leads down from 0.
         limit: Half the width of each panel.

@@ -16,7 +16,7 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 
 from probdiff.plots.pictures import Points
-from probdiff.plots.style import BLUE, ORANGE, SKY, Grid, axes_or_new, grid_or_new, square
+from probdiff.plots.style import BLUE, ORANGE, SKY, AxesGrid, axes_or_new, grid_or_new, square
 
 Images = Num[Array | np.ndarray, "_ _ _"]
 
@@ -33,7 +33,7 @@ def posterior_images(
     vmin: float | int = 0.0,
     vmax: float | int = 1.0,
     observation_limits: tuple[Any, Any] | None = None,
-    axes: Grid = None,
+    axes: AxesGrid = None,
 ) -> np.ndarray:
     """A sheet with a row for each example: truth, observation, draws, mean and sd.
 

@@ -16,7 +16,7 @@ BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 """For what is drawn: in a pair, blue first."""
 SKY = "#56B4E9"
 """Where an image has no pixel."""
-Grid = Any
+AxesGrid = Any
 """Axes in rows and columns: an array of them, or nested sequences."""
 
 
@@ -24,7 +24,9 @@ def axes_or_new(ax: Axes | None) -> Axes:
     return plt.figure(figsize=(6, 4), layout="constrained").subplots() if ax is None else ax
 
 
-def grid_or_new(axes: Grid, rows: int, columns: int, *, figsize: tuple[float, float]) -> np.ndarray:
+def grid_or_new(
+    axes: AxesGrid, rows: int, columns: int, *, figsize: tuple[float, float]
+) -> np.ndarray:
     """Axes `(rows, columns)`, in a new figure where none are given.
 
     Raises:

@@ -3,9 +3,9 @@
 Both show means with a band of two standard errors, over steps of a block or over examples, and
 say in a legend what the numbers add up to:
 
-    K = reconstruction − Σ_t KL_t − KL of the prior.
+    K = reconstruction − Σ_t KL_t − KL(q(x_T | x_0) ‖ π).
 
-Source: Sohl-Dickstein et al. (2015), eq. 14, for the terms of the bound.
+Source: Sohl-Dickstein et al. (2015), appendix B: the terms before eq. 14 takes the entropies out.
 """
 
 import math
@@ -26,14 +26,14 @@ def losses(
     held_out: tuple[Any, Any] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Training loss per example in nats: means over blocks of steps, at most 100 of them.
+    """Training loss per example: means over blocks of steps, at most 100 of them.
 
     The loss of a single step is an estimate at random levels, far noisier than what it estimates;
     the band is two standard errors of each block's mean. The picture's upper edge ignores the first
     tenth of training, which would flatten the rest.
 
     Args:
-        losses: Loss of each step, summed over its batch, nats.
+        losses: Loss of each step, summed over its batch; −K in nats for the bound.
         batch_size: Examples in a batch.
         held_out: Steps, and loss per example on held-out data at these.
         ax: Where to draw; a new figure if absent.
@@ -46,7 +46,7 @@ def losses(
         >>> from probdiff import plots
         >>> ax = plots.losses(np.linspace(30.0, 10.0, 1000), batch_size=10)
         >>> ax.get_ylabel(), ax.lines[0].get_label()
-        ('loss −K (nats per example)', 'training, means of 10 steps')
+        ('loss per example', 'training, means of 10 steps')
     """
     ax = axes_or_new(ax)
     values = np.asarray(losses, np.float64) / batch_size
@@ -65,7 +65,7 @@ def losses(
         low = min(low, np.min(held_out[1]))
     margin = 0.1 * max(high - low, 1e-3)
     ax.set_ylim(low - margin, high + margin)
-    ax.set(xlabel="training step", ylabel="loss −K (nats per example)")
+    ax.set(xlabel="training step", ylabel="loss per example")
     ax.legend(frameon=False)
     return ax
 
@@ -74,7 +74,7 @@ def bound_per_step(tree: xr.DataTree, *, ax: Axes | None = None) -> Axes:
     """Where the nats go: KL_t of every step with a band of two standard errors over examples.
 
     The legend gives the three parts, whose difference is the bound:
-    K = reconstruction − Σ_t KL_t − KL of the prior.
+    K = reconstruction − Σ_t KL_t − KL(q(x_T | x_0) ‖ π).
 
     Args:
         tree: What `diagnostics.bound` returned.
@@ -110,7 +110,7 @@ def bound_per_step(tree: xr.DataTree, *, ax: Axes | None = None) -> Axes:
     parts = f"Σ KL = {mean.sum():.4g} nats"
     ax.fill_between(steps, mean - 2 * se, mean + 2 * se, color=BLUE, alpha=0.3, linewidth=0)
     ax.plot(steps, mean, color=BLUE, linewidth=1.5, label=f"KL of step t ± 2 se, {parts}")
-    for name, text in (("reconstruction", "log p(x₀|x₁)"), ("prior_kl", "KL of the prior")):
+    for name, text in (("reconstruction", "log p(x₀|x₁)"), ("prior_kl", "KL(q(x_T|x₀) ‖ π)")):
         value = float(group[name].mean())
         ax.plot([], [], " ", label=f"{text} = {value:.4g} nats")
     mean_bits, se_bits = group.attrs["mean_bits"], group.attrs["se_bits"]

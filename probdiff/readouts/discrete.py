@@ -5,10 +5,9 @@
                  p(x_s | x_t) = Σ_j p(x_0 = j | x_t) q(x_s | x_t, x_0 = j)
 
 `Logits` is the paper's f_b with the forward kernel's own logit taken out, as the Gaussian readout
-perturbs the Gaussian kernel: z = 0 is the exact reverse trajectory of π, and any f_b can be
+perturbs the Gaussian kernel: z = 0 is the exact reverse step of data from π, and any f_b can be
 reached. `DataLogits` says what the data are and leaves the steps to the bridge (Austin et al.
-2021); the network gives one number for a bit, the logit of 1, and K numbers on the last axis for K
-classes.
+2021); its network gives a bit one number, the logit of 1, and a class K, on the last axis.
 
 Sources: Sohl-Dickstein et al. (2015), table App. 1; Austin et al. (2021), equation 4.
 """
@@ -94,7 +93,7 @@ class Logits(DiscreteReadout):
 
         p(x_s = 1 | x_t) = f_b = sigmoid(z + logit T_π(1 | x_t; β_t))
 
-    It takes no arguments. With z = 0 it is the exact reverse trajectory of π.
+    It takes no arguments. With z = 0 it is the exact reverse step of data from π.
 
     Example:
         >>> import jax.numpy as jnp

@@ -4,11 +4,11 @@ The reverse step of a Gaussian diffusion is N(mean, variance), elementwise. A re
 network's first output z stands for; each also gives x̂_0 = E[x_0 | x_t], since mean and x̂_0 are
 linked by the bridge, mean = w_0 x̂_0 + w_t x_t:
 
-    Perturbation  mean = √(1−β_t) x_t + √β_t z        z = 0 is exact for N(0, 1)
+    Perturbation  mean = √(1−β_t) x_t + √β_t z        z = 0, variance β_t: exact for N(0, 1)
     Epsilon       x̂_0 = (x_t − √(1−ᾱ_t) z) / √ᾱ_t     z is the noise
     Data          x̂_0 = z
     Velocity      x̂_0 = √ᾱ_t x_t − √(1−ᾱ_t) z         z = √ᾱ_t ε − √(1−ᾱ_t) x_0
-    Score         x̂_0 = (x_t + (1−ᾱ_t) z) / √ᾱ_t      z = ∇ log p(x_t)
+    Score         x̂_0 = (x_t + (1−ᾱ_t) z) / √ᾱ_t      z = ∇ log q(x_t)
 
 `Perturbation` is the 2015 readout in the form of its authors' program: the paper prints
 (x − z)(1 − Σ) + z, whose stationary variance is about one half.
@@ -269,8 +269,8 @@ class Denoiser(GaussianReadout):
         return self.denoise(outputs[0], x_t, step)
 
     def fixed_variance(self, *, longer: bool) -> Variance | None:
-        """The variance unless it is learned, which it is for single steps alone."""
-        if not isinstance(self.variance, LearnedVariance):
+        """The variance unless the network says it, which it does for single steps alone."""
+        if not self.variance.num_outputs:
             return self.variance
         return BridgeVariance() if longer else None
 
@@ -287,7 +287,7 @@ class Denoiser(GaussianReadout):
 class Perturbation(Denoiser):
     """Perturbed forward kernel, mean √(1−β_t) x_t + √β_t z: the readout of 2015.
 
-    With z = 0 and variance β_t it is the exact reverse trajectory of N(0, 1), from which training
+    With z = 0 and variance β_t it is the exact reverse step of N(0, 1) data, from which training
     starts where a network's output starts at 0.
 
     Args:
@@ -410,7 +410,7 @@ class Velocity(Denoiser):
 
 @dataclasses.dataclass(frozen=True)
 class Score(Denoiser):
-    """The network predicts the score ∇ log p(x_t) = −E[ε | x_t] / √(1−ᾱ_t).
+    """The network predicts the score ∇ log q(x_t) = −E[ε | x_t] / √(1−ᾱ_t).
 
         x̂_0 = (x_t + (1−ᾱ_t) z) / √ᾱ_t,    hence β_T must be below 1
 

@@ -109,7 +109,7 @@ class Grid(constraints.Constraint):
         open_ = log_ndtr(jnp.where(is_low, h + c, h - c))
         return jnp.where(self(x), jnp.where(is_low | is_high, open_, inner), -jnp.inf)
 
-    def check_values(self, values: np.ndarray, argument: str = "x_0") -> None:
+    def check_values(self, values: np.ndarray, argument: str) -> None:
         """Raise a `ValueError` unless the values lie on the grid."""
         index = np.round((np.asarray(values, np.float64) - self.low) / self.spacing)
         nearest = self.values[np.clip(index, 0, self.levels - 1).astype(int)]

@@ -137,11 +137,10 @@ class Discretised(LastStep):
     The bound is then one of a probability, at most −H(X_0), and `diagnostics.bits_per_dim` applies
     without dequantisation.
 
-    Let the first noise, √β_1 · scale, be about the spacing Δ (1.3 Δ in DDPM): with less, the
-    diffusion pays for levels on which the network would have to know the grid. Digits of 17 grey
-    levels, a small network after 800 steps: 4.06, 2.52, 2.34 and 2.24 bits per pixel at 0.08, 0.4,
-    0.7 and 1.2 Δ, and 2.69 for the same network on dequantised digits with β_1 = 2e-4 (errors
-    0.015).
+    Let the first noise, √β_1 · scale, be about the spacing Δ (1.3 Δ in DDPM): with less, nats are
+    paid at levels where the network would have to know the grid. Digits of 17 grey levels, a small
+    network after 800 steps: 4.06, 2.52, 2.34 and 2.24 bits per pixel at 0.08, 0.4, 0.7 and 1.2 Δ,
+    and 2.69 for the same network on dequantised digits with β_1 = 2e-4 (errors 0.015).
 
     Args:
         low: Least value, the user's units.

@@ -60,8 +60,8 @@ class Carry(NamedTuple):
     ema: Any
 
 
-class Steps:
-    """The compiled functions of one SVI; `steps_of` makes and keeps them.
+class Compiled:
+    """The compiled functions of one SVI; `compiled_of` makes and keeps them.
 
     Args:
         svi: Held by a weak reference, or what is kept for it would keep it alive.
@@ -186,13 +186,13 @@ class Steps:
         return svi.loss.loss(key, params, svi.model, svi.guide, *args, **options)
 
 
-_kept: weakref.WeakKeyDictionary[SVI, Steps] = weakref.WeakKeyDictionary()
+_kept: weakref.WeakKeyDictionary[SVI, Compiled] = weakref.WeakKeyDictionary()
 
 
-def steps_of(svi: SVI) -> Steps:
+def compiled_of(svi: SVI) -> Compiled:
     """The compiled functions of an SVI, the same ones at every call."""
     if svi not in _kept:
-        _kept[svi] = Steps(svi)
+        _kept[svi] = Compiled(svi)
     return _kept[svi]
 
 
