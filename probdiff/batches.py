@@ -35,6 +35,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int32, PRNGKeyArray
 
 from probdiff import checkpoint, devices
+from probdiff.arguments import check_at_least
 
 _MAX_STEPS = 1024  # of a chunk: their losses and indices are kept
 _MAX_INDICES = 2**20  # 4 MiB of indices a chunk
@@ -137,8 +138,7 @@ class Minibatches:
 
     def __init__(self, key: PRNGKeyArray, data: Any, batch_size: int, mesh: Mesh | None):
         self._N = _shared_length(data, "data")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+        check_at_least(1, batch_size=batch_size)
         if batch_size > self._N:
             raise ValueError(
                 f"batch_size must be at most the {self._N} examples in data; got {batch_size}"

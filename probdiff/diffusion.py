@@ -33,9 +33,10 @@ from jaxtyping import Array, Bool, Shaped
 from numpyro.distributions import constraints
 
 from probdiff import readouts, schedules, validation
+from probdiff.arguments import check_shape, shape_text
 from probdiff.kernels import BernoulliKernel, DiscreteKernel, GaussianKernel
 from probdiff.networks.binding import bind, example_inputs
-from probdiff.networks.shapes import check_shape, output_shape
+from probdiff.networks.shapes import output_shape
 from probdiff.prior import Prior
 from probdiff.trajectories import (
     TRAJECTORY_SUFFIX,
@@ -543,7 +544,7 @@ class Diffusion:
             batch = np.shape(array)[: np.ndim(array) - len(event_shape or ())]
             if len(batch) > 1:
                 raise ValueError(
-                    f"{argument} must have shape {validation.shape_text('N', event_shape)} or "
+                    f"{argument} must have shape {shape_text('N', event_shape)} or "
                     f"{event_shape}; got {np.shape(array)}. For more plates use forward and "
                     "reverse inside your own"
                 )
@@ -579,8 +580,8 @@ class Diffusion:
         expected = (2, *output_shape(self.event_shape, count))
         if out.shape != expected:
             raise ValueError(
-                f"network must return shape {validation.shape_text('B', expected[1:])} for "
-                f"{self.readout}; got {validation.shape_text('B', out.shape[1:])}"
+                f"network must return shape {shape_text('B', expected[1:])} for "
+                f"{self.readout}; got {shape_text('B', out.shape[1:])}"
                 f"{self._outputs_hint(count)}"
             )
 

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from probdiff import bars, devices
+from probdiff.arguments import check_at_least
 from probdiff.diffusion import Diffusion
 from probdiff.types import Params
 
@@ -73,9 +74,7 @@ def ancestral(
         >>> x_0.shape, bool(abs(x_0.var() - 1) < 0.1)
         ((4000, 2), True)
     """
-    for argument, value in {"num_samples": num_samples, "block_size": block_size}.items():
-        if value < 1:
-            raise ValueError(f"{argument} must be at least 1; got {value}")
+    check_at_least(1, num_samples=num_samples, block_size=block_size)
     if steps is not None and not 2 <= steps <= diffusion.T:
         raise ValueError(f"steps must lie in 2..T = {diffusion.T}; got {steps}")
     diffusion.check_params(params)

@@ -26,6 +26,7 @@ import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array, Float, Int
 
+from probdiff.arguments import check_at_least
 from probdiff.types import Step
 
 
@@ -319,8 +320,7 @@ def respaced(table: Step, steps: int) -> tuple[Int[np.ndarray, " n"], Step]:
 
 
 def _check_T(T: int) -> None:
-    if T < 2:
-        raise ValueError(f"T must be at least 2; got {T}")
+    check_at_least(2, T=T)
 
 
 def _check_open(name: str, value: float) -> None:

@@ -22,6 +22,7 @@ from numpyro.infer.svi import SVIState
 
 from probdiff import batches, devices
 from probdiff import checkpoint as checkpoints
+from probdiff.arguments import check_at_least
 from probdiff.chunks import Record, Run, evaluated, first_record, held_out_losses, last_record
 from probdiff.compiled import compiled_of
 from probdiff.journal import HeldOutLosses, Journal, Progress
@@ -190,10 +191,9 @@ def _check(
     evaluate_every: int,
     patience: int | None,
 ) -> None:
-    counts = {"num_steps": num_steps, "evaluate_every": evaluate_every, "patience": patience}
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ValueError(f"{name} must be at least 1; got {count}")
+    check_at_least(1, num_steps=num_steps, evaluate_every=evaluate_every)
+    if patience is not None:
+        check_at_least(1, patience=patience)
     if ema_decay is not None and not 0 < ema_decay < 1:
         raise ValueError(f"ema_decay must lie in (0, 1); got {ema_decay}")
     if patience is not None and held_out is None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from probdiff import readouts
+from probdiff.arguments import shape_text
 from probdiff.kernels import (
     AbsorbingKernel,
     BernoulliKernel,
@@ -22,11 +23,6 @@ from probdiff.kernels import (
 
 FEW_ROWS = 32
 """Fewer examples say nothing of a second moment."""
-
-
-def shape_text(lead: str, shape: tuple[int, ...]) -> str:
-    """A shape whose first axes have a name and no number, as text: `(N, 8, 8)`."""
-    return f"({lead},)" if not shape else f"({lead}, {', '.join(map(str, shape))})"
 
 
 def check_units(

@@ -488,11 +488,11 @@ def wide(x_t, t):
         ),
         (
             {"beta": schedules.harmonic(T), "readout": readouts.Epsilon()},
-            "beta_T must be below 1 for readout Epsilon, .*; got 1. Use Data, Velocity or Perturbation",
+            "beta_T must be below 1 for readout Epsilon, .*; got 1. Use Data, Velocity",
         ),
         (
             {"beta": schedules.harmonic(T), "readout": readouts.Score()},
-            "beta_T must be below 1 for readout Score, .*; got 1. Use Data, Velocity or Perturbation",
+            "beta_T must be below 1 for readout Score, .*; got 1. Use Data, Velocity",
         ),
     ],
 )

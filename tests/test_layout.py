@@ -12,6 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     "bars",
     "datasets",
+    "arguments",
     "types",
     "kernels",
     "schedules",

@@ -194,7 +194,11 @@ def edit_a_rate(file):
         ("config.json", set_field(format=2), "config.json must have format 1; got 2"),
         ("config.json", set_field(format=None), "config.json must have format 1; got None"),
         ("config.json", lambda f: f.write_text("[1]"), "config.json must have format 1; got None"),
-        ("config.json", set_field(last_step={"type": "system"}), "must name built-in parts .* got 'system'"),
+        (
+            "config.json",
+            set_field(last_step={"type": "system"}),
+            "built-in parts .* got 'system'",
+        ),
         (
             "config.json",
             set_field(network={"type": "system", "settings": {}}),

@@ -6,10 +6,10 @@ The bound of one example is a sum whose terms say where the nats go (Appendix B)
     KL_t = KL( q(x_s | x_t, x_0) ‖ p(x_s | x_t) ),    KL_T^prior = KL( q(x_T | x_0) ‖ π ),
 
 each estimated at draws of x_1 and of every x_t, with control variates (see `control`) where x_t are
-numbers; under a tied last step the first is in closed form.
-It is a bound on log p(x_0) in expectation over those draws. `entropy_form` is the paper's eq. 14,
-in which the first and last terms have been replaced by entropies; where the data do not have the
-stationary law's moments it is no bound, and the correction it then needs is returned beside it.
+numbers; under a tied last step the first is in closed form. K is a bound on log p(x_0) in
+expectation over those draws. `entropy_form` is the paper's eq. 14, in which the first and last
+terms have been replaced by entropies; where the data do not have the stationary law's moments it
+is no bound, and the correction it then needs is returned beside it.
 
 A bound has dim `example` and no chain or draw: `loo` is not for it and refuses it. Of symbols, and
 of numbers on a grid, it bounds a probability, of other numbers a density in the user's units, which
@@ -33,6 +33,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from probdiff import bars, devices
+from probdiff.arguments import check_at_least, shape_text
 from probdiff.diagnostics.control import controlled
 from probdiff.diffusion import Data, Diffusion, Mask
 from probdiff.elbo import prior_kl, step_kl
@@ -41,7 +42,6 @@ from probdiff.readouts import Tied
 from probdiff.times import StratifiedTimes
 from probdiff.trajectories import ForwardTrajectory, ReverseTrajectory
 from probdiff.types import Params
-from probdiff.validation import shape_text
 
 BITS_PER_NAT = 1 / math.log(2)
 """Bits in a nat, log₂ e = 1.4427: what turns `mean` and `se` of a bound into bits."""
@@ -77,7 +77,8 @@ def bound(
 
     Returns:
         DataTree with group `bound`, all in nats: `bound` and its parts `reconstruction` and
-        `prior_kl` per `example`, `kl` per `example` and `step` (2..T). Attributes: `mean`, `se`
+        `prior_kl` per `example`, `kl` per `example` and `step` (2..T); `bound_se`, the standard
+        error of each K over the draws of the noise, nan for one draw. Attributes: `mean`, `se`
         (standard error over examples), `mean_bits`, `se_bits`, `T`, `num_draws`;
         `reference_measure`, "counting" for symbols and for numbers on a grid, else "Lebesgue, in
         the user's units"; `num_dims`, entries observed of one example, nan where examples differ;
@@ -202,9 +203,7 @@ def check_examples(
             f"x_0 must have shape {shape_text('N', diffusion.event_shape)} with N at least 1; "
             f"got {np.shape(x_0)}"
         )
-    for argument, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{argument} must be at least 1; got {count}")
+    check_at_least(1, **counts)
     diffusion.check_params(params)
     diffusion.check_data(x_0, mask)
     diffusion.check_context_rows(context, len(x_0))

@@ -34,7 +34,9 @@ from numpyro import handlers
 from numpyro.infer import MCMC, NUTS, SVI, Predictive
 from numpyro.infer.svi import SVIRunResult
 
+from probdiff.arguments import check_at_least
 from probdiff.infer.layout import numbered, plate_dims
+from probdiff.infer.program import unwrapped
 from probdiff.infer.sampler import Sampler
 from probdiff.train import Fit
 from probdiff.trajectories import (
@@ -146,11 +148,12 @@ def _of_fit(
     kwargs: dict[str, Any],
 ) -> xr.DataTree:
     if (svi is None) != (key is None):
-        raise ValueError("svi and key must be given together; got one of them")
+        raise ValueError(
+            f"svi and key must be given together; got {'key' if svi is None else 'svi'} alone"
+        )
     if svi is None and (args or kwargs):
         raise ValueError("arguments of a program must come with svi; got none")
-    if num_draws < 1:
-        raise ValueError(f"num_draws must be at least 1; got {num_draws}")
+    check_at_least(1, num_draws=num_draws)
     tree = xr.DataTree(name="probdiff")
     if svi is not None:
         kwargs = svi.static_kwargs | kwargs
@@ -221,8 +224,8 @@ class _Seen(NamedTuple):
     """Observed values, factors left out."""
 
 
-class _Trajectory(NamedTuple):
-    """One diffusion in a program."""
+class _Axes(NamedTuple):
+    """What names the axes of one diffusion's sites."""
 
     x_dims: list[str]
     """Axes of x_0."""
@@ -258,38 +261,38 @@ def _look(
 def _names(sites: dict[str, Any]) -> tuple[dict[str, list[str]], dict[str, Any], dict[str, Any]]:
     """Dims of every site, coordinates, and levels t of walks."""
     plates = {frame.name for site in sites.values() for frame in site.get("cond_indep_stack", ())}
-    trajectories = _trajectories(sites)
-    step = _counter("step", {name: c.T for name, c in trajectories.items() if c.T}, plates)
-    walks = {name: tuple(c.times) for name, c in trajectories.items() if c.times is not None}
+    diffusions = _diffusions(sites)
+    step = _counter("step", {name: axes.T for name, axes in diffusions.items() if axes.T}, plates)
+    walks = {name: tuple(a.times) for name, a in diffusions.items() if a.times is not None}
     level = _counter("level", walks, set())  # a plate of that name is called level_plate
     dims = {}
     for name, site in sites.items():
         if site["type"] in ("sample", "deterministic"):
-            dims[name] = _site_dims(name, site, _event_dims(name, trajectories, step, level))
-    coords = {step[name]: np.arange(1, c.T + 1) for name, c in trajectories.items() if c.T}
+            dims[name] = _site_dims(name, site, _event_dims(name, diffusions, step, level))
+    coords = {step[name]: np.arange(1, axes.T + 1) for name, axes in diffusions.items() if axes.T}
     coords |= {level[name]: np.arange(len(times)) for name, times in walks.items()}
     return dims, coords, {level[name]: np.array(times) for name, times in walks.items()}
 
 
-def _trajectories(sites: dict[str, Any]) -> dict[str, _Trajectory]:
+def _diffusions(sites: dict[str, Any]) -> dict[str, _Axes]:
     """Diffusions in a program, by the name of x_0."""
-    trajectories = {}
+    diffusions = {}
     for name, site in sites.items():
         if site["type"] != "sample":
             continue
-        law, walk = _unwrapped(site["fn"]), site["infer"].get("walk")
+        law, walk = unwrapped(site["fn"]), site["infer"].get("walk")
         if walk is not None:
             diffusion, times = walk.levels.draw.diffusion, np.append(0, walk.levels.times)
             x_dims = numbered(diffusion.name, 0, len(diffusion.event_shape))
-            trajectories[diffusion.name] = _Trajectory(x_dims, None, times)
+            diffusions[diffusion.name] = _Axes(x_dims, None, times)
         elif isinstance(law, ReverseTrajectory | ForwardTrajectory):
             x_name = name.removesuffix(TRAJECTORY_SUFFIX)
-            trajectories[x_name] = _Trajectory(numbered(x_name, 0, law.x_dim), law.steps.T, None)
+            diffusions[x_name] = _Axes(numbered(x_name, 0, law.x_dim), law.steps.T, None)
         elif isinstance(law, DataGivenFirst):
-            x_name = name.removesuffix("_free") if name not in trajectories else name
-            found = _Trajectory(numbered(x_name, 0, law.event_dim), None, None)
-            trajectories.setdefault(x_name, found)
-    return trajectories
+            x_name = name.removesuffix("_free") if name not in diffusions else name
+            found = _Axes(numbered(x_name, 0, law.event_dim), None, None)
+            diffusions.setdefault(x_name, found)
+    return diffusions
 
 
 def _counter(word: str, lengths: dict[str, Any], taken: set[str]) -> dict[str, str]:
@@ -299,18 +302,18 @@ def _counter(word: str, lengths: dict[str, Any], taken: set[str]) -> dict[str, s
 
 
 def _event_dims(
-    name: str, trajectories: dict[str, _Trajectory], step: dict[str, str], level: dict[str, str]
+    name: str, diffusions: dict[str, _Axes], step: dict[str, str], level: dict[str, str]
 ) -> list[str] | None:
     """Axes of an event that belongs to a diffusion; None of any other."""
-    for x_name, trajectory in trajectories.items():
+    for x_name, axes in diffusions.items():
         if name in (x_name, f"{x_name}_free") or re.fullmatch(
             rf"{re.escape(x_name)}_trajectory_\d+", name
         ):
-            return trajectory.x_dims
+            return axes.x_dims
         if name == x_name + TRAJECTORY_SUFFIX:
-            return [step[x_name], *trajectory.x_dims]
+            return [step[x_name], *axes.x_dims]
         if name == f"{x_name}_noise" and x_name in level:
-            return [level[x_name], *trajectory.x_dims]
+            return [level[x_name], *axes.x_dims]
     return None
 
 
@@ -345,14 +348,7 @@ def _shape(site: dict[str, Any]) -> tuple[int, ...]:
 
 def _is_observed(site: dict[str, Any]) -> bool:
     is_observed = site["type"] == "sample" and site["is_observed"]
-    return is_observed and not isinstance(_unwrapped(site["fn"]), dist.Unit)
-
-
-def _unwrapped(law: dist.Distribution) -> dist.Distribution:
-    wrappers = dist.ExpandedDistribution, dist.Independent, dist.MaskedDistribution
-    while isinstance(law, wrappers):
-        law = law.base_dist
-    return law
+    return is_observed and not isinstance(unwrapped(site["fn"]), dist.Unit)
 
 
 # groups

@@ -40,7 +40,6 @@ from jaxtyping import Array, Float
 
 from probdiff.diagnostics.bounds import digest
 from probdiff.diffusion import Data, Diffusion
-from probdiff.infer.levels import log_probabilities
 from probdiff.kernels import AbsorbingKernel, DiscreteKernel
 from probdiff.types import Params, Step
 
@@ -227,7 +226,7 @@ def _transition_entropy(kernel: Any, before: Any, step: Step) -> Float[Array, ".
     """H(X_t | X_s) entry by entry, X_s from an elementwise law."""
     if not isinstance(kernel, DiscreteKernel):
         return kernel.transition(before.loc, step).entropy()  # the same wherever x_s is
-    probs = jnp.exp(log_probabilities(before))
+    probs = before.probs
     states = jnp.arange(kernel.num_states).reshape(-1, *[1] * (probs.ndim - 1))
     states = jnp.broadcast_to(states, (kernel.num_states, *probs.shape[:-1]))
     return jnp.sum(jnp.moveaxis(probs, -1, 0) * kernel.transition(states, step).entropy(), 0)

@@ -69,7 +69,7 @@ class LadderWarning(UserWarning):
         ...         jax.random.key(0), diffusion, {}, np.array([-1.0, 1.0]), sizes=(1, 100)
         ...     )
         >>> print(caught[0].message)
-        2 of 2 examples have Pareto k above 0.50 at S = 100: ... take more trajectories
+        2 of 2 examples have Pareto k above 0.50 at S = 100: ... raise the last of sizes
 
     Source: Vehtari et al. (2024) for k.
     """
@@ -115,8 +115,8 @@ def ladder(
         `least_ess`, the least share of effective particles of SMC. `importance_low`,
         `importance_high`, `smc_low` and `smc_high` end Student-t intervals of L_S and of E log Ẑ,
         of probability `prob`. Means over examples: `bound_mean`, `importance_mean`, `smc_mean`,
-        and each with `_se` its standard error. Attributes: `units`, `T`, `num_repeats`, `prob`, and
-        in `warnings` what is not to be trusted, in words.
+        and each with `_se` its standard error. Attributes: `units`, `T`,
+        `num_repeats`, `num_draws`, `prob`, and in `warnings` what is not to be trusted, in words.
 
     Raises:
         ValueError: if data, context, mask or parameters do not fit, or sizes or counts do not.
@@ -345,13 +345,13 @@ def _sentences(khat: np.ndarray, least_ess: np.ndarray, sizes: tuple[int, ...]) 
         said.append(
             f"{count} of {len(khat)} examples have Pareto k above {most:.2f} at S = {size}: their "
             "importance-weighted bounds are still lower bounds, but may be far below log p(x_0), "
-            "with standard errors that are too small; take more trajectories"
+            "with standard errors that are too small; raise the last of sizes"
         )
     count = int(np.sum(least_ess < LEAST_ESS))
     if count:
         said.append(
             f"{count} of {len(khat)} examples had fewer than {LEAST_ESS:.0%} effective particles "
             "at a step of SMC: its estimate may be below the importance-weighted bound; both are "
-            "lower bounds, of which the higher is the nearer; take more trajectories"
+            "lower bounds, of which the higher is the nearer; raise the last of sizes"
         )
     return said

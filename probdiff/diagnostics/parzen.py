@@ -25,6 +25,7 @@ import numpy as np
 import xarray as xr
 
 from probdiff import bars
+from probdiff.arguments import check_at_least
 from probdiff.diagnostics.bounds import BITS_PER_NAT, digest
 from probdiff.diffusion import Data
 
@@ -123,8 +124,7 @@ def _check(draws: Any, validation: Any, test: Any, bandwidths: Any, block_size: 
             raise ValueError(f"{name} must be finite; got nan or infinity")
     if len(bandwidths) < 1 or not all(0 < s < math.inf for s in bandwidths):
         raise ValueError(f"bandwidths must be one or more positive numbers; got {bandwidths}")
-    if block_size < 1:
-        raise ValueError(f"block_size must be at least 1; got {block_size}")
+    check_at_least(1, block_size=block_size)
 
 
 def _rows(x: Any) -> np.ndarray:

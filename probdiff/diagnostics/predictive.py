@@ -30,15 +30,12 @@ import numpy as np
 import xarray as xr
 from arviz_base import from_dict
 from jaxtyping import Array
-from scipy import stats
 
+from probdiff.arguments import check_at_least, shape_text
 from probdiff.diffusion import Data, Diffusion
+from probdiff.infer import ranks
 from probdiff.sample import ancestral
 from probdiff.types import Params
-from probdiff.validation import shape_text
-
-LEVEL = 0.01
-"""Probability that one or more of all the tests reject a model that is right, at most."""
 
 Statistics = Mapping[str, Callable[[Any], Any]]
 
@@ -59,8 +56,8 @@ def predictive_check(
 
         tree = diagnostics.predictive_check(key, diffusion, params, x, num_replicates=50)
         arviz_plots.plot_ppc_dist(tree)
-        arviz_plots.plot_ppc_pit(tree, coords={"x_0_dim_0": 0})  # one number for each example
-        arviz_plots.plot_ecdf_pit(tree, group="pit", sample_dims=["example"], coverage=False)
+        arviz_plots.plot_ppcranks.pit(tree, coords={"x_0_dim_0": 0})  # one number for each example
+        arviz_plots.plot_ecdfranks.pit(tree, group="pit", sample_dims=["example"], coverage=False)
 
     Args:
         key: Randomness.
@@ -116,7 +113,7 @@ def predictive_check(
     observed = _values(diffusion.name, x_0, len(x_0), statistics or {})
     replicated = _values(diffusion.name, draws, shape[:2], statistics or {})
     pits = {
-        name: _pit(jax.random.fold_in(key_ties, i), values, replicated[name])
+        name: ranks.pit(jax.random.fold_in(key_ties, i), values, replicated[name])
         for i, (name, values) in enumerate(observed.items())
     }
     return _tree(diffusion.name, observed, replicated, pits)
@@ -130,8 +127,7 @@ def _check(
             f"x_0 must have shape {shape_text('N', diffusion.event_shape)} with N at least 2; "
             f"got {np.shape(x_0)}"
         )
-    if num_replicates < 1:
-        raise ValueError(f"num_replicates must be at least 1; got {num_replicates}")
+    check_at_least(1, num_replicates=num_replicates)
     diffusion.check_data(x_0)
     diffusion.check_context_rows(context, len(x_0))
     taken = {diffusion.name, "example", *_event_dims(diffusion.name, diffusion.event_shape)}
@@ -158,13 +154,6 @@ def _values(name: str, x: np.ndarray, lead: Any, statistics: Statistics) -> dict
     return values
 
 
-def _pit(key: Array, observed: np.ndarray, replicated: np.ndarray) -> np.ndarray:
-    """Randomised PIT of each example among its own replicates."""
-    below, equal = (replicated < observed).sum(0), (replicated == observed).sum(0)
-    u = np.asarray(jax.random.uniform(key, observed.shape), np.float64)
-    return (below + u * (1 + equal)) / (len(replicated) + 1)
-
-
 def _tree(
     name: str,
     observed: dict[str, np.ndarray],
@@ -172,7 +161,7 @@ def _tree(
     pits: dict[str, np.ndarray],
 ) -> xr.DataTree:
     dims = {key: _event_dims(name, pit.shape[1:]) for key, pit in pits.items()}
-    p_values = {key: np.asarray(np.apply_along_axis(_p_value, 0, p)) for key, p in pits.items()}
+    p_values = {key: ranks.p_values(pit) for key, pit in pits.items()}
     tree = from_dict(
         {
             "posterior_predictive": {key: values[None] for key, values in replicated.items()},
@@ -187,24 +176,11 @@ def _tree(
     del coords["example"]
     tested = {key: (dims[key], p) for key, p in p_values.items()}
     tree["uniformity"] = xr.DataTree(xr.Dataset(tested, coords))
-    least = min(p_values, key=lambda key: p_values[key].min())
-    place = np.unravel_index(p_values[least].argmin(), p_values[least].shape)
-    num_tests = sum(p.size for p in p_values.values())
     tree.name = "probdiff"
-    tree.attrs = {
-        "num_examples": len(observed[name]),
-        "num_replicates": len(replicated[name]),
-        "num_tests": num_tests,
-        "least_p_value": float(p_values[least].min()),
-        "least_at": least + (str([int(i) for i in place]) if place else ""),
-        "bound": LEVEL / num_tests,
-    }
+    counts = {"num_examples": len(observed[name]), "num_replicates": len(replicated[name])}
+    tree.attrs = counts | ranks.verdict(p_values)
     return tree
 
 
 def _event_dims(name: str, shape: tuple[int, ...]) -> list[str]:
     return [f"{name}_dim_{i}" for i in range(len(shape))]
-
-
-def _p_value(pit: np.ndarray) -> float:
-    return float(stats.kstest(pit, "uniform").pvalue)

@@ -38,7 +38,7 @@ from probdiff.types import Params
 
 
 class Weighed(NamedTuple):
-    """Particles of one system at x_T, or of a stack of systems."""
+    """Particles of one population at x_T, or of a stack of populations."""
 
     log_weights: Any
     """Log weights since the last resampling, `(S,)`."""
@@ -92,7 +92,7 @@ def weigh(
     progress: bool,
     mesh: Mesh | None = None,
 ) -> Weighed:
-    """Trajectories forward from every example, in independent systems.
+    """Trajectories forward from every example, in independent populations.
 
     Args:
         key: System (n, r) uses `fold_in(fold_in(key, n), r)`: it does not depend on its company.
@@ -101,12 +101,13 @@ def weigh(
         x_0: Examples, `(N, *event_shape)`.
         context: `(N, *context_shape)` or None.
         mask: True where x_0 is observed, or None.
-        size: S, trajectories of a system.
-        num_repeats: R, systems of an example.
+        size: S, trajectories of a population.
+        num_repeats: R, populations of an example.
         threshold: Share of S below which the effective number calls for resampling; 0 for never.
-        block_size: Trajectories at once, on each device; at least one system is.
+        block_size: Trajectories at once, on each device; at least one population is.
         progress: Show a bar over the blocks.
-        mesh: Devices that take blocks of systems at the same time, as `devices.checked` returns it.
+        mesh: Devices that take blocks of populations at the same time, as `devices.checked` returns
+            it.
 
     Returns:
         NumPy arrays that lead with `(N, R)`.
@@ -118,8 +119,8 @@ def weigh(
     starts = bars.bar(range(0, count, per_block), desc="weigh", disable=not progress)
 
     def block(start: int) -> tuple[Any, ...]:
-        system = np.minimum(np.arange(start, start + per_block), count - 1)  # one shape for all
-        example, repeat = np.divmod(system, num_repeats)
+        population = np.minimum(np.arange(start, start + per_block), count - 1)  # one shape for all
+        example, repeat = np.divmod(population, num_repeats)
         return key, example, repeat, *(None if a is None else a[example] for a in given)
 
     static = diffusion, size, threshold
@@ -155,7 +156,7 @@ def _pair(diffusion: Diffusion, params: Params, x_0: Any, context: Any, mask: An
 
 
 def _ascend(key: Array, pair: Pair, x_0: Any, size: int, threshold: float) -> Weighed:
-    """From x_0 to x_T, S particles of one system."""
+    """From x_0 to x_T, S particles of one population."""
     forward, reverse = pair.forward, pair.reverse
     kernel, T = forward.kernel, forward.steps.T
     key_first, key_settle, key_steps = jax.random.split(key, 3)

@@ -10,8 +10,8 @@ Training is cut into ten pieces with a checkpoint between them: a run that was s
 it was, and K on validation images against the time spent is the curve in `curve.png`.
 
 Sources: Salakhutdinov & Murray (2008) and Larochelle & Murray (2011) for the bits; Austin et al.
-(2021) for absorbing diffusions. Published nats on this split: PixelRNN 79.2, IAF 79.9, PixelCNN
-81.3.
+(2021) for absorbing diffusions. Published nats on this split: PixelRNN 79.2, IAF 79.9 and
+PixelCNN 81.3.
 """
 
 import json

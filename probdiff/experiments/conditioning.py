@@ -139,12 +139,17 @@ class Gaussian(NamedTuple):
         return mean.reshape(-1, *self.mean.shape), np.atleast_1d(log_p)
 
 
-def gaussian_of(images: Images) -> Gaussian:
-    """Mean and covariance of images of levels once they are dequantised, which needs no U."""
+def gaussian_of(images: Images, *, offset: float = 0.5) -> Gaussian:
+    """Mean and covariance of images of levels once they are dequantised, which needs no U.
+
+    Args:
+        images: Levels.
+        offset: Mean of U; 0 for images that stay on their levels, each the middle of its cell.
+    """
     images = np.asarray(images, np.float64)
     flat = images.reshape(len(images), -1)
     covariance = np.cov(flat, rowvar=False) + DEQUANTISED * np.eye(flat.shape[1])
-    return Gaussian(images.mean(0) + 0.5, covariance)
+    return Gaussian(images.mean(0) + offset, covariance)
 
 
 def prior_of(diffusion: Diffusion, params: Params, gaussian: Gaussian) -> Prior:
@@ -185,7 +190,7 @@ def posterior(key: Array, smc: infer.SMC, task: Task, x: Images) -> Posterior:
         key: Randomness of the noise, of SMC and of the ranks.
         smc: What `sampler` made of the task; compiled once for runs of as many images.
         task: What is observed.
-        x: The truths, as densities (dequantised).
+        x: The truths: densities (dequantised), or levels where the last step is on a grid.
     """
     key_noise, key_smc, key_rank = jax.random.split(key, 3)
     x = np.asarray(x)

@@ -17,8 +17,7 @@ These rates leave ᾱ_40 = 0.35 of the data's variance, and the bound pays for i
 while q(x_T) itself is almost N(0, I) for data of unit variance, so that draws may start there. K is
 reported beside the best that elementwise Gaussian steps can reach (`swiss_roll_best`), at the same
 draws of the forward noise. Draws are compared with held-out points by permutation tests that look
-more and more closely (`two_sample`); how closely the best diffusion's draws pass is all one can
-ask.
+more and more closely (`two_sample`), the best diffusion's draws among them: more one cannot ask.
 
 Source: Ho et al. (2020) for the model and L_simple; Sohl-Dickstein et al. (2015), appendix D.1.1,
 for the network.
@@ -56,7 +55,7 @@ from probdiff import (
     schedules,
 )
 from probdiff.experiments import ddpm_swiss_roll_figures as figures
-from probdiff.experiments.report import Row, mean_and_se, write_report
+from probdiff.experiments.report import Row, mean_and_se, verdict_of, write_report
 from probdiff.experiments.swiss_roll_best import define_best
 from probdiff.experiments.two_sample import TwoSampleTest, energy, gaussian, two_sample_test
 from probdiff.types import Params
@@ -333,12 +332,7 @@ def _sections(
     tests: dict[str, dict[str, TwoSampleTest]],
 ) -> dict[str, str]:
     too_high = above_best(paired_with_best({n: m.tree for n, m in models.items()}, best))
-    verdict = (
-        f"**Above the best possible by more than three standard errors: {', '.join(too_high)}. "
-        "This is a bug: no correct bound can be there.**"
-        if too_high
-        else "No model is above it by more than three standard errors."
-    )
+    verdict = verdict_of(too_high, "the best possible")
     told = "\n".join(f"- by {t}: {'; '.join(failing(tests, t)) or 'none'}" for t in TESTS)
     return {
         "Reading": (

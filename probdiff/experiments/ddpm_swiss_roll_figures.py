@@ -1,4 +1,4 @@
-"""Pictures of the tutorial's Swiss roll: diffusions, draws beside data, where the bits go, losses.
+"""Pictures of the tutorial's Swiss roll: trajectories, draws beside data, bits per step, losses.
 
 Every function takes arrays that `ddpm_swiss_roll` computed and returns a new figure.
 """

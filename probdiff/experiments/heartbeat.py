@@ -11,7 +11,7 @@ t by ᾱ_t = 1 − t/T alone, so a diffusion of T/n steps may ask the same netwo
 
 K is measured against the exact diffusion, the one whose network is the posterior over phases: both
 see the same draws of x_t, and their mean difference, which is far less noisy than K, is taken from
-the exact ceiling. At T = 2000 it is also measured by itself, where a fault that both trajectories
+the exact ceiling. At T = 2000 it is also measured by itself, where a fault that both diffusions
 share would carry it above the ceiling.
 
 Source: Sohl-Dickstein et al. (2015), section 3.1.2, appendix D.1.2, table 1 and figure 2.
@@ -61,7 +61,7 @@ from probdiff.experiments.heartbeat_models import (
     tied,
     with_fewer_steps,
 )
-from probdiff.experiments.report import Row, mean_and_se, write_report
+from probdiff.experiments.report import Row, mean_and_se, verdict_of, write_report
 from probdiff.types import Params
 
 SUMMARY = "sequences of bits: K beside what it can reach, as T grows to 2000, figure 2"
@@ -280,12 +280,7 @@ def above_ceiling(rows: list[Row]) -> list[str]:
 
 def _sections(size: Size, rows: list[Row], limits: Ceilings, by_itself: float) -> dict[str, str]:
     too_high = above_ceiling(rows)
-    verdict = (
-        f"**Above the ceiling by more than three standard errors: {', '.join(too_high)}. "
-        "This is a bug: no correct bound can be there.**"
-        if too_high
-        else "No bound is above its ceiling by more than three standard errors."
-    )
+    verdict = verdict_of(too_high)
     place = "above" if by_itself > limits.tied_limit else "below"
     return {
         "Reading": (

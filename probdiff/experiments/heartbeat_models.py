@@ -2,8 +2,7 @@
 
 The exact diffusion is the best whose steps treat bins alone. Its network is Bayes' rule: given x_t
 the sequence of phase j has weight w_j ∝ ∏_i q(x_t,i | x_0,i), so that p(x_0,i = 1 | x_t) is the
-weight of the phases that have a 1 in bin i. Its K is the ceiling that `heartbeat_ceilings`
-computes.
+weight of the phases that have a 1 in bin i. `heartbeat_ceilings` computes its K, the ceiling.
 
 Source: Sohl-Dickstein et al. (2015), section 3.1.2 and appendix D.1.2.
 """

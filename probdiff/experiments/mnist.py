@@ -235,7 +235,7 @@ def _sections(
             f"put on {LEVELS} levels. {count:,} parameters. {recipe.describe()}"
         ),
         "Draws": (
-            f"{len(counts)} classes among {counts.sum()} draws of {CALLS} network calls each, read "
-            f"by a perceptron trained on real digits: {', '.join(map(str, counts))}."
+            f"Classes 0 to 9 among {counts.sum()} draws of {CALLS} network calls each, read by a "
+            f"perceptron trained on real digits: {', '.join(map(str, counts))}."
         ),
     }

@@ -9,8 +9,8 @@ passes and the number that others published:
 
 A standard error is given to two significant digits and its value to the same decimals; a value
 without one to four digits; what is absent is a dash, and a column of dashes alone is left out. The
-same lines go to `table.json` unrounded, with all fields.
-Times are no part of the table, so that a rerun with the same seed leaves the same table.
+same lines go to `table.json` unrounded, with all fields. Times are no part of the table, so that a
+rerun with the same seed leaves the same table.
 """
 
 import json
@@ -169,3 +169,13 @@ def _to_json(field: str | SupportsFloat | None) -> str | float | None:
 def _write(path: Path, text: str) -> Path:
     path.write_text(text + "\n", encoding="utf-8")
     return path
+
+
+def verdict_of(too_high: Sequence[str], limit: str = "the ceiling") -> str:
+    """No bound passes its limit; or which do, in bold."""
+    if not too_high:
+        return f"No bound is above {limit} by more than three standard errors."
+    return (
+        f"**Above {limit} by more than three standard errors: {', '.join(too_high)}. "
+        "This is a bug: no correct bound can be there.**"
+    )

@@ -232,7 +232,7 @@ def figure_3(posterior: Posterior, draws: Any) -> Figure:
 
 
 def trust(posterior: Posterior) -> Figure:
-    """Effective numbers down the diffusion, and log evidence of each run."""
+    """Effective number at each level, and log evidence of each run."""
     figure = plt.figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     plots.ess_trace(posterior.tree, ax=left)

@@ -45,7 +45,7 @@ from probdiff import (
     save,
     schedules,
 )
-from probdiff.experiments.report import Row, mean_and_se, write_report
+from probdiff.experiments.report import Row, mean_and_se, verdict_of, write_report
 from probdiff.experiments.swiss_roll_denoising import (
     SIGMA,
     denoise,
@@ -335,12 +335,7 @@ def above_ceiling(rows: list[Row], ceiling_se: float) -> list[str]:
 
 def _sections(size: Size, rows: list[Row], ceilings: list[Any]) -> dict[str, str]:
     too_high = above_ceiling(rows, ceilings[0][1])
-    verdict = (
-        f"**Above the ceiling by more than three standard errors: {', '.join(too_high)}. "
-        "This is a bug: no correct bound can be there.**"
-        if too_high
-        else "No row is above its ceiling by more than three standard errors."
-    )
+    verdict = verdict_of(too_high)
     return {
         "Reading": (
             "K is the bound on the log density of a held-out point, with respect to area after the "

@@ -47,7 +47,7 @@ from probdiff import (
     save,
     schedules,
 )
-from probdiff.experiments.report import Row, mean_and_se, write_report
+from probdiff.experiments.report import Row, mean_and_se, verdict_of, write_report
 from probdiff.experiments.toy_language_ceilings import Ceiling, Language, ceiling, markov_language
 
 SUMMARY = "strings of three letters: uniform and absorbing diffusion beside the best possible K"
@@ -254,12 +254,7 @@ def _sections(
     size: Size, models: dict[str, Trained], words: Language, rows: list[Row]
 ) -> dict[str, str]:
     too_high = above_ceiling(rows)
-    verdict = (
-        f"**Above the ceiling by more than three standard errors: {', '.join(too_high)}. "
-        "This is a bug: no correct bound can be there.**"
-        if too_high
-        else "No bound is above its ceiling by more than three standard errors."
-    )
+    verdict = verdict_of(too_high)
     length = words.strings.shape[1]
     share = 100 * len(words.strings) / words.num_letters**length
     shown = {

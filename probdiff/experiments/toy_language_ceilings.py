@@ -42,8 +42,6 @@ class Ceiling(NamedTuple):
 
     bound: float
     """K."""
-    last: float
-    """E log2 p(x_0 | x_1), the learned last step."""
     kl: Float[np.ndarray, " steps"]
     """KL_t for t = 2..T."""
     prior_kl: float
@@ -85,7 +83,7 @@ def ceiling(
     last = sum(float(law @ _xlogx(m).sum(1)) for m in posteriors)
     prior = _prior_kl(language, alpha_bar[-1], pi)
     terms = np.array([last, *-kl, -prior]) / LN_2
-    return Ceiling(float(terms.sum()), last / LN_2, kl / LN_2, prior / LN_2)
+    return Ceiling(float(terms.sum()), kl / LN_2, prior / LN_2)
 
 
 def _replace(K: int, alpha_bar: float, pi: np.ndarray) -> np.ndarray:
@@ -125,7 +123,7 @@ def _step(language: Language, alpha_bar: np.ndarray, beta: float, pi: np.ndarray
 
 
 def _bridges(K: int, alpha_bar_s: float, beta: float, pi: np.ndarray) -> np.ndarray:
-    """q(x_s | x_t, x_0 = k), axes (x_t, k, x_s); zero where no diffusion joins k to x_t."""
+    """q(x_s | x_t, x_0 = k), axes (x_t, k, x_s); zero where x_t cannot come from k."""
     step = (1 - beta) * np.eye(len(pi)) + beta * pi  # rows x_s, columns x_t
     joint = _replace(K, alpha_bar_s, pi)[None] * step.T[:, None]
     norm = joint.sum(-1, keepdims=True)

@@ -102,7 +102,7 @@ def bits_rows(tree: xr.DataTree, numbers: int, unit: str, published: float) -> l
     parts = {
         "of which −log p(x_0 | x_1)": -reconstruction,
         "of which KL of the steps": reconstruction - prior - k,
-        "of which KL of the prior": prior,
+        "of which KL(q(x_T | x_0) ‖ π)": prior,
     }
     to_bits = diagnostics.BITS_PER_NAT / numbers
     return [

@@ -17,7 +17,8 @@ and the rank of log r says so.
 Draws of one SMC run are exchangeable but dependent, by common ancestors and by resampling. Their
 ranks are uniform up to the bias of SMC, of order 1/N, and to an error of order one over the
 effective number of draws: too little to see in hundreds of simulations, unless runs collapse, which
-ranks then rightly show as a posterior too narrow. Draws of MCMC must be thinned likewise.
+ranks then rightly show as a posterior too narrow. Draws of MCMC must be
+thinned, by `num_draws`, until they are nearly independent.
 
 Sources: Talts et al. (2018); Modrák et al. (2023) for the likelihood as a quantity.
 """
@@ -33,15 +34,13 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Array
 from numpyro import handlers
-from scipy import stats
 
 from probdiff import bars
+from probdiff.arguments import check_at_least
+from probdiff.infer import ranks
 from probdiff.infer.checks import InferenceWarning
 from probdiff.infer.program import Program, condition
 from probdiff.infer.results import BLOCK
-
-LEVEL = 0.01
-"""Probability that one or more of all the tests reject a sampler that is right, at most."""
 
 
 @runtime_checkable
@@ -133,9 +132,9 @@ def calibrate(
 
     Source: Talts et al. (2018), algorithm 1.
     """
-    _check_at_least(1, num_simulations=num_simulations)
-    _check_at_least(0, num_projections=num_projections)
-    _check_at_least(1, num_draws=1 if num_draws is None else num_draws)
+    check_at_least(1, num_simulations=num_simulations)
+    check_at_least(0, num_projections=num_projections)
+    check_at_least(1, num_draws=1 if num_draws is None else num_draws)
     key_directions, key_simulations = jax.random.split(key)
     simulator = _Simulator(key_directions, program, observed, num_projections, kwargs)
     run = _runner(sampler, simulator.name)
@@ -311,30 +310,19 @@ def _pits(key: Array, quantities: dict[str, np.ndarray]) -> dict[str, np.ndarray
     for i, (name, values) in enumerate(sorted(quantities.items())):
         if np.isnan(values).any():
             raise ValueError(f"{name} must be a number at every draw; got nan")
-        below, equal = (values[1:] < values[0]).sum(0), (values[1:] == values[0]).sum(0)
-        u = np.asarray(jax.random.uniform(jax.random.fold_in(key, i), below.shape))
-        pits[name] = (below + u * (1 + equal)) / len(values)
+        pits[name] = ranks.pit(jax.random.fold_in(key, i), values[0], values[1:])
     return pits
 
 
 def _tree(pits: dict[str, np.ndarray], name: str, attrs: dict[str, Any]) -> xr.DataTree:
     """PITs and their p-values with named dims."""
     names = {k: _dims(k, pit.ndim - 1, name) for k, pit in pits.items()}
-    p_values = {k: np.asarray(np.apply_along_axis(_p_value, 0, pit)) for k, pit in pits.items()}
-    least = min(p_values, key=lambda k: p_values[k].min())
-    place = np.unravel_index(p_values[least].argmin(), p_values[least].shape)
-    num_tests = sum(p.size for p in p_values.values())
-    attrs |= {
-        "num_simulations": len(pits["log_r"]),
-        "num_tests": num_tests,
-        "least_p_value": float(p_values[least].min()),
-        "least_at": least + (str([int(i) for i in place]) if place else ""),
-        "bound": LEVEL / num_tests,
-    }
-    ranks = {k: (("chain", "draw", *names[k]), pit[None]) for k, pit in pits.items()}
+    p_values = {k: ranks.p_values(pit) for k, pit in pits.items()}
+    attrs |= {"num_simulations": len(pits["log_r"])} | ranks.verdict(p_values)
+    named = {k: (("chain", "draw", *names[k]), pit[None]) for k, pit in pits.items()}
     coords = {"chain": [0], "draw": np.arange(len(pits["log_r"]))}
     tree = xr.DataTree(name="probdiff")
-    tree["prior_sbc"] = xr.DataTree(xr.Dataset(ranks, coords))
+    tree["prior_sbc"] = xr.DataTree(xr.Dataset(named, coords))
     tree["uniformity"] = xr.DataTree(xr.Dataset({k: (names[k], p) for k, p in p_values.items()}))
     tree.attrs = attrs
     return tree
@@ -346,16 +334,6 @@ def _dims(quantity: str, count: int, name: str) -> list[str]:
     return [f"{name}_dim_{i}" for i in range(count)]
 
 
-def _p_value(pit: np.ndarray) -> float:
-    return float(stats.kstest(pit, "uniform").pvalue)
-
-
 def _name(sampler: Any) -> str:
     is_object = isinstance(sampler, Runs)
     return type(sampler).__name__ if is_object else getattr(sampler, "__name__", repr(sampler))
-
-
-def _check_at_least(least: int, **values: int) -> None:
-    for name, value in values.items():
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}; got {value}")

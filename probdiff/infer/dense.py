@@ -49,10 +49,6 @@ class Belief(NamedTuple):
         """S⁻ᵀ u."""
         return (u / jnp.sqrt(self.variance)) @ self.axes.T
 
-    def pull(self, x: Any) -> Any:
-        """Jᵀ x; J is symmetric."""
-        return ((x @ self.axes) * self.slope) @ self.axes.T
-
 
 class Given(NamedTuple):
     """What known entries and a quadratic log r do to N(x̂_0, C); None where there is none."""

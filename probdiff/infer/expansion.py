@@ -144,7 +144,6 @@ def settle(
     above all, that expression overshoots, as it trusts the slope far away; this one cannot exceed
     the greatest log r.
     """
-    lead_dim = value.ndim
     shares = jnp.asarray((*SHARES, 0.0), value.dtype)
 
     def gain(share: Any) -> Lead:
@@ -153,7 +152,7 @@ def settle(
     gains = jnp.concatenate([jax.vmap(gain)(shares[:-1]), value[None]])
     gains = jnp.where(jnp.isnan(gains), -jnp.inf, gains)
     best = jnp.argmax(gains, 0)
-    return jnp.max(gains, 0), shares[best].reshape(value.shape[:lead_dim])
+    return jnp.max(gains, 0), shares[best]
 
 
 def krylov(

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
+from probdiff.arguments import check_at_least
 from probdiff.infer import checks, results, summary
 from probdiff.infer.program import Program
 from probdiff.infer.results import Result
@@ -101,8 +102,7 @@ class Guided(Sampler):
         progress: bool = False,
     ):
         """Prepare the sampler; the arguments are those of the class."""
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1; got {num_samples}")
+        check_at_least(1, num_samples=num_samples)
         self.progress, self.check = progress, None
         self._walk = Walk(
             program, LaplaceTwist() if twist is None else twist, num_particles=num_samples,
@@ -132,7 +132,8 @@ class Guided(Sampler):
                 the twist does not fit.
 
         Warns:
-            InferenceWarning: if the means are elsewhere than those of the small SMC.
+            InferenceWarning: if the means are elsewhere than those of the small SMC, a twist was
+                not finite, or the trajectory does not end in noise.
 
         Example:
             The rule of 2015 multiplies by r at every step, and goes too far:

@@ -12,7 +12,7 @@ import numpy as np
 
 from probdiff.infer.levels import Levels, levels
 from probdiff.infer.program import Conditioned
-from probdiff.infer.twists import KernelTwist, TweedieTwist, Twist
+from probdiff.infer.twists import KernelTwist, ReadoutTwist, TweedieTwist, Twist
 from probdiff.kernels import DiscreteKernel
 from probdiff.readouts import GaussianReadout, Tied
 
@@ -30,8 +30,6 @@ class Layout(NamedTuple):
     """t of each level that is walked, and 0 for the data, ascending, `(n + 1,)`."""
     is_discrete: bool
     """Whether x_0 are symbols."""
-    event_dim: int
-    """Axes of one x_0."""
     plates: tuple[str, ...]
     """Plates around the prior."""
     dims: dict[str, list[str]]
@@ -65,37 +63,37 @@ def layout(conditioned: Conditioned, steps: int | None, twist: Twist) -> Layout:
     for name, site in sites.items():
         if site["type"] == "deterministic" and name != diffusion.name:
             dims[name] = _deterministic_dims(site, plates, batch_shape)
-    trajectory = levels(draw, steps)
+    walked = levels(draw, steps)
     is_discrete = isinstance(diffusion.kernel, DiscreteKernel)
     size = math.prod(diffusion.event_shape)
-    per_level = 1 if is_discrete else 1 + _products(twist, size)
+    per_level = 1 if is_discrete else 1 + _products(twist, size, conditioned)
     last = 0 if isinstance(diffusion.last_step, Tied) else 1
     return Layout(
-        diffusion.name, diffusion.T, np.concatenate([[0], trajectory.times]), is_discrete,
-        len(diffusion.event_shape), tuple(plates), dims, batch_dims,
-        per_level * (trajectory.n - 1) + last, _note(trajectory), draw.covariance is not None,
+        diffusion.name, diffusion.T, np.concatenate([[0], walked.times]), is_discrete,
+        tuple(plates), dims, batch_dims,
+        per_level * (walked.n - 1) + last, _note(walked), draw.covariance is not None,
     )  # fmt: skip
 
 
-def _note(trajectory: Levels) -> str:
+def _note(walked: Levels) -> str:
     """A learned variance has no value for the longer steps of a shorter diffusion."""
-    readout = trajectory.draw.trajectory.readout
+    readout = walked.draw.trajectory.readout
     loses_variance = (
         isinstance(readout, GaussianReadout)
         and readout.fixed_variance(longer=False) is None
         and readout.fixed_variance(longer=True) is not None
     )
-    if not (loses_variance and trajectory.is_respaced):
+    if not (loses_variance and walked.is_respaced):
         return ""
     return (
-        f"steps={trajectory.n} has no learned variance, which belongs to T steps: "
-        "the bridge's is used"
+        f"steps={walked.n} has no learned variance, which belongs to T steps: the bridge's is used"
     )
 
 
-def _products(twist: Twist, size: int) -> int:
+def _products(twist: Twist, size: int, conditioned: Conditioned) -> int:
     """Products with the network's Jacobian per level; one for twists that are not ours."""
-    if isinstance(twist, KernelTwist):
+    is_known_alone = conditioned.draw.known is not None and not conditioned.observed
+    if isinstance(twist, KernelTwist) or (isinstance(twist, ReadoutTwist) and is_known_alone):
         return 0
     return min(twist.rank, size) if isinstance(twist, TweedieTwist) else 1
 

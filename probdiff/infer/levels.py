@@ -1,19 +1,18 @@
 """The reverse trajectory as inference walks it: all T levels, or n of them.
 
-With n < T levels t_1 = 1 < … < t_n = T, evenly spread, the diffusion jumps from level t_i to level
+With n < T levels t_1 = 1 < … < t_n = T, evenly spread, the walk jumps from level t_i to level
 t_{i−1} by
 
-    p(x_s | x_t) = N(w_0 x̂_0 + w_t x_t, bridge variance)         numbers
+    p(x_s | x_t) = N(w_0 x̂_0 + w_t x_t, variance)                numbers
     p(x_s | x_t) = Σ_j p(x_0 = j | x_t) q(x_s | x_t, x_0 = j)     symbols
 
-with the coefficients of the longer step. `ForwardVariance` has a value for a longer step too,
-1 − ᾱ_t/ᾱ_s; a learned variance has none, and the bridge's stands in. The n-step diffusion is
-another model than the T-step one: its evidence is its own.
+with the coefficients of the longer step. The variance is 1 − ᾱ_t/ᾱ_s under `ForwardVariance`, the
+bridge's and w_0² Var[x_0 | x_t] under `Mixture`, else the bridge's: a learned one has no value for
+a longer step. The n-step diffusion is another model than the T-step one: its evidence is its own.
 """
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
@@ -230,10 +229,3 @@ def within_cells(draw: PriorDraw) -> Any:
     if grid is None or draw.known is None:
         return 0.0
     return jnp.where(draw.mask, (grid.spacing / draw.diffusion.scale) ** 2 / 12, 0.0)
-
-
-def log_probabilities(law: Any) -> Float[Array, "*shape K"]:
-    """Log-probabilities of the states of an elementwise law of symbols, on a last axis."""
-    if isinstance(law, dist.Distribution) and "logit" in type(law).pytree_data_fields:
-        return jax.nn.log_sigmoid(jnp.stack([-law.logit, law.logit], -1))
-    return law.log_probs

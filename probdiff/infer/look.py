@@ -20,7 +20,6 @@ from probdiff.infer.expansion import local, sum_event
 from probdiff.infer.levels import (
     Levels,
     Reading,
-    log_probabilities,
     reading,
     step_variance,
     trusted,
@@ -38,7 +37,7 @@ PERFECT = Reading(0.0, 0.0)
 PROBES, FEW_PROBES, PROBED_NUMBERS = 1024, 64, 2**22
 """Draws of x_T at which the network's error is told; fewer where they would have more numbers."""
 LEAST = -1e4
-"""log ψ where a twist says 0 or nothing: ψ must be positive wherever the diffusion can go."""
+"""log ψ where a twist says 0 or nothing: ψ must be positive wherever x_t can be."""
 
 
 class Plan(NamedTuple):
@@ -58,7 +57,7 @@ class Plan(NamedTuple):
     """Puts particles, runs leading, where they belong on several devices."""
 
     @property
-    def num_systems(self) -> int:
+    def num_populations(self) -> int:
         """Runs times entries of the plates."""
         return self.num_runs * math.prod(self.conditioned.batch_shape)
 
@@ -89,7 +88,7 @@ class Plan(NamedTuple):
         batch_dim = len(self.conditioned.batch_shape)
         x = x.reshape(self.num_runs, self.num_particles, *x.shape[1:])
         x = jnp.moveaxis(x, 1, 1 + batch_dim)
-        return x.reshape(self.num_systems, *x.shape[1 + batch_dim :])
+        return x.reshape(self.num_populations, *x.shape[1 + batch_dim :])
 
 
 class Look(NamedTuple):
@@ -120,7 +119,7 @@ def in_blocks(plan: Plan, x: Array, at: Callable[[Any], Any]) -> Any:
 
 def _block(count: int, plan: Plan) -> int:
     """Largest part of the particles that divides them and stays below the block size."""
-    per_sheet = plan.num_systems // plan.num_runs
+    per_sheet = plan.num_populations // plan.num_runs
     wanted = max(1, plan.block_size // per_sheet)
     return next(size for size in range(min(wanted, count), 0, -1) if count % size == 0)
 
@@ -166,7 +165,7 @@ def _flat_mask(mask: Any, batch_shape: tuple[int, ...], event_shape: tuple[int, 
     return jnp.broadcast_to(mask, (*batch_shape, *event_shape)).reshape(*batch_shape, -1)
 
 
-def for_systems(plan: Plan, arrays: Any) -> Any:
+def for_populations(plan: Plan, arrays: Any) -> Any:
     """Arrays of the plates, once for each run: `(S, ...)`."""
     batch_dim = len(plan.conditioned.batch_shape)
 
@@ -178,7 +177,7 @@ def for_systems(plan: Plan, arrays: Any) -> Any:
 
 
 def measure(plan: Plan) -> Any:
-    """Tried at draws of x_T of their own, the same for every system."""
+    """How well the network reads x_0 out of noise, at draws that all share; None for symbols."""
     if plan.is_discrete:
         return None
     batch_shape, event_shape = plan.conditioned.batch_shape, plan.event_shape
@@ -237,7 +236,7 @@ def look_at_first(plan: Plan, x_1: Any) -> Look:
     law = in_units.base
     known, mask = _known(plan)
     if plan.is_discrete:
-        log_p = log_probabilities(law)
+        log_p = law.log_probs
         informed = symbols.inform(log_p, _symbol_log_r(plan), known, mask, levels.event_dim)
         return _symbol_look(log_p, informed.log_p_0, informed.log_psi, known, mask)
     view = _view(plan, 1, x_1, law, law.loc, lambda v: v, lambda: law, PERFECT, None)
@@ -248,7 +247,7 @@ def look_at_first(plan: Plan, x_1: Any) -> Look:
 def _look_at_symbols(plan: Plan, x_t: Any, i: Any) -> Look:
     levels, kernel = plan.levels, plan.levels.draw.diffusion.kernel
     outputs = levels.outputs(x_t, i)
-    log_p = log_probabilities(levels.reverse(outputs, x_t, i))
+    log_p = levels.reverse(outputs, x_t, i).log_probs
     known, mask = _known(plan)
     log_r = _symbol_log_r(plan)
     if log_r is None and known is None:
@@ -257,7 +256,7 @@ def _look_at_symbols(plan: Plan, x_t: Any, i: Any) -> Look:
     log_p_0 = symbols.predicted(levels, outputs, x_t, i)
     informed = symbols.inform(log_p_0, log_r, known, mask, levels.event_dim)
     finite = jnp.maximum(informed.log_p_0, symbols.FLOOR)
-    log_q = log_probabilities(kernel.bridge_given(finite, x_t, levels.step(i)))
+    log_q = kernel.bridge_given(finite, x_t, levels.step(i)).log_probs
     return _symbol_look(log_p, log_q, informed.log_psi, None, None)
 
 

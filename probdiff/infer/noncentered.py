@@ -33,11 +33,11 @@ from numpyro import handlers
 from numpyro.distributions import biject_to
 from numpyro.primitives import Messenger
 
+from probdiff.arguments import shape_text
 from probdiff.infer.levels import Levels, levels
 from probdiff.infer.program import Program
 from probdiff.kernels import DiscreteKernel
 from probdiff.trajectories import SampledTimes
-from probdiff.validation import shape_text
 
 Noise = Float[Array, "levels *shape"]
 State = Float[Array, "*shape"]
@@ -99,8 +99,7 @@ def initial_noise(
 ) -> dict[str, Any]:
     """Where to start chains, `MCMC.run(init_params=...)`, so that they are at given x_0.
 
-    The trajectories between are drawn forward, so that equal x_0 differ in their
-    noise.
+    The trajectories between are drawn forward, so that equal x_0 differ in their noise.
 
     Args:
         key: Randomness, of the trajectories.
@@ -164,8 +163,8 @@ def initial_noise(
     return jax.jit(jax.vmap(start))(jax.random.split(key, num_chains), draws)
 
 
-class _Trajectory(NamedTuple):
-    """The diffusion that a noise drives; kept with its site."""
+class _Driven(NamedTuple):
+    """The levels that a noise drives; kept with its site."""
 
     levels: Levels
     lead: tuple[int, ...]
@@ -198,15 +197,15 @@ class _Retreat(Messenger):
         draw = msg["infer"]["prior"]
         name = draw.diffusion.name
         _check(msg)
-        trajectory = _Trajectory(levels(draw, self.steps), msg["fn"].batch_shape)
-        event_shape = (trajectory.levels.n + 1, *draw.diffusion.event_shape)
-        normal = dist.Normal(0.0, 1.0).expand((*trajectory.lead, *event_shape))
+        driven = _Driven(levels(draw, self.steps), msg["fn"].batch_shape)
+        event_shape = (driven.levels.n + 1, *draw.diffusion.event_shape)
+        normal = dist.Normal(0.0, 1.0).expand((*driven.lead, *event_shape))
         noise = numpyro.sample(
-            f"{name}_noise", normal.to_event(len(event_shape)), infer={"walk": trajectory}
+            f"{name}_noise", normal.to_event(len(event_shape)), infer={"walk": driven}
         )
         noise = jnp.moveaxis(noise, -len(event_shape), 0)
         self.noise_0[name if draw.known is None else f"{name}_free"] = noise[0]
-        _keep(msg, _only(_x_1_of_noise(trajectory.levels, noise), len(trajectory.lead)))
+        _keep(msg, _only(_x_1_of_noise(driven.levels, noise), len(driven.lead)))
 
     def _put_data(self, msg: dict[str, Any]) -> None:
         name, law = msg["name"], _unexpanded(msg["fn"])
@@ -216,7 +215,7 @@ class _Retreat(Messenger):
             numpyro.deterministic(name, x_0)
 
 
-def _x_1_of_noise(trajectory: Levels, noise: Noise) -> State:
+def _x_1_of_noise(levels: Levels, noise: Noise) -> State:
     """x_1 from the noise z_0..z_n, levels in front, on the scale of the diffusion.
 
     Backwards through the walk, each step is computed again: what is kept is one level for each
@@ -225,30 +224,30 @@ def _x_1_of_noise(trajectory: Levels, noise: Noise) -> State:
 
     def retreat(x_t: Any, inputs: Any) -> Any:
         i, z_s = inputs
-        law = trajectory.reverse(trajectory.outputs(x_t, i), x_t, i)
+        law = levels.reverse(levels.outputs(x_t, i), x_t, i)
         return law.loc + law.scale * z_s, None
 
     again = jax.checkpoint(retreat, prevent_cse=False)  # a scan keeps the two apart by itself
-    i = jnp.arange(2, trajectory.n + 1)
+    i = jnp.arange(2, levels.n + 1)
     return jax.lax.scan(again, noise[-1], (i, noise[1:-1]), reverse=True)[0]
 
 
-def _noise_of_data(key: Array, trajectory: Levels, x_0: State) -> Noise:
+def _noise_of_data(key: Array, levels: Levels, x_0: State) -> Noise:
     """Noise z_0..z_n, levels in front, that leads to x_0 (on the scale of the diffusion).
 
     One draw: the trajectory between is drawn forward.
     """
-    kernel = trajectory.draw.diffusion.kernel
-    keys = jax.random.split(key, trajectory.n)
+    kernel = levels.draw.diffusion.kernel
+    keys = jax.random.split(key, levels.n)
 
     def climb(x_s: Any, inputs: Any) -> Any:
         i, key = inputs
-        x_t = kernel.transition(x_s, trajectory.step(i)).sample(key)
-        return x_t, _solve(trajectory.reverse(trajectory.outputs(x_t, i), x_t, i), x_s)
+        x_t = kernel.transition(x_s, levels.step(i)).sample(key)
+        return x_t, _solve(levels.reverse(levels.outputs(x_t, i), x_t, i), x_s)
 
-    x_1 = kernel.transition(x_0, trajectory.step(1)).sample(keys[0])
-    z_0 = _solve(trajectory.last(x_1), x_0)
-    x_n, z = jax.lax.scan(climb, x_1, (jnp.arange(2, trajectory.n + 1), keys[1:]))
+    x_1 = kernel.transition(x_0, levels.step(1)).sample(keys[0])
+    z_0 = _solve(levels.last(x_1), x_0)
+    x_n, z = jax.lax.scan(climb, x_1, (jnp.arange(2, levels.n + 1), keys[1:]))
     return jnp.concatenate([z_0[None], z, x_n[None]])
 
 
@@ -309,23 +308,23 @@ def _value(site: dict[str, Any], draws: dict[str, Any]) -> Any:
     """Value of a latent site of a noncentered program."""
     if not _is_latent(site):
         return None
-    trajectory = site["infer"].get("walk")
-    name = site["name"] if trajectory is None else trajectory.levels.draw.diffusion.name
+    driven = site["infer"].get("walk")
+    name = site["name"] if driven is None else driven.levels.draw.diffusion.name
     if name not in draws:
         raise ValueError(
             f"draws must hold every latent site and every prior; {name!r} is missing from "
             f"{sorted(draws)}"
         )
     shape = site["fn"].shape()
-    if trajectory is not None:
-        shape = (*trajectory.lead, *trajectory.levels.draw.diffusion.event_shape)
+    if driven is not None:
+        shape = (*driven.lead, *driven.levels.draw.diffusion.event_shape)
     if draws[name].shape != shape:
         raise ValueError(
             f"draws[{name!r}] must have shape {shape_text('num_chains', shape)}; "
             f"got {shape_text('num_chains', draws[name].shape)}"
         )
-    if trajectory is None:
+    if driven is None:
         return draws[name]
-    x_0 = trajectory.levels.draw.diffusion.to_state(draws[name])
-    noise = _noise_of_data(site["kwargs"]["rng_key"], trajectory.levels, x_0)
-    return jnp.moveaxis(noise, 0, len(trajectory.lead))
+    x_0 = driven.levels.draw.diffusion.to_state(draws[name])
+    noise = _noise_of_data(site["kwargs"]["rng_key"], driven.levels, x_0)
+    return jnp.moveaxis(noise, 0, len(driven.lead))

@@ -9,7 +9,7 @@ particles are resampled where their effective number falls below a share of N (s
 
     Ẑ = ∏ over stages of the mean weight
 
-is unbiased for Z = E_p[r(x_0)], whatever ψ is. A system is one posterior: one run for one entry of
+is unbiased for Z = E_p[r(x_0)], whatever ψ is. A population is one run for one system (an entry of
 the plates around the prior, with N particles and keys of its own, so that nothing depends on who
 runs beside it. Arrays have shape `(S, N, *event)` here, S systems, and `(R·N, *plates, *event)`
 where the network and the program see them.
@@ -28,7 +28,7 @@ from probdiff.infer.look import (
     Look,
     Plan,
     covariances,
-    for_systems,
+    for_populations,
     hessian,
     in_blocks,
     log_r,
@@ -85,10 +85,10 @@ def start(plan: Plan, keys: Array) -> State:
         return kernel.stationary((n, *plan.event_shape)).sample(key)
 
     x = plan.constrain(jax.vmap(draw)(_fold(keys, plan.levels.n + 1)))
-    shape = (plan.num_systems, n)
+    shape = (plan.num_populations, n)
     zeros = jnp.zeros(shape)
-    flat = jnp.zeros((plan.levels.n + 1, plan.num_systems))
-    trace = Trace(flat, flat > 1, flat, flat, zeros, jnp.full(plan.num_systems, jnp.inf))
+    flat = jnp.zeros((plan.levels.n + 1, plan.num_populations))
+    trace = Trace(flat, flat > 1, flat, flat, zeros, jnp.full(plan.num_populations, jnp.inf))
     ancestor = jnp.broadcast_to(jnp.arange(n), shape)
     return State(x, zeros, zeros, zeros, zeros[:, 0], ancestor, measure(plan), hessian(plan), trace)
 
@@ -99,7 +99,7 @@ def advance(plan: Plan, keys: Array, state: State, i: Any) -> State:
         covariances(plan, state.reading, state.hessian, i) if plan.uses_covariance else None
     )
     look = in_blocks(plan, state.x, lambda x: look_at(plan, x, i, state.reading, covariance))
-    common = None if covariance is None else for_systems(plan, covariance.common)
+    common = None if covariance is None else for_populations(plan, covariance.common)
     return _move(plan, keys, state, look, i, common)
 
 

@@ -121,9 +121,10 @@ def _check_plates(site: dict[str, Any]) -> None:
                 f"got {frame.size} and {site['fn'].batch_shape}"
             )
     if site["scale"] is not None:
+        name = site["infer"]["prior"].diffusion.name
         raise ValueError(
-            f"prior {site['name']!r} must not be scaled: a subsampling plate or a handler changes "
-            "the prior's weight, which a posterior cannot have. Scale the observed sites"
+            f"prior {name!r} must not be scaled: a subsampling plate or a handler changes the "
+            "prior's weight, which a posterior cannot have. Scale the observed sites"
         )
 
 
@@ -144,7 +145,7 @@ def _check_latents(sites: dict[str, Any], ours: set[str]) -> None:
 
 def _check_observed(site: dict[str, Any], plates: set[str], prior: str) -> None:
     name = site["name"]
-    if isinstance(_unwrapped(site["fn"]), dist.Delta):
+    if isinstance(unwrapped(site["fn"]), dist.Delta):
         raise ValueError(
             f"observed site {name!r} must have a density; got a Delta, which no draw of x_0 meets. "
             "Condition exactly by prior(known=values, mask=mask)"
@@ -184,7 +185,7 @@ def _check_rows(site: dict[str, Any], prior: str) -> None:
             )
 
 
-def _unwrapped(law: dist.Distribution) -> dist.Distribution:
+def unwrapped(law: dist.Distribution) -> dist.Distribution:
     wrappers = dist.ExpandedDistribution, dist.Independent, dist.MaskedDistribution
     while isinstance(law, wrappers):
         law = law.base_dist
@@ -218,7 +219,7 @@ def observed_data(conditioned: Conditioned, x_0: Any) -> dict[str, Any]:
 
 
 def _is_factor(site: dict[str, Any]) -> bool:
-    return isinstance(_unwrapped(site["fn"]), dist.Unit)
+    return isinstance(unwrapped(site["fn"]), dist.Unit)
 
 
 def systems_are_coupled(conditioned: Conditioned, x_0: Any, other: Any) -> Array:

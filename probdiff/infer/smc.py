@@ -7,8 +7,7 @@ larger importance sample, and
     log Z ≈ log (1/R) Σ_r Ẑ_r,    se = sd(Ẑ_r) / (√R · mean(Ẑ_r)),
 
 with Student-t intervals of R − 1 degrees of freedom. Z is the evidence of the diffusion that was
-walked: of all T steps, or of the n-step diffusion where `steps=n`; known entries of x_0
-count in it.
+walked, of all T steps or, where `steps=n`, of n of them; known entries of x_0 count in it.
 
 Source: Sohl-Dickstein et al. (2015), section 2.5, for conditioning by r; Del Moral et al. (2006).
 """

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from probdiff import readouts
 from probdiff.infer.expansion import expand, sum_event
-from probdiff.infer.levels import Levels, log_probabilities
+from probdiff.infer.levels import Levels
 
 DOUBT = 0.05
 """Share of an even law in what `Logits` say of x_0, which they do through f_b alone and held to
@@ -58,7 +58,7 @@ class Informed(NamedTuple):
 def predicted(levels: Levels, outputs: tuple[Any, ...], x_t: Any, i: Any) -> Any:
     """log p(x_0 | x_t) of each state, those left out from which x_t cannot come."""
     kernel, step = levels.draw.trajectory.kernel, levels.step(i)
-    log_p_0 = log_probabilities(levels.x_0_given(outputs, x_t, i))
+    log_p_0 = levels.x_0_given(outputs, x_t, i).log_probs
 
     def reaches(state: Any) -> Any:
         return kernel.marginal(jnp.full_like(x_t, state), step).log_prob(x_t) > -jnp.inf

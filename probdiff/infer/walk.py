@@ -5,6 +5,8 @@ the data; all others are part of what is compiled. Before a walk the likelihood 
 points, to see
 
     whether every entry of x_0 has a likelihood of its own (the curvature of log r is diagonal),
+    whether that curvature is the same everywhere (log r is quadratic),
+    whether r is 0 at all of them (which nan among the arguments explains),
     whether log r of one entry of the plates moves with the x_0 of another (which is refused).
 
 Keys: a program without plates uses `key` itself, entry b of its plates `fold_in(key, b)`, and run r
@@ -23,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from probdiff import bars
+from probdiff.arguments import check_at_least
 from probdiff.infer import particles
 from probdiff.infer.expansion import local, sum_event
 from probdiff.infer.levels import levels
@@ -79,11 +82,7 @@ class Walk:
         block_size: int,
         mesh: Mesh | None,
     ):
-        for argument, value in {
-            "num_particles": num_particles, "num_runs": num_runs, "block_size": block_size,
-        }.items():  # fmt: skip
-            if value < 1:
-                raise ValueError(f"{argument} must be at least 1; got {value}")
+        check_at_least(1, num_particles=num_particles, num_runs=num_runs, block_size=block_size)
         if mesh is not None and num_runs % mesh.size:
             raise ValueError(
                 f"num_runs must be a multiple of the {mesh.size} devices of the mesh, which share "
@@ -101,7 +100,7 @@ class Walk:
         """Walk all particles from π to x_0."""
         static, arrays = _split(args, kwargs)
         prepare = self._cached(self._prepare, *static)
-        keys, shape, is_coupled, is_holed, n = prepare(key, arrays)
+        keys, curvature, is_coupled, is_holed, n = prepare(key, arrays)
         if bool(is_holed):
             raise ValueError("known must be finite wherever mask is True; got entries that are not")
         if bool(is_coupled):
@@ -109,7 +108,7 @@ class Walk:
                 "program must keep the entries of the plates around the prior apart; log r of one "
                 "moved with the x_0 of another. Take the prior out of the plate"
             )
-        is_diagonal, is_quadratic, is_impossible = map(bool, shape)
+        is_diagonal, is_quadratic, is_impossible = map(bool, curvature)
         if is_impossible and any(np.isnan(a).any() for a in arrays if a.dtype.kind == "f"):
             raise ValueError(
                 "program must not observe nan: its arguments hold some, and no draw of the prior "
@@ -183,15 +182,15 @@ class Walk:
         return applied
 
     def _prepare(self, *static: Any) -> Callable[..., Any]:
-        """Keys of all systems, and what must be known of the likelihood before compiling."""
+        """Keys of all populations, and what must be known of the likelihood before compiling."""
 
         @jax.jit
         def prepare(key: Array, arrays: Any) -> Any:
             conditioned = self._condition(static, arrays)
             diffusion = conditioned.draw.diffusion
             self._check(conditioned)
-            trajectory = levels(conditioned.draw, self.steps)
-            keys = _system_keys(key, conditioned.batch_shape, self.num_runs)
+            walked = levels(conditioned.draw, self.steps)
+            keys = _population_keys(key, conditioned.batch_shape, self.num_runs)
             probes = jax.random.key(0)
             shape = (*conditioned.batch_shape, *diffusion.event_shape)
             if isinstance(diffusion.kernel, DiscreteKernel):
@@ -206,8 +205,8 @@ class Walk:
                 curvature = _curvature(conditioned, points, probes)
                 points = points * diffusion.scale + diffusion.loc
             is_coupled = systems_are_coupled(conditioned, points[0], points[1])
-            num_steps = jnp.asarray(trajectory.n)
-            return keys, curvature, is_coupled, _is_holed(conditioned.draw), num_steps
+            is_holed = _is_holed(conditioned.draw)
+            return keys, curvature, is_coupled, is_holed, jnp.asarray(walked.n)
 
         return prepare
 
@@ -255,8 +254,9 @@ class Walk:
         self.twist.check(draw)
         if self.is_weighted and draw.known is not None and not self.twist.takes_known:
             raise ValueError(
-                f"twist {name} has no finite weights where entries of x_0 are known exactly; use "
-                "LaplaceTwist, or Guided, which has no weights"
+                "twist must be one that has finite weights where entries of x_0 are known exactly; "
+                f"got {name}. Use LaplaceTwist, ReadoutTwist with a Mixture, or Guided, which has "
+                "no weights"
             )
 
     def _constrain(self, x: Any) -> Any:
@@ -290,7 +290,7 @@ def _is_holed(draw: PriorDraw) -> Array:
     return jnp.any(draw.mask & ~jnp.isfinite(draw.known))
 
 
-def _system_keys(key: Array, batch_shape: tuple[int, ...], num_runs: int) -> Array:
+def _population_keys(key: Array, batch_shape: tuple[int, ...], num_runs: int) -> Array:
     """Key of each run of each entry of the plates, `(num_runs · entries,)`."""
     runs = jnp.arange(num_runs)
     keys = entry_keys(key, batch_shape)

@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from numpyro.distributions import constraints
 
+from probdiff.arguments import check_at_least
 from probdiff.kernels.laws import Bits, Integers, States, Symbols, log_add, times_log
 from probdiff.types import Step
 
@@ -345,8 +346,7 @@ class AbsorbingKernel(DiscreteKernel):
 
 
 def _check_classes(num_classes: int) -> None:
-    if num_classes < 2:
-        raise ValueError(f"num_classes must be at least 2; got {num_classes}")
+    check_at_least(2, num_classes=num_classes)
 
 
 def _as_tuples(value: Any) -> Any:

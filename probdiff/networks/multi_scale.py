@@ -26,9 +26,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
+from probdiff.arguments import check_at_least, check_shape
 from probdiff.networks.convolution import convolve
 from probdiff.networks.perceptron import as_numbers, bump_functions
-from probdiff.networks.shapes import check_shape, output_shape
+from probdiff.networks.shapes import output_shape
 
 
 class MultiScaleConvolution(nnx.Module):
@@ -160,8 +161,7 @@ class _Layer(nnx.Module):
 
 
 def _check(event_shape: tuple[int, ...], depth: int, scales: int, dense_depth: int) -> None:
-    if scales < 1:
-        raise ValueError(f"scales must be at least 1; got {scales}")
+    check_at_least(1, scales=scales)
     side = 2 ** (scales - 1) if depth else 1
     if len(event_shape) not in (2, 3) or any(n % side for n in event_shape[:2]):
         raise ValueError(

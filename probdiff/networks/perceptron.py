@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
-from probdiff.networks.shapes import check_counts, check_shape, output_shape
+from probdiff.arguments import check_at_least, check_shape
+from probdiff.networks.shapes import output_shape
 
 
 class Perceptron(nnx.Module):
@@ -76,7 +77,7 @@ class Perceptron(nnx.Module):
         rngs: nnx.Rngs,
     ):
         event_shape = check_shape("event_shape", event_shape)
-        check_counts(width=width, depth=depth)
+        check_at_least(1, width=width, depth=depth)
         self.event_shape, self.width, self.depth, self.T = event_shape, width, depth, T
         self.bumps, self.outputs = bumps, outputs
         self.context_size, self.states = context_size, states

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
-from probdiff.networks.shapes import check_counts, check_shape, output_shape
+from probdiff.arguments import check_at_least, check_shape
+from probdiff.networks.shapes import output_shape
 
 
 class RadialBasis(nnx.Module):
@@ -56,7 +57,7 @@ class RadialBasis(nnx.Module):
         rngs: nnx.Rngs,
     ):
         event_shape = check_shape("event_shape", event_shape)
-        check_counts(width=width)
+        check_at_least(1, width=width)
         self.event_shape, self.width, self.T, self.outputs = event_shape, width, T, outputs
         size = math.prod(event_shape)
         self.centres = nnx.Param(jax.random.normal(rngs.params(), (width, size)))

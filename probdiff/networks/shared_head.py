@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
+from probdiff.arguments import check_at_least, check_shape
 from probdiff.networks.perceptron import as_numbers, bump_functions
-from probdiff.networks.shapes import check_counts, check_shape, output_shape
+from probdiff.networks.shapes import output_shape
 
 
 class SharedHead(nnx.Module):
@@ -71,7 +72,7 @@ class SharedHead(nnx.Module):
         rngs: nnx.Rngs,
     ):
         event_shape = check_shape("event_shape", event_shape)
-        check_counts(width=width, depth=depth)
+        check_at_least(1, width=width, depth=depth)
         self.event_shape, self.width, self.depth, self.T = event_shape, width, depth, T
         self.channels, self.head_width = channels, head_width
         self.bumps, self.outputs, self.context_size = bumps, outputs, context_size

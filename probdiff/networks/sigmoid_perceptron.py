@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
+from probdiff.arguments import check_at_least, check_shape
 from probdiff.networks.perceptron import as_numbers
-from probdiff.networks.shapes import check_counts, check_shape, output_shape
+from probdiff.networks.shapes import output_shape
 
 
 class SigmoidPerceptron(nnx.Module):
@@ -59,7 +60,7 @@ class SigmoidPerceptron(nnx.Module):
         rngs: nnx.Rngs,
     ):
         event_shape = check_shape("event_shape", event_shape)
-        check_counts(width=width, depth=depth)
+        check_at_least(1, width=width, depth=depth)
         self.event_shape, self.width, self.depth, self.T = event_shape, width, depth, T
         self.outputs = outputs
         size = math.prod(event_shape)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from probdiff.arguments import check_at_least
 from probdiff.networks.binding import bind
 
 PLAIN = {"force_terminal": False, "force_jupyter": False, "color_system": None, "width": 1000}
@@ -60,8 +61,7 @@ def summary(
     """
     if not isinstance(network, nnx.Module):
         raise ValueError(f"network must be a flax.nnx module; got {type(network).__name__}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+    check_at_least(1, batch_size=batch_size)
     inputs = [jnp.zeros((batch_size, *event_shape), dtype), jnp.ones(batch_size, jnp.int32)]
     if context_shape is not None:
         inputs.append(jnp.zeros((batch_size, *context_shape)))

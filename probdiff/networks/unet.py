@@ -25,9 +25,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Num
 
+from probdiff.arguments import check_shape
 from probdiff.networks.convolution import convolve, from_patches, to_patches
 from probdiff.networks.perceptron import as_numbers
-from probdiff.networks.shapes import check_shape, output_shape
+from probdiff.networks.shapes import output_shape
 
 GROUP = 8
 """Channels per group of a GroupNorm."""

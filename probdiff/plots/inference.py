@@ -17,6 +17,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from scipy import stats
 
+from probdiff.arguments import check_at_least
 from probdiff.plots.style import BLUE, ORANGE, AxesGrid, axes_or_new, grid_or_new
 
 COLUMNS = 4
@@ -175,8 +176,7 @@ def calibration(
         >>> [ax.get_title() for ax in plots.calibration(tree)]
         ['log_r: p = 0.9']
     """
-    if num_panels < 1:
-        raise ValueError(f"num_panels must be at least 1; got {num_panels}")
+    check_at_least(1, num_panels=num_panels)
     if not {"prior_sbc", "uniformity"} <= set(tree.children):
         raise ValueError(f"tree must come from infer.calibrate; got groups {list(tree.children)}")
     panels = xr.Dataset(dict(_panels(tree, num_panels)))

@@ -1,9 +1,9 @@
 """Twists: guesses ψ_t(x_t) of E[r(x_0) | x_t], which decide whether conditioning works.
 
-The reverse trajectory given an observation is p(x_s | x_t) ψ*_s(x_s)/ψ*_t(x_t), with the exact
-twist ψ*_t(x_t) = E[r(x_0) | x_t]. Any positive ψ_t with ψ_0 = r gives a sampler that is exact as
-particles grow, because its weights repair the rest; how many particles that takes depends on ψ. All
-twists here but the last look at r through the denoised point x̂_0 = E[x_0 | x_t]:
+The reverse trajectory given an observation has the steps p(x_s | x_t) ψ*_s(x_s)/ψ*_t(x_t), with
+the exact twist ψ*_t(x_t) = E[r(x_0) | x_t]. Any positive ψ_t with ψ_0 = r gives a sampler that is
+exact as particles grow, because its weights repair the rest; how many particles that takes depends
+on ψ. All twists here but the last two look at r through the denoised point x̂_0 = E[x_0 | x_t]:
 
     PointTwist      r(x̂_0)                             too sharp while x_t is noisy: collapses
     LaplaceTwist    ∫ r N(x̂_0, w_t I)                   r expanded to second order at x̂_0

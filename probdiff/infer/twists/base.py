@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from probdiff.arguments import check_at_least
 from probdiff.infer.dense import Belief, Given
 from probdiff.infer.expansion import (
     Expansion,
@@ -119,6 +120,8 @@ class Twist(abc.ABC):
     """Whether the weights stay finite where entries are known exactly."""
     uses_covariance: bool = False
     """Whether it takes the data's covariance where the prior has one."""
+    rank: int = RANK
+    """Directions in which the curvature of log r is kept, where it is not diagonal."""
 
     @abc.abstractmethod
     def __call__(self, view: View) -> Tilt:
@@ -149,7 +152,9 @@ class Twist(abc.ABC):
 
     def expand(self, at: Local, sd: Any, view: View) -> Expansion:
         """log r to second order at a point, against N(point, sd²)."""
-        return diagonal(at, sd) if view.is_diagonal else low_rank(at, sd, min(RANK, size_of(view)))
+        if view.is_diagonal:
+            return diagonal(at, sd)
+        return low_rank(at, sd, min(self.rank, size_of(view)))
 
     def check(self, draw: PriorDraw) -> None:  # noqa: B027, most fit any prior
         """Raise a `ValueError` where the twist does not fit the prior."""
@@ -161,8 +166,7 @@ def size_of(view: View) -> int:
 
 
 def check_rank(rank: int) -> None:
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1; got {rank}")
+    check_at_least(1, rank=rank)
 
 
 def shift_of(step: Any, gradient: Any) -> Any:

@@ -16,7 +16,8 @@ from probdiff.prior import PriorDraw
 class GaussianTwist(Widened):
     """∫ r N(x̂_0, w_t I) for y = A x_0 + noise with a known map and noise: the exact integral.
 
-    Where the prior has the covariance of the data, C_t takes the place of w_t I.
+    Where w_t differs between entries, or some are known, its mean over them stands for all. Where
+    the prior has the covariance Σ of the data, Σ (I + ᾱ_t/(1−ᾱ_t) Σ)⁻¹ takes the place of w_t I.
 
     Args:
         matrix: A, `(m, d)`, acting on x_0 in the user's units, flattened to d numbers.

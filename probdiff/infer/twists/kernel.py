@@ -1,4 +1,11 @@
-"""The rule of 2015: every step multiplied by r, or a power of it.
+"""The rule of 2015: every reverse step multiplied by r, or a power of it.
+
+    p̃(x_s | x_t) = p(x_s | x_t) r(x_s)^c / Z̃_s(x_t),    c = 1 or (T − s)/T            eqs. 22, 23
+
+with log r to second order at the mean of p(x_s | x_t): exact where it is quadratic. (The paper's
+table App. 1 stops at the first order, which moves the mean and leaves the variance.) As a twist it
+is ψ_t = r(x_t)^c. What eq. 22 drops against eq. 21, Z̃_s(x_t)/ψ_t(x_t), `SMC` keeps as a weight;
+without it (`Guided`) the draws tend to another law.
 
 Source: Sohl-Dickstein et al. (2015), section 2.5 and appendix C.
 """

@@ -1,10 +1,8 @@
 """The default: any smooth likelihood, by its second-order expansion."""
 
 import dataclasses
-from typing import Any
 
-from probdiff.infer.expansion import Expansion, Local, diagonal, low_rank
-from probdiff.infer.twists.base import RANK, View, check_rank, size_of
+from probdiff.infer.twists.base import RANK, check_rank
 from probdiff.infer.twists.widened import Widened
 
 
@@ -16,8 +14,9 @@ class LaplaceTwist(Widened):
 
         log ψ_t = log r(x̂_0) + ½ w_t gᵀ (I + w_t H)⁻¹ g − ½ log det(I + w_t H),
 
-    exact where log r is quadratic and x_0 given x_t Gaussian. Where the prior has the covariance of
-    the data, C_t takes the place of w_t I. The default of `SMC` and `Guided`.
+    exact where log r is quadratic and x_0 given x_t Gaussian. Where the prior has the covariance Σ
+    of the data, Σ (I + ᾱ_t/(1−ᾱ_t) Σ)⁻¹ takes the place of w_t I. The default of `SMC` and
+    `Guided`.
 
     Args:
         rank: Directions in which the curvature of log r is kept, where it is not diagonal, at least
@@ -53,11 +52,3 @@ class LaplaceTwist(Widened):
 
     def __post_init__(self) -> None:
         check_rank(self.rank)
-
-    def expand(self, at: Local, sd: Any, view: View) -> Expansion:
-        """By a diagonal where there is one, else by Lanczos."""
-        return (
-            diagonal(at, sd)
-            if view.is_diagonal
-            else low_rank(at, sd, min(self.rank, size_of(view)))
-        )

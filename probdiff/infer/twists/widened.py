@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from probdiff.infer.dense import Given, pulled, times
 from probdiff.infer.expansion import Local, expand, krylov, local, settle
 from probdiff.infer.twists.base import (
-    RANK,
     Tilt,
     Twist,
     View,
@@ -42,8 +41,6 @@ class Known(NamedTuple):
 
 class Widened(Twist):
     """∫ r N(x̂_0, w_t I), log r to second order at x̂_0; C_t where the data's covariance is known."""
-
-    rank: int = RANK
 
     def __call__(self, view: View) -> Tilt:
         if view.given is not None:
