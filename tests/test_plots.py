@@ -64,7 +64,7 @@ def test_bound_per_step_shows_mean_band_and_parts():
     for corner in ([2, 0], [2, 4], [3, 4], [4, 0], [4, 2]):
         assert (np.abs(corners - corner).max(1) < 1e-12).any()
     text = " ".join(legend_of(ax))
-    for part in ("Σ KL = 7 nats", "log p(x₀|x₁) = 2 nats", "KL of the prior = 0.5 nats"):
+    for part in ("Σ KL = 7 nats", "log p(x₀|x₁) = 2 nats", "KL(q(x_T|x₀) ‖ π) = 0.5 nats"):
         assert part in text
     assert ax.get_title() == "bound per example: -7.935 ± 1.443 bits"
 

@@ -67,6 +67,8 @@ def test_a_diffusion_of_independent_entries_has_weights_of_one():
     assert smc.log_evidence == pytest.approx(exact, abs=1e-3)
     ess = smc.result.outcome.ess
     assert ess.min() > 0.995 * 4096  # what the start leaves, x_T ~ π
+    # one call a level and particle: nothing is pulled back through the network
+    assert smc.to_datatree().attrs["network_calls"] == diffusion.T * 4096 * 4
 
 
 @pytest.mark.long

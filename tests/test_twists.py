@@ -10,6 +10,7 @@ that covariance and report its own density.
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ import numpy as np
 import numpyro
 import pytest
 
-from probdiff import Diffusion, GaussianKernel, readouts, schedules
+from probdiff import Diffusion, GaussianKernel, infer, readouts, schedules
 from probdiff.infer import dense
 from probdiff.infer.expansion import diagonal, krylov, local, low_rank
 from probdiff.infer.jacobi import eigh
@@ -63,6 +64,25 @@ def test_low_rank_expansion_is_the_integral_of_a_quadratic(x64, rank):
         np.testing.assert_allclose(found.pull[i], pull, atol=1e-8)
         rows = np.asarray(found.factors[:, i])
         np.testing.assert_allclose(rows.T @ rows, h, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "twist", [infer.LaplaceTwist(rank=D), infer.TweedieTwist(rank=D)], ids=repr
+)
+def test_the_last_integral_keeps_as_many_directions_as_the_rank_says(x64, unchecked, twist):
+    """All five, where four are the default."""
+    log_r, by_hand = quadratic(0, D)
+    rng = np.random.default_rng(1)
+    points, sd = rng.normal(size=(LEAD, D)), rng.uniform(0.2, 2, size=(LEAD, D))
+    diffusion = SimpleNamespace(event_shape=(D,))
+    view = SimpleNamespace(
+        is_diagonal=False, levels=SimpleNamespace(draw=SimpleNamespace(diffusion=diffusion))
+    )
+    at = local(log_r, jnp.asarray(points))
+    found = twist.expand(at, jnp.asarray(sd), view)
+    for i in range(LEAD):
+        log_z, _, _ = by_hand(points[i], np.diag(sd[i] ** 2))
+        assert log_integral(at, found, sd)[i] == pytest.approx(log_z, abs=1e-7)
 
 
 def test_diagonal_expansion_is_the_integral_of_a_product(x64):
