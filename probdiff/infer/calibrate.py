@@ -17,8 +17,8 @@ and the rank of log r says so.
 Draws of one SMC run are exchangeable but dependent, by common ancestors and by resampling. Their
 ranks are uniform up to the bias of SMC, of order 1/N, and to an error of order one over the
 effective number of draws: too little to see in hundreds of simulations, unless runs collapse, which
-ranks then rightly show as a posterior too narrow. Draws of MCMC must be
-thinned, by `num_draws`, until they are nearly independent.
+ranks then rightly show as a posterior too narrow. Draws of MCMC must be thinned, by `num_draws`,
+until they are nearly independent.
 
 Sources: Talts et al. (2018); Modrák et al. (2023) for the likelihood as a quantity.
 """
