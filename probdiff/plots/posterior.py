@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 
-from probdiff.plots.pictures import Points
-from probdiff.plots.style import BLUE, ORANGE, SKY, AxesGrid, axes_or_new, grid_or_new, square
+from probdiff.plots.pictures import Points, points
+from probdiff.plots.style import BLUE, ORANGE, SKY, AxesGrid, axes_or_new, grid_or_new
 
 Images = Num[Array | np.ndarray, "_ _ _"]
 
@@ -140,9 +140,7 @@ def posterior_points(
     if behind is not None:
         ax.scatter(*np.asarray(behind).T, s=3, color="0.8", linewidths=0, zorder=0)
         ax.scatter([], [], s=20, color="0.8", label="prior draws")
-    draws = np.asarray(draws)
-    size = min(9.0, 3000 / max(len(draws), 1))
-    ax.scatter(*draws.T, s=size, color=BLUE, alpha=0.6, linewidths=0)
+    points(draws, title=title, limit=limit, ax=ax)
     ax.scatter([], [], s=20, color=BLUE, label="posterior draws")
     if observation is not None:
         _mark_observed(ax, np.asarray(observation))
@@ -152,7 +150,7 @@ def posterior_points(
             linestyle="none", label="truth",
         )  # fmt: skip
     ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    return square(ax, limit, title)
+    return ax
 
 
 def _mark_observed(ax: Axes, observation: np.ndarray) -> None:
