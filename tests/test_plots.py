@@ -37,7 +37,7 @@ def test_losses_are_averaged_per_example_in_blocks():
     corners = ax.collections[0].get_paths()[0].vertices
     half_width = 2 * np.std([2, 4, 6, 8]) / 2
     assert (np.abs(corners - [2.5, 5 + half_width]).max(1) < 1e-9).any()
-    assert "nats per example" in ax.get_ylabel()
+    assert "loss per example (nats" in ax.get_ylabel()
 
 
 def test_a_large_first_loss_does_not_flatten_the_rest():

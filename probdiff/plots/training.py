@@ -46,7 +46,7 @@ def losses(
         >>> from probdiff import plots
         >>> ax = plots.losses(np.linspace(30.0, 10.0, 1000), batch_size=10)
         >>> ax.get_ylabel(), ax.lines[0].get_label()
-        ('loss per example', 'training, means of 10 steps')
+        ('loss per example (nats for the bound)', 'training, means of 10 steps')
     """
     ax = axes_or_new(ax)
     values = np.asarray(losses, np.float64) / batch_size
@@ -65,7 +65,7 @@ def losses(
         low = min(low, np.min(held_out[1]))
     margin = 0.1 * max(high - low, 1e-3)
     ax.set_ylim(low - margin, high + margin)
-    ax.set(xlabel="training step", ylabel="loss per example")
+    ax.set(xlabel="training step", ylabel="loss per example (nats for the bound)")
     ax.legend(frameon=False)
     return ax
 
