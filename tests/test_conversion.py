@@ -205,6 +205,7 @@ def test_sites_for_every_level_have_the_axes_of_x_0():
     assert set(posterior.data_vars) == {f"x_0_trajectory_{t}" for t in range(1, T + 1)}
 
 
+@pytest.mark.long
 def test_nuts_over_noise_leaves_x_0_and_statistics_named_as_arviz_does():
     fields = ("potential_energy", "num_steps", "accept_prob", "adapt_state.step_size", "energy")
     mcmc = sampled(infer.noncentered(rows), Y, kernel=NUTS, extra_fields=fields)

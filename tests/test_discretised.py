@@ -214,6 +214,7 @@ def test_units_of_the_diffusion_do_not_enter():
         assert abs(gap.mean()) < 4 * gap.std() / np.sqrt(20) + 5e-3
 
 
+@pytest.mark.long
 def test_bounds_from_both_sides_close_in_on_draws_of_the_grid():
     tree = diagnostics.sandwich(
         jax.random.key(1), gridded(beta_1=0.05), {}, 200, sizes=(1, 10, 100), num_repeats=2

@@ -380,6 +380,7 @@ def test_equal_draws_start_at_different_noise(x64):
     assert len(np.unique(starts["x_0_noise"])) == 3 * (T + 1) * 2
 
 
+@pytest.mark.long
 def test_chains_start_at_the_given_draws():
     """One leapfrog step too small to move."""
     prior = standard().prior({})

@@ -140,6 +140,7 @@ def test_known_entry_of_a_pair_is_conditioned_on_exactly(rho):
     assert smc.log_evidence_se < 0.01
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("rho", "mean"), [(0.5, 0.347), (0.9, 0.726), (0.99, 0.914)])
 def test_clamping_a_known_entry_has_its_own_column(rho, mean):
     """The rule of 2015 with r a point mass, constant in t."""
