@@ -25,7 +25,7 @@ from probdiff import (
     readouts,
     schedules,
 )
-from probdiff.kernels import Bits, States
+from probdiff.kernels import Bits, DiscreteKernel, States
 
 KERNELS = {
     "bits": BernoulliKernel(0.5),
@@ -487,3 +487,19 @@ def test_bad_input_is_refused_by_name(message):
 def test_a_network_of_ones_own_is_not_told_of_outputs_that_it_does_not_take():
     with pytest.raises(ValueError, match=re.escape("for Logits(); got (B, 6)") + "$"):
         bits(network=lambda x_t, t: jnp.zeros((len(x_t), 6)))
+
+
+def test_a_kernel_of_ones_own_is_read_as_classes_are():
+    class Letters(DiscreteKernel):
+        num_states = num_data_states = 3
+
+        @property
+        def log_pi(self):
+            return jnp.log(jnp.array([0.5, 0.3, 0.2]))
+
+    def network(x_t, t):
+        return jnp.zeros((len(x_t), 3))
+
+    diffusion = Diffusion(Letters(), schedules.harmonic(4), network, event_shape=())
+    assert diffusion.readout == readouts.DataLogits()
+    assert diffusion.last_step == readouts.Learned()

@@ -1,5 +1,7 @@
 """Readouts: five ways to say one reverse step, its variances, and the last step."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -174,3 +176,16 @@ def test_a_tied_last_step_does_not_ask_the_network(x64):
         laws.append(diffusion.data_given_first(diffusion.bind({})[0], x_1).log_prob(x_1))
     np.testing.assert_array_equal(*laws)
     assert np.isfinite(laws[0]).all()
+
+
+def test_a_learned_variance_of_ones_own_gives_way_to_the_bridges_over_longer_steps():
+    @dataclasses.dataclass(frozen=True)
+    class Scaled(readouts.Variance):
+        num_outputs: int = 1
+
+        def __call__(self, output, step):
+            return step.beta * jnp.exp(output)
+
+    readout = readouts.Data(variance=Scaled())
+    assert readout.fixed_variance(longer=False) is None
+    assert readout.fixed_variance(longer=True) == readouts.BridgeVariance()
