@@ -1,7 +1,16 @@
 """Diffusion probabilistic models as NumPyro programs.
 
 The forward trajectory is a guide, the learned reverse trajectory a model; stock NumPyro trains,
-samples and scores them. Start at `Diffusion`.
+samples and scores them. Start at `Diffusion`; `standard_diffusion` is one that needs no training.
+
+Examples in docstrings run after these imports:
+
+    import jax, jax.numpy as jnp, numpy as np, numpyro, numpyro.distributions as dist, optax
+    from flax import nnx
+    from numpyro.handlers import seed, trace
+    from numpyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
+    import probdiff
+    from probdiff import *
 
 Source: Sohl-Dickstein et al. (2015), Deep Unsupervised Learning using Nonequilibrium
 Thermodynamics.
@@ -13,6 +22,7 @@ from probdiff.elbo import SampledTimeELBO, track_kl
 from probdiff.kernels import AbsorbingKernel, BernoulliKernel, CategoricalKernel, GaussianKernel
 from probdiff.prior import Prior
 from probdiff.simple_loss import CombinedLoss, SimpleLoss
+from probdiff.standard import standard_diffusion
 from probdiff.storage import load, save
 from probdiff.times import ImportanceTimes, StratifiedTimes, UniformTimes
 from probdiff.train import Fit, fit
@@ -41,5 +51,6 @@ __all__ = [
     "sample",
     "save",
     "schedules",
+    "standard_diffusion",
     "track_kl",
 ]

@@ -1,7 +1,8 @@
 """Every public name says what it is, and shows its use by an example that runs.
 
 The examples are those of `help`: for a class its own docstring's and its public methods'. Each runs
-in a namespace and a folder of its own, and leaves no file behind.
+in a namespace and a folder of its own, and leaves no file behind. The namespace holds what the
+package's docstring says that it imports.
 """
 
 import ast
@@ -86,9 +87,18 @@ def documented_constants():
 CONSTANTS = set(documented_constants())
 
 
+def imports():
+    """What the package's docstring says that examples import, run."""
+    text = importlib.import_module("probdiff").__doc__
+    lines = [line[4:] for line in text.splitlines() if line.startswith(("    import", "    from"))]
+    names = {}
+    exec("\n".join(lines), names)
+    return names
+
+
 def examples(value, name):
     """The doctests of an object; of a class those of its public methods too."""
-    found = doctest.DocTestFinder().find(value, name, module=False, globs={})
+    found = doctest.DocTestFinder().find(value, name, module=False, globs=imports())
     own = [test for test in found if not any(p.startswith("_") for p in test.name.split(".")[1:])]
     return [test for test in own if test.examples]
 

@@ -22,6 +22,7 @@ ORDER = [
     "validation",
     "prior",
     "diffusion",
+    "standard",
     "times",
     "elbo",
     "simple_loss",
