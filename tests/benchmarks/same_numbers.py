@@ -60,7 +60,7 @@ def of_symbols(kernel, states, outputs, T=10):
 
 def mixture():
     outputs = 3 * 3
-    network = networks.Perceptron((4,), width=24, depth=2, outputs=outputs, rngs=nnx.Rngs(0))
+    network = networks.Perceptron((4,), 24, 2, 20, outputs=outputs, rngs=nnx.Rngs(0))
     beta = schedules.log_snr_linear(20, beta_1=1e-2, alpha_bar_T=1e-3)
     return Diffusion(
         GaussianKernel(), beta, network, event_shape=(4,), loc=2.0, scale=1.5,
@@ -209,9 +209,7 @@ def numbers():
             out[f"bound {name}: {column}"] = tree["bound"][column].values
         tree = diagnostics.sampled_bound(KEY, diffusion, result.params, x[:8], num_times=4)
         out[f"sampled bound {name}"] = tree["bound"]["bound"].values
-        tree = diagnostics.ladder(
-            KEY, diffusion, result.params, x[:4], num_repeats=2, sizes=(1, 8)
-        )
+        tree = diagnostics.ladder(KEY, diffusion, result.params, x[:4], num_repeats=2, sizes=(1, 8))
         for column in ("bound", "importance", "smc"):
             out[f"ladder {name}: {column}"] = tree["ladder"][column].values
     diffusion, _, x = fitted["numbers"]
