@@ -14,6 +14,7 @@ ORDER = [
     "datasets",
     "arguments",
     "types",
+    "compilation",
     "kernels",
     "schedules",
     "readouts",
