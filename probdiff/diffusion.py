@@ -30,21 +30,20 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 from jaxtyping import Array, Bool, Shaped
-from numpyro.distributions import constraints
 
 from probdiff import readouts, schedules, validation
 from probdiff.arguments import check_shape, shape_text
+from probdiff.compilation import Programs
 from probdiff.kernels import BernoulliKernel, DiscreteKernel, GaussianKernel
 from probdiff.networks.binding import bind, example_inputs
 from probdiff.networks.shapes import output_shape
 from probdiff.prior import Prior
+from probdiff.reverse import Reverse, Units
 from probdiff.trajectories import (
     TRAJECTORY_SUFFIX,
-    DataGivenFirst,
     ForwardTrajectory,
     ReverseTrajectory,
     first,
-    to_data,
 )
 from probdiff.types import Network, Params, Step
 
@@ -55,12 +54,8 @@ Mask = Bool[Array | np.ndarray, "..."]
 class Diffusion:
     """A kernel, a schedule and a network, as two NumPyro programs.
 
-        guide    x_1..x_T ~ q(· | x_0)                 the forward trajectory, only β to learn
-        model    x_1..x_T ~ p(·),  x_0 ~ p(x_0 | x_1)  the learned reverse trajectory
-
-    Their ELBO is the bound K on log p(x_0), nats. `model` and `guide` are for `SVI` and
-    `Predictive`; `forward` and `reverse` are statements for larger programs, `prior` is one with
-    parameters bound.
+    `model` and `guide` are for `SVI` and `Predictive`; `forward` and `reverse` are statements for
+    larger programs; with parameters bound, `prior` is one and `bind` the reverse process itself.
 
     Args:
         kernel: What one forward step does to one number or symbol.
@@ -89,17 +84,10 @@ class Diffusion:
     Example:
         Before training this network says 0: the model is N(0, I), and K its log density.
 
-        >>> import jax
-        >>> import jax.numpy as jnp
-        >>> import numpyro.distributions as dist
-        >>> from flax import nnx
-        >>> from numpyro.infer import SVI, Trace_ELBO
-        >>> from optax import adam
-        >>> from probdiff import Diffusion, GaussianKernel, networks, schedules
         >>> network = networks.RadialBasis((2,), width=4, T=5, rngs=nnx.Rngs(0))
         >>> beta = schedules.linear(5, beta_T=0.5)
         >>> diffusion = Diffusion(GaussianKernel(), beta, network, event_shape=(2,))
-        >>> svi = SVI(diffusion.model, diffusion.guide, adam(1e-3), Trace_ELBO())
+        >>> svi = SVI(diffusion.model, diffusion.guide, optax.adam(1e-3), Trace_ELBO())
         >>> x = jnp.array([[0.5, -1.0], [2.0, 0.0], [1.0, 1.0]])
         >>> loss = jax.jit(svi.evaluate)(svi.init(jax.random.key(0), x), x)
         >>> bool(jnp.isclose(-loss, dist.Normal(0, 1).log_prob(x).sum(), atol=1e-3))
@@ -132,6 +120,7 @@ class Diffusion:
         is_learned = isinstance(beta, schedules.LearnedRates)
         self.schedule = beta if is_learned else schedules.check_beta(beta)
         self.loc, self.scale = validation.check_units(kernel, self.event_shape, loc, scale)
+        self.programs = Programs()
         validation.check_schedule(
             kernel, self.readout, self.last_step, self.rates, is_learned=is_learned
         )
@@ -179,14 +168,7 @@ class Diffusion:
             ValueError: if shapes or values do not fit.
 
         Example:
-            >>> import jax.numpy as jnp
-            >>> import numpyro
-            >>> from numpyro.handlers import seed
-            >>> from probdiff import Diffusion, GaussianKernel, schedules
-            >>> diffusion = Diffusion(
-            ...     GaussianKernel(), schedules.linear(5, beta_T=0.5),
-            ...     lambda x_t, t: jnp.zeros((len(x_t), 4)), event_shape=(2,),
-            ... )
+            >>> diffusion = standard_diffusion((2,), T=5)
             >>> def guide(x_0):  # 3 people with 4 days each
             ...     with numpyro.plate("people", 3, dim=-2), numpyro.plate("days", 4, dim=-1):
             ...         return diffusion.forward(x_0)
@@ -194,7 +176,11 @@ class Diffusion:
             (3, 4, 5, 2)
         """
         self.check_data(x_0, mask)
-        return self._forward(self._steps(), x_0, mask)
+        x_0 = jnp.asarray(x_0) if mask is None else jnp.where(mask, x_0, jnp.zeros_like(x_0))
+        law = ForwardTrajectory(
+            self.kernel, self._steps(), self.to_state(x_0), len(self.event_shape), mask
+        )
+        return numpyro.sample(self.trajectory_name, law)
 
     def reverse(
         self, x_0: Data | None = None, *, context: Any = None, mask: Mask | None = None
@@ -214,14 +200,7 @@ class Diffusion:
             ValueError: if shapes or values do not fit, or a plate is missing.
 
         Example:
-            >>> import jax.numpy as jnp
-            >>> import numpyro
-            >>> from numpyro.handlers import seed
-            >>> from probdiff import Diffusion, GaussianKernel, schedules
-            >>> diffusion = Diffusion(
-            ...     GaussianKernel(), schedules.linear(5, beta_T=0.5),
-            ...     lambda x_t, t: jnp.zeros((len(x_t), 4)), event_shape=(2,),
-            ... )
+            >>> diffusion = standard_diffusion((2,), T=5)
             >>> def model(x_0=None):  # 3 people with 4 days each
             ...     with numpyro.plate("people", 3, dim=-2), numpyro.plate("days", 4, dim=-1):
             ...         return diffusion.reverse(x_0)
@@ -229,9 +208,12 @@ class Diffusion:
             (3, 4, 2)
         """
         self.check_data(x_0, mask)
-        self.check_context(context)
-        trajectory = self.reverse_trajectory(*self._bound(), context, mask)
-        return self._reverse(trajectory, x_0, mask)
+        reverse = self._bound(context)
+        trajectory = numpyro.sample(self.trajectory_name, ReverseTrajectory(reverse, mask))
+        x_1 = first(trajectory, len(self.event_shape))
+        if x_0 is not None:
+            validation.check_batch_shape(x_0, x_1, self.event_shape)
+        return numpyro.sample(self.name, reverse.data(x_1, mask), obs=x_0)
 
     # programs over examples
 
@@ -254,13 +236,7 @@ class Diffusion:
             ValueError: if shapes or values do not fit.
 
         Example:
-            >>> import jax.numpy as jnp
-            >>> from numpyro.handlers import seed, trace
-            >>> from probdiff import Diffusion, GaussianKernel, schedules
-            >>> diffusion = Diffusion(
-            ...     GaussianKernel(), schedules.linear(5, beta_T=0.5),
-            ...     lambda x_t, t: jnp.zeros((len(x_t), 4)), event_shape=(2,),
-            ... )
+            >>> diffusion = standard_diffusion((2,), T=5)
             >>> sites = trace(seed(diffusion.model, 0)).get_trace(jnp.ones((3, 2)))
             >>> {name: sites[name]["value"].shape for name in ("x_0_trajectory", "x_0")}
             {'x_0_trajectory': (3, 5, 2), 'x_0': (3, 2)}
@@ -287,13 +263,7 @@ class Diffusion:
             ValueError: if x_0 is not given, or shapes or values do not fit.
 
         Example:
-            >>> import jax.numpy as jnp
-            >>> from numpyro.handlers import seed
-            >>> from probdiff import Diffusion, GaussianKernel, schedules
-            >>> diffusion = Diffusion(
-            ...     GaussianKernel(), schedules.linear(5, beta_T=0.5),
-            ...     lambda x_t, t: jnp.zeros((len(x_t), 4)), event_shape=(2,),
-            ... )
+            >>> diffusion = standard_diffusion((2,), T=5)
             >>> trajectory = seed(diffusion.guide, 0)(jnp.ones((1000, 2)))
             >>> trajectory.shape  # x_1..x_5 of each row
             (1000, 5, 2)
@@ -309,17 +279,16 @@ class Diffusion:
     def model_by_step(self, x_0: Data | None = None, *, context: Any = None) -> Any:
         """`model` with a site for every level, from x_T down; sites `name_trajectory_t`."""
         self.check_data(x_0, None)
-        self.check_context(context)
-        trajectory = self.reverse_trajectory(*self._bound(), context)
-        event_dim = len(self.event_shape)
+        reverse, event_dim = self._bound(context), len(self.event_shape)
         with self._plate(x_0, context):
-            pi = self.kernel.stationary((*trajectory.batch_shape, *self.event_shape))
+            batch_shape = ReverseTrajectory(reverse).batch_shape
+            pi = self.kernel.stationary((*batch_shape, *self.event_shape))
             x = numpyro.sample(f"{self.trajectory_name}_{self.T}", pi.to_event(event_dim))
             lead = x.shape[: x.ndim - event_dim]
             for t in range(self.T, 1, -1):
-                p = trajectory.reverse_step(x, jnp.full(lead, t))
+                p = reverse.step(x, jnp.full(lead, t))
                 x = numpyro.sample(f"{self.trajectory_name}_{t - 1}", p.to_event(event_dim))
-            return numpyro.sample(self.name, self.data_given_first(trajectory, x), obs=x_0)
+            return numpyro.sample(self.name, reverse.data(x), obs=x_0)
 
     def guide_by_step(self, x_0: Data | None = None, *, context: Any = None) -> None:
         """`guide` with a site for every level: q(x_T | x_0), then the bridge down to x_1."""
@@ -350,15 +319,7 @@ class Diffusion:
             ValueError: if parameters are missing, unknown or of another shape.
 
         Example:
-            >>> import jax.numpy as jnp
-            >>> import numpyro
-            >>> import numpyro.distributions as dist
-            >>> from numpyro.handlers import seed, trace
-            >>> from probdiff import Diffusion, GaussianKernel, schedules
-            >>> diffusion = Diffusion(
-            ...     GaussianKernel(), schedules.linear(5, beta_T=0.5),
-            ...     lambda x_t, t: jnp.zeros((len(x_t), 4)), event_shape=(2,),
-            ... )
+            >>> diffusion = standard_diffusion((2,), T=5)
             >>> prior = diffusion.prior({})  # this network has no parameters
             >>> def program(y=None):
             ...     x_0 = prior()
@@ -366,92 +327,42 @@ class Diffusion:
             >>> list(trace(seed(program, 0)).get_trace())
             ['x_0_trajectory', 'x_0', 'y']
         """
-        return Prior(self, params, variance=variance)
+        return Prior(self.bind(params), self.name, variance=variance)
 
-    # pieces, for objectives, samplers and diagnostics
-
-    def bind(self, params: Params, *, context: Any = None, mask: Any = None):
-        """The reverse trajectory with parameters bound, and the table of steps.
+    def bind(self, params: Params, *, context: Any = None) -> Reverse:
+        """The reverse process with parameters bound: what samples, scores and conditions.
 
         Args:
             params: Values of the parameters, by site name.
-            context: Handed to the network, `(*batch, *context_shape)`.
-            mask: True where x_0 is observed, `(*batch, *event_shape)`.
+            context: Handed to the network, `(*batch, *context_shape)`; `Reverse.given` puts it in
+                later, too.
 
         Returns:
-            p(x_1..x_T), a NumPyro distribution with methods `reverse_step(x_t, t)` and
-            `x_0_hat(x_t, t)`; and the coefficients of all steps, arrays `(T,)`.
+            The `Reverse`; its `steps` are the coefficients of all steps.
 
         Raises:
             ValueError: if parameters are missing, unknown or of another shape.
 
         Example:
-            >>> import jax.numpy as jnp
-            >>> from probdiff import Diffusion, GaussianKernel, schedules
-            >>> diffusion = Diffusion(
-            ...     GaussianKernel(), schedules.linear(5, beta_T=0.5),
-            ...     lambda x_t, t: jnp.zeros((len(x_t), 4)), event_shape=(2,),
-            ... )
-            >>> reverse, steps = diffusion.bind({})
+            >>> reverse = standard_diffusion((2,), T=5).bind({})
             >>> x_t, t = jnp.array([[1.0, -2.0]]), jnp.array([3])
-            >>> x_0_hat = jnp.sqrt(steps.alpha_bar_t[2]) * x_t  # for N(0, I): √ᾱ_t x_t
+            >>> x_0_hat = jnp.sqrt(reverse.steps.alpha_bar_t[2]) * x_t  # for N(0, I): √ᾱ_t x_t
             >>> bool(jnp.allclose(reverse.x_0_hat(x_t, t), x_0_hat, atol=1e-5))
             True
         """
         self.check_params(params)
-        self.check_context(context)
         with numpyro.handlers.block(), numpyro.handlers.substitute(data=params):
-            network, steps = self._bound()
-        return self.reverse_trajectory(network, steps, context, mask), steps
-
-    def steps_given(self, params: Params) -> Step:
-        """The table of steps under given parameters, which the rates may be among."""
-        self.check_params(params)
-        with numpyro.handlers.block(), numpyro.handlers.substitute(data=params):
-            return self._steps()
-
-    def forward_trajectory(self, steps: Step, x_0: Data, mask: Any = None) -> ForwardTrajectory:
-        """q(x_1..x_T | x_0) for data in the user's units."""
-        x_0 = jnp.asarray(x_0) if mask is None else jnp.where(mask, x_0, jnp.zeros_like(x_0))
-        return ForwardTrajectory(
-            self.kernel, steps, self.to_state(x_0), len(self.event_shape), mask
-        )
-
-    def reverse_trajectory(
-        self, network: Any, steps: Step, context: Any = None, mask: Any = None
-    ) -> ReverseTrajectory:
-        """p(x_1..x_T) for a bound network."""
-        context_dim = len(self.context_shape or ())
-        return ReverseTrajectory(
-            self.kernel, steps, self.readout, network, self.event_shape, context, context_dim, mask
-        )
-
-    def data_given_first(
-        self, trajectory: ReverseTrajectory, x_1: Any, mask: Any = None
-    ) -> DataGivenFirst:
-        """p(x_0 | x_1) in the user's units."""
-        event_dim = len(self.event_shape)
-        t = jnp.ones(x_1.shape[: x_1.ndim - event_dim], jnp.int32)
-
-        def reverse_step(x_1: Any, step: Step) -> Any:
-            return self.readout(self.kernel, trajectory.outputs(x_1, t), x_1, step)
-
-        base = self.last_step(self.kernel, reverse_step, x_1, trajectory.step_at(t))
-        return DataGivenFirst(base, self.support, event_dim, self.loc, self.scale, mask)
+            reverse = self._unconditional()
+        return reverse if context is None else reverse.given(context)
 
     @property
-    def support(self) -> constraints.Constraint:
-        """Values one number of x_0 may take, the user's units."""
-        grid = self.last_step.grid
-        return self.kernel.support if grid is None else grid
+    def units(self) -> Units:
+        """loc and scale, None and None for symbols."""
+        return Units(self.loc, self.scale)
 
     def to_state(self, x_0: Any) -> Any:
         """Data as the diffusion holds them: (x_0 − loc)/scale, or symbols as int32."""
-        return self.kernel.to_state(x_0 if self.scale is None else (x_0 - self.loc) / self.scale)
-
-    def to_data(self, x: Any) -> Any:
-        """What the last step draws on the scale of the diffusion, as data: the way back."""
-        return to_data(x, self.support, self.loc, self.scale)
+        return self.kernel.to_state(self.units.to_state(x_0))
 
     @functools.cached_property
     def params_template(self) -> Params:
@@ -459,7 +370,7 @@ class Diffusion:
 
         def trace(key: Array) -> Params:
             with numpyro.handlers.trace() as sites, numpyro.handlers.seed(rng_seed=key):
-                self._bound()
+                self._unconditional()
             return {name: s["value"] for name, s in sites.items() if s["type"] == "param"}
 
         return jax.eval_shape(trace, jax.random.key(0))
@@ -479,43 +390,28 @@ class Diffusion:
             x = (np.asarray(x_0) - self.loc) / self.scale
             validation.warn_about_moment(self.kernel, self.event_shape, self.rates, x, mask)
 
-    def check_batch_shape(self, x_0: Any, x_1: Any, *, argument: str = "x_0") -> None:
-        """Raise a `ValueError` unless x_0 has the batch shape that the plates gave to x_1."""
-        if np.shape(x_0) != x_1.shape:
-            batch_shape = x_1.shape[: x_1.ndim - len(self.event_shape)]
-            raise ValueError(
-                f"{argument} must have the batch shape of the plates around it, {batch_shape}; got "
-                f"shape {np.shape(x_0)} with event_shape {self.event_shape}. Open a numpyro.plate "
-                "for each batch axis"
-            )
-
-    def check_context(self, context: Any) -> None:
-        """Raise a `ValueError` unless context is given as `context_shape` says."""
-        validation.check_context(context, self.context_shape)
-
-    def check_context_rows(self, context: Any, rows: int) -> None:
-        """Raise a `ValueError` unless there is one context for each of so many rows, or none."""
-        self.check_context(context)
-        if context is not None and np.shape(context) != (rows, *self.context_shape):
-            raise ValueError(
-                f"context must have {rows} rows, shape {(rows, *self.context_shape)}; "
-                f"got shape {np.shape(context)}"
-            )
-
     # private
 
     @property
     def _takes_log_snr(self) -> bool:
         return getattr(self.network, "takes_log_snr", False)
 
-    def _bound(self) -> tuple[Any, Step]:
-        """The network with its parameters, from the site `name_network$params`, and the steps."""
+    def _bound(self, context: Any) -> Reverse:
+        """The reverse process, parameters from their sites."""
+        return self._unconditional().given(context)
+
+    def _unconditional(self) -> Reverse:
+        """The same without context; the weights from the site `name_network$params`."""
         init, apply = self._binding
         params = None if init is None else numpyro.param(f"{self.name}_network$params", init)
         steps = self._steps()
+        network = jax.tree_util.Partial(apply, params)
         if self._takes_log_snr:
-            return jax.tree_util.Partial(self._apply_at_log_snr, params, steps), steps
-        return jax.tree_util.Partial(apply, params), steps
+            network = jax.tree_util.Partial(self._apply_at_log_snr, params, steps)
+        return Reverse(
+            self.kernel, self.readout, self.last_step, self.event_shape, steps, steps, network,
+            self.units, self.context_shape,
+        )  # fmt: skip
 
     def _steps(self) -> Step:
         """Table of steps; the rates from the site `name_beta` where they are learned."""
@@ -523,19 +419,9 @@ class Diffusion:
             return schedules.steps(self.schedule(f"{self.name}_beta"))
         return self._fixed_steps
 
-    def _forward(self, steps: Step, x_0: Any, mask: Any) -> Any:
-        return numpyro.sample(self.trajectory_name, self.forward_trajectory(steps, x_0, mask))
-
-    def _reverse(self, trajectory: ReverseTrajectory, x_0: Any, mask: Any) -> Any:
-        event_dim = len(self.event_shape)
-        x_1 = first(numpyro.sample(self.trajectory_name, trajectory), event_dim)
-        if x_0 is not None:
-            self.check_batch_shape(x_0, x_1)
-        return numpyro.sample(self.name, self.data_given_first(trajectory, x_1, mask), obs=x_0)
-
     def _plate(self, x_0: Any, context: Any) -> Any:
         if context is not None:
-            self.check_context(context)
+            validation.check_context(context, self.context_shape)
         shapes = {"x_0": (x_0, self.event_shape), "context": (context, self.context_shape)}
         sizes = {}
         for argument, (array, event_shape) in shapes.items():
@@ -573,7 +459,7 @@ class Diffusion:
 
         def call(key: Array) -> Any:
             with numpyro.handlers.block(), numpyro.handlers.seed(rng_seed=key):
-                return self._bound()[0](*inputs)
+                return self._unconditional().network(*inputs)
 
         out = jax.eval_shape(call, jax.random.key(0))
         count = self.readout.num_outputs(self.kernel)

@@ -34,10 +34,10 @@ from numpyro.infer.elbo import ELBO
 from numpyro.primitives import Messenger, mutable
 from numpyro.util import check_model_guide_match
 
+from probdiff.reverse import DataGivenFirst, Reverse
 from probdiff.times import StratifiedTimes, Times
 from probdiff.trajectories import (
     TRAJECTORY_SUFFIX,
-    DataGivenFirst,
     ForwardTrajectory,
     ReverseTrajectory,
     SampledTimes,
@@ -159,7 +159,7 @@ class SampledTimeLoss(ELBO, abc.ABC):
     def step_loss(
         self,
         forward: ForwardTrajectory,
-        reverse: ReverseTrajectory,
+        reverse: Reverse,
         x_t: Any,
         t: Int[Array, "*lead"],
     ) -> Float[Array, "*lead"]:
@@ -235,15 +235,15 @@ class SampledTimeLoss(ELBO, abc.ABC):
         """Loss of one trajectory site but for its data; its running mean squares if it has them."""
         levels = model_site["value"]
         forward, guide_mask = _forward(guide_site), _unwrap(guide_site["fn"])[1]
-        reverse, mask = _unwrap(model_site["fn"])
-        if not isinstance(reverse, ReverseTrajectory):
+        law, mask = _unwrap(model_site["fn"])
+        if not isinstance(law, ReverseTrajectory):
             raise ValueError(
                 f"site {model_site['name']!r} is a forward trajectory in the guide, so the model "
-                f"must draw it by diffusion.reverse; got {type(reverse).__name__}"
+                f"must draw it by diffusion.reverse; got {type(law).__name__}"
             )
         if guide_mask is not None:
             mask = guide_mask if mask is None else mask & guide_mask
-        loss = self.step_loss(forward, reverse, levels.x_t, levels.t)
+        loss = self.step_loss(forward, law.reverse, levels.x_t, levels.t)
         total = jnp.sum(levels.weight * loss, 0) + self.end_loss(forward)
         term = jnp.sum(scale_and_mask(total, guide_site["scale"], mask))
         name = _memory_name(guide_site["name"])
@@ -299,12 +299,12 @@ class SampledTimeELBO(SampledTimeLoss):
     def step_loss(
         self,
         forward: ForwardTrajectory,
-        reverse: ReverseTrajectory,
+        reverse: Reverse,
         x_t: Any,
         t: Int[Array, "*lead"],
     ) -> Float[Array, "*lead"]:
         """KL( q(x_s | x_t, x_0) ‖ p(x_s | x_t) )."""
-        return step_kl(forward, reverse.reverse_step(x_t, t), x_t, t)
+        return step_kl(forward, reverse.step(x_t, t, examples_first=True), x_t, t)
 
     def end_loss(self, forward: ForwardTrajectory) -> Float[Array, "*batch"]:
         """KL( q(x_T | x_0) ‖ π )."""

@@ -12,16 +12,20 @@ observation is; `infer` and `MCMC` count it.
 Source: Sohl-Dickstein et al. (2015), section 2.5.
 """
 
+import dataclasses
+import functools
 import warnings
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+from jaxtyping import Array
 
 from probdiff import validation
-from probdiff.trajectories import ReverseTrajectory, first
-from probdiff.types import Params
+from probdiff.reverse import Reverse
+from probdiff.trajectories import TRAJECTORY_SUFFIX, ReverseTrajectory, first
 
 FLOOR = 1e-5
 """Least variance along an axis, as a share of the largest: data need not fill their space."""
@@ -36,52 +40,46 @@ class Covariance(NamedTuple):
     """λ, `(d,)`, positive."""
 
 
-class PriorDraw(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["reverse", "variance", "covariance", "known", "mask"],
+    meta_fields=["name"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class PriorDraw:
     """What `infer` needs to know of one call of a prior; kept with the trajectory's site."""
 
-    diffusion: Any
-    """The `Diffusion`."""
-    trajectory: ReverseTrajectory
-    """Its reverse trajectory, parameters and context bound."""
-    variance: np.ndarray
+    name: str
+    """Name of the site of x_0."""
+    reverse: Reverse
+    """The reverse process, context bound."""
+    variance: Any
     """Variance τ² of x_0 on the scale of the diffusion, which sets the width of a twist."""
     covariance: Covariance | None
     """Covariance of x_0 on that scale, where it was given."""
-    known: Any
+    known: Any = None
     """Known values in the user's units, `(*plates, *event_shape)`, or None."""
-    mask: Any
+    mask: Any = None
     """True where x_0 is known, shape of `known`, or None."""
 
 
 class Prior:
     """A trained diffusion as a statement `prior()`; made by `Diffusion.prior`.
 
-        x = prior()                            x_0 ~ p, through its trajectory
-        x = prior(context=c)                   x_0 ~ p(· | c)
-        x = prior(known=values, mask=mask)     the same, given x_0 = values wherever mask is True
-
     Args:
-        diffusion: The `Diffusion`.
-        params: Its parameters.
+        reverse: Its reverse process, parameters bound.
+        name: Name of the site of x_0.
         variance: Variance τ² of the data on the scale of the diffusion, positive, broadcastable to
             `event_shape`; 1 if absent. It sets how wide `infer` takes x_0 to be given a noisy
-            level; too wide is safer than too narrow. Or their covariance, `(d, d)` for d
-            numbers in an event: the better choice for images, whose numbers hang together.
+            level; too wide is safer than too narrow. Or their covariance, `(d, d)` for d numbers in
+            an event: the better choice where these depend on each other, as in images.
 
     Raises:
-        ValueError: if parameters do not fit, or the variance is not positive (a covariance:
-            not symmetric, or with a negative eigenvalue).
+        ValueError: if the variance is not positive (a covariance: not symmetric, or with a negative
+            eigenvalue).
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> from numpyro.handlers import seed, trace
-        >>> from probdiff import Diffusion, GaussianKernel, schedules
-        >>> def network(x_t, t):  # z = v = 0: exact for data from N(0, I)
-        ...     return jnp.zeros((len(x_t), 4))
-        >>> diffusion = Diffusion(
-        ...     GaussianKernel(), schedules.linear(5, beta_T=0.5), network, event_shape=(2,)
-        ... )
-        >>> prior = diffusion.prior({})
+        >>> prior = standard_diffusion((2,)).prior({})
         >>> def program():
         ...     return prior(known=jnp.array([3.0, 0.0]), mask=jnp.array([True, False]))
         >>> sites = trace(seed(program, 0)).get_trace()
@@ -93,24 +91,22 @@ class Prior:
     Source: Sohl-Dickstein et al. (2015), section 2.5.
     """
 
-    def __init__(self, diffusion: Any, params: Params, *, variance: Any = None):
-        diffusion.check_params(params)
-        self.diffusion, self.params = diffusion, params
-        self.variance = validation.check_variance(diffusion.event_shape, variance)
-        self.covariance = None
-        if self.variance.ndim == 2 and self.variance.shape != diffusion.event_shape:
-            _warn_about_units(diffusion, self.variance)
+    def __init__(self, reverse: Reverse, name: str = "x_0", *, variance: Any = None):
+        self.reverse, self.name, self.covariance = reverse, name, None
+        self.variance = validation.check_variance(reverse.event_shape, variance)
+        if self.variance.ndim == 2 and self.variance.shape != reverse.event_shape:
+            _warn_about_units(reverse, self.variance)
             self.covariance = _eigen(self.variance)
-            self.variance = np.diag(self.variance).reshape(diffusion.event_shape)
+            self.variance = np.diag(self.variance).reshape(reverse.event_shape)
 
     def __repr__(self) -> str:
         variance = "variance of each entry" if self.variance.ndim else f"variance={self.variance:g}"
         return (
-            f"Prior(event_shape={self.diffusion.event_shape}, name={self.diffusion.name!r}, "
+            f"Prior(event_shape={self.reverse.event_shape}, name={self.name!r}, "
             f"{variance if self.covariance is None else 'covariance'})"
         )
 
-    def __call__(self, *, context: Any = None, known: Any = None, mask: Any = None) -> Any:
+    def __call__(self, *, context: Any = None, known: Any = None, mask: Any = None) -> Array:
         """Draw x_0: sites `name_trajectory` and `name`, no parameters.
 
         With `known` the sites are `name_trajectory`, `name_free` (what is drawn before the known
@@ -128,36 +124,34 @@ class Prior:
         Raises:
             ValueError: if shapes or values do not fit, or only one of known and mask is given.
         """
-        diffusion = self.diffusion
+        reverse = self.reverse.given(context)
         if (known is None) != (mask is None):
             given = "mask" if known is None else "known"
             raise ValueError(f"known and mask must be given together; got only {given}")
         if known is not None:
             validation.check_data(
-                diffusion.kernel, diffusion.event_shape, known, mask, "known",
-                grid=diffusion.last_step.grid,
-            )  # fmt: skip
+                reverse.kernel, reverse.event_shape, known, mask, "known", grid=reverse.grid
+            )
             known = jnp.asarray(known)
             mask = mask if isinstance(mask, np.ndarray) else jnp.asarray(mask)
-        trajectory, _ = diffusion.bind(self.params, context=context)
-        draw = PriorDraw(diffusion, trajectory, self.variance, self.covariance, known, mask)
-        site = numpyro.sample(diffusion.trajectory_name, trajectory, infer={"prior": draw})
-        x_1 = first(site, len(diffusion.event_shape))
+        draw = PriorDraw(self.name, reverse, self.variance, self.covariance, known, mask)
+        site = self.name + TRAJECTORY_SUFFIX
+        trajectory = numpyro.sample(site, ReverseTrajectory(reverse), infer={"prior": draw})
+        x_1 = first(trajectory, reverse.event_dim)
+        law = reverse.data(x_1)
         if known is None:
-            return numpyro.sample(diffusion.name, diffusion.data_given_first(trajectory, x_1))
-        diffusion.check_batch_shape(known, x_1, argument="known")
-        free = diffusion.data_given_first(trajectory, x_1)
-        x_0 = numpyro.sample(f"{diffusion.name}_free", free)
-        observed = diffusion.data_given_first(trajectory, x_1, mask)
-        numpyro.factor(f"{diffusion.name}_known", observed.log_prob(known))
-        return numpyro.deterministic(diffusion.name, jnp.where(mask, known, x_0))
+            return numpyro.sample(self.name, law)
+        validation.check_batch_shape(known, x_1, reverse.event_shape, argument="known")
+        x_0 = numpyro.sample(f"{self.name}_free", law)
+        numpyro.factor(f"{self.name}_known", law.masked(mask).log_prob(known))
+        return numpyro.deterministic(self.name, jnp.where(mask, known, x_0))
 
 
-def _warn_about_units(diffusion: Any, covariance: np.ndarray) -> None:
+def _warn_about_units(reverse: Reverse, covariance: np.ndarray) -> None:
     """Warn of a covariance in the user's units, where that can be told."""
-    if diffusion.scale is None:
+    if reverse.units.scale is None:
         return
-    sd = np.broadcast_to(np.asarray(diffusion.scale), diffusion.event_shape).reshape(-1)
+    sd = np.broadcast_to(np.asarray(reverse.units.scale), reverse.event_shape).reshape(-1)
     given = np.diag(covariance)
     scaled = given / sd**2
 

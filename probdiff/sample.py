@@ -9,7 +9,6 @@ of their own, so several devices draw one each at the same time and never exchan
 Source: Sohl-Dickstein et al. (2015), section 2.2.
 """
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +20,10 @@ from jaxtyping import Array
 from probdiff import bars, devices
 from probdiff.arguments import check_at_least
 from probdiff.diffusion import Diffusion
+from probdiff.reverse import Reverse
+from probdiff.trajectories import ReverseTrajectory
 from probdiff.types import Params
+from probdiff.validation import check_context_rows
 
 
 def ancestral(
@@ -62,31 +64,23 @@ def ancestral(
             blocks are too large to give every device of the mesh one.
 
     Example:
-        >>> import jax
-        >>> import jax.numpy as jnp
-        >>> from probdiff import Diffusion, GaussianKernel, sample, schedules
-        >>> def network(x_t, t):  # z = v = 0: exact for data from N(0, I)
-        ...     return jnp.zeros((len(x_t), 4))
-        >>> diffusion = Diffusion(
-        ...     GaussianKernel(), schedules.linear(5, beta_T=0.5), network, event_shape=(2,)
-        ... )
-        >>> x_0 = sample.ancestral(jax.random.key(0), diffusion, {}, 4000)
+        >>> x_0 = sample.ancestral(jax.random.key(0), standard_diffusion((2,), T=5), {}, 4000)
         >>> x_0.shape, bool(abs(x_0.var() - 1) < 0.1)
         ((4000, 2), True)
     """
     check_at_least(1, num_samples=num_samples, block_size=block_size)
-    if steps is not None and not 2 <= steps <= diffusion.T:
-        raise ValueError(f"steps must lie in 2..T = {diffusion.T}; got {steps}")
-    diffusion.check_params(params)
-    diffusion.check_context_rows(context, num_samples)
+    reverse = diffusion.bind(params).respaced(steps)
+    check_context_rows(context, diffusion.context_shape, num_samples)
     mesh = devices.checked(mesh)
     devices.check_block_size(block_size, num_samples, "draws", mesh)
     progress = progress and devices.is_first(mesh)
     blocks = _blocks(key, num_samples, context, block_size, progress)
-    static = diffusion, steps, keep_trajectory
-    drawn = list(devices.blockwise(_draw_block, params, blocks, static, mesh))
-    x_0 = np.concatenate([block[0] for block in drawn])
-    return (x_0, np.concatenate([block[1] for block in drawn])) if keep_trajectory else x_0
+    drawn = devices.blockwise(
+        diffusion.programs, _draw_block, reverse, blocks, mesh, keep=keep_trajectory
+    )
+    x_0, trajectories = zip(*drawn, strict=True)
+    x_0 = np.concatenate(x_0)
+    return (x_0, np.concatenate(trajectories)) if keep_trajectory else x_0
 
 
 def _blocks(
@@ -100,18 +94,11 @@ def _blocks(
         yield jax.random.fold_in(key, block), numbers, given
 
 
-@functools.partial(jax.jit, static_argnames=("diffusion", "steps", "keep_trajectory"))
 def _draw_block(
-    key: Array,
-    params: Params,
-    numbers: Array,
-    context: Any,
-    diffusion: Diffusion,
-    steps: int | None,
-    keep_trajectory: bool,
+    key: Array, reverse: Reverse, numbers: Array, context: Any, *, keep: bool
 ) -> tuple[Any, Any]:
     key_walk, key_last = jax.random.split(key)
-    reverse, _ = diffusion.bind(params, context=context)
+    reverse = reverse if context is None else reverse.given(context)
     shape = () if context is not None else numbers.shape  # contexts bring the batch themselves
-    x_1, trajectory = reverse.walk(key_walk, shape, steps=steps, keep=keep_trajectory)
-    return diffusion.data_given_first(reverse, x_1).sample(key_last), trajectory
+    x_1, trajectory = ReverseTrajectory(reverse).walk(key_walk, shape, keep=keep)
+    return reverse.data(x_1).sample(key_last), trajectory

@@ -19,7 +19,6 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -307,16 +306,20 @@ def respaced(table: Step, steps: int) -> tuple[Int[np.ndarray, " n"], Step]:
     """
     if not 2 <= steps <= table.T:
         raise ValueError(f"steps must lie in 2..T = {table.T}; got {steps}")
-    times = np.unique(np.round(np.linspace(1, table.T, steps)).astype(int))
+    times = evenly_spread(table.T, steps)
     if steps == table.T:
         return times, table
-    at = jax.tree.map(lambda column: column[times - 1], table)
-    alpha_bar_s = jnp.concatenate([table.alpha_bar_s[:1], at.alpha_bar_t[:-1]])
-    noise_s = jnp.concatenate([table.noise_s[:1], at.noise_t[:-1]])
-    # 1 − ᾱ_t/ᾱ_s by the smaller of ᾱ and 1 − ᾱ, which has the digits
-    by_noise = (at.noise_t - noise_s) / alpha_bar_s
-    beta = jnp.where(at.noise_t < 0.5, by_noise, 1 - at.alpha_bar_t / alpha_bar_s)
-    return times, at._replace(beta=beta, alpha_bar_s=alpha_bar_s, noise_s=noise_s)
+    return times, table.between(times, np.concatenate([[0], times[:-1]]))
+
+
+def evenly_spread(T: int, n: int) -> Int[np.ndarray, " n"]:
+    """n times of 1..T, evenly spread, the first and the last of them.
+
+    Example:
+        >>> schedules.evenly_spread(10, 4).tolist()
+        [1, 4, 7, 10]
+    """
+    return np.unique(np.round(np.linspace(1, T, n)).astype(int))
 
 
 def _check_T(T: int) -> None:

@@ -28,7 +28,8 @@ from jaxtyping import Array, Float, Int
 
 from probdiff.elbo import SampledTimeLoss, bridge_at, prior_kl, step_kl
 from probdiff.kernels import GaussianKernel, bridge_weights
-from probdiff.trajectories import DataGivenFirst, ForwardTrajectory, ReverseTrajectory
+from probdiff.reverse import DataGivenFirst, Reverse
+from probdiff.trajectories import ForwardTrajectory
 
 
 class SimpleLoss(SampledTimeLoss):
@@ -71,12 +72,12 @@ class SimpleLoss(SampledTimeLoss):
     def step_loss(
         self,
         forward: ForwardTrajectory,
-        reverse: ReverseTrajectory,
+        reverse: Reverse,
         x_t: Any,
         t: Int[Array, "*lead"],
     ) -> Float[Array, "*lead"]:
         """|ε̂ − ε|² / T at t."""
-        return _noise_error(forward, reverse.reverse_step(x_t, t), x_t, t)
+        return _noise_error(forward, reverse.step(x_t, t, examples_first=True), x_t, t)
 
     def end_loss(self, forward: ForwardTrajectory) -> Float[Array, "*batch"]:
         """0."""
@@ -131,12 +132,12 @@ class CombinedLoss(SampledTimeLoss):
     def step_loss(
         self,
         forward: ForwardTrajectory,
-        reverse: ReverseTrajectory,
+        reverse: Reverse,
         x_t: Any,
         t: Int[Array, "*lead"],
     ) -> Float[Array, "*lead"]:
         """|ε̂ − ε|² / T, and `weight` times the KL of the step."""
-        step = reverse.reverse_step(x_t, t)
+        step = reverse.step(x_t, t, examples_first=True)
         kl = step_kl(forward, _mean_held(step), x_t, t)
         return _noise_error(forward, step, x_t, t) + self.weight * kl
 

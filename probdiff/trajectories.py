@@ -4,7 +4,6 @@ One trajectory is one value of shape `(T, *event_shape)`, level t at index t −
 
     ForwardTrajectory   q(x_1..x_T | x_0) = ∏_{t ≥ 1} q(x_t | x_{t−1})                eq. 3
     ReverseTrajectory   p(x_1..x_T) = π(x_T) ∏_{t ≥ 2} p(x_{t−1} | x_t)              eqs. 4 and 5
-    DataGivenFirst      p(x_0 | x_1), the last reverse step, in the user's units
 
 As one vector site the trajectory does not care in which order a guide or a model walks it, works
 under any plate and handler, and is scored by a single batched network call. No closed form of KL
@@ -29,8 +28,7 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Float, Int
 from numpyro.distributions import constraints
 
-from probdiff import schedules
-from probdiff.readouts.grid import Grid
+from probdiff.reverse import Reverse, State
 from probdiff.types import Step
 
 TRAJECTORY_SUFFIX = "_trajectory"
@@ -95,10 +93,6 @@ class _Trajectory(dist.Distribution):
         return jnp.moveaxis(x, -1 - self.x_dim, 0)
 
 
-def _where(mask: Any, kept: Any, otherwise: Any) -> Any:
-    return kept if mask is None else jnp.where(mask, kept, otherwise)
-
-
 class ForwardTrajectory(_Trajectory):
     """Forward trajectory q(x_1..x_T | x_0), started at data; batch shape that of x_0."""
 
@@ -109,6 +103,13 @@ class ForwardTrajectory(_Trajectory):
         self.x_0 = x_0
         split = x_0.ndim - x_dim
         super().__init__(kernel, steps, mask, x_0.shape[:split], x_0.shape[split:])
+
+    @classmethod
+    def of(cls, reverse: Reverse, x_0: Any, mask: Any = None) -> "ForwardTrajectory":
+        """The one that a reverse process undoes, for data in the user's units."""
+        x_0 = jnp.asarray(x_0) if mask is None else jnp.where(mask, x_0, jnp.zeros_like(x_0))
+        x_0 = reverse.to_state(x_0)
+        return cls(reverse.kernel, reverse.trained, x_0, reverse.event_dim, mask)
 
     def broadcast_to(self, batch_shape: tuple[int, ...]) -> "ForwardTrajectory":
         """The same law for a larger batch, by repeating x_0."""
@@ -162,126 +163,51 @@ class ReverseTrajectory(_Trajectory):
     """Learned reverse trajectory p(x_1..x_T), from x_T ~ π down to x_1."""
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
-    pytree_data_fields = ("network", "context")
-    pytree_aux_fields = ("readout", "context_dim")
+    pytree_data_fields = ("reverse",)
 
-    def __init__(
-        self,
-        kernel: Any,
-        steps: Step,
-        readout: Any,
-        network: Any,
-        x_shape: tuple[int, ...],
-        context: Any = None,
-        context_dim: int = 0,
-        mask: Any = None,
-    ):
-        self.readout, self.network = readout, network
-        self.context, self.context_dim = context, context_dim
-        lead = [] if context is None else [context.shape[: context.ndim - context_dim]]
-        lead += [] if mask is None else [mask.shape[: mask.ndim - len(x_shape)]]
-        super().__init__(kernel, steps, mask, jnp.broadcast_shapes((), *lead), x_shape)
-
-    def outputs(
-        self, x_t: Any, t: Int[Array, "..."], *, examples_first: bool = False
-    ) -> tuple[Any, ...]:
-        """Network outputs for x_t of shape `(*t.shape, *event)`, one array of it per output.
-
-        With `examples_first` the rows that the network gets run over the first axis of t, of times
-        or draws, for one example after another: examples divided among devices stay in place.
-        """
-        lead, context = t.shape, self.context
-        last = len(lead) - 1 if examples_first and len(lead) > 1 else 0
-
-        def rows(x: Any) -> Any:
-            return jnp.moveaxis(x, 0, last).reshape(-1, *x.shape[len(lead) :]) if lead else x[None]
-
-        def entries(out: Any, shape: tuple[int, ...]) -> Any:
-            if last == 0:
-                return out.reshape(*lead, *shape)
-            return jnp.moveaxis(out.reshape(*lead[1:], lead[0], *shape), last, 0)
-
+    def __init__(self, reverse: Reverse, mask: Any = None):
+        self.reverse = reverse
+        context, lead = reverse.context, []
         if context is not None:
-            shape = context.shape[context.ndim - self.context_dim :]
-            context = rows(jnp.broadcast_to(context, (*lead, *shape)))
-        out = self.network(rows(x_t), rows(t).astype(jnp.int32), context)
-        count = self.readout.num_outputs(self.kernel)
-        if self.x_dim == 0 and count > 1:
-            return tuple(entries(out[:, i], ()) for i in range(count))
-        return tuple(entries(o, self.x_shape) for o in jnp.split(out, count, axis=-1))
+            lead.append(context.shape[: context.ndim - len(reverse.context_shape)])
+        if mask is not None:
+            lead.append(mask.shape[: mask.ndim - reverse.event_dim])
+        batch_shape = jnp.broadcast_shapes((), *lead)
+        super().__init__(reverse.kernel, reverse.steps, mask, batch_shape, reverse.event_shape)
 
-    def reverse_step(self, x_t: Any, t: Int[Array, "..."]) -> dist.Distribution:
-        """p(x_s | x_t) as the network says it, elementwise; x_t of shape `(*t.shape, *event)`.
-
-        With several axes the first is of times or draws, the others are of examples.
-        """
-        outputs = self.outputs(x_t, t, examples_first=True)
-        return self.readout(self.kernel, outputs, x_t, self.step_at(t))
-
-    def reverse_step_at(self, x_t: Any, t: Int[Array, ""]) -> dist.Distribution:
-        """p(x_s | x_t) for all x_t at one t: the step's coefficients are a number each."""
-        outputs = self.outputs(x_t, jnp.broadcast_to(t, x_t.shape[: x_t.ndim - self.x_dim]))
-        return self.readout(self.kernel, outputs, x_t, self.step_at(t))
-
-    def x_0_hat(self, x_t: Any, t: Int[Array, "..."]) -> Any:
-        """Denoised point E[x_0 | x_t] on the scale of the diffusion."""
-        outputs = self.outputs(x_t, t)
-        return self.readout.x_0_hat(self.kernel, outputs, x_t, self.step_at(t))
-
-    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Any:
+    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> State:
         return self.walk(key, sample_shape, keep=True)[1]
 
     def walk(
-        self,
-        key: Array,
-        sample_shape: tuple[int, ...] = (),
-        *,
-        steps: int | None = None,
-        keep: bool = False,
-    ) -> tuple[Any, Any]:
-        """Draw from x_T down to x_1, over all T levels or over `steps` of them.
-
-        Returns:
-            x_1, and the levels x_1..x_T on the axis in front of x's own if they are kept, or None.
-        """
-        n = self.steps.T if steps is None else steps
-        times, table = schedules.respaced(self.steps, n)
+        self, key: Array, sample_shape: tuple[int, ...] = (), *, keep: bool = False
+    ) -> tuple[State, State | None]:
+        """Draw from x_T down to x_1: x_1, and all levels, x_1 first, if they are kept."""
         key_T, key_steps = jax.random.split(key)
         lead = (*sample_shape, *self.batch_shape)
         x_T = self.kernel.stationary((*lead, *self.x_shape)).sample(key_T)
 
         def retreat(x_t: Any, inputs: Any) -> Any:
-            t, step, key = inputs
-            x_s = self._draw(key, x_t, t, step, is_longer=n < self.steps.T)
+            t, key = inputs
+            x_s = self.reverse.step(x_t, t).sample(key)
+            if self.observed is not None:
+                missing = self.kernel.transition(x_t, self.step_at(t))
+                missing = missing.sample(jax.random.fold_in(key, 1))
+                x_s = jnp.where(self.observed, x_s, missing)
             return x_s, x_s if keep else None
 
-        keys = jax.random.split(key_steps, n - 1)
-        inputs = (jnp.asarray(times[1:]), jax.tree.map(lambda column: column[1:], table), keys)
+        n = self.reverse.n
+        inputs = jnp.arange(2, n + 1), jax.random.split(key_steps, n - 1)
         x_1, x = jax.lax.scan(retreat, x_T, inputs, reverse=True)
         if keep:
             x = jnp.moveaxis(jnp.concatenate([x, x_T[None]]), 0, -1 - self.x_dim)
         return x_1, x
 
-    def _draw(self, key: Array, x_t: Any, t: Int[Array, ""], step: Step, *, is_longer: bool) -> Any:
-        """One draw of x_s given x_t, all at one t; missing entries stay in the stationary law."""
-        if is_longer:
-            outputs = self.outputs(x_t, jnp.broadcast_to(t, x_t.shape[: x_t.ndim - self.x_dim]))
-            trained = self.step_at(t)
-            law = self.readout.longer_step(self.kernel, outputs, x_t, trained, step)
-        else:
-            law = self.reverse_step_at(x_t, t)
-        x_s = law.sample(key)
-        if self.observed is None:
-            return x_s
-        missing = self.kernel.transition(x_t, step).sample(jax.random.fold_in(key, 1))
-        return jnp.where(self.observed, x_s, missing)
-
-    def log_prob(self, value: Any, intermediates: Any = None) -> Any:
+    def log_prob(self, value: Any, intermediates: Any = None) -> Float[Array, "..."]:
         x = self.over_time(value)
         lead = x.shape[1 : x.ndim - self.x_dim]
         t = jnp.broadcast_to(_times(2, self.steps.T, len(lead)), (self.steps.T - 1, *lead))
-        terms = self.reverse_step(x[1:], t).log_prob(x[:-1])
-        if self.observed is not None:
+        terms = self.reverse.step(x[1:], t, examples_first=True).log_prob(x[:-1])
+        if self.observed is not None:  # missing entries stay in the stationary law
             missing = self.kernel.transition(x[1:], self.step_at(t)).log_prob(x[:-1])
             terms = jnp.where(self.observed, terms, missing)
         end = self.kernel.stationary(x.shape[1:]).log_prob(x[-1])
@@ -291,58 +217,3 @@ class ReverseTrajectory(_Trajectory):
 def _times(start: int, stop: int, lead_dim: int) -> Int[Array, "..."]:
     """Times start..stop on a leading axis, with `lead_dim` axes of size 1 behind."""
     return jnp.arange(start, stop + 1).reshape(-1, *[1] * lead_dim)
-
-
-def to_data(x: Any, support: Any, loc: Any, scale: Any) -> Any:
-    """From the scale of the diffusion to the user's units, and onto the grid where there is one.
-
-    Symbols are as they are.
-    """
-    if scale is None:
-        return x
-    x_0 = x * scale + loc
-    return support.nearest(x_0) if isinstance(support, Grid) else x_0
-
-
-class DataGivenFirst(dist.Distribution):
-    """Last reverse step p(x_0 | x_1) in the user's units: loc + scale · x, x ~ `base`.
-
-    Where the support is a `Grid`, x_0 is put on its nearest value, and `log_prob` is of a mass.
-    Symbols have no units: for them `loc` and `scale` are None. Entries whose mask is False do not
-    enter `log_prob`.
-    """
-
-    arg_constraints: ClassVar[dict[str, Any]] = {}
-    pytree_data_fields = ("base", "loc", "scale", "observed")
-    pytree_aux_fields = ("data_support",)
-    has_rsample = True
-
-    def __init__(self, base: dist.Distribution, support: Any, x_dim: int, loc, scale, mask=None):
-        self.base, self.loc, self.scale, self.observed = base, loc, scale, mask
-        self.data_support = support
-        split = len(base.batch_shape) - x_dim
-        super().__init__(base.batch_shape[:split], base.batch_shape[split:])
-
-    def with_base(self, base: dist.Distribution) -> "DataGivenFirst":
-        """The same with another law on the scale of the diffusion."""
-        scaled = (self.loc, self.scale, self.observed)
-        return DataGivenFirst(base, self.data_support, self.event_dim, *scaled)
-
-    @property
-    def support(self) -> constraints.Constraint:
-        return constraints.independent(self.data_support, self.event_dim)
-
-    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Any:
-        return to_data(self.base.sample(key, sample_shape), self.data_support, self.loc, self.scale)
-
-    def log_prob(self, value: Any, intermediates: Any = None) -> Float[Array, "..."]:
-        value = _where(self.observed, value, jnp.zeros((), jnp.asarray(value).dtype))
-        if self.scale is None:
-            terms = self.base.log_prob(value)
-        elif isinstance(self.data_support, Grid):
-            mean, sd = self.base.loc * self.scale + self.loc, self.base.scale * self.scale
-            terms = self.data_support.log_mass(value, mean, sd)
-        else:
-            terms = self.base.log_prob((value - self.loc) / self.scale) - jnp.log(self.scale)
-        terms = _where(self.observed, terms, 0.0)  # a missing entry may be NaN
-        return jnp.sum(terms, axis=tuple(range(-self.event_dim, 0)))

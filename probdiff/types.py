@@ -49,6 +49,24 @@ class Step(NamedTuple):
         """Number of steps of a table."""
         return self.t.shape[0]
 
+    def between(self, t: Int[Any, "..."], s: Int[Any, "..."]) -> "Step":
+        """Coefficients of one step from level s up to level t, s < t, of a table; 0 is the data.
+
+            1 − β = ᾱ_t / ᾱ_s
+
+        Args:
+            t: Upper levels, 1..T.
+            s: Lower ones, 0..T − 1, of the same shape.
+        """
+        up = Step(*(column[t - 1] for column in self))
+        is_data, below = s == 0, jnp.maximum(s - 1, 0)
+        alpha_bar_s = jnp.where(is_data, 1.0, self.alpha_bar_t[below])
+        noise_s = jnp.where(is_data, 0.0, self.noise_t[below])
+        # 1 − ᾱ_t/ᾱ_s by the smaller of ᾱ and 1 − ᾱ, which has the digits
+        by_noise = (up.noise_t - noise_s) / alpha_bar_s
+        beta = jnp.where(up.noise_t < 0.5, by_noise, 1 - up.alpha_bar_t / alpha_bar_s)
+        return up._replace(beta=beta, alpha_bar_s=alpha_bar_s, noise_s=noise_s)
+
     def at(self, t: Int[Array, "*batch"] | int, event_dim: int) -> "Step":
         """Entries t of a table, with `event_dim` axes of size 1 behind, so that they meet x."""
         index = jnp.asarray(t) - 1

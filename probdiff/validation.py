@@ -175,6 +175,29 @@ def check_context(context: Any, context_shape: tuple[int, ...] | None) -> None:
         raise ValueError(f"context must have shape {shape_text('...', context_shape)}; got {shape}")
 
 
+def check_context_rows(context: Any, context_shape: tuple[int, ...] | None, rows: int) -> None:
+    """There is one context for each of so many rows, or none where none is expected."""
+    check_context(context, context_shape)
+    if context is not None and np.shape(context) != (rows, *context_shape):
+        raise ValueError(
+            f"context must have {rows} rows, shape {(rows, *context_shape)}; "
+            f"got shape {np.shape(context)}"
+        )
+
+
+def check_batch_shape(
+    x_0: Any, x_1: Any, event_shape: tuple[int, ...], *, argument: str = "x_0"
+) -> None:
+    """x_0 has the batch shape that the plates gave to x_1."""
+    if np.shape(x_0) != x_1.shape:
+        batch_shape = x_1.shape[: x_1.ndim - len(event_shape)]
+        raise ValueError(
+            f"{argument} must have the batch shape of the plates around it, {batch_shape}; got "
+            f"shape {np.shape(x_0)} with event_shape {event_shape}. Open a numpyro.plate "
+            "for each batch axis"
+        )
+
+
 def check_params(template: Any, params: Any, name: str) -> None:
     """Parameters are those of the template: names, tree and shapes."""
     if not isinstance(params, dict):

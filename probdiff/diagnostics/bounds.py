@@ -19,7 +19,6 @@ many entries.
 Source: Sohl-Dickstein et al. (2015), eqs. 10 to 14 and appendix B.
 """
 
-import functools
 import hashlib
 import math
 from collections.abc import Iterator
@@ -39,9 +38,11 @@ from probdiff.diffusion import Data, Diffusion, Mask
 from probdiff.elbo import prior_kl, step_kl
 from probdiff.kernels import DiscreteKernel
 from probdiff.readouts import Tied
+from probdiff.reverse import Reverse, Units
 from probdiff.times import StratifiedTimes
-from probdiff.trajectories import ForwardTrajectory, ReverseTrajectory
+from probdiff.trajectories import ForwardTrajectory
 from probdiff.types import Params
+from probdiff.validation import check_context_rows
 
 BITS_PER_NAT = 1 / math.log(2)
 """Bits in a nat, log₂ e = 1.4427: what turns `mean` and `se` of a bound into bits."""
@@ -113,7 +114,10 @@ def bound(
     mesh = devices.checked(mesh)
     devices.check_block_size(block_size, len(x_0), "examples", mesh)
     blocks = _blocks(key, x_0, context, mask, block_size, mesh, progress)
-    parts = devices.blockwise(_bound_block, params, blocks, (diffusion, num_draws), mesh)
+    reverse = diffusion.bind(params)
+    parts = devices.blockwise(
+        diffusion.programs, _bound_block, reverse, blocks, mesh, num_draws=num_draws
+    )
     reconstruction, kl, prior, se = (np.concatenate(part) for part in zip(*parts, strict=True))
     tree = _tree(reconstruction - kl.sum(1) - prior, reconstruction, prior)
     tree["bound"].attrs |= _measure(diffusion, mask) | {"data": digest(x_0, mask)}
@@ -186,7 +190,10 @@ def sampled_bound(
     mesh = devices.checked(mesh)
     devices.check_block_size(block_size, len(x_0), "examples", mesh)
     blocks = _blocks(key, x_0, context, mask, block_size, mesh, progress)
-    parts = devices.blockwise(_sampled_block, params, blocks, (diffusion, num_times), mesh)
+    reverse = diffusion.bind(params)
+    parts = devices.blockwise(
+        diffusion.programs, _sampled_block, reverse, blocks, mesh, num_times=num_times
+    )
     reconstruction, kl, prior = (np.concatenate(part) for part in zip(*parts, strict=True))
     tree = _tree(reconstruction - kl - prior, reconstruction, prior)
     tree["bound"].attrs |= _measure(diffusion, mask) | {"data": digest(x_0, mask)}
@@ -206,7 +213,7 @@ def check_examples(
     check_at_least(1, **counts)
     diffusion.check_params(params)
     diffusion.check_data(x_0, mask)
-    diffusion.check_context_rows(context, len(x_0))
+    check_context_rows(context, diffusion.context_shape, len(x_0))
 
 
 def _blocks(
@@ -227,31 +234,24 @@ def _blocks(
         yield jax.random.fold_in(key, block), *given
 
 
-@functools.partial(jax.jit, static_argnames=("diffusion", "num_draws"))
 def _bound_block(
-    key: Array,
-    params: Params,
-    x_0: Any,
-    context: Any,
-    mask: Any,
-    diffusion: Diffusion,
-    num_draws: int,
+    key: Array, reverse: Reverse, x_0: Any, context: Any, mask: Any, *, num_draws: int
 ) -> tuple[Any, Any, Any, Any]:
     key_first, key_steps = jax.random.split(key)
-    reverse, steps = diffusion.bind(params, context=context, mask=mask)
-    forward = diffusion.forward_trajectory(steps, x_0, mask)
+    reverse = reverse if context is None else reverse.given(context)
+    forward = ForwardTrajectory.of(reverse, x_0, mask)
     lead = (num_draws, *forward.batch_shape)
 
     def kl_at(inputs: Any) -> Any:
         t, key = inputs
         times = jnp.full(lead, t)
         x_t = forward.sample_at(key, times)
-        kl = step_kl(forward, reverse.reverse_step(x_t, times), x_t, times)
+        kl = step_kl(forward, reverse.step(x_t, times, examples_first=True), x_t, times)
         return _mean_and_variance(controlled(kl, forward, x_t, times))
 
-    keys = jax.random.split(key_steps, steps.T - 1)
-    kl, variance = jax.lax.map(kl_at, (jnp.arange(2, steps.T + 1), keys))
-    reconstruction, first = _reconstruction(key_first, diffusion, forward, reverse, x_0, num_draws)
+    keys = jax.random.split(key_steps, reverse.T - 1)
+    kl, variance = jax.lax.map(kl_at, (jnp.arange(2, reverse.T + 1), keys))
+    reconstruction, first = _reconstruction(key_first, forward, reverse, x_0, num_draws)
     return reconstruction, kl.T, prior_kl(forward), jnp.sqrt(jnp.sum(variance, 0) + first)
 
 
@@ -263,55 +263,43 @@ def _mean_and_variance(draws: Float[Array, "draws N"]) -> tuple[Any, Any]:
     return jnp.mean(draws, 0), jnp.var(draws, 0, ddof=1) / count
 
 
-@functools.partial(jax.jit, static_argnames=("diffusion", "num_times"))
 def _sampled_block(
-    key: Array,
-    params: Params,
-    x_0: Any,
-    context: Any,
-    mask: Any,
-    diffusion: Diffusion,
-    num_times: int,
+    key: Array, reverse: Reverse, x_0: Any, context: Any, mask: Any, *, num_times: int
 ) -> tuple[Any, Any, Any]:
     key_first, key_t, key_x = jax.random.split(key, 3)
-    reverse, steps = diffusion.bind(params, context=context, mask=mask)
-    forward = diffusion.forward_trajectory(steps, x_0, mask)
+    reverse = reverse if context is None else reverse.given(context)
+    forward = ForwardTrajectory.of(reverse, x_0, mask)
     lead = (num_times, *forward.batch_shape)
-    t, law = StratifiedTimes().draw(key_t, lead, jnp.zeros(steps.T - 1))
+    t, law = StratifiedTimes().draw(key_t, lead, jnp.zeros(reverse.T - 1))
 
     def kl_at(inputs: Any) -> Any:
         t, key = inputs
         x_t = forward.sample_at(key, t)
-        return step_kl(forward, reverse.reverse_step(x_t, t), x_t, t)
+        return step_kl(forward, reverse.step(x_t, t, examples_first=True), x_t, t)
 
     kl = jax.lax.map(kl_at, (t, jax.random.split(key_x, num_times)))
-    reconstruction, _ = _reconstruction(key_first, diffusion, forward, reverse, x_0, num_times)
+    reconstruction, _ = _reconstruction(key_first, forward, reverse, x_0, num_times)
     return reconstruction, jnp.mean(kl / law, 0), prior_kl(forward)
 
 
 def _reconstruction(
-    key: Array,
-    diffusion: Diffusion,
-    forward: ForwardTrajectory,
-    reverse: ReverseTrajectory,
-    x_0: Any,
-    num_draws: int,
+    key: Array, forward: ForwardTrajectory, reverse: Reverse, x_0: Any, num_draws: int
 ) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
     """E log p(x_0 | x_1) and the variance of its estimate; in closed form under a tied last step,
     else by draws of x_1.
     """
-    if isinstance(diffusion.last_step, Tied):
-        exact = _tied_reconstruction(diffusion, forward)
+    if isinstance(reverse.last_step, Tied):
+        exact = _tied_reconstruction(reverse.units, forward)
         return exact, jnp.zeros_like(exact)
 
     def one(key: Array) -> Any:
         x_1 = forward.sample_at(key, jnp.ones(forward.batch_shape, jnp.int32))
-        return diffusion.data_given_first(reverse, x_1, forward.observed).log_prob(x_0)
+        return reverse.data(x_1, forward.observed).log_prob(x_0)
 
     return _mean_and_variance(jax.lax.map(one, jax.random.split(key, num_draws)))
 
 
-def _tied_reconstruction(diffusion: Diffusion, forward: ForwardTrajectory) -> Float[Array, " N"]:
+def _tied_reconstruction(units: Units, forward: ForwardTrajectory) -> Float[Array, " N"]:
     """E log p(x_0 | x_1) in closed form, in the user's units.
 
     By detailed balance log T(x_0 | x_1) = log T(x_1 | x_0) + log π(x_0) − log π(x_1), and the mean
@@ -321,8 +309,8 @@ def _tied_reconstruction(diffusion: Diffusion, forward: ForwardTrajectory) -> Fl
     q_1 = kernel.marginal(forward.x_0, forward.step_at(jnp.array(1)))
     log_pi_0 = kernel.stationary(forward.x_0.shape).log_prob(forward.x_0)
     terms = log_pi_0 - q_1.entropy() - kernel.expected_log_stationary(q_1)
-    if diffusion.scale is not None:
-        terms -= jnp.log(diffusion.scale)
+    if units.scale is not None:
+        terms -= jnp.log(units.scale)
     if forward.observed is not None:
         terms = jnp.where(forward.observed, terms, 0.0)
     return forward.sum_event(terms)
@@ -423,7 +411,7 @@ def entropy_form(
     diffusion.check_data(x_0)
     if np.shape(kl) != (len(x_0), diffusion.T - 1):
         raise ValueError(f"kl must have shape {(len(x_0), diffusion.T - 1)}; got {np.shape(kl)}")
-    steps = diffusion.steps_given(params)
+    steps = diffusion.bind(params).steps
     kernel, event_dim = diffusion.kernel, len(diffusion.event_shape)
     x = diffusion.to_state(jnp.asarray(x_0))
     q_1 = kernel.marginal(x, steps.at(1, event_dim))

@@ -38,10 +38,10 @@ from probdiff.arguments import check_at_least
 from probdiff.infer.layout import numbered, plate_dims
 from probdiff.infer.program import unwrapped
 from probdiff.infer.sampler import Sampler
+from probdiff.reverse import DataGivenFirst
 from probdiff.train import Fit
 from probdiff.trajectories import (
     TRAJECTORY_SUFFIX,
-    DataGivenFirst,
     ForwardTrajectory,
     ReverseTrajectory,
 )

@@ -28,7 +28,6 @@ Sources: Sohl-Dickstein et al. (2015), eq. 24 and appendix A; van den Oord et al
 et al. (2019) for the contrastive bound.
 """
 
-import functools
 import math
 from typing import Any
 
@@ -41,6 +40,8 @@ from jaxtyping import Array, Float
 from probdiff.diagnostics.bounds import digest
 from probdiff.diffusion import Data, Diffusion
 from probdiff.kernels import AbsorbingKernel, DiscreteKernel
+from probdiff.reverse import Reverse
+from probdiff.trajectories import ForwardTrajectory
 from probdiff.types import Params, Step
 
 
@@ -93,7 +94,7 @@ def entropies(diffusion: Diffusion, params: Params, x_0: Data, tree: xr.DataTree
     if isinstance(kernel, AbsorbingKernel):
         raise ValueError(f"kernel must put mass on data for eq. 24; got {kernel}")
     x = diffusion.to_state(jnp.asarray(x_0))
-    steps = diffusion.steps_given(params)
+    steps = diffusion.bind(params).steps
     forward, before, after, log_pi = _closed_forms(kernel, x, steps, len(diffusion.event_shape))
     lower = (forward + before - after).mean(1)
     pi = kernel.stationary(x.shape)
@@ -180,7 +181,8 @@ def information(
     paid = np.concatenate([kl, tree["bound"]["prior_kl"].values[:, None]], 1)  # steps 2..T, and π
     above = np.cumsum(paid[:, ::-1], 1)[:, ::-1]  # at level t: steps t + 1..T, and π
     levels = np.unique(np.round(np.linspace(1, T, min(num_levels, T))).astype(int))
-    contrast = np.asarray(_contrast(key, params, jnp.asarray(x_0), jnp.asarray(levels), diffusion))
+    inputs = key, diffusion.bind(params), jnp.asarray(x_0), jnp.asarray(levels)
+    contrast = np.asarray(diffusion.programs(_contrast, *inputs))
     group = xr.Dataset(
         {
             "model": ("level", above.mean(0)),
@@ -240,12 +242,9 @@ def _condition(kernel: Any) -> str:
     return "eq. 24's upper bound needs data whose mean activity is that of π"
 
 
-@functools.partial(jax.jit, static_argnames="diffusion")
-def _contrast(
-    key: Array, params: Params, x_0: Any, levels: Array, diffusion: Diffusion
-) -> Float[Array, "levels N"]:
+def _contrast(key: Array, reverse: Reverse, x_0: Any, levels: Array) -> Float[Array, "levels N"]:
     """log q(x_t | x_0) − log (1/N) Σ_j q(x_t | x_0^j) at one draw per example and level."""
-    forward = diffusion.forward_trajectory(diffusion.steps_given(params), x_0)
+    forward = ForwardTrajectory.of(reverse, x_0)
     n = len(x_0)
 
     def at(inputs: tuple[Any, Any]) -> Any:

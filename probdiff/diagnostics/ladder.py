@@ -41,6 +41,7 @@ from probdiff.diagnostics.weights import draw_and_weigh, weigh
 from probdiff.diffusion import Data, Diffusion, Mask
 from probdiff.infer.checks import pareto_k
 from probdiff.types import Params
+from probdiff.validation import check_context_rows
 
 SIZES = (1, 10, 100, 1000)
 """Numbers of trajectories S at which L_S is told, where nothing else is asked for."""
@@ -255,13 +256,12 @@ def sandwich(
     ):  # fmt: skip
         if value < least:
             raise ValueError(f"{argument} must be at least {least}; got {value}")
-    diffusion.check_params(params)
-    diffusion.check_context_rows(context, num_examples)
+    reverse = diffusion.bind(params)
+    check_context_rows(context, diffusion.context_shape, num_examples)
     key_draws, key_weights = jax.random.split(key)
     context = None if context is None else jnp.asarray(context)
-    x_0, own = map(
-        np.asarray, draw_and_weigh(key_draws, params, context, jnp.arange(num_examples), diffusion)
-    )
+    inputs = key_draws, reverse, context, jnp.arange(num_examples)
+    x_0, own = map(np.asarray, diffusion.programs(draw_and_weigh, *inputs))
     log_w = weigh(
         key_weights, diffusion, params, x_0, context, None, size=sizes[-1],
         num_repeats=num_repeats, threshold=0.0, block_size=block_size, mesh=mesh,

@@ -20,7 +20,6 @@ p(x_1..x_T | x_0).
 Sources: Sohl-Dickstein et al. (2015), eq. 9; Del Moral et al. (2006).
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +32,8 @@ from probdiff import bars, devices
 from probdiff.diffusion import Diffusion
 from probdiff.infer.particles import effective_number, log_mean, systematic
 from probdiff.kernels import AbsorbingKernel
-from probdiff.trajectories import ForwardTrajectory, ReverseTrajectory
+from probdiff.reverse import Reverse
+from probdiff.trajectories import ForwardTrajectory
 from probdiff.types import Params
 
 
@@ -51,14 +51,13 @@ class Weighed(NamedTuple):
 class Pair(NamedTuple):
     """Both trajectories of one example, parameters bound."""
 
-    diffusion: Diffusion
     forward: ForwardTrajectory
-    reverse: ReverseTrajectory
+    reverse: Reverse
 
     def log_first(self, x_0: Any, x_1: Any) -> Float[Array, " S"]:
         """log p(x_0 | x_1) − log q(x_1 | x_0)."""
         x_0 = jnp.broadcast_to(x_0, x_1.shape)
-        law = self.diffusion.data_given_first(self.reverse, x_1, self.forward.observed)
+        law = self.reverse.data(x_1, self.forward.observed)
         q = self.forward.marginal_at(jnp.ones(len(x_1), jnp.int32), x_1.shape)
         return law.log_prob(x_0) - self.sum_observed(q.log_prob(x_1))
 
@@ -123,36 +122,37 @@ def weigh(
         example, repeat = np.divmod(population, num_repeats)
         return key, example, repeat, *(None if a is None else a[example] for a in given)
 
-    static = diffusion, size, threshold
-    blocks = devices.blockwise(_weigh_block, params, map(block, starts), static, mesh)
+    blocks = devices.blockwise(
+        diffusion.programs, _weigh_block, diffusion.bind(params), map(block, starts), mesh,
+        size=size, threshold=threshold,
+    )  # fmt: skip
     joined = jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *blocks)
     return jax.tree.map(lambda a: a.reshape(len(x_0), num_repeats, *a.shape[1:]), joined)
 
 
-@functools.partial(jax.jit, static_argnames=("diffusion", "size", "threshold"))
 def _weigh_block(
     key: Array,
-    params: Params,
+    reverse: Reverse,
     example: Array,
     repeat: Array,
     x_0: Any,
     context: Any,
     mask: Any,
-    diffusion: Diffusion,
+    *,
     size: int,
     threshold: float,
 ) -> Weighed:
     def one(example: Any, repeat: Any, x_0: Any, context: Any, mask: Any) -> Weighed:
         own = jax.random.fold_in(jax.random.fold_in(key, example), repeat)
-        return _ascend(own, _pair(diffusion, params, x_0, context, mask), x_0, size, threshold)
+        return _ascend(own, _pair(reverse, x_0, context, mask), x_0, size, threshold)
 
     axes = tuple(None if a is None else 0 for a in (x_0, context, mask))
     return jax.vmap(one, (0, 0, *axes))(example, repeat, x_0, context, mask)
 
 
-def _pair(diffusion: Diffusion, params: Params, x_0: Any, context: Any, mask: Any) -> Pair:
-    reverse, steps = diffusion.bind(params, context=context, mask=mask)
-    return Pair(diffusion, diffusion.forward_trajectory(steps, x_0, mask), reverse)
+def _pair(reverse: Reverse, x_0: Any, context: Any = None, mask: Any = None) -> Pair:
+    reverse = reverse if context is None else reverse.given(context)
+    return Pair(ForwardTrajectory.of(reverse, x_0, mask), reverse)
 
 
 def _ascend(key: Array, pair: Pair, x_0: Any, size: int, threshold: float) -> Weighed:
@@ -178,7 +178,7 @@ def _ascend(key: Array, pair: Pair, x_0: Any, size: int, threshold: float) -> We
         key_move, key_resample = jax.random.split(key)
         step = forward.step_at(t)
         x_t = kernel.transition(x_s, step).sample(key_move)
-        terms = pair.log_step(reverse.reverse_step_at(x_t, t), x_s, x_t, t)
+        terms = pair.log_step(reverse.step(x_t, t), x_s, x_t, t)
         if has_pi:
             terms += pair.log_pi(x_t) - pair.log_pi(x_s)
         log_w += pair.sum_observed(terms)
@@ -196,52 +196,44 @@ def _ascend(key: Array, pair: Pair, x_0: Any, size: int, threshold: float) -> We
     return Weighed(log_w, log_z + log_mean(log_w[None])[0], least)
 
 
-@functools.partial(jax.jit, static_argnames=("diffusion",))
-def draw_and_weigh(
-    key: Array, params: Params, context: Any, rows: Array, diffusion: Diffusion
-) -> tuple[Any, Any]:
+def draw_and_weigh(key: Array, reverse: Reverse, context: Any, rows: Array) -> tuple[Any, Any]:
     """Draws of the model, and the log weight of the trajectory that made each.
 
     Args:
         key: Draw n uses `fold_in(key, n)`.
-        params: Parameters.
+        reverse: The model.
         context: `(N, *context_shape)` or None.
         rows: n of each draw, `(N,)`.
-        diffusion: The model.
 
     Returns:
         x_0 in the user's units, `(N, *event_shape)`, and log weights, `(N,)`.
     """
 
     def one(row: Any, context: Any) -> tuple[Any, Any]:
-        return _descend(jax.random.fold_in(key, row), diffusion, params, context)
+        return _descend(
+            jax.random.fold_in(key, row), reverse if context is None else reverse.given(context)
+        )
 
     return jax.vmap(one, (0, None if context is None else 0))(rows, context)
 
 
-def _descend(key: Array, diffusion: Diffusion, params: Params, context: Any) -> tuple[Any, Any]:
+def _descend(key: Array, reverse: Reverse) -> tuple[Any, Any]:
     """From x_T ~ π to x_0, one trajectory."""
     key_last, key_steps, key_data = jax.random.split(key, 3)
-    reverse, steps = diffusion.bind(params, context=context)
-    kernel = diffusion.kernel
+    kernel, axes = reverse.kernel, tuple(range(-reverse.event_dim, 0))
 
     def retreat(state: tuple[Any, Any], inputs: tuple[Any, Any]) -> tuple[tuple[Any, Any], None]:
         x_t, log_w = state
         t, key = inputs
-        law = reverse.reverse_step_at(x_t, t)
+        law = reverse.step(x_t, t)
         x_s = law.sample(key)
-        q = kernel.transition(x_s, reverse.step_at(t))
-        return (x_s, log_w + reverse.sum_event(law.log_prob(x_s) - q.log_prob(x_t))), None
+        q = kernel.transition(x_s, reverse.coefficients(t))
+        return (x_s, log_w + jnp.sum(law.log_prob(x_s) - q.log_prob(x_t), axes)), None
 
-    pi = kernel.stationary((1, *diffusion.event_shape))
+    pi = kernel.stationary((1, *reverse.event_shape))
     x_T = pi.sample(key_last)
-    keys = jax.random.split(key_steps, steps.T - 1)
-    (x_1, log_w), _ = jax.lax.scan(
-        retreat,
-        (x_T, reverse.sum_event(pi.log_prob(x_T))),
-        (jnp.arange(2, steps.T + 1), keys),
-        reverse=True,
-    )
-    x_0 = diffusion.data_given_first(reverse, x_1).sample(key_data)[0]
-    pair = Pair(diffusion, diffusion.forward_trajectory(steps, x_0), reverse)
-    return x_0, (log_w + pair.log_first(x_0, x_1))[0]
+    inputs = jnp.arange(2, reverse.T + 1), jax.random.split(key_steps, reverse.T - 1)
+    start = x_T, jnp.sum(pi.log_prob(x_T), axes)
+    (x_1, log_w), _ = jax.lax.scan(retreat, start, inputs, reverse=True)
+    x_0 = reverse.data(x_1).sample(key_data)[0]
+    return x_0, (log_w + _pair(reverse, x_0).log_first(x_0, x_1))[0]

@@ -20,7 +20,12 @@ from probdiff.kernels.discrete import (
     CategoricalKernel,
     DiscreteKernel,
 )
-from probdiff.kernels.gaussian import GaussianKernel, bridge_mean, bridge_weights
+from probdiff.kernels.gaussian import (
+    GaussianKernel,
+    bridge_mean,
+    bridge_variance,
+    bridge_weights,
+)
 from probdiff.kernels.laws import Bits, States
 
 __all__ = [
@@ -32,5 +37,6 @@ __all__ = [
     "GaussianKernel",
     "States",
     "bridge_mean",
+    "bridge_variance",
     "bridge_weights",
 ]

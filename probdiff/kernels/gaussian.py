@@ -90,9 +90,7 @@ class GaussianKernel:
 
         Source: Sohl-Dickstein et al. (2015), section 2.4 and appendix B.3.
         """
-        mean = bridge_mean(x_t, x_0, step)
-        variance = step.beta * step.noise_s / step.noise_t
-        return dist.Normal(mean, jnp.sqrt(variance))
+        return dist.Normal(bridge_mean(x_t, x_0, step), jnp.sqrt(bridge_variance(step)))
 
 
 def bridge_weights(step: Step) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
@@ -149,3 +147,20 @@ def bridge_mean(
     """
     weight_0, weight_t = bridge_weights(step)
     return weight_0 * x_0 + weight_t * x_t
+
+
+def bridge_variance(step: Step) -> Float[Array, "..."]:
+    """Variance of the Gaussian bridge, β_t (1 − ᾱ_s)/(1 − ᾱ_t); 0 at t = 1.
+
+    Args:
+        step: Coefficients of step t.
+
+    Example:
+        >>> from probdiff.kernels import bridge_variance
+        >>> variance = bridge_variance(schedules.steps(schedules.harmonic(3)))
+        >>> [round(v, 2) for v in variance.tolist()]
+        [0.0, 0.25, 0.67]
+
+    Source: Sohl-Dickstein et al. (2015), eq. 24 (its lower end) and appendix B.3.
+    """
+    return step.beta * step.noise_s / step.noise_t

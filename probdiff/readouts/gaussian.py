@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jaxtyping import Array, Float
 
-from probdiff.kernels import GaussianKernel, bridge_mean, bridge_weights
+from probdiff.kernels import GaussianKernel, bridge_mean, bridge_variance, bridge_weights
 from probdiff.types import Step
 
 Output = Float[Array, "*shape"]
@@ -130,7 +130,7 @@ class BridgeVariance(Variance):
 
     def __call__(self, output: Output | None, step: Step) -> Float[Array, "..."]:
         """Variance of the bridge; β_1 at t = 1."""
-        return jnp.where(step.t == 1, step.beta, step.beta * step.noise_s / step.noise_t)
+        return jnp.where(step.t == 1, step.beta, bridge_variance(step))
 
 
 class GaussianReadout(abc.ABC):

@@ -38,7 +38,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jaxtyping import Array, Float
 
-from probdiff.kernels import GaussianKernel, bridge_mean, bridge_weights
+from probdiff.kernels import GaussianKernel, bridge_mean, bridge_variance, bridge_weights
 from probdiff.readouts.gaussian import GaussianReadout, Output, State, Variance
 from probdiff.types import Step
 
@@ -111,7 +111,7 @@ class Mixture(GaussianReadout):
         x_0_hat, variance = self.moments(outputs, x_t, trained)
         weight_0, _ = bridge_weights(step)
         least = LEAST_VARIANCE * step.beta
-        bridge = jnp.where(step.t == 1, least, step.beta * step.noise_s / step.noise_t)
+        bridge = jnp.where(step.t == 1, least, bridge_variance(step))
         total = bridge + weight_0**2 * variance
         return dist.Normal(bridge_mean(x_t, x_0_hat, step), jnp.sqrt(total))
 
