@@ -327,7 +327,7 @@ class Diffusion:
             >>> list(trace(seed(program, 0)).get_trace())
             ['x_0_trajectory', 'x_0', 'y']
         """
-        return Prior(self.bind(params), self.name, variance=variance)
+        return Prior(self.bind(params), self.name, variance=variance, programs=self.programs)
 
     def bind(self, params: Params, *, context: Any = None) -> Reverse:
         """The reverse process with parameters bound: what samples, scores and conditions.

@@ -24,6 +24,7 @@ import numpyro
 from jaxtyping import Array
 
 from probdiff import validation
+from probdiff.compilation import Programs
 from probdiff.reverse import Reverse
 from probdiff.trajectories import TRAJECTORY_SUFFIX, ReverseTrajectory, first
 
@@ -73,6 +74,7 @@ class Prior:
             `event_shape`; 1 if absent. It sets how wide `infer` takes x_0 to be given a noisy
             level; too wide is safer than too narrow. Or their covariance, `(d, d)` for d numbers in
             an event: the better choice where these depend on each other, as in images.
+        programs: Where inference keeps what it compiles; the diffusion's.
 
     Raises:
         ValueError: if the variance is not positive (a covariance: not symmetric, or with a negative
@@ -91,8 +93,16 @@ class Prior:
     Source: Sohl-Dickstein et al. (2015), section 2.5.
     """
 
-    def __init__(self, reverse: Reverse, name: str = "x_0", *, variance: Any = None):
+    def __init__(
+        self,
+        reverse: Reverse,
+        name: str = "x_0",
+        *,
+        variance: Any = None,
+        programs: Programs | None = None,
+    ):
         self.reverse, self.name, self.covariance = reverse, name, None
+        self.programs = Programs() if programs is None else programs
         self.variance = validation.check_variance(reverse.event_shape, variance)
         if self.variance.ndim == 2 and self.variance.shape != reverse.event_shape:
             _warn_about_units(reverse, self.variance)
@@ -136,7 +146,8 @@ class Prior:
             mask = mask if isinstance(mask, np.ndarray) else jnp.asarray(mask)
         draw = PriorDraw(self.name, reverse, self.variance, self.covariance, known, mask)
         site = self.name + TRAJECTORY_SUFFIX
-        trajectory = numpyro.sample(site, ReverseTrajectory(reverse), infer={"prior": draw})
+        infer = {"prior": draw, "programs": self.programs}
+        trajectory = numpyro.sample(site, ReverseTrajectory(reverse), infer=infer)
         x_1 = first(trajectory, reverse.event_dim)
         law = reverse.data(x_1)
         if known is None:

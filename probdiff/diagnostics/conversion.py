@@ -35,9 +35,8 @@ from numpyro.infer import MCMC, NUTS, SVI, Predictive
 from numpyro.infer.svi import SVIRunResult
 
 from probdiff.arguments import check_at_least
-from probdiff.infer.layout import numbered, plate_dims
-from probdiff.infer.program import unwrapped
-from probdiff.infer.sampler import Sampler
+from probdiff.infer.program import numbered, plate_dims, unwrapped
+from probdiff.infer.smc import Sampler
 from probdiff.reverse import DataGivenFirst
 from probdiff.train import Fit
 from probdiff.trajectories import (

@@ -39,7 +39,7 @@ from probdiff import devices
 from probdiff.diagnostics.bounds import bound, check_examples
 from probdiff.diagnostics.weights import draw_and_weigh, weigh
 from probdiff.diffusion import Data, Diffusion, Mask
-from probdiff.infer.checks import pareto_k
+from probdiff.infer.health import pareto_k
 from probdiff.types import Params
 from probdiff.validation import check_context_rows
 

@@ -33,7 +33,7 @@ from jaxtyping import Array
 
 from probdiff.arguments import check_at_least, shape_text
 from probdiff.diffusion import Data, Diffusion
-from probdiff.infer import ranks
+from probdiff.infer.calibrate import p_values_of, pit, verdict
 from probdiff.sample import ancestral
 from probdiff.types import Params
 
@@ -56,8 +56,8 @@ def predictive_check(
 
         tree = diagnostics.predictive_check(key, diffusion, params, x, num_replicates=50)
         arviz_plots.plot_ppc_dist(tree)
-        arviz_plots.plot_ppcranks.pit(tree, coords={"x_0_dim_0": 0})  # one number for each example
-        arviz_plots.plot_ecdfranks.pit(tree, group="pit", sample_dims=["example"], coverage=False)
+        arviz_plots.plot_ppcpit(tree, coords={"x_0_dim_0": 0})  # one number for each example
+        arviz_plots.plot_ecdfpit(tree, group="pit", sample_dims=["example"], coverage=False)
 
     Args:
         key: Randomness.
@@ -113,7 +113,7 @@ def predictive_check(
     observed = _values(diffusion.name, x_0, len(x_0), statistics or {})
     replicated = _values(diffusion.name, draws, shape[:2], statistics or {})
     pits = {
-        name: ranks.pit(jax.random.fold_in(key_ties, i), values, replicated[name])
+        name: pit(jax.random.fold_in(key_ties, i), values, replicated[name])
         for i, (name, values) in enumerate(observed.items())
     }
     return _tree(diffusion.name, observed, replicated, pits)
@@ -161,7 +161,7 @@ def _tree(
     pits: dict[str, np.ndarray],
 ) -> xr.DataTree:
     dims = {key: _event_dims(name, pit.shape[1:]) for key, pit in pits.items()}
-    p_values = {key: ranks.p_values(pit) for key, pit in pits.items()}
+    p_values = {key: p_values_of(pit) for key, pit in pits.items()}
     tree = from_dict(
         {
             "posterior_predictive": {key: values[None] for key, values in replicated.items()},
@@ -178,7 +178,7 @@ def _tree(
     tree["uniformity"] = xr.DataTree(xr.Dataset(tested, coords))
     tree.name = "probdiff"
     counts = {"num_examples": len(observed[name]), "num_replicates": len(replicated[name])}
-    tree.attrs = counts | ranks.verdict(p_values)
+    tree.attrs = counts | verdict(p_values)
     return tree
 
 

@@ -163,13 +163,13 @@ def _ascend(key: Array, pair: Pair, x_0: Any, size: int, threshold: float) -> We
     has_pi = not isinstance(kernel, AbsorbingKernel)
 
     def settle(key: Array, x: Any, log_w: Any, log_z: Any, least: Any) -> tuple[Any, ...]:
-        ess = effective_number(log_w[None])[0]
+        ess = effective_number(log_w)
         least = jnp.minimum(least, ess)
         if threshold == 0:
             return x, log_w, log_z, least
         is_due = (ess < threshold * size) & (ess > 0)
         index = jnp.where(is_due, systematic(key, log_w), jnp.arange(size))
-        log_z += jnp.where(is_due, log_mean(log_w[None])[0], 0.0)
+        log_z += jnp.where(is_due, log_mean(log_w), 0.0)
         return x[index], jnp.where(is_due, 0.0, log_w), log_z, least
 
     def advance(state: tuple[Any, ...], inputs: tuple[Any, Any]) -> tuple[tuple[Any, ...], None]:
@@ -193,7 +193,7 @@ def _ascend(key: Array, pair: Pair, x_0: Any, size: int, threshold: float) -> We
     (x_T, log_w, log_z, least), _ = jax.lax.scan(advance, state, inputs)
     if not has_pi:
         log_w += pair.sum_observed(pair.log_pi(x_T))
-    return Weighed(log_w, log_z + log_mean(log_w[None])[0], least)
+    return Weighed(log_w, log_z + log_mean(log_w), least)
 
 
 def draw_and_weigh(key: Array, reverse: Reverse, context: Any, rows: Array) -> tuple[Any, Any]:

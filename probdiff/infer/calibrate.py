@@ -27,20 +27,24 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-import xarray as xr
 from jaxtyping import Array
 from numpyro import handlers
 
 from probdiff import bars
 from probdiff.arguments import check_at_least
-from probdiff.infer import ranks
-from probdiff.infer.checks import InferenceWarning
-from probdiff.infer.program import Program, condition
-from probdiff.infer.results import BLOCK
+from probdiff.compilation import call, trace
+from probdiff.infer.health import InferenceWarning
+from probdiff.infer.program import BLOCK, Conditioned, Program, read
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+LEVEL = 0.01
+"""Probability that one or more of all the tests reject what is right, at most."""
 
 
 @runtime_checkable
@@ -65,7 +69,7 @@ def calibrate(
     observed: Mapping[str, str] | None = None,
     progress: bool = False,
     **kwargs: Any,
-) -> xr.DataTree:
+) -> "xr.DataTree":
     """Rank x_0* among the draws of a sampler on data simulated from x_0*, many times.
 
         def denoise(y=None, sigma=0.5):
@@ -112,12 +116,7 @@ def calibrate(
         A sampler is on trial; here a function that draws of N(y/2, 1/2), which is right, and one
         that does not look at y:
 
-        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
-        >>> from probdiff import Diffusion, GaussianKernel, infer, schedules
-        >>> def network(x_t, t):  # x_0 ~ N(0, 1)
-        ...     return jnp.zeros((*x_t.shape, 2))
-        >>> diffusion = Diffusion(GaussianKernel(), schedules.cosine(4), network, event_shape=())
-        >>> prior = diffusion.prior({})
+        >>> prior = standard_diffusion(T=4).prior({})  # x_0 ~ N(0, 1)
         >>> def program(y=None):
         ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
         >>> def right(key, y):
@@ -160,23 +159,21 @@ class _Simulator:
         self._program, self.kwargs = program, _without_data(program, kwargs)
         sites = self._sites(key)
         site = _prior_site(sites)
-        self._diffusion, self._batch_shape = (
-            site["infer"]["prior"].diffusion,
-            site["fn"].batch_shape,
-        )
-        self.name = self._diffusion.name
+        draw, self._batch_shape = site["infer"]["prior"], site["fn"].batch_shape
+        self.name, self._reverse = draw.name, draw.reverse
+        self._programs = site["infer"]["programs"]
         self._arguments = _arguments(sites, {site["name"], self.name}, observed or {}, program)
-        size = math.prod(self._diffusion.event_shape)
+        size = math.prod(self._reverse.event_shape)
         self._directions = _directions(key, num_projections if size > 1 else 0, size)
-        self._draw, self._quantities = jax.jit(self._simulate), jax.jit(self._at)
+        self._draw = trace(self._simulate, key)
 
     def draw(self, key: Array) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """x_0* and the arguments that hold its data."""
-        return jax.tree.map(np.asarray, self._draw(key))
+        return jax.tree.map(np.asarray, self._programs(call, self._draw, key))
 
     def checked(self, draws: Any) -> np.ndarray:
         """Draws of a sampler, refused where they cannot be ranked."""
-        draws, rest = np.asarray(draws), (*self._batch_shape, *self._diffusion.event_shape)
+        draws, rest = np.asarray(draws), (*self._batch_shape, *self._reverse.event_shape)
         if draws.ndim == 0 or draws.shape[1:] != rest:
             expected = ", ".join(map(str, ("M", *rest)))
             raise ValueError(f"sampler must give draws of shape ({expected}); got {draws.shape}")
@@ -187,7 +184,11 @@ class _Simulator:
     def quantities(self, data: Any, x_star: np.ndarray, draws: np.ndarray) -> dict[str, np.ndarray]:
         """Quantities of x_0* and, behind it, of the draws, `(1 + L, entries of plates, ...)`."""
         x_0 = np.concatenate([x_star[None], draws])
-        values = jax.tree.map(np.asarray, self._quantities(data, x_0))
+        conditioned = read(self._program, (), self.kwargs | data).conditioned
+        values = {self.name: x_0, "log_r": np.asarray(self._programs(_log_r, conditioned, x_0))}
+        if len(self._directions):
+            flat = np.asarray(self._reverse.to_state(x_0)).reshape(*values["log_r"].shape, -1)
+            values["projection"] = flat @ self._directions.T
         first = 1 + len(self._batch_shape)
         return {k: np.reshape(v, (len(v), -1, *v.shape[first:])) for k, v in values.items()}
 
@@ -200,14 +201,9 @@ class _Simulator:
         data = {name: sites[site]["value"] for site, name in self._arguments.items()}
         return sites[self.name]["value"], data
 
-    def _at(self, data: dict[str, Any], x_0: Any) -> dict[str, Any]:
-        conditioned = condition(self._program, (), self.kwargs | data)
-        log_r = jax.lax.map(conditioned.log_r, x_0, batch_size=BLOCK)
-        values = {self.name: x_0, "log_r": log_r}
-        if len(self._directions):
-            flat = self._diffusion.to_state(x_0).reshape(*log_r.shape, -1)
-            values["projection"] = flat @ self._directions.T
-        return values
+
+def _log_r(conditioned: Conditioned, x_0: Array) -> Array:
+    return jax.lax.map(conditioned.log_r, x_0, batch_size=BLOCK)
 
 
 def _without_data(program: Program, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -310,15 +306,17 @@ def _pits(key: Array, quantities: dict[str, np.ndarray]) -> dict[str, np.ndarray
     for i, (name, values) in enumerate(sorted(quantities.items())):
         if np.isnan(values).any():
             raise ValueError(f"{name} must be a number at every draw; got nan")
-        pits[name] = ranks.pit(jax.random.fold_in(key, i), values[0], values[1:])
+        pits[name] = pit(jax.random.fold_in(key, i), values[0], values[1:])
     return pits
 
 
-def _tree(pits: dict[str, np.ndarray], name: str, attrs: dict[str, Any]) -> xr.DataTree:
+def _tree(pits: dict[str, np.ndarray], name: str, attrs: dict[str, Any]) -> "xr.DataTree":
     """PITs and their p-values with named dims."""
+    import xarray as xr  # slow to import
+
     names = {k: _dims(k, pit.ndim - 1, name) for k, pit in pits.items()}
-    p_values = {k: ranks.p_values(pit) for k, pit in pits.items()}
-    attrs |= {"num_simulations": len(pits["log_r"])} | ranks.verdict(p_values)
+    p_values = {k: p_values_of(pit) for k, pit in pits.items()}
+    attrs |= {"num_simulations": len(pits["log_r"])} | verdict(p_values)
     named = {k: (("chain", "draw", *names[k]), pit[None]) for k, pit in pits.items()}
     coords = {"chain": [0], "draw": np.arange(len(pits["log_r"]))}
     tree = xr.DataTree(name="probdiff")
@@ -337,3 +335,30 @@ def _dims(quantity: str, count: int, name: str) -> list[str]:
 def _name(sampler: Any) -> str:
     is_object = isinstance(sampler, Runs)
     return type(sampler).__name__ if is_object else getattr(sampler, "__name__", repr(sampler))
+
+
+def pit(key: Array, value: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Randomised PIT of each number among those of `others`, `(L, *shape)`."""
+    below, equal = (others < value).sum(0), (others == value).sum(0)
+    u = np.asarray(jax.random.uniform(key, below.shape), np.float64)
+    return (below + u * (1 + equal)) / (len(others) + 1)
+
+
+def p_values_of(pits: np.ndarray) -> np.ndarray:
+    """p-values of uniformity over the first axis, by Kolmogorov and Smirnov."""
+    from scipy import stats  # slow to import
+
+    return np.asarray(np.apply_along_axis(lambda u: stats.kstest(u, "uniform").pvalue, 0, pits))
+
+
+def verdict(p_values: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Number m of tests, least p-value and where it is, and LEVEL/m, below which it rejects."""
+    least = min(p_values, key=lambda name: p_values[name].min())
+    place = np.unravel_index(p_values[least].argmin(), p_values[least].shape)
+    num_tests = sum(p.size for p in p_values.values())
+    return {
+        "num_tests": num_tests,
+        "least_p_value": float(p_values[least].min()),
+        "least_at": least + (str([int(i) for i in place]) if place else ""),
+        "bound": LEVEL / num_tests,
+    }

@@ -1,33 +1,43 @@
-"""`Guided`: draws led by a twist and not weighed, fast and approximate.
+"""`Guided`: draws led by a twist and not weighed; with `KernelTwist` the rule of 2015.
 
-Every step is drawn from the proposal of the twist, and that is all:
+Multiplying by r asks for p̃(x_0) ∝ p(x_0) r(x_0) (eq. 16). The paper gives every level a density of
+its own, p̃(x_t) ∝ p(x_t) r(x_t) (eqs. 17 to 19), and wants reverse steps that carry one into the
+other (eq. 20), for which
 
-    x_s ~ q(x_s | x_t)  instead of  p(x_s | x_t) ψ_s(x_s) / ψ_t(x_t).
+    p̃(x_s | x_t) = p(x_s | x_t) Z̃_t r(x_s) / (Z̃_s r(x_t))                             eq. 21
+    p̃(x_s | x_t) = p(x_s | x_t) r(x_s)^c / Z̃_s(x_t),    c = 1 or (T − s)/T            eqs. 22, 23
 
-With `KernelTwist` this is the sampler of 2015, with `PointTwist` the guidance of DPS. The draws
-tend to the wrong law, whatever their number, and nothing in them tells. So one small `SMC` runs
-beside them, and where its means are elsewhere, that is said:
+The second is a law, and what `KernelTwist` draws: log r to second order at the mean of p(x_s | x_t),
+exact where it is quadratic. (The paper's table App. 1 stops at the first order, which moves the mean
+and leaves the variance.) It drops Z̃_s(x_t)/r(x_t)^c of the first, which `SMC` keeps as a weight;
+without it the draws tend to another law, p r² for Gaussian data with constant r.
+
+Unweighted draws of any twist are cheap, x_s ~ q(x_s | x_t) and that is all, with `PointTwist` the
+guidance of DPS. They tend to the wrong law, whatever their number, and nothing in them tells. So one
+small `SMC` runs beside them, and where its means are elsewhere, that is said:
 
     difference = max over entries of |mean − mean of SMC| / (posterior standard deviation of SMC).
 
 Small differences prove nothing: a mode that both miss is not seen.
 
-Sources: Sohl-Dickstein et al. (2015), section 2.5; Chung et al. (2023) for DPS.
+Sources: Sohl-Dickstein et al. (2015), section 2.5 and appendix C; Chung et al. (2023) for DPS.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from probdiff.arguments import check_at_least
-from probdiff.infer import checks, results, summary
+from probdiff.infer import results
+from probdiff.infer.health import systems
 from probdiff.infer.program import Program
 from probdiff.infer.results import Result
-from probdiff.infer.sampler import Sampler
-from probdiff.infer.twists import LaplaceTwist, Twist
-from probdiff.infer.walk import Walk
+from probdiff.infer.smc import Sampler
+from probdiff.infer.twist import Tilt, Twist, View
 
 CHECK = 2**31 - 3
 """Folded into the run's key for the small SMC."""
@@ -35,6 +45,77 @@ CHECK_PARTICLES, CHECK_RUNS = 64, 2
 APART = 0.5
 """Difference of means, in standard deviations, that is warned of."""
 APPROXIMATE = "approximate: not weighed, so the draws do not tend to the posterior"
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelTwist(Twist):
+    """r(x_t)^c, each step multiplied by r itself: the rule of 2015.
+
+    Without weights (`Guided`) it tends to the wrong law; with weights (`SMC`) to the right one,
+    slowly.
+
+    Args:
+        decays: Whether c = (T − t)/T, which is 0 at t = T, instead of 1 throughout.
+
+    Example:
+        A measurement y = 2, of noise 1, of x_0 ~ N(0, 1): the posterior has mean 1, what the rule
+        tends to, p r², has mean 4/3.
+
+        >>> prior = standard_diffusion().prior({})
+        >>> def program(y):
+        ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+        >>> twist = infer.KernelTwist()
+        >>> guided = infer.Guided(program, twist=twist, num_samples=4000, check=False)
+        >>> guided.run(jax.random.key(0), y=2.0)
+        >>> round(float(guided.get_samples()["x_0"].mean()), 1)
+        1.3
+
+    Source: Sohl-Dickstein et al. (2015), eqs. 22 and 23, appendix C.
+    """
+
+    decays: bool = False
+    takes_known = False
+
+    def __call__(self, view: View) -> Tilt:
+        """ψ_t = r(x_t)^c, and N(mean, variance) · r(x_s)^c."""
+        return self._multiply(view, self._power(view, 1))
+
+    def last(self, view: View) -> Tilt:
+        """N(mean, variance) · r(x_0)."""
+        return self._multiply(view, 1.0)
+
+    def _power(self, view: View, down: int) -> Array | float:
+        """c at the level, or levels below."""
+        if not self.decays:
+            return 1.0
+        reverse = view.problem.reverse
+        times = jnp.concatenate([jnp.zeros(1, jnp.int32), reverse.steps.t])
+        return (reverse.T - times[view.t - down]) / reverse.T
+
+    def _multiply(self, view: View, power: Array | float) -> Tilt:
+        """log r to second order at the mean."""
+        log_psi = self._power(view, 0) * view.log_r(view.x_t)
+        return super().last(_Powered(view, power))._replace(log_psi=log_psi)
+
+    def products(self, size: int, *, is_known_alone: bool) -> int:
+        """None: r is asked at x_t."""
+        return 0
+
+    def advice(self, more: str, *, has_covariance: bool) -> str:
+        """Another twist."""
+        return f"Use LaplaceTwist, or raise {more}"
+
+
+class _Powered(View):
+    """A view of a power of r."""
+
+    def __init__(self, view: View, power: Array | float):
+        self.__dict__ = {"mean": view.mean, "variance": view.variance} | view.__dict__
+        self._power = power
+
+    def log_r(self, x: Array) -> Array:
+        """power · log r."""
+        return self._power * super().log_r(x)
 
 
 class Check(NamedTuple):
@@ -71,12 +152,7 @@ class Guided(Sampler):
     Example:
         A measurement y = 2, of noise 1, of a number x_0 ~ N(0, 1):
 
-        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
-        >>> from probdiff import Diffusion, GaussianKernel, infer, schedules
-        >>> def network(x_t, t):  # outputs of 0 leave the law of the noise: x_0 ~ N(0, 1)
-        ...     return jnp.zeros((*x_t.shape, 2))
-        >>> diffusion = Diffusion(GaussianKernel(), schedules.cosine(10), network, event_shape=())
-        >>> prior = diffusion.prior({})
+        >>> prior = standard_diffusion().prior({})
         >>> def program(y):
         ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
         >>> guided = infer.Guided(program, num_samples=4000, check=False)
@@ -103,24 +179,16 @@ class Guided(Sampler):
     ):
         """Prepare the sampler; the arguments are those of the class."""
         check_at_least(1, num_samples=num_samples)
-        self.progress, self.check = progress, None
-        self._walk = Walk(
-            program, LaplaceTwist() if twist is None else twist, num_particles=num_samples,
-            num_runs=1, steps=steps, is_weighted=False, threshold=0.0, block_size=block_size,
-            mesh=None,
-        )  # fmt: skip
-        self._check_walk = None
-        if check:
-            self._check_walk = Walk(
-                program, LaplaceTwist(), num_particles=CHECK_PARTICLES, num_runs=CHECK_RUNS,
-                steps=steps, is_weighted=True, threshold=0.5, block_size=block_size, mesh=None,
-            )  # fmt: skip
+        options = {
+            "num_particles": num_samples, "num_runs": 1, "steps": steps, "is_weighted": False,
+            "threshold": 0.0, "block_size": block_size,
+        }  # fmt: skip
+        super().__init__(program, twist, options, progress=progress)
+        self.check: Check | None = None
+        self._checks = check
 
     def run(self, key: Array, *args: Any, **kwargs: Any) -> None:
         """Draw at these arguments of the program, and check the draws.
-
-        Arrays among the arguments may change from run to run without compiling anew; all else must
-        be hashable.
 
         Args:
             key: Randomness; entry b of the prior's plates uses `fold_in(key, b)`.
@@ -138,14 +206,8 @@ class Guided(Sampler):
         Example:
             The rule of 2015 multiplies by r at every step, and goes too far:
 
-            >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist, warnings
-            >>> from probdiff import Diffusion, GaussianKernel, infer, schedules
-            >>> def network(x_t, t):  # x_0 ~ N(0, 1)
-            ...     return jnp.zeros((*x_t.shape, 2))
-            >>> diffusion = Diffusion(
-            ...     GaussianKernel(), schedules.cosine(10), network, event_shape=()
-            ... )
-            >>> prior = diffusion.prior({})
+            >>> import warnings
+            >>> prior = standard_diffusion().prior({})
             >>> def program(y):
             ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
             >>> guided = infer.Guided(program, twist=infer.KernelTwist())
@@ -157,20 +219,24 @@ class Guided(Sampler):
             >>> bool(guided.check.difference > 0.5)  # posterior standard deviations
             True
         """
-        result = results.run(self._walk, key, args, kwargs, self.progress)
-        if self._check_walk is not None:
-            key_check = jax.random.fold_in(key, CHECK)
-            small = results.run(self._check_walk, key_check, args, kwargs, False)
-            self.check = _compare(result, small)
+        options, run = self._options, (args, kwargs)
+        result = results.sample(self.program, options, key, *run, progress=self.progress)
+        if self._checks:
+            small = options._replace(
+                twist=None, num_particles=CHECK_PARTICLES, num_runs=CHECK_RUNS, is_weighted=True,
+                threshold=0.5,
+            )  # fmt: skip
+            key = jax.random.fold_in(key, CHECK)
+            beside = results.sample(self.program, small, key, *run, progress=False)
+            self.check = _compare(result, beside)
             result = result._replace(complaints=result.complaints + _doubts(result, self.check))
-        self._result = result
-        results.warn(result.complaints)
+        self._keep(result)
 
     def _counts(self) -> str:
-        return f"num_samples={self._walk.num_particles}"
+        return f"num_samples={self._options.num_particles}"
 
     def _lines(self, limit: int) -> list[str]:
-        lines = [APPROXIMATE, summary.cost(self.result)]
+        lines = [APPROXIMATE, results.cost_line(self.result)]
         if self.check is not None:
             lines.append(
                 f"a small SMC ({CHECK_RUNS} runs of {CHECK_PARTICLES} particles, LaplaceTwist): "
@@ -178,7 +244,7 @@ class Guided(Sampler):
                 f"{_range(self.check.ess, '.0f')}, means apart by {_range(self.check.difference)} "
                 "posterior standard deviations"
             )
-        return lines + summary.complaints(self.result.complaints)
+        return lines + results.warning_lines(self.result.complaints)
 
     def _attrs(self) -> dict[str, Any]:
         attrs: dict[str, Any] = {"sampler": "Guided"}
@@ -203,12 +269,12 @@ def _compare(result: Result, small: Result) -> Check:
 
 def _doubts(result: Result, check: Check) -> tuple[str, ...]:
     """Warnings from the check: means that are further apart than both their errors allow."""
-    noise = 4 * np.sqrt(1 / check.ess + 1 / result.walk.num_particles)
+    noise = 4 * np.sqrt(1 / check.ess + 1 / result.options.num_particles)
     is_apart = check.difference > np.maximum(APART, noise)
     if not np.any(is_apart):
         return ()
     return (
-        f"{checks.systems(is_apart)}the means of the draws differ from those of a small SMC by up "
+        f"{systems(is_apart)}the means of the draws differ from those of a small SMC by up "
         f"to {check.difference.max():.2g} posterior standard deviations (log evidence "
         f"{_range(check.log_evidence, '.2f')}, effective number {_range(check.ess, '.0f')}): "
         "unweighted draws do not tend to the posterior. Use SMC",

@@ -34,10 +34,9 @@ from numpyro.distributions import biject_to
 from numpyro.primitives import Messenger
 
 from probdiff.arguments import shape_text
-from probdiff.infer.levels import Levels, levels
 from probdiff.infer.program import Program
-from probdiff.kernels import DiscreteKernel
-from probdiff.trajectories import SampledTimes
+from probdiff.reverse import Reverse
+from probdiff.trajectories import ReverseTrajectory, SampledTimes
 
 Noise = Float[Array, "levels *shape"]
 State = Float[Array, "*shape"]
@@ -62,13 +61,7 @@ def noncentered(program: Program, *, steps: int | None = None) -> Program:
         subsampling plate changes, or one whose trajectory has a value, or an unbound parameter.
 
     Example:
-        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
-        >>> from numpyro.infer import MCMC, NUTS
-        >>> from probdiff import Diffusion, GaussianKernel, infer, schedules
-        >>> def network(x_t, t):  # x_0 ~ N(0, 1)
-        ...     return jnp.zeros((*x_t.shape, 2))
-        >>> diffusion = Diffusion(GaussianKernel(), schedules.cosine(4), network, event_shape=())
-        >>> prior = diffusion.prior({})
+        >>> prior = standard_diffusion(T=4).prior({})  # x_0 ~ N(0, 1)
         >>> def program(y):
         ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
         >>> kernel = NUTS(infer.noncentered(program))
@@ -120,13 +113,7 @@ def initial_noise(
     Example:
         Two chains that are to start at x_0 = −1.5 and 1.5, say draws of `SMC`:
 
-        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
-        >>> from numpyro.infer import Predictive
-        >>> from probdiff import Diffusion, GaussianKernel, infer, schedules
-        >>> def network(x_t, t):  # x_0 ~ N(0, 1)
-        ...     return jnp.zeros((*x_t.shape, 2))
-        >>> diffusion = Diffusion(GaussianKernel(), schedules.cosine(4), network, event_shape=())
-        >>> prior = diffusion.prior({})
+        >>> prior = standard_diffusion(T=4).prior({})  # x_0 ~ N(0, 1)
         >>> def program(y=None):
         ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
         >>> over_noise = infer.noncentered(program)
@@ -164,9 +151,10 @@ def initial_noise(
 
 
 class _Driven(NamedTuple):
-    """The levels that a noise drives; kept with its site."""
+    """The process that a noise drives; kept with its site."""
 
-    levels: Levels
+    name: str
+    reverse: Reverse
     lead: tuple[int, ...]
     """Shape of the plates around the prior."""
 
@@ -195,27 +183,27 @@ class _Retreat(Messenger):
 
     def _put_trajectory(self, msg: dict[str, Any]) -> None:
         draw = msg["infer"]["prior"]
-        name = draw.diffusion.name
+        name, reverse = draw.name, draw.reverse.respaced(self.steps)
         _check(msg)
-        driven = _Driven(levels(draw, self.steps), msg["fn"].batch_shape)
-        event_shape = (driven.levels.n + 1, *draw.diffusion.event_shape)
+        driven = _Driven(name, reverse, msg["fn"].batch_shape)
+        event_shape = (reverse.n + 1, *reverse.event_shape)
         normal = dist.Normal(0.0, 1.0).expand((*driven.lead, *event_shape))
         noise = numpyro.sample(
             f"{name}_noise", normal.to_event(len(event_shape)), infer={"walk": driven}
         )
         noise = jnp.moveaxis(noise, -len(event_shape), 0)
         self.noise_0[name if draw.known is None else f"{name}_free"] = noise[0]
-        _keep(msg, _only(_x_1_of_noise(driven.levels, noise), len(driven.lead)))
+        _keep(msg, _only(_x_1_of_noise(reverse, noise), len(driven.lead)))
 
     def _put_data(self, msg: dict[str, Any]) -> None:
         name, law = msg["name"], _unexpanded(msg["fn"])
-        x_0 = (law.base.loc + law.base.scale * self.noise_0[name]) * law.scale + law.loc
+        x_0 = law.units.to_data(law.base.loc + law.base.scale * self.noise_0[name])
         _keep(msg, x_0)
         if not name.endswith("_free"):
             numpyro.deterministic(name, x_0)
 
 
-def _x_1_of_noise(levels: Levels, noise: Noise) -> State:
+def _x_1_of_noise(reverse: Reverse, noise: Noise) -> State:
     """x_1 from the noise z_0..z_n, levels in front, on the scale of the diffusion.
 
     Backwards through the walk, each step is computed again: what is kept is one level for each
@@ -223,31 +211,30 @@ def _x_1_of_noise(levels: Levels, noise: Noise) -> State:
     """
 
     def retreat(x_t: Any, inputs: Any) -> Any:
-        i, z_s = inputs
-        law = levels.reverse(levels.outputs(x_t, i), x_t, i)
+        t, z_s = inputs
+        law = reverse.step(x_t, t)
         return law.loc + law.scale * z_s, None
 
     again = jax.checkpoint(retreat, prevent_cse=False)  # a scan keeps the two apart by itself
-    i = jnp.arange(2, levels.n + 1)
-    return jax.lax.scan(again, noise[-1], (i, noise[1:-1]), reverse=True)[0]
+    t = jnp.arange(2, reverse.n + 1)
+    return jax.lax.scan(again, noise[-1], (t, noise[1:-1]), reverse=True)[0]
 
 
-def _noise_of_data(key: Array, levels: Levels, x_0: State) -> Noise:
+def _noise_of_data(key: Array, reverse: Reverse, x_0: State) -> Noise:
     """Noise z_0..z_n, levels in front, that leads to x_0 (on the scale of the diffusion).
 
     One draw: the trajectory between is drawn forward.
     """
-    kernel = levels.draw.diffusion.kernel
-    keys = jax.random.split(key, levels.n)
+    kernel, keys = reverse.kernel, jax.random.split(key, reverse.n)
 
     def climb(x_s: Any, inputs: Any) -> Any:
-        i, key = inputs
-        x_t = kernel.transition(x_s, levels.step(i)).sample(key)
-        return x_t, _solve(levels.reverse(levels.outputs(x_t, i), x_t, i), x_s)
+        t, key = inputs
+        x_t = kernel.transition(x_s, reverse.coefficients(t)).sample(key)
+        return x_t, _solve(reverse.step(x_t, t), x_s)
 
-    x_1 = kernel.transition(x_0, levels.step(1)).sample(keys[0])
-    z_0 = _solve(levels.last(x_1), x_0)
-    x_n, z = jax.lax.scan(climb, x_1, (jnp.arange(2, levels.n + 1), keys[1:]))
+    x_1 = kernel.transition(x_0, reverse.coefficients(1)).sample(keys[0])
+    z_0 = _solve(reverse.last(x_1), x_0)
+    x_n, z = jax.lax.scan(climb, x_1, (jnp.arange(2, reverse.n + 1), keys[1:]))
     return jnp.concatenate([z_0[None], z, x_n[None]])
 
 
@@ -269,25 +256,28 @@ def _only(x_1: Any, lead_dim: int) -> SampledTimes:
 
 def _check(msg: dict[str, Any]) -> None:
     name, draw = msg["name"], msg["infer"]["prior"]
-    kernel = draw.diffusion.kernel
-    if isinstance(kernel, DiscreteKernel):
-        raise ValueError(
-            f"prior {draw.diffusion.name!r} must be one of numbers, which are smooth in their "
-            f"noise; got symbols, {kernel}. Use infer.SMC"
+    reverse = draw.reverse
+    if reverse.kernel.is_discrete or reverse.grid is not None:
+        numbers = "numbers, which are" if reverse.kernel.is_discrete else "numbers that are"
+        other = (
+            f"symbols, {reverse.kernel}"
+            if reverse.kernel.is_discrete
+            else f"numbers on a grid, {reverse.last_step}"
         )
-    if draw.diffusion.last_step.grid is not None:
         raise ValueError(
-            f"prior {draw.diffusion.name!r} must be one of numbers that are smooth in their noise; "
-            f"got numbers on a grid, {draw.diffusion.last_step}. Use infer.SMC"
+            f"prior {draw.name!r} must be one of {numbers} smooth in their noise; got {other}. Use "
+            "infer.SMC"
         )
     if msg["value"] is not None:
         raise ValueError(
             f"trajectory {name!r} must be left to its noise; got a value from a handler inside "
             "noncentered"
         )
-    if msg["scale"] is not None or _unexpanded(msg["fn"]) is not draw.trajectory:
+    law = _unexpanded(msg["fn"])
+    is_own = isinstance(law, ReverseTrajectory) and law.reverse is reverse
+    if msg["scale"] is not None or not is_own:
         raise ValueError(
-            f"prior {draw.diffusion.name!r} must keep its density; got one that is scaled, masked "
+            f"prior {draw.name!r} must keep its density; got one that is scaled, masked "
             "or replaced by a handler or a subsampling plate. Scale and mask the observed sites"
         )
 
@@ -309,7 +299,7 @@ def _value(site: dict[str, Any], draws: dict[str, Any]) -> Any:
     if not _is_latent(site):
         return None
     driven = site["infer"].get("walk")
-    name = site["name"] if driven is None else driven.levels.draw.diffusion.name
+    name = site["name"] if driven is None else driven.name
     if name not in draws:
         raise ValueError(
             f"draws must hold every latent site and every prior; {name!r} is missing from "
@@ -317,7 +307,7 @@ def _value(site: dict[str, Any], draws: dict[str, Any]) -> Any:
         )
     shape = site["fn"].shape()
     if driven is not None:
-        shape = (*driven.lead, *driven.levels.draw.diffusion.event_shape)
+        shape = (*driven.lead, *driven.reverse.event_shape)
     if draws[name].shape != shape:
         raise ValueError(
             f"draws[{name!r}] must have shape {shape_text('num_chains', shape)}; "
@@ -325,6 +315,6 @@ def _value(site: dict[str, Any], draws: dict[str, Any]) -> Any:
         )
     if driven is None:
         return draws[name]
-    x_0 = driven.levels.draw.diffusion.to_state(draws[name])
-    noise = _noise_of_data(site["kwargs"]["rng_key"], driven.levels, x_0)
+    x_0 = driven.reverse.to_state(draws[name])
+    noise = _noise_of_data(site["kwargs"]["rng_key"], driven.reverse, x_0)
     return jnp.moveaxis(noise, 0, len(driven.lead))

@@ -10,39 +10,84 @@ particles are resampled where their effective number falls below a share of N (s
     Ẑ = ∏ over stages of the mean weight
 
 is unbiased for Z = E_p[r(x_0)], whatever ψ is. A population is one run for one system (an entry of
-the plates around the prior, with N particles and keys of its own, so that nothing depends on who
-runs beside it. Arrays have shape `(S, N, *event)` here, S systems, and `(R·N, *plates, *event)`
-where the network and the program see them.
+the plates around the prior), with N particles and a key of its own, so that nothing depends on who
+runs beside it. What is done to weights is written for one population and mapped over the S of them;
+network and program see all particles of a level at once, in blocks that fit memory.
 
 Sources: Del Moral et al. (2006); Guarniero et al. (2017) for twists; Wu et al. (2023) for
 diffusions.
 """
 
+import itertools
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
 
-from probdiff.infer.look import (
+from probdiff import bars
+from probdiff.infer.program import Conditioned, Read, systems_are_coupled
+from probdiff.infer.quadratic import local
+from probdiff.infer.twist import (
+    Common,
     Look,
-    Plan,
-    covariances,
-    for_populations,
+    Problem,
+    Reading,
+    Twist,
+    View,
+    common,
     hessian,
-    in_blocks,
-    log_r,
-    look_at,
-    look_at_first,
     measure,
 )
+from probdiff.prior import PriorDraw
+
+PROBES = 8
+"""Points at which the likelihood is tried before a run."""
+CHUNKS = 20
+"""Parts of a run between which the progress bar moves."""
+
+
+class Options(NamedTuple):
+    """How to run: all that is part of what is compiled."""
+
+    twist: Twist | None
+    """None for the default, until the program is read."""
+    num_particles: int
+    num_runs: int
+    steps: int | None
+    """Levels that are walked; all for None."""
+    is_weighted: bool
+    threshold: float
+    """Share of N below which the effective number calls for resampling; 0 for never."""
+    block_size: int
+    mesh: Mesh | None = None
+    is_diagonal: bool = False
+    """Of the likelihood, as in `Problem`: found before a run."""
+    is_quadratic: bool = False
+
+
+class Trace(NamedTuple):
+    """What happened at each level, `(n + 1, S)`, the level's number first; 0 is the end."""
+
+    ess: Float[Array, "levels S"]
+    """Effective number of particles before resampling."""
+    resampled: Bool[Array, "levels S"]
+    """Whether they were resampled."""
+    shift: Float[Array, "levels S"]
+    """Largest move of a particle's mean, in standard deviations."""
+    bad: Float[Array, "levels S"]
+    """Share of particles whose twist was not finite."""
 
 
 class State(NamedTuple):
     """Particles at a level, before they are looked at."""
 
-    x: Any
-    """`(S, N, *event)`."""
+    x: Array
+    """`(S, N, d)`."""
     log_w: Float[Array, "S N"]
     """Log weights since the last resampling, the twist of this level not yet in."""
     log_psi: Float[Array, "S N"]
@@ -51,81 +96,27 @@ class State(NamedTuple):
     """Log weights as the step began, so that what the step itself added can be told."""
     log_z: Float[Array, " S"]
     """Log of the product of mean weights up to the last resampling."""
-    ancestor: Any
-    """Index of each particle's ancestor at the start, `(S, N)`."""
-    reading: Any
-    """How well the network reads x_0 out of noise."""
-    hessian: Any
-    """Of a quadratic log r, where the covariance of the data is used: `(*plates, d, d)`."""
-    trace: "Trace"
+    ancestor: Int[Array, "S N"]
+    """Index of each particle's ancestor at the start."""
+    worst: Float[Array, "S N"]
+    """Log weights of the step whose own weights had the least effective number."""
+    worst_ess: Float[Array, " S"]
+    """That number."""
+    trace: Trace
 
 
-class Trace(NamedTuple):
-    """What happened at each level, `(n + 1, S)`, the level's number first; 0 is the end."""
-
-    ess: Any
-    """Effective number of particles before resampling."""
-    resampled: Any
-    """Whether they were resampled."""
-    shift: Any
-    """Largest move of a particle's mean, in standard deviations."""
-    bad: Any
-    """Share of particles whose twist was not finite."""
-    worst: Any
-    """Log weights of the step whose own weights had the least effective number, `(S, N)`."""
-    worst_ess: Any
-    """That number, `(S,)`."""
-
-
-def start(plan: Plan, keys: Array) -> State:
-    """Particles from π at the last level."""
-    n, kernel = plan.num_particles, plan.levels.draw.diffusion.kernel
-
-    def draw(key: Array) -> Any:
-        return kernel.stationary((n, *plan.event_shape)).sample(key)
-
-    x = plan.constrain(jax.vmap(draw)(_fold(keys, plan.levels.n + 1)))
-    shape = (plan.num_populations, n)
-    zeros = jnp.zeros(shape)
-    flat = jnp.zeros((plan.levels.n + 1, plan.num_populations))
-    trace = Trace(flat, flat > 1, flat, flat, zeros, jnp.full(plan.num_populations, jnp.inf))
-    ancestor = jnp.broadcast_to(jnp.arange(n), shape)
-    return State(x, zeros, zeros, zeros, zeros[:, 0], ancestor, measure(plan), hessian(plan), trace)
-
-
-def advance(plan: Plan, keys: Array, state: State, i: Any) -> State:
-    """From level i ≥ 2 down to the one before."""
-    covariance = (
-        covariances(plan, state.reading, state.hessian, i) if plan.uses_covariance else None
-    )
-    look = in_blocks(plan, state.x, lambda x: look_at(plan, x, i, state.reading, covariance))
-    common = None if covariance is None else for_populations(plan, covariance.common)
-    return _move(plan, keys, state, look, i, common)
-
-
-def finish(plan: Plan, keys: Array, state: State) -> State:
-    """From level 1 to x_0 and its likelihood; `x` is then on the scale of the diffusion."""
-    look = in_blocks(plan, state.x, lambda x: look_at_first(plan, x))
-    state = _move(plan, keys, state, look, 1, None)
-    likelihood = in_blocks(plan, state.x, lambda x: log_r(plan, x))
-    state = _weigh(state, likelihood)
-    ess = effective_number(state.log_w)
-    trace = state.trace._replace(ess=state.trace.ess.at[0].set(ess))
-    return state._replace(trace=trace)
-
-
-def effective_number(log_w: Float[Array, "S N"]) -> Float[Array, " S"]:
+def effective_number(log_w: Float[Array, " N"]) -> Float[Array, ""]:
     """(Σ w)² / Σ w²; 0 where all weights are."""
-    log_ess = 2 * jax.nn.logsumexp(log_w, 1) - jax.nn.logsumexp(2 * log_w, 1)
+    log_ess = 2 * jax.nn.logsumexp(log_w) - jax.nn.logsumexp(2 * log_w)
     return jnp.where(jnp.isfinite(log_ess), jnp.exp(log_ess), 0.0)
 
 
-def log_mean(log_w: Float[Array, "S N"]) -> Float[Array, " S"]:
+def log_mean(log_w: Float[Array, " N"]) -> Float[Array, ""]:
     """log of the mean weight."""
-    return jax.nn.logsumexp(log_w, 1) - jnp.log(log_w.shape[1])
+    return jax.nn.logsumexp(log_w) - jnp.log(log_w.shape[0])
 
 
-def systematic(key: Array, log_w: Float[Array, " N"]) -> Array:
+def systematic(key: Array, log_w: Float[Array, " N"]) -> Int[Array, " N"]:
     """Indices of N equally weighted particles: one uniform number, evenly spread positions."""
     n = log_w.shape[0]
     weights = jnp.exp(log_w - jnp.max(log_w))
@@ -134,59 +125,354 @@ def systematic(key: Array, log_w: Float[Array, " N"]) -> Array:
     return jnp.clip(jnp.searchsorted(cumulative, positions, side="right"), 0, n - 1)
 
 
-def _move(plan: Plan, keys: Array, state: State, look: Look, i: Any, common: Any) -> State:
-    """Weigh by ψ_t, resample where needed, propose the next level."""
-    keys_draw, keys_resample = (_fold(_fold(keys, i), use) for use in (0, 1))
-    state = _weigh(state, look.log_psi)
-    trace = state.trace._replace(
-        shift=state.trace.shift.at[i].set(jnp.max(look.shift, 1)),
-        bad=state.trace.bad.at[i].set(jnp.mean(look.bad, 1)),
-    )
-    state = state._replace(trace=trace, log_psi=look.log_psi)
-    state, look = _resample(plan, keys_resample, state, look, i)
-    x, log_ratio = jax.vmap(lambda key, proposal, common: proposal.draw(key, common))(
-        keys_draw, look.proposal, common
-    )
-    return state._replace(x=plan.constrain(x), log_w=state.log_w + log_ratio, held=state.log_w)
+class Walk(NamedTuple):
+    """Particles on their way through the levels of one problem."""
+
+    problem: Problem
+    options: Options
+    keys: Array
+    """Of each population, `(S,)`."""
+    reading: Reading | None = None
+    hessian: Array | None = None
+    """Of a quadratic log r, where the covariance of the data is used."""
+
+    def prepared(self) -> "Walk":
+        """With what is worked out once for a run."""
+        if self.problem.reverse.kernel.is_discrete:
+            return self
+        of_r = hessian(self.problem) if self._uses_covariance else None
+        return self._replace(reading=measure(self.problem), hessian=of_r)
+
+    def start(self) -> State:
+        """Particles from π at the last level."""
+        n, reverse = self.options.num_particles, self.problem.reverse
+
+        def draw(key: Array) -> Array:
+            x = reverse.kernel.stationary((n, *reverse.event_shape)).sample(key)
+            return x.reshape(n, -1)
+
+        x = self._constrain(jax.vmap(draw)(_fold(self.keys, reverse.n + 1)))
+        shape = x.shape[:2]
+        zeros, flat = jnp.zeros(shape), jnp.zeros((reverse.n + 1, shape[0]))
+        ancestor = jnp.broadcast_to(jnp.arange(n), shape)
+        least = jnp.full(shape[0], jnp.inf)
+        trace = Trace(flat, flat > 1, flat, flat)
+        return State(x, zeros, zeros, zeros, zeros[:, 0], ancestor, zeros, least, trace)
+
+    def advance(self, state: State, t: Array) -> State:
+        """From level t ≥ 2 down to the one before."""
+        shared = None
+        if self._uses_covariance:
+            shared = common(self.problem, self.reading, self.hessian, t)
+
+        def look(x: Array) -> Look:
+            return self.options.twist.look(View(self.problem, x, t, self.reading, shared))
+
+        return self._move(state, self._in_blocks(state.x, look), t, shared)
+
+    def finish(self, state: State) -> State:
+        """From level 1 to x_0 and its likelihood."""
+        look = self._in_blocks(state.x, lambda x: self.options.twist.look(View(self.problem, x, 1)))
+        state = self._move(state, look, 1, None)
+        likelihood = self._in_blocks(state.x, lambda x: self.problem.log_r(x, on_grid=True))
+        state = _weigh(state, likelihood)
+        ess = jax.vmap(effective_number)(state.log_w)
+        return state._replace(trace=state.trace._replace(ess=state.trace.ess.at[0].set(ess)))
+
+    def rows(self, x: Array) -> Array:
+        """`(S, N, ...)` as network and program see it, `(R·N, B, ...)`."""
+        x = x.reshape(self.options.num_runs, -1, *x.shape[1:])
+        return jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1], *x.shape[3:])
+
+    def _populations(self, x: Array) -> Array:
+        """The way back."""
+        x = x.reshape(self.options.num_runs, self.options.num_particles, *x.shape[1:])
+        return jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1], *x.shape[3:])
+
+    def _in_blocks(self, x: Array, at: Callable[[Array], Any]) -> Any:
+        """Apply a function of particles as the program sees them, in blocks that fit memory."""
+        x = self.rows(x)
+        count, wanted = x.shape[0], max(1, self.options.block_size // self.problem.systems)
+        size = next(s for s in range(min(wanted, count), 0, -1) if count % s == 0)
+        if size == count:
+            out = at(x)
+        else:
+            out = jax.lax.map(at, x.reshape(count // size, size, *x.shape[1:]))
+            out = jax.tree.map(lambda a: a.reshape(count, *a.shape[2:]), out)
+        return jax.tree.map(self._populations, out)
+
+    @property
+    def _uses_covariance(self) -> bool:
+        """Whether the twist works with the covariance of the data."""
+        return self.problem.draw.covariance is not None and self.options.twist.uses_covariance
+
+    def _move(self, state: State, look: Look, t: Any, shared: Common | None) -> State:
+        """Weigh by ψ_t, resample where needed, propose the next level."""
+        keys_draw, keys_resample = (_fold(_fold(self.keys, t), use) for use in (0, 1))
+        state = _weigh(state, look.log_psi)
+        trace = state.trace._replace(
+            shift=state.trace.shift.at[t].set(jnp.max(look.shift, 1)),
+            bad=state.trace.bad.at[t].set(jnp.mean(look.bad, 1)),
+        )
+        state = state._replace(trace=trace, log_psi=look.log_psi)
+        state, look = self._resample(keys_resample, state, look, t)
+        narrowing = None
+        if shared is not None:
+            narrowing = jax.tree.map(
+                lambda a: jnp.tile(a, (self.options.num_runs, *[1] * (a.ndim - 1))),
+                shared.narrowing,
+            )
+        x, log_ratio = jax.vmap(lambda key, proposal, common: proposal.draw(key, common))(
+            keys_draw, look.proposal, narrowing
+        )
+        held = state.log_w
+        return state._replace(x=self._constrain(x), log_w=held + log_ratio, held=held)
+
+    def _resample(self, keys: Array, state: State, look: Look, t: Any) -> tuple[State, Look]:
+        ess = jax.vmap(effective_number)(state.log_w)
+        is_due = (ess < self.options.threshold * self.options.num_particles) & (ess > 0)
+        trace = state.trace._replace(
+            ess=state.trace.ess.at[t].set(ess), resampled=state.trace.resampled.at[t].set(is_due)
+        )
+        state = state._replace(trace=trace)
+        if self.options.threshold == 0:
+            return state, look
+
+        def gather(moving: tuple[Any, ...]) -> tuple[Any, ...]:
+            def of_one(key: Array, log_w: Array, due: Array, moving: tuple[Any, ...]) -> Any:
+                index = jnp.where(due, systematic(key, log_w), jnp.arange(len(log_w)))
+                return jax.tree.map(lambda a: a[index], moving)
+
+            return jax.vmap(of_one)(keys, state.log_w, is_due, moving)
+
+        moving = (look, state.ancestor, state.log_psi)
+        look, ancestor, log_psi = jax.lax.cond(jnp.any(is_due), gather, lambda m: m, moving)
+        log_z = state.log_z + jnp.where(is_due, jax.vmap(log_mean)(state.log_w), 0.0)
+        log_w = jnp.where(is_due[:, None], 0.0, state.log_w)
+        return state._replace(ancestor=ancestor, log_psi=log_psi, log_w=log_w, log_z=log_z), look
+
+    def _constrain(self, x: Array) -> Array:
+        """Put particles, runs leading, where they belong on several devices."""
+        mesh = self.options.mesh
+        if mesh is None:
+            return x
+        return jax.lax.with_sharding_constraint(
+            x, NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        )
 
 
-def _weigh(state: State, log_psi: Array) -> State:
+def _weigh(state: State, log_psi: Float[Array, "S N"]) -> State:
     """Put in the twist of this level and take out that of the one before."""
     log_w = state.log_w + log_psi - state.log_psi
     added = log_w - jnp.where(jnp.isfinite(state.held), state.held, 0.0)
-    ess = effective_number(added)
-    is_worst = ess < state.trace.worst_ess
-    trace = state.trace._replace(
-        worst=jnp.where(is_worst[:, None], added, state.trace.worst),
-        worst_ess=jnp.minimum(ess, state.trace.worst_ess),
-    )
-    return state._replace(log_w=log_w, trace=trace)
-
-
-def _resample(plan: Plan, keys: Array, state: State, look: Look, i: Any) -> tuple[State, Look]:
-    ess = effective_number(state.log_w)
-    is_due = (ess < plan.threshold * plan.num_particles) & (ess > 0)
-    trace = state.trace._replace(
-        ess=state.trace.ess.at[i].set(ess), resampled=state.trace.resampled.at[i].set(is_due)
-    )
-    state = state._replace(trace=trace)
-    if plan.threshold == 0:
-        return state, look
-    stays = jnp.arange(plan.num_particles)
-
-    def chosen(key: Array, log_w: Array, due: Array) -> Array:
-        return jnp.where(due, systematic(key, log_w), stays)
-
-    def gather(moving: tuple[Any, ...]) -> tuple[Any, ...]:
-        index = jax.vmap(chosen)(keys, state.log_w, is_due)
-        return jax.tree.map(lambda a: jax.vmap(lambda row, at: row[at])(a, index), moving)
-
-    moving = (look, state.ancestor, state.log_psi)
-    look, ancestor, log_psi = jax.lax.cond(jnp.any(is_due), gather, lambda m: m, moving)
-    log_z = state.log_z + jnp.where(is_due, log_mean(state.log_w), 0.0)
-    log_w = jnp.where(is_due[:, None], 0.0, state.log_w)
-    return state._replace(ancestor=ancestor, log_psi=log_psi, log_w=log_w, log_z=log_z), look
+    ess = jax.vmap(effective_number)(added)
+    is_worst = ess < state.worst_ess
+    worst = jnp.where(is_worst[:, None], added, state.worst)
+    worst_ess = jnp.minimum(ess, state.worst_ess)
+    return state._replace(log_w=log_w, worst=worst, worst_ess=worst_ess)
 
 
 def _fold(keys: Array, value: Any) -> Array:
     return jax.vmap(jax.random.fold_in, (0, None))(keys, value)
+
+
+def entry_keys(key: Array, batch_shape: tuple[int, ...]) -> Array:
+    """Key of each entry of the plates, `(entries,)`: `fold_in(key, b)`, or `key` without plates."""
+    if not batch_shape:
+        return key[None]
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(math.prod(batch_shape)))
+
+
+def population_keys(key: Array, batch_shape: tuple[int, ...], num_runs: int) -> Array:
+    """Key of each run of each entry of the plates, `(num_runs · entries,)`."""
+    keys = entry_keys(key, batch_shape)
+    of_runs = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
+    return of_runs(keys, jnp.arange(num_runs)).reshape(-1)
+
+
+# a run, compiled
+
+
+class Outcome(NamedTuple):
+    """What a run leaves, NumPy arrays; R runs, N particles, plates as the prior has them."""
+
+    x_0: np.ndarray
+    """`(R, N, *plates, *event_shape)`, the user's units."""
+    log_weights: np.ndarray
+    """Normalised over N, `(R, N, *plates)`."""
+    log_evidences: np.ndarray
+    """log Ẑ of each run, `(R, *plates)`."""
+    log_r: np.ndarray
+    """log r of each particle, `(R, N, *plates)`."""
+    ancestors: np.ndarray
+    """Each particle's ancestor at the start, `(R, N, *plates)`."""
+    worst_log_weights: np.ndarray
+    """Log weights of the worst step, that of the least effective number, `(R, N, *plates)`."""
+    trace: Trace
+    """At levels n..0, `(n + 1, R, *plates)`."""
+
+
+Inputs = tuple[Conditioned, Any, Any, Array]
+"""The program, known entries with their mask, and the keys: what is compiled once for all."""
+
+
+def run(read: Read, options: Options, key: Array, *, progress: bool) -> Outcome:
+    """Walk all particles from π to x_0.
+
+    Before the walk the likelihood is tried at a few points, to see whether every entry of x_0 has
+    one of its own (its curvature is diagonal), whether the curvature is the same everywhere (log r
+    is quadratic), whether r is 0 at all of them, and whether log r of one system moves with the x_0
+    of another.
+
+    Raises:
+        ValueError: if the twist does not fit, the systems are coupled, or nan is observed.
+    """
+    conditioned, programs = read.conditioned, read.programs
+    _check(conditioned.draw, options)
+    known, mask = _known(conditioned)
+    keys = population_keys(key, conditioned.batch_shape, options.num_runs)
+    inputs = conditioned, known, mask, keys
+    is_diagonal, is_quadratic, is_impossible, is_coupled = map(
+        bool, programs(_probe, inputs, options=options)
+    )
+    if is_coupled:
+        raise ValueError(
+            "program must keep the entries of the plates around the prior apart; log r of one "
+            "moved with the x_0 of another. Take the prior out of the plate"
+        )
+    if is_impossible and any(np.isnan(a).any() for a in conditioned.arrays if a.dtype.kind == "f"):
+        raise ValueError(
+            "program must not observe nan: its arguments hold some, and no draw of the prior "
+            "that was tried can have given them. Mask what is missing"
+        )
+    options = options._replace(is_diagonal=is_diagonal, is_quadratic=is_quadratic)
+    n = conditioned.reverse.T if options.steps is None else options.steps
+    shared, state = programs(_begin, inputs, options=options)
+    stops = np.unique(np.linspace(1, n, CHUNKS + 1 if progress else 2).astype(int))[::-1]
+    with bars.bar(total=n, desc="infer", disable=not progress) as bar:
+        for high, low in itertools.pairwise(stops):
+            state = programs(_advance, inputs, shared, state, high, low, options=options)
+            if progress:
+                jax.block_until_ready(state)
+                bar.update(int(high - low))
+        out = programs(_end, inputs, shared, state, options=options)
+        bar.update(1)
+    return jax.tree.map(np.asarray, out)
+
+
+def _check(draw: PriorDraw, options: Options) -> None:
+    """Refuse a twist that does not fit the prior, or whose weights would not be finite."""
+    twist = options.twist
+    twist.check(draw)
+    if options.is_weighted and draw.known is not None and not twist.takes_known:
+        raise ValueError(
+            "twist must be one that has finite weights where entries of x_0 are known exactly; "
+            f"got {type(twist).__name__}. Use LaplaceTwist, ReadoutTwist with a Mixture, or "
+            "Guided, which has no weights"
+        )
+
+
+def _known(conditioned: Conditioned) -> tuple[Any, Any]:
+    """Known entries on the scale of the diffusion, `(B, d)`, and their mask.
+
+    The mask is `(d,)` where it is the same in all systems: then a level's matrices are worked out
+    once, which for images is most of the time.
+    """
+    draw = conditioned.draw
+    if draw.known is None:
+        return None, None
+    shape, mask = (*conditioned.batch_shape, *draw.reverse.event_shape), np.asarray(draw.mask)
+    if not np.isfinite(np.asarray(draw.known)[mask]).all():
+        raise ValueError("known must be finite wherever mask is True; got entries that are not")
+    d = math.prod(draw.reverse.event_shape)
+    values = jnp.where(mask, draw.known, jnp.zeros_like(draw.known))
+    known = jnp.broadcast_to(draw.reverse.to_state(values), shape).reshape(-1, d)
+    rows = np.broadcast_to(mask, shape).reshape(-1, d)
+    return known, rows[0] if (rows == rows[0]).all() else rows
+
+
+def _problem(inputs: Inputs, options: Options) -> Problem:
+    conditioned, known, mask, _ = inputs
+    reverse = conditioned.reverse.respaced(options.steps)
+    return Problem(conditioned, reverse, known, mask, options.is_diagonal, options.is_quadratic)
+
+
+def _probe(inputs: Inputs, *, options: Options) -> tuple[Array, ...]:
+    """Whether the curvature of log r is diagonal, whether it is the same everywhere, whether r is 0
+    at all points, and whether systems are coupled."""
+    problem, key = _problem(inputs, options), jax.random.key(0)
+    reverse, shape = problem.reverse, (problem.systems, problem.size)
+    if reverse.kernel.is_discrete:
+        states = reverse.kernel.num_data_states
+        points = jax.random.randint(key, (2, *shape), 0, states, jnp.int32)
+        curvature = jnp.zeros(3, bool)
+    else:
+        tau2 = problem.of_entries(problem.draw.variance).astype(reverse.kernel.dtype)
+        points = jax.random.normal(key, (PROBES, *shape)) * jnp.sqrt(tau2)
+        curvature = _curvature(problem, points, key)
+    x_0 = reverse.units.to_data(problem.shaped(points))
+    return *curvature, systems_are_coupled(problem.conditioned, x_0[0], x_0[1])
+
+
+def _curvature(problem: Problem, points: Array, key: Array) -> tuple[Array, Array, Array]:
+    """By products with random signs at points on the scale of the diffusion."""
+    at = local(problem.log_r, points)
+    signs = jax.random.rademacher(key, points.shape, points.dtype)
+    entries, product = at.curvature(jnp.ones_like(points)), at.curvature(signs)
+    off, on = (jnp.linalg.norm(v, axis=-1) for v in (product - entries * signs, product))
+    product = at.curvature(jnp.broadcast_to(signs[:1], points.shape))
+    change, whole = (jnp.linalg.norm(v, axis=-1) for v in (product - product[:1], product[:1]))
+    is_finite = jnp.isfinite(at.value)
+    is_same = jnp.all(change <= 1e-3 * whole) & jnp.all(is_finite)
+    return jnp.all(off <= 1e-3 * on), is_same, ~jnp.any(is_finite)
+
+
+def _walk(inputs: Inputs, options: Options, shared: Any = (None, None)) -> Walk:
+    return Walk(_problem(inputs, options), options, inputs[-1], *shared)
+
+
+def _begin(inputs: Inputs, *, options: Options) -> tuple[Any, State]:
+    walk = _walk(inputs, options).prepared()
+    return (walk.reading, walk.hessian), walk.start()
+
+
+def _advance(
+    inputs: Inputs, shared: Any, state: State, high: Array, low: Array, *, options: Options
+) -> State:
+    walk = _walk(inputs, options, shared)
+    return jax.lax.fori_loop(
+        0, high - low, lambda down, state: walk.advance(state, high - down), state
+    )
+
+
+def _end(inputs: Inputs, shared: Any, state: State, *, options: Options) -> Outcome:
+    walk = _walk(inputs, options, shared)
+    state, problem = walk.finish(state), walk.problem
+    draw, batch_shape = problem.draw, problem.conditioned.batch_shape
+    x_0 = problem.reverse.to_data(problem.shaped(walk.rows(state.x)))
+    if draw.known is not None:
+        x_0 = jnp.where(draw.mask, draw.known, x_0)
+    log_w = jnp.where(jnp.isnan(state.log_w), -jnp.inf, state.log_w)
+    log_z = state.log_z + jax.vmap(log_mean)(log_w)
+    total = jax.nn.logsumexp(log_w, 1, keepdims=True)
+    even = jnp.full_like(log_w, -math.log(options.num_particles))
+    log_w = jnp.where(jnp.isfinite(total), log_w - total, even)
+    log_r = jax.vmap(problem.conditioned.log_r)(x_0)
+
+    def by_run(a: Array) -> Array:
+        return a.reshape(options.num_runs, options.num_particles, *batch_shape, *a.shape[2:])
+
+    def of_systems(a: Array) -> Array:
+        return by_run(walk.rows(a))
+
+    return Outcome(
+        x_0.reshape(options.num_runs, options.num_particles, *x_0.shape[1:]),
+        of_systems(log_w),
+        log_z.reshape(options.num_runs, *batch_shape),
+        log_r.reshape(options.num_runs, options.num_particles, *batch_shape),
+        of_systems(state.ancestor),
+        of_systems(state.worst),
+        jax.tree.map(
+            lambda a: a[::-1].reshape(a.shape[0], options.num_runs, *batch_shape), state.trace
+        ),
+    )

@@ -8,103 +8,213 @@ which counts likelihoods, `numpyro.factor`, masks and scales. The plates that en
 split the program into systems, independent posteriors side by side; log r has one value per system.
 So an observed site must lie inside those plates, and no other latent site may be there.
 
-Source: Sohl-Dickstein et al. (2015), section 2.5.
+A program is read anew at every run: once to find the prior and check the sites, once to trace r. Its
+array arguments are arguments of r; what else it reads, closures and globals, is part of what was
+traced (see `compilation`), so that nothing is stale.
+
+Source: Sohl-Dickstein et al. (2015), section 2.5, eqs. 16 to 18.
 """
 
+import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array, Float
 from numpyro import handlers
+from numpyro.primitives import Messenger
 
+from probdiff.compilation import Programs, Traced, call, trace
 from probdiff.prior import PriorDraw
+from probdiff.reverse import Reverse
 
 Program = Callable[..., Any]
+Sites = dict[str, dict[str, Any]]
+
+TAKEN = {"chain", "draw", "level", "run"}
+"""Names of dims that a plate may not have: it becomes `name_plate`."""
+BLOCK = 256
+"""Draws at which sites of a program are computed at once."""
 
 
-class Conditioned(NamedTuple):
-    """A program with its arguments, read as a prior and a likelihood."""
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["draw", "likelihood", "arrays"],
+    meta_fields=["batch_shape", "observed"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Conditioned:
+    """A prior and a likelihood: what a compiled sampler is given of a program."""
 
     draw: PriorDraw
     """The prior."""
+    likelihood: Traced
+    """log p(site | x_0) of the observed sites, from the arrays and x_0."""
+    arrays: list[Array]
+    """The program's array arguments."""
     batch_shape: tuple[int, ...]
-    """Shape of the plates around it, as the prior's site has it: one system each."""
+    """Shape of the plates around the prior: one system each."""
     observed: tuple[str, ...]
     """Names of the observed sites, factors among them."""
-    sites_at: Callable[[Any], dict[str, Any]]
-    """All sites of the program at an x_0 of shape `(*batch_shape, *event_shape)`, user's units."""
 
     @property
-    def name(self) -> str:
-        """Name of the site of x_0."""
-        return self.draw.diffusion.name
+    def reverse(self) -> Reverse:
+        """The prior's reverse process."""
+        return self.draw.reverse
 
-    def log_r(self, x_0: Any) -> Float[Array, "..."]:
-        """log r(x_0), one value for each system."""
+    def log_likelihoods(self, x_0: Array) -> dict[str, Float[Array, "*plates"]]:
+        """log p(site | x_0) of every observed site, one value for each system."""
+        return self.likelihood(self.arrays, x_0)
+
+    def log_r(self, x_0: Array) -> Float[Array, "*plates"]:
+        """log r(x_0) in the user's units, x_0 `(*plates, *event_shape)`."""
         return sum(self.log_likelihoods(x_0).values(), jnp.zeros(self.batch_shape))
 
-    def log_likelihoods(self, x_0: Any) -> dict[str, Float[Array, "..."]]:
-        """log p(site | x_0) of every observed site, one value for each system."""
-        sites = self.sites_at(x_0)
-        return {name: _per_system(sites[name], self.batch_shape) for name in self.observed}
 
-    def deterministics(self, x_0: Any) -> dict[str, Any]:
-        """Values of the program's own deterministic sites."""
-        return {
-            name: site["value"]
-            for name, site in self.sites_at(x_0).items()
-            if site["type"] == "deterministic" and name != self.name
-        }
+class Names(NamedTuple):
+    """Names of what a sampler returns: axes have those of the program's plates, as in ArviZ."""
+
+    x_0: str
+    """Site of x_0."""
+    plates: tuple[str, ...]
+    """Plates around the prior."""
+    dims: dict[str, list[str]]
+    """Dims of each site's value."""
+    batch_dims: dict[str, list[str]]
+    """Dims of each observed site's log density."""
 
 
-def condition(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Conditioned:
+class Read(NamedTuple):
+    """A program at its arguments, as it was read."""
+
+    program: Program
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    conditioned: Conditioned
+    names: Names
+    programs: Programs
+    """Where what is compiled is kept."""
+
+    def map(self, function: Callable[..., Any], x_0: Any, *rows: Any) -> Any:
+        """`function(sites, *row)` for every draw of x_0, `(M, *plates, *event_shape)`; NumPy."""
+        x_0 = jnp.asarray(x_0)
+        arrays, rebuild = _arrays(self.args, self.kwargs)
+
+        def at(arrays: list[Array], x_0: Array, *row: Any) -> Any:
+            sites, _ = _sites(self.program, *rebuild(arrays), x_0)
+            return function(sites, *row)
+
+        first = jax.tree.map(lambda a: a[0], (x_0, *rows))
+        traced = trace(at, arrays, *first)
+        out = self.programs(_map, traced, arrays, (x_0, *rows))
+        return jax.tree.map(np.asarray, out)
+
+
+def _map(traced: Traced, arrays: list[Array], rows: tuple[Any, ...]) -> Any:
+    return jax.lax.map(lambda row: traced(arrays, *row), rows, batch_size=BLOCK)
+
+
+def read(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Read:
     """Read a program as prior and likelihood.
 
     Raises:
         ValueError: if it holds no prior or two, another latent site, an unbound parameter, an
             observed site outside the plates of the prior, or a `Delta` likelihood.
     """
-    sites = _trace(program, args, kwargs)
-    priors = {n: s for n, s in sites.items() if "prior" in s.get("infer", {})}
-    if len(priors) != 1:
-        raise ValueError(
-            "program must call a prior made by Diffusion.prior exactly once; got "
-            f"{len(priors)} calls {sorted(priors)}"
+    arrays, rebuild = _arrays(args, kwargs)
+    found: dict[str, Any] = {}
+
+    def look(arrays: list[Array]) -> list[Array]:
+        sites, priors = _sites(program, *rebuild(arrays), None)
+        site = _the_prior(priors)
+        draw = site["infer"]["prior"]
+        _check_plates(site, draw.name)
+        _check_latents(sites, {site["name"], _drawn(draw)})
+        observed = _observed(sites, site, draw)
+        batch_shape = site["fn"].batch_shape
+        leaves, tree = jax.tree.flatten(draw)
+        is_computed = [isinstance(leaf, jax.core.Tracer) for leaf in leaves]
+        # of the prior only what depends on the arguments is computed: weights stay where they are
+        found.update(
+            leaves=[None if c else leaf for leaf, c in zip(leaves, is_computed, strict=True)],
+            tree=tree, is_computed=is_computed, batch_shape=batch_shape, observed=observed,
+            names=_names(sites, site, draw, observed), programs=site["infer"]["programs"],
+        )  # fmt: skip
+        return [leaf for leaf, c in zip(leaves, is_computed, strict=True) if c]
+
+    computed = trace(look, arrays)
+    values = iter(found["programs"](call, computed, arrays))
+    leaves = [
+        next(values) if c else leaf
+        for leaf, c in zip(found["leaves"], found["is_computed"], strict=True)
+    ]
+    draw = jax.tree.unflatten(found["tree"], leaves)
+    batch_shape, observed = found["batch_shape"], found["observed"]
+
+    def likelihood(arrays: list[Array], x_0: Array) -> dict[str, Array]:
+        sites, _ = _sites(program, *rebuild(arrays), x_0)
+        return {name: _per_system(sites[name], batch_shape) for name in observed}
+
+    shape = (*batch_shape, *draw.reverse.event_shape)
+    x_0 = jax.ShapeDtypeStruct(shape, draw.reverse.kernel.dtype)
+    traced = trace(likelihood, arrays, x_0)
+    conditioned = Conditioned(draw, traced, arrays, batch_shape, observed)
+    return Read(program, args, kwargs, conditioned, found["names"], found["programs"])
+
+
+def _arrays(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[Array], Callable[[list[Array]], tuple[Any, Any]]]:
+    """Array arguments, and how to put others in their place."""
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    # NumPy's floats count as arrays: values of data, of which each would be compiled for otherwise.
+    is_array = [isinstance(leaf, jax.Array | np.ndarray | np.floating) for leaf in leaves]
+    arrays = [jnp.asarray(leaf) for leaf, a in zip(leaves, is_array, strict=True) if a]
+
+    def rebuild(arrays: list[Array]) -> tuple[Any, Any]:
+        given = iter(arrays)
+        return jax.tree.unflatten(
+            tree, [next(given) if a else leaf for leaf, a in zip(leaves, is_array, strict=True)]
         )
-    ((name, site),) = priors.items()
-    draw = site["infer"]["prior"]
-    x_name = draw.diffusion.name
-    drawn = x_name if draw.known is None else f"{x_name}_free"
-    factor = f"{x_name}_known"
-    plates = {frame.name for frame in site["cond_indep_stack"]}
-    _check_plates(site)
-    _check_latents(sites, {name, drawn})
-    observed = tuple(
-        n for n, s in sites.items() if s["type"] == "sample" and s["is_observed"] and n != factor
-    )
-    for observation in observed:
-        _check_observed(sites[observation], plates, x_name)
 
-    shape = site["fn"].shape()
-    data = {name: jnp.zeros(shape, draw.diffusion.kernel.dtype)}
-
-    def sites_at(x_0: Any) -> dict[str, Any]:
-        values = data | {drawn: x_0}
-        run = handlers.substitute(handlers.seed(program, jax.random.key(0)), data=values)
-        with handlers.block():
-            return handlers.trace(run).get_trace(*args, **kwargs)
-
-    return Conditioned(draw, site["fn"].batch_shape, observed, sites_at)
+    return arrays, rebuild
 
 
-def _trace(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+class _Place(Messenger):
+    """Gives priors their x_0 from outside, where their trajectories would be drawn."""
+
+    def __init__(self, x_0: Any):
+        super().__init__()
+        self.x_0, self.priors, self._drawn = x_0, [], set()
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] != "sample":
+            return
+        if "prior" in msg["infer"]:
+            draw = msg["infer"]["prior"]
+            self.priors.append(msg)
+            self._drawn.add(_drawn(draw))
+            msg["value"] = jnp.zeros(msg["fn"].shape(), draw.reverse.kernel.dtype)
+        elif msg["name"] in self._drawn and not msg["is_observed"]:
+            fn = msg["fn"]
+            dtype = self.priors[-1]["infer"]["prior"].reverse.kernel.dtype
+            msg["value"] = jnp.zeros(fn.shape(), dtype) if self.x_0 is None else self.x_0
+
+
+def _sites(
+    program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], x_0: Any
+) -> tuple[Sites, list[dict[str, Any]]]:
+    """All sites of a program at x_0 (zeros for None), and those of its priors."""
+    place = _Place(x_0)
     try:
-        with handlers.block():
+        with handlers.block(), place:
             seeded = handlers.seed(program, jax.random.key(0))
-            return handlers.trace(seeded).get_trace(*args, **kwargs)
+            return handlers.trace(seeded).get_trace(*args, **kwargs), place.priors
     except (TypeError, ValueError) as error:
         error.add_note(
             "raised in the program. If shapes do not fit: a site's batch must be the plates around "
@@ -113,7 +223,22 @@ def _trace(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
         raise
 
 
-def _check_plates(site: dict[str, Any]) -> None:
+def _drawn(draw: PriorDraw) -> str:
+    """Name of the site at which x_0 is drawn."""
+    return draw.name if draw.known is None else f"{draw.name}_free"
+
+
+def _the_prior(priors: list[dict[str, Any]]) -> dict[str, Any]:
+    if len(priors) != 1:
+        names = sorted(site["name"] for site in priors)
+        raise ValueError(
+            "program must call a prior made by Diffusion.prior exactly once; got "
+            f"{len(names)} calls {names}"
+        )
+    return priors[0]
+
+
+def _check_plates(site: dict[str, Any], prior: str) -> None:
     for frame in site["cond_indep_stack"]:
         if site["fn"].batch_shape[frame.dim] != frame.size:
             raise ValueError(
@@ -121,14 +246,13 @@ def _check_plates(site: dict[str, Any]) -> None:
                 f"got {frame.size} and {site['fn'].batch_shape}"
             )
     if site["scale"] is not None:
-        name = site["infer"]["prior"].diffusion.name
         raise ValueError(
-            f"prior {name!r} must not be scaled: a subsampling plate or a handler changes the "
+            f"prior {prior!r} must not be scaled: a subsampling plate or a handler changes the "
             "prior's weight, which a posterior cannot have. Scale the observed sites"
         )
 
 
-def _check_latents(sites: dict[str, Any], ours: set[str]) -> None:
+def _check_latents(sites: Sites, ours: set[str]) -> None:
     params = [n for n, s in sites.items() if s["type"] == "param"]
     if params:
         raise ValueError(
@@ -141,6 +265,17 @@ def _check_latents(sites: dict[str, Any], ours: set[str]) -> None:
                 f"latent site {name!r} must have a value: only x_0 is inferred here. Give it one "
                 "by numpyro.handlers.condition, or infer it along by MCMC(NUTS(noncentered(...)))"
             )
+
+
+def _observed(sites: Sites, prior: dict[str, Any], draw: PriorDraw) -> tuple[str, ...]:
+    """Names of the observed sites, each of them fit to be a likelihood."""
+    factor, plates = f"{draw.name}_known", {frame.name for frame in prior["cond_indep_stack"]}
+    names = tuple(
+        n for n, s in sites.items() if s["type"] == "sample" and s["is_observed"] and n != factor
+    )
+    for name in names:
+        _check_observed(sites[name], plates, draw.name)
+    return names
 
 
 def _check_observed(site: dict[str, Any], plates: set[str], prior: str) -> None:
@@ -157,7 +292,7 @@ def _check_observed(site: dict[str, Any], plates: set[str], prior: str) -> None:
             f"of their entries is a posterior of its own; it is outside {sorted(missing)}. Move it "
             "inside, or take the prior out of the plate"
         )
-    if not _is_factor(site):
+    if not is_factor(site):
         _check_rows(site, prior)
 
 
@@ -186,10 +321,15 @@ def _check_rows(site: dict[str, Any], prior: str) -> None:
 
 
 def unwrapped(law: dist.Distribution) -> dist.Distribution:
-    wrappers = dist.ExpandedDistribution, dist.Independent, dist.MaskedDistribution
-    while isinstance(law, wrappers):
+    """The law under what plates, events and masks put around it."""
+    while isinstance(law, dist.ExpandedDistribution | dist.Independent | dist.MaskedDistribution):
         law = law.base_dist
     return law
+
+
+def is_factor(site: dict[str, Any]) -> bool:
+    """Whether a site is a `numpyro.factor`, which has no value."""
+    return isinstance(unwrapped(site["fn"]), dist.Unit)
 
 
 def _per_system(site: dict[str, Any], batch_shape: tuple[int, ...]) -> Float[Array, "..."]:
@@ -204,30 +344,66 @@ def _per_system(site: dict[str, Any], batch_shape: tuple[int, ...]) -> Float[Arr
     return jnp.sum(log_prob, axis=ones, keepdims=True)
 
 
-def predictive(conditioned: Conditioned, key: Array, x_0: Any) -> dict[str, Any]:
-    """One draw of every observed site given x_0, factors left out."""
-    sites = conditioned.sites_at(x_0)
-    laws = {n: sites[n]["fn"] for n in conditioned.observed if not _is_factor(sites[n])}
-    keys = jax.random.split(key, max(1, len(laws)))
-    return {name: law.sample(k) for (name, law), k in zip(laws.items(), keys, strict=False)}
-
-
-def observed_data(conditioned: Conditioned, x_0: Any) -> dict[str, Any]:
-    """Values of the observed sites, factors left out."""
-    sites = conditioned.sites_at(x_0)
-    return {n: sites[n]["value"] for n in conditioned.observed if not _is_factor(sites[n])}
-
-
-def _is_factor(site: dict[str, Any]) -> bool:
-    return isinstance(unwrapped(site["fn"]), dist.Unit)
-
-
-def systems_are_coupled(conditioned: Conditioned, x_0: Any, other: Any) -> Array:
+def systems_are_coupled(conditioned: Conditioned, x_0: Array, other: Array) -> Array:
     """Whether log r of a system moves when only the first system goes from `x_0` to `other`."""
     batch_shape = conditioned.batch_shape
-    is_first = jnp.zeros(batch_shape, bool).at[(0,) * len(batch_shape)].set(True)
+    is_first = jnp.arange(math.prod(batch_shape)).reshape(batch_shape) == 0
     event_dim = jnp.ndim(x_0) - len(batch_shape)
     moved = jnp.where(jnp.expand_dims(is_first, range(-event_dim, 0)), other, x_0)
     before, after = conditioned.log_r(x_0), conditioned.log_r(moved)
     differ = jnp.abs(before - after) > 1e-4 * (1 + jnp.abs(before))
     return jnp.any(~is_first & differ)
+
+
+def _names(
+    sites: Sites, prior: dict[str, Any], draw: PriorDraw, observed: tuple[str, ...]
+) -> Names:
+    batch_shape, name = prior["fn"].batch_shape, draw.name
+    plates = plate_dims(prior, "plate", batch_shape)
+    dims = {name: [*plates, *numbered(name, 0, draw.reverse.event_dim)]}
+    batch_dims = {}
+    for site in observed:
+        law = sites[site]["fn"]
+        shape = jnp.broadcast_shapes(law.shape(), jnp.shape(sites[site]["value"]))
+        first = len(shape) - law.event_dim
+        batch_dims[site] = plate_dims(sites[site], site, shape[:first])
+        dims[site] = batch_dims[site] + numbered(site, first, len(shape))
+    for site in _deterministic(sites, name):
+        dims[site] = _deterministic_dims(sites[site], plates, batch_shape)
+    return Names(name, tuple(plates), dims, batch_dims)
+
+
+def deterministics(sites: Sites, x_0: str) -> dict[str, Array]:
+    """Values of the program's own deterministic sites."""
+    return {name: sites[name]["value"] for name in _deterministic(sites, x_0)}
+
+
+def _deterministic(sites: Sites, x_0: str) -> list[str]:
+    return [n for n, s in sites.items() if s["type"] == "deterministic" and n != x_0]
+
+
+def plate_dims(site: dict[str, Any], name: str, batch_shape: tuple[int, ...]) -> list[str]:
+    """Plates that make the axes of a site's batch; an axis without one is `name_dim_i`."""
+    frames = {frame.dim: _free(frame.name) for frame in site["cond_indep_stack"]}
+    count = len(batch_shape)
+    return [frames.get(axis - count, f"{name}_dim_{axis}") for axis in range(count)]
+
+
+def _deterministic_dims(
+    site: dict[str, Any], plates: list[str], batch_shape: tuple[int, ...]
+) -> list[str]:
+    """Plates in front where the value has their shape; what else it has is not known."""
+    shape, count = np.shape(site["value"]), len(plates)
+    own = {_free(frame.name) for frame in site["cond_indep_stack"]}
+    is_inside = own >= set(plates) and shape[:count] == batch_shape
+    first = count if is_inside else 0
+    return plates[:first] + numbered(site["name"], first, len(shape))
+
+
+def numbered(name: str, first: int, last: int) -> list[str]:
+    """Dims of axes that have no name."""
+    return [f"{name}_dim_{axis}" for axis in range(first, last)]
+
+
+def _free(plate: str) -> str:
+    return f"{plate}_plate" if plate in TAKEN else plate

@@ -1,4 +1,4 @@
-"""What a walk of particles leaves: draws, weights, evidence.
+"""What a run of particles leaves: draws, weights, evidence, a summary, an ArviZ DataTree.
 
 The runs r = 1..R are pooled, particle i of run r with weight
 
@@ -6,37 +6,53 @@ The runs r = 1..R are pooled, particle i of run r with weight
 
 and equally weighted draws are taken by systematic resampling of the pool, for each entry of the
 prior's plates on its own and with a key of its own, then put in random order: the first few draws
-are as good as any others, and draws of different entries are independent.
+are as good as any others, and draws of different entries are independent. The DataTree has groups
+
+    posterior               equally weighted draws of all runs (chain = 1)
+    sample_stats            of the same draws: log r, and the particle each of them is
+    log_likelihood          log p(site | x_0) of every observed site, value by value
+    posterior_predictive    a new value of every observed site for every draw, factors left out
+    observed_data           the values that were observed
+    runs                    draws of each run on its own (chain = run), for R-hat
+    smc                     by level and run: effective number, resampling, moves; and the evidence
+
+Dims of plates have the plates' names. Attributes say what was run and with which versions; booleans
+are 0 and 1, which netCDF can hold.
 
 Source: Del Moral et al. (2006).
 """
 
-import warnings
-from typing import Any, NamedTuple
+import math
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from probdiff.infer.checks import Health, InferenceWarning, complaints, health
-from probdiff.infer.layout import Layout, layout
-from probdiff.infer.walk import Outcome, Walk, entry_keys
+from probdiff.infer.health import Health, complaints, health, take_in_runs
+from probdiff.infer.laplace import LaplaceTwist
+from probdiff.infer.particles import Options, Outcome, entry_keys, run
+from probdiff.infer.program import Program, Read, Sites, deterministics, is_factor, read
+from probdiff.infer.symbols import SymbolTwist
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 RESAMPLE = 2**31 - 1
 """Folded into an entry's key for its final resampling; runs have 0, 1, …"""
-BLOCK = 256
-"""Draws at which sites of the program are computed at once."""
+PREDICT = 2**31 - 2
+"""Folded into the run's key for posterior predictive draws."""
 
 
 class Result(NamedTuple):
     """One run of a sampler."""
 
-    walk: Walk
+    read: Read
+    options: Options
     key: Array
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    layout: Layout
     outcome: Outcome
     index: np.ndarray
     """Particles, of all runs in a row, that are the equally weighted draws, `(M, *plates)`."""
@@ -46,45 +62,104 @@ class Result(NamedTuple):
     complaints: tuple[str, ...]
     """What was warned of."""
 
+    @property
+    def draws(self) -> np.ndarray:
+        """Equally weighted draws of x_0, `(M, *plates, *event_shape)`."""
+        return taken(pooled(self.outcome.x_0), self.index)
 
-def run(
-    walk: Walk, key: Array, args: tuple[Any, ...], kwargs: dict[str, Any], progress: bool
+    @property
+    def num_steps(self) -> int:
+        """Steps that were walked."""
+        return self.read.conditioned.reverse.respaced(self.options.steps).n
+
+    @property
+    def calls(self) -> int:
+        """Network calls of one particle, each product with the Jacobian counted as one."""
+        conditioned, twist = self.read.conditioned, self.options.twist
+        is_known_alone = conditioned.draw.known is not None and not conditioned.observed
+        size = math.prod(conditioned.reverse.event_shape)
+        per_level = 1 + twist.products(size, is_known_alone=is_known_alone)
+        last = 0 if conditioned.reverse.last_step.is_tied else 1
+        return per_level * (self.num_steps - 1) + last
+
+    @property
+    def network_calls(self) -> int:
+        """Network calls of all particles of all runs and systems."""
+        return self.calls * self.outcome.log_weights.size
+
+    @property
+    def note(self) -> str:
+        """A learned variance has no value for the longer steps of a shorter diffusion."""
+        whole = self.read.conditioned.reverse
+        shorter = whole.respaced(self.options.steps)
+        is_lost = not whole.kernel.is_discrete and whole.variance is None
+        if not (shorter.is_respaced and is_lost and shorter.variance is not None):
+            return ""
+        return (
+            f"steps={shorter.n} has no learned variance, which belongs to T steps: the bridge's "
+            "is used"
+        )
+
+
+def sample(
+    program: Program,
+    options: Options,
+    key: Array,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    progress: bool,
 ) -> Result:
-    """Walk, resample and measure; `warn` says what was found."""
+    """Read the program, walk the particles, resample and measure."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)  # of jax.random.PRNGKey
-    outcome = walk(key, args, kwargs, progress)
-    names = walk.look(lambda c: layout(c, walk.steps, walk.twist), args, kwargs)
-    log_w = pooled_log_weights(outcome, walk.is_weighted)
-    index, in_runs = _equally_weighted(key, outcome, log_w, walk.is_weighted)
-    left = 0.0
-    if not names.is_discrete:
-        left = walk.apply(_left, args, kwargs, taken(pooled(outcome.x_0), index))
+    program_read = read(program, args, kwargs)
+    if options.twist is None:
+        is_discrete = program_read.conditioned.reverse.kernel.is_discrete
+        options = options._replace(twist=SymbolTwist() if is_discrete else LaplaceTwist())
+    outcome = run(program_read, options, key, progress=progress)
+    log_w = pooled_log_weights(outcome, options.is_weighted)
+    index, in_runs = _equally_weighted(key, outcome, log_w, options.is_weighted)
+    x_0 = taken(pooled(outcome.x_0), index)
+    left = _left(program_read, x_0)
     measured = health(outcome, log_w, index, in_runs, left)
-    found = complaints(walk, names, measured)
-    return Result(walk, key, args, kwargs, names, outcome, index, in_runs, measured, found)
+    found = complaints(options, measured, _advice(program_read, options))
+    return Result(program_read, options, key, outcome, index, in_runs, measured, found)
 
 
-def warn(found: tuple[str, ...]) -> None:
-    """Issue one `InferenceWarning` for each."""
-    for text in found:
-        warnings.warn(text, InferenceWarning, stacklevel=3)
+def _left(program: Read, x_0: np.ndarray) -> Any:
+    """ᾱ_T E|x_0|² over draws, on the scale of the diffusion; 0 for symbols."""
+    reverse, plates = program.conditioned.reverse, program.conditioned.batch_shape
+    if reverse.kernel.is_discrete:
+        return 0.0
+    x = np.asarray(reverse.units.to_state(x_0))
+    square = np.sum(x**2, tuple(range(1 + len(plates), x.ndim)))
+    return np.asarray(reverse.trained.alpha_bar_t[-1]) * square.mean(0)
+
+
+def _advice(program: Read, options: Options) -> str:
+    """What to do where particles are too few for the twist."""
+    conditioned = program.conditioned
+    is_respaced = conditioned.reverse.respaced(options.steps).is_respaced
+    more = "num_particles or steps" if is_respaced else "num_particles"
+    has_covariance = conditioned.draw.covariance is not None
+    return options.twist.advice(more, has_covariance=has_covariance)
 
 
 def samples(result: Result) -> dict[str, np.ndarray]:
     """Equally weighted draws by site name."""
-    x_0 = taken(pooled(result.outcome.x_0), result.index)
-    return {result.layout.name: x_0} | result.walk.apply(
-        _deterministics, result.args, result.kwargs, x_0
-    )
+    return _with_deterministics(result, result.draws)
 
 
 def weighted_samples(result: Result) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """All particles by site name, and their log weights."""
-    x_0 = pooled(result.outcome.x_0)
-    sites = result.walk.apply(_deterministics, result.args, result.kwargs, x_0)
-    log_w = pooled_log_weights(result.outcome, result.walk.is_weighted)
-    return {result.layout.name: x_0} | sites, log_w
+    log_w = pooled_log_weights(result.outcome, result.options.is_weighted)
+    return _with_deterministics(result, pooled(result.outcome.x_0)), log_w
+
+
+def _with_deterministics(result: Result, x_0: np.ndarray) -> dict[str, np.ndarray]:
+    name = result.read.names.x_0
+    return {name: x_0} | result.read.map(lambda sites: deterministics(sites, name), x_0)
 
 
 def log_evidence(outcome: Outcome) -> np.ndarray:
@@ -169,13 +244,210 @@ def _log_mean_exp(z: np.ndarray) -> np.ndarray:
         return np.asarray(finite + np.log(np.mean(np.exp(z - finite), 0)))
 
 
-def _deterministics(conditioned: Any, x_0: Any) -> dict[str, Any]:
-    return jax.lax.map(conditioned.deterministics, jnp.asarray(x_0), batch_size=BLOCK)
+# in words
 
 
-def _left(conditioned: Any, x_0: Any) -> Any:
-    """ᾱ_T E|x_0|² over draws, on the scale of the diffusion."""
-    diffusion, steps = conditioned.draw.diffusion, conditioned.draw.trajectory.steps
-    x = (x_0 - diffusion.loc) / diffusion.scale
-    axes = tuple(range(1 + len(conditioned.batch_shape), x_0.ndim))
-    return steps.alpha_bar_t[-1] * jnp.mean(jnp.sum(x**2, axes), 0)
+def entry_lines(result: Result, limit: int) -> list[str]:
+    """Mean, sd and quantiles of the first entries of x_0, and how many are not shown."""
+    name, draws = result.read.names.x_0, result.draws
+    places = list(np.ndindex(draws.shape[1:]))[:limit]
+    names = [name + (str(list(map(int, place))) if place else "") for place in places]
+    width = max(map(len, names))
+    lines = [f"{'':{width}} {'mean':>10} {'sd':>10} {'5%':>10} {'95%':>10}"]
+    for name_of, place in zip(names, places, strict=True):
+        of = draws[(slice(None), *place)].astype(np.float64)
+        row = of.mean(), of.std(), *np.quantile(of, [0.05, 0.95])
+        lines.append(f"{name_of:{width}} " + " ".join(f"{value:10.4g}" for value in row))
+    return lines + _rest(draws[0].size - limit, f"entries of {name}")
+
+
+def evidence_lines(
+    values: np.ndarray, low: np.ndarray, high: np.ndarray, result: Result, limit: int
+) -> list[str]:
+    """log Z with its interval, system by system."""
+    walked = f"of the diffusion of {result.num_steps} steps"
+    if values.ndim == 0:
+        return [f"log evidence {walked}: {_interval(values, low, high)}"]
+    lines = [f"log evidence {walked}, by {', '.join(result.read.names.plates)}:"]
+    for place in list(np.ndindex(values.shape))[:limit]:
+        interval = _interval(values[place], low[place], high[place])
+        lines.append(f"  {list(map(int, place))} {interval}")
+    return lines + _rest(values.size - limit, "systems")
+
+
+def particle_lines(result: Result) -> list[str]:
+    """What the draws rest on; of several systems the worst."""
+    of, total = result.health, result.index.shape[0]
+    worst = f" (worst of {of.ess.size} systems)" if of.ess.ndim else ""
+    return [
+        f"effective number{worst}: least at one level {np.min(of.least_ess):.1%} of "
+        f"{result.options.num_particles}, final {np.min(of.ess):.0f} of {total}",
+        f"resampled up to {np.max(of.resampled)} times; {np.min(of.distinct)} distinct draws "
+        f"from {np.min(of.ancestors)} distinct ancestors",
+        f"Pareto k: final {_worst(of.pareto_k)}, worst step {_worst(of.worst_pareto_k)}; "
+        f"R-hat over runs {_worst(of.r_hat)}",
+    ]
+
+
+def cost_line(result: Result) -> str:
+    """Network calls of the run."""
+    calls = result.network_calls
+    return f"network calls: {calls}, {result.calls} a particle (Jacobian products included)"
+
+
+def warning_lines(found: tuple[str, ...]) -> list[str]:
+    """Warnings, one a line."""
+    return [f"warning: {text}" for text in found] or ["no warnings"]
+
+
+def _rest(count: int, of: str) -> list[str]:
+    return [f"... and {count} more {of}"] if count > 0 else []
+
+
+def _interval(value: Any, low: Any, high: Any) -> str:
+    inside = f"95% from {low:.4f} to {high:.4f}" if np.isfinite(low) else "no interval from one run"
+    return f"{value:.4f} ({inside})" if np.isfinite(value) else f"{value}"
+
+
+def _worst(values: np.ndarray) -> str:
+    """Largest value that there is."""
+    there = values[np.isfinite(values)]
+    return f"{there.max():.3f}" if there.size else "not defined"
+
+
+# for ArviZ
+
+
+def datatree(result: Result, attrs: dict[str, Any]) -> "xr.DataTree":
+    """All groups; see the file's docstring."""
+    import xarray as xr  # slow to import
+    from arviz_base import from_dict
+
+    draws, names, program = samples(result), result.read.names, result.read
+    observed = program.conditioned.observed
+    x_0, key = draws[names.x_0], jax.random.fold_in(result.key, PREDICT)
+
+    def likelihoods(sites: Sites) -> dict[str, Array]:
+        return {name: _log_prob(sites[name]) for name in observed}
+
+    def predicted(sites: Sites, key: Array) -> dict[str, Array]:
+        laws = {n: sites[n]["fn"] for n in observed if not is_factor(sites[n])}
+        keys = jax.random.split(key, max(1, len(laws)))
+        return {name: law.sample(k) for (name, law), k in zip(laws.items(), keys, strict=False)}
+
+    def values(sites: Sites) -> dict[str, Array]:
+        there = {n: sites[n] for n in observed if not is_factor(sites[n])}
+        return {
+            name: jnp.broadcast_to(
+                site["value"], jnp.broadcast_shapes(jnp.shape(site["value"]), site["fn"].shape())
+            )
+            for name, site in there.items()
+        }
+
+    groups = {
+        "posterior": _one_chain(draws),
+        "sample_stats": _one_chain(_sample_stats(result)),
+        "log_likelihood": _one_chain(program.map(likelihoods, x_0)),
+        "posterior_predictive": _one_chain(
+            program.map(predicted, x_0, jax.random.split(key, len(x_0)))
+        ),
+        "observed_data": {name: a[0] for name, a in program.map(values, x_0[:1]).items()},
+        "runs": _runs(result),
+    }
+    tree = xr.DataTree(name="probdiff")
+    for group, data in groups.items():
+        known = names.batch_dims if group == "log_likelihood" else names.dims
+        leading = 0 if group == "observed_data" else 2
+        dims = {n: _dims(known.get(n, names.plates), a.ndim - leading) for n, a in data.items()}
+        if data:
+            tree[group] = from_dict({group: data}, dims=dims, check_conventions=False)[group]
+    values_of, coords = _levels(result)
+    tree["smc"] = xr.DataTree(xr.Dataset(values_of, coords))
+    tree.attrs = _attrs(result) | attrs
+    return tree
+
+
+def _attrs(result: Result) -> dict[str, Any]:
+    options, reverse = result.options, result.read.conditioned.reverse
+    sampler = {
+        "T": reverse.T,
+        "steps": result.num_steps,
+        "num_particles": options.num_particles,
+        "num_runs": options.num_runs,
+        "twist": "symbols" if reverse.kernel.is_discrete else repr(options.twist),
+        "network_calls": result.network_calls,
+        "approximate": int(not options.is_weighted),
+        "note": result.note,
+        "warnings": "\n".join(result.complaints),
+    }
+    libraries = ("probdiff", "jax", "numpyro")
+    return sampler | {f"{library}_version": _version(library) for library in libraries}
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:  # run from its source
+        return "unknown"
+
+
+def _sample_stats(result: Result) -> dict[str, np.ndarray]:
+    """Of the draws of `posterior`: log r, and the particle's weight, run and ancestor."""
+    outcome, index, options = result.outcome, result.index, result.options
+    return {
+        "log_r": taken(pooled(outcome.log_r), index),
+        "log_weight": taken(pooled_log_weights(outcome, options.is_weighted), index),
+        "run": index // options.num_particles,
+        "particle": index % options.num_particles,
+        "ancestor": taken(pooled(outcome.ancestors), index),
+    }
+
+
+def _runs(result: Result) -> dict[str, np.ndarray]:
+    """Equally weighted draws of each run, `(R, N, *plates, ...)`."""
+    arrays = {result.read.names.x_0: result.outcome.x_0, "log_r": result.outcome.log_r}
+    return {name: take_in_runs(a, result.in_runs) for name, a in arrays.items()}
+
+
+def _levels(result: Result) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What happened at each level, the data's first, and what it comes to."""
+    outcome, of, plates = result.outcome, result.health, result.read.names.plates
+    trace, reverse = outcome.trace, result.read.conditioned.reverse
+    by_level, by_run = ("level", "run", *plates), ("run", *plates)
+    values = {
+        "ess": (by_level, trace.ess[::-1]),
+        "resampled": (by_level, trace.resampled[::-1]),
+        "shift": (by_level, trace.shift[::-1]),
+        "not_finite": (by_level, trace.bad[::-1]),
+        "distinct_ancestors": (plates, of.ancestors),
+        "distinct_draws": (plates, of.distinct),
+    }
+    if result.options.is_weighted:
+        values |= {
+            "log_evidence_by_run": (by_run, outcome.log_evidences),
+            "log_evidence": (plates, log_evidence(outcome)),
+            "log_evidence_se": (plates, log_evidence_se(outcome)),
+            "ess_final": (plates, of.ess),
+            "pareto_k": (plates, of.pareto_k),
+            "worst_pareto_k": (plates, of.worst_pareto_k),
+            "r_hat": (plates, of.r_hat),
+        }
+    times = np.concatenate([[0], reverse.respaced(result.options.steps).times])
+    coords = {"level": np.arange(len(times)), "t": ("level", times)}
+    return values, coords | {"run": np.arange(result.options.num_runs)}
+
+
+def _dims(names: Sequence[str], count: int) -> list[str]:
+    """The last `count` names: what is missing of a broadcast axis is missing in front."""
+    return list(names)[len(names) - count :]
+
+
+def _one_chain(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: a[None] for name, a in arrays.items()}
+
+
+def _log_prob(site: dict[str, Any]) -> Array:
+    """The site's log density, value by value."""
+    log_prob = site["fn"].log_prob(site["value"])
+    log_prob = log_prob if site["scale"] is None else site["scale"] * log_prob
+    return jnp.broadcast_to(log_prob, jnp.broadcast_shapes(log_prob.shape, site["fn"].batch_shape))

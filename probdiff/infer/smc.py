@@ -9,21 +9,177 @@ larger importance sample, and
 with Student-t intervals of R − 1 degrees of freedom. Z is the evidence of the diffusion that was
 walked, of all T steps or, where `steps=n`, of n of them; known entries of x_0 count in it.
 
+`Sampler` is what `SMC` and `Guided` share: both leave equally weighted draws of x_0, a summary in
+words and an ArviZ DataTree, and differ in what stands behind the draws: weights, or nothing but the
+guidance.
+
 Source: Sohl-Dickstein et al. (2015), section 2.5, for conditioning by r; Del Moral et al. (2006).
 """
 
-from typing import Any
+import abc
+import warnings
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
-from scipy import stats
 
-from probdiff.infer import results, summary
+from probdiff.arguments import check_at_least
+from probdiff.infer import results
+from probdiff.infer.health import InferenceWarning
+from probdiff.infer.laplace import LaplaceTwist
+from probdiff.infer.particles import Options
 from probdiff.infer.program import Program
-from probdiff.infer.sampler import Sampler
-from probdiff.infer.twists import LaplaceTwist, Twist
-from probdiff.infer.walk import Walk
+from probdiff.infer.results import Result
+from probdiff.infer.twist import Twist
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+class Sampler(abc.ABC):
+    """Draws from the posterior of a program that holds a prior."""
+
+    def __init__(
+        self, program: Program, twist: Twist | None, options: dict[str, Any], *, progress: bool
+    ):
+        counts = ("num_particles", "num_runs", "block_size")
+        check_at_least(1, **{name: options[name] for name in counts})
+        mesh, num_runs = options.get("mesh"), options["num_runs"]
+        if mesh is not None and num_runs % mesh.size:
+            raise ValueError(
+                f"num_runs must be a multiple of the {mesh.size} devices of the mesh, which share "
+                f"out the runs; got {num_runs}"
+            )
+        self.program, self.progress = program, progress
+        self._options = Options(twist, **options)
+        self._result: Result | None = None
+
+    def __repr__(self) -> str:
+        name = getattr(self.program, "__name__", type(self.program).__name__)
+        twist = LaplaceTwist if self._options.twist is None else type(self._options.twist)
+        return (
+            f"{type(self).__name__}({name}, {twist.__name__}, "
+            f"{self._counts()}, {'not run yet' if self._result is None else 'has run'})"
+        )
+
+    @abc.abstractmethod
+    def run(self, key: Array, *args: Any, **kwargs: Any) -> None:
+        """Sample the posterior of the program at these arguments."""
+
+    @abc.abstractmethod
+    def _counts(self) -> str:
+        """How much a run draws."""
+
+    @abc.abstractmethod
+    def _lines(self, limit: int) -> list[str]:
+        """Lines of the summary below the entries."""
+
+    @abc.abstractmethod
+    def _attrs(self) -> dict[str, Any]:
+        """Attributes of the DataTree that are this sampler's own."""
+
+    def _keep(self, result: Result) -> None:
+        """Hold a result, and warn of what was found."""
+        self._result = result
+        for text in result.complaints:
+            warnings.warn(text, InferenceWarning, stacklevel=3)
+
+    @property
+    def result(self) -> Result:
+        """What the last run left.
+
+        Raises:
+            ValueError: before `run`.
+        """
+        if self._result is None:
+            raise ValueError("run must be called first; there are no draws yet")
+        return self._result
+
+    def get_samples(self) -> dict[str, np.ndarray]:
+        """Equally weighted draws of x_0 and of the program's deterministic sites, by site name.
+
+        Weighted runs are pooled and resampled, separately for each entry of the prior's plates;
+        draws come in random order, and one may come twice.
+
+        Returns:
+            Arrays `(M, *plates, *event_shape)`, the user's units; M is `num_runs · num_particles`,
+            or `num_samples`.
+
+        Raises:
+            ValueError: before `run`.
+
+        Example:
+            Deterministic sites of the program come along:
+
+            >>> prior = standard_diffusion().prior({})
+            >>> def program(y):
+            ...     rate = numpyro.deterministic("rate", jnp.exp(prior()))
+            ...     numpyro.sample("y", dist.Poisson(rate), obs=y)
+            >>> guided = infer.Guided(program, num_samples=200, check=False)
+            >>> guided.run(jax.random.key(0), y=3)
+            >>> {name: draws.shape for name, draws in guided.get_samples().items()}
+            {'x_0': (200,), 'rate': (200,)}
+        """
+        return results.samples(self.result)
+
+    def print_summary(self, limit: int = 10) -> None:
+        """Print the entries of x_0, what they rest on, and warnings with what to do.
+
+        Args:
+            limit: Entries of x_0 and systems that are shown.
+
+        Raises:
+            ValueError: before `run`.
+
+        Example:
+            >>> prior = standard_diffusion().prior({})
+            >>> def program(y):
+            ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+            >>> smc = infer.SMC(program, num_particles=200)
+            >>> smc.run(jax.random.key(0), y=2.0)
+            >>> smc.print_summary()
+            SMC, LaplaceTwist(rank=4): 10 of T = 10 steps, 4 run(s) of 200 particles
+                      mean         sd         5%        95%
+            x_0 ...
+            log evidence of the diffusion of 10 steps: -2.2... (95% from -2.2... to -2.2...)
+            effective number: least at one level ...% of 200, final ... of 800
+            ...
+            no warnings
+        """
+        of, options = self.result, self.result.options
+        title = (
+            f"{type(self).__name__}, {options.twist!r}: {of.num_steps} of "
+            f"T = {of.read.conditioned.reverse.T} steps, "
+            f"{options.num_runs} run(s) of {options.num_particles} particles"
+        )
+        lines = [title, of.note, *results.entry_lines(of, limit), *self._lines(limit)]
+        print("\n".join(filter(None, lines)))
+
+    def to_datatree(self) -> "xr.DataTree":
+        """The run as an ArviZ DataTree, NumPy arrays with named dims; see `infer.results`.
+
+        Returns:
+            Groups `posterior`, `sample_stats`, `log_likelihood`, `posterior_predictive`,
+            `observed_data`, `runs` and `smc`.
+
+        Raises:
+            ValueError: before `run`.
+
+        Example:
+            >>> prior = standard_diffusion((2,)).prior({})
+            >>> def program(y):
+            ...     with numpyro.plate("points", 3):
+            ...         numpyro.sample("y", dist.Normal(prior().sum(-1), 1.0), obs=y)
+            >>> guided = infer.Guided(program, num_samples=200, check=False)
+            >>> guided.run(jax.random.key(0), y=jnp.array([-1.0, 0.0, 1.0]))
+            >>> tree = guided.to_datatree()
+            >>> dict(tree["posterior"]["x_0"].sizes)
+            {'chain': 1, 'draw': 200, 'points': 3, 'x_0_dim_0': 2}
+            >>> dict(tree["log_likelihood"]["y"].sizes)  # for arviz_stats.loo
+            {'chain': 1, 'draw': 200, 'points': 3}
+        """
+        return results.datatree(self.result, self._attrs())
 
 
 class SMC(Sampler):
@@ -42,9 +198,8 @@ class SMC(Sampler):
             more runs do not help where one of them collapses.
         num_runs: Independent runs R, at least 1, between which errors are told; with one of them
             `log_evidence_se` is nan.
-        twist: Guess of E[r(x_0) | x_t], `LaplaceTwist()` if absent; `ReadoutTwist()` where many
-            entries are known exactly and the readout is a `Mixture`. Diffusions of symbols have one
-            of their own.
+        twist: Guess of E[r(x_0) | x_t], `LaplaceTwist()` if absent, for symbols `SymbolTwist()`;
+            `ReadoutTwist()` where many entries are known exactly and the readout is a `Mixture`.
         steps: Number n in 2..T of levels to walk, another model than the T-step diffusion; T if
             absent.
         ess_threshold: Share of N in [0, 1] below which the effective number calls for resampling;
@@ -59,12 +214,7 @@ class SMC(Sampler):
     Example:
         A measurement y = 2, of noise 1, of a number x_0 ~ N(0, 1):
 
-        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
-        >>> from probdiff import Diffusion, GaussianKernel, infer, schedules
-        >>> def network(x_t, t):  # outputs of 0 leave the law of the noise: x_0 ~ N(0, 1)
-        ...     return jnp.zeros((*x_t.shape, 2))
-        >>> diffusion = Diffusion(GaussianKernel(), schedules.cosine(10), network, event_shape=())
-        >>> prior = diffusion.prior({})  # {} are the parameters: this network has none
+        >>> prior = standard_diffusion().prior({})  # {} are the parameters: it has none
         >>> def program(y):
         ...     x_0 = prior()
         ...     numpyro.sample("y", dist.Normal(x_0, 1.0), obs=y)
@@ -97,18 +247,18 @@ class SMC(Sampler):
         """Prepare the sampler; the arguments are those of the class."""
         if not 0 <= ess_threshold <= 1:
             raise ValueError(f"ess_threshold must lie in [0, 1]; got {ess_threshold}")
-        self.progress = progress
-        self._walk = Walk(
-            program, LaplaceTwist() if twist is None else twist, num_particles=num_particles,
-            num_runs=num_runs, steps=steps, is_weighted=True, threshold=ess_threshold,
-            block_size=block_size, mesh=mesh,
-        )  # fmt: skip
+        options = {
+            "num_particles": num_particles, "num_runs": num_runs, "steps": steps,
+            "is_weighted": True, "threshold": ess_threshold, "block_size": block_size, "mesh": mesh,
+        }  # fmt: skip
+        super().__init__(program, twist, options, progress=progress)
 
     def run(self, key: Array, *args: Any, **kwargs: Any) -> None:
         """Sample the posterior of the program at these arguments.
 
-        Arrays among the arguments may change from run to run without compiling anew; all else must
-        be hashable.
+        The program is read anew at every run. What it computes is compiled once: arrays among its
+        arguments and what it closes over may change from run to run; a new number in the program
+        compiles anew.
 
         Args:
             key: Randomness; entry b of the prior's plates uses `fold_in(key, b)`.
@@ -125,14 +275,7 @@ class SMC(Sampler):
         Example:
             Three systems in a plate, each with particles and an evidence of its own:
 
-            >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
-            >>> from probdiff import Diffusion, GaussianKernel, infer, schedules
-            >>> def network(x_t, t):  # x_0 ~ N(0, 1)
-            ...     return jnp.zeros((*x_t.shape, 2))
-            >>> diffusion = Diffusion(
-            ...     GaussianKernel(), schedules.cosine(10), network, event_shape=()
-            ... )
-            >>> prior = diffusion.prior({})
+            >>> prior = standard_diffusion().prior({})
             >>> def program(y):
             ...     with numpyro.plate("points", 3):
             ...         numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
@@ -143,20 +286,21 @@ class SMC(Sampler):
             >>> smc.log_evidence.shape
             (3,)
         """
-        self._result = results.run(self._walk, key, args, kwargs, self.progress)
-        results.warn(self._result.complaints)
+        self._keep(
+            results.sample(self.program, self._options, key, args, kwargs, progress=self.progress)
+        )
 
     def _counts(self) -> str:
-        return f"num_particles={self._walk.num_particles}, num_runs={self._walk.num_runs}"
+        return f"num_particles={self._options.num_particles}, num_runs={self._options.num_runs}"
 
     def _lines(self, limit: int) -> list[str]:
         low, high = self.log_evidence_interval()
         values = map(np.asarray, (self.log_evidence, low, high))
         return [
-            *summary.evidence(*values, self.result, limit),
-            *summary.particles(self.result),
-            summary.cost(self.result),
-            *summary.complaints(self.result.complaints),
+            *results.evidence_lines(*values, self.result, limit),
+            *results.particle_lines(self.result),
+            results.cost_line(self.result),
+            *results.warning_lines(self.result.complaints),
         ]
 
     def _attrs(self) -> dict[str, Any]:
@@ -176,14 +320,7 @@ class SMC(Sampler):
             Particles as the proposals of `PointTwist` left them, not once resampled: the weights
             carry what these get wrong.
 
-            >>> import jax, jax.numpy as jnp, numpy as np, numpyro, numpyro.distributions as dist
-            >>> from probdiff import Diffusion, GaussianKernel, infer, schedules
-            >>> def network(x_t, t):  # x_0 ~ N(0, 1)
-            ...     return jnp.zeros((*x_t.shape, 2))
-            >>> diffusion = Diffusion(
-            ...     GaussianKernel(), schedules.cosine(10), network, event_shape=()
-            ... )
-            >>> prior = diffusion.prior({})
+            >>> prior = standard_diffusion().prior({})
             >>> def program(y):
             ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
             >>> smc = infer.SMC(
@@ -191,8 +328,7 @@ class SMC(Sampler):
             ... )
             >>> smc.run(jax.random.key(0), y=2.0)
             >>> sites, log_weights = smc.get_weighted_samples()
-            >>> weights = np.exp(log_weights)
-            >>> x_0 = sites["x_0"]
+            >>> weights, x_0 = np.exp(log_weights), sites["x_0"]
             >>> round(float(x_0.mean()), 1), round(float(weights @ x_0), 1)  # y/2 = 1
             (1.3, 1.0)
         """
@@ -208,14 +344,7 @@ class SMC(Sampler):
         Example:
             Which of two likelihoods do the data prefer? The ratio of evidences, a Bayes factor:
 
-            >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
-            >>> from probdiff import Diffusion, GaussianKernel, infer, schedules
-            >>> def network(x_t, t):  # x_0 ~ N(0, 1)
-            ...     return jnp.zeros((*x_t.shape, 2))
-            >>> diffusion = Diffusion(
-            ...     GaussianKernel(), schedules.cosine(10), network, event_shape=()
-            ... )
-            >>> prior = diffusion.prior({})
+            >>> prior = standard_diffusion().prior({})
             >>> def program(y, sigma):
             ...     numpyro.sample("y", dist.Normal(prior(), sigma), obs=y)
             >>> smc = infer.SMC(program, num_particles=1000)
@@ -246,14 +375,7 @@ class SMC(Sampler):
             ValueError: before `run`, or if `prob` is out of range.
 
         Example:
-            >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
-            >>> from probdiff import Diffusion, GaussianKernel, infer, schedules
-            >>> def network(x_t, t):  # x_0 ~ N(0, 1)
-            ...     return jnp.zeros((*x_t.shape, 2))
-            >>> diffusion = Diffusion(
-            ...     GaussianKernel(), schedules.cosine(10), network, event_shape=()
-            ... )
-            >>> prior = diffusion.prior({})
+            >>> prior = standard_diffusion().prior({})
             >>> def program(y):
             ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
             >>> smc = infer.SMC(program, num_particles=200, twist=infer.PointTwist())
@@ -264,9 +386,11 @@ class SMC(Sampler):
             >>> 0 < smc.log_evidence_se < 0.1  # of Ẑ, relative: 10 %
             True
         """
+        from scipy import stats  # slow to import
+
         if not 0 < prob < 1:
             raise ValueError(f"prob must lie in (0, 1); got {prob}")
-        half = self.log_evidence_se * float(stats.t.ppf((1 + prob) / 2, self._walk.num_runs - 1))
+        half = self.log_evidence_se * float(stats.t.ppf((1 + prob) / 2, self._options.num_runs - 1))
         return self.log_evidence - half, self.log_evidence + half
 
 

@@ -21,19 +21,18 @@ Sources: Sohl-Dickstein et al. (2015), appendix C, for products of a binomial st
 (2020) for proposals informed by all changes of one entry.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
-from probdiff import readouts
-from probdiff.infer.expansion import expand, sum_event
-from probdiff.infer.levels import Levels
+from probdiff.infer.steps import SymbolProposal
+from probdiff.infer.twist import Look, Tilt, Twist, View, looked
+from probdiff.prior import PriorDraw
 
-DOUBT = 0.05
-"""Share of an even law in what `Logits` say of x_0, which they do through f_b alone and held to
-[0, 1]: a certainty of theirs may be none, and ψ must not be 0 where r can still be met."""
 FLOOR = -1e4
 """log r where r is 0: finite, so that changes of one entry still compare."""
 DEEPEST = -40.0
@@ -45,95 +44,175 @@ MOVES = 8
 BLOCK = 64
 """Changes of one entry tried at once."""
 
+Symbols = Int[Array, "P B d"]
+LogLaw = Float[Array, "P B d K"]
+LogR = Callable[[Symbols], Float[Array, "P B"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class SymbolTwist(Twist):
+    """r against the predicted law of x_0, every change of one entry tried; for bits and classes.
+
+    What `SMC` and `Guided` take for symbols. It takes no arguments.
+
+    Example:
+        Three bits of B(½), and their sum measured: 2, give or take ¼.
+
+        >>> prior = standard_diffusion((3,), kernel=BernoulliKernel(0.5)).prior({})
+        >>> def program(y):
+        ...     numpyro.sample("y", dist.Normal(prior().sum(-1), 0.25), obs=y)
+        >>> smc = infer.SMC(program, num_particles=400, twist=infer.SymbolTwist())
+        >>> smc.run(jax.random.key(0), y=2.0)
+        >>> [round(float(p), 1) for p in smc.get_samples()["x_0"].mean(0)]  # two of three are 1
+        [0.7, 0.7, 0.7]
+
+    Source: Zanella (2020).
+    """
+
+    def __repr__(self) -> str:
+        return "twist of symbols"
+
+    def __call__(self, view: View) -> Tilt:
+        """Symbols do not move by a shift; `look` says what they do."""
+        raise TypeError("a twist of symbols has no tilt; see look")
+
+    def look(self, view: View) -> Look:
+        """log ψ_t, and the bridge averaged over the informed law."""
+        reverse, problem = view.problem.reverse, view.problem
+        log_r = _log_r(view)
+        if view.is_last:
+            log_p = _flat(view, view.law.log_probs)
+            informed = inform(log_p, log_r, view.known, view.mask)
+            return _look(log_p, informed.log_p_0, informed.log_psi, view.known, view.mask)
+        x_t = problem.shaped(view.x_t)
+        outputs = reverse.outputs(x_t, view.t)
+        log_p = _flat(view, reverse.step(x_t, view.t, outputs).log_probs)
+        if log_r is None and view.known is None:
+            nothing = jnp.zeros(view.x_t.shape[:-1])
+            return looked(nothing, SymbolProposal(log_p, log_p, nothing), nothing)
+        informed = inform(_predicted(view, x_t, outputs), log_r, view.known, view.mask)
+        finite = jnp.maximum(informed.log_p_0, FLOOR).reshape(*x_t.shape, -1)
+        bridge = reverse.kernel.bridge_given(finite, x_t, reverse.coefficients(view.t))
+        return _look(log_p, _flat(view, bridge.log_probs), informed.log_psi, None, None)
+
+    def check(self, draw: PriorDraw) -> None:
+        """Raise a `ValueError` for numbers."""
+        if not draw.reverse.kernel.is_discrete:
+            raise ValueError(
+                f"twist must be one of numbers for {draw.reverse.kernel}; got {self}. Leave it out"
+            )
+
+    def products(self, size: int, *, is_known_alone: bool) -> int:
+        """None."""
+        return 0
+
+    def advice(self, more: str, *, has_covariance: bool) -> str:
+        """More particles."""
+        return f"Raise {more}"
+
+
+def _flat(view: View, log_probs: Array) -> LogLaw:
+    return log_probs.reshape(*view.x_t.shape, -1)
+
+
+def _log_r(view: View) -> LogR | None:
+    return (lambda x: view.problem.log_r(x, on_grid=True)) if view.problem.is_observed else None
+
+
+def _look(log_p: LogLaw, log_q: LogLaw, log_psi: Array, known: Any, mask: Any) -> Look:
+    """Known entries at the end are set, their mass counted."""
+    pinned = jnp.zeros(log_psi.shape)
+    if known is not None:
+        is_state = known[..., None] == jnp.arange(log_p.shape[-1])
+        mass = jnp.max(jnp.where(is_state, log_p, -jnp.inf), -1)
+        pinned = jnp.sum(jnp.where(mask, mass, 0.0), -1)
+        certain = jnp.where(is_state, 0.0, -jnp.inf)
+        log_p, log_q = (jnp.where(mask[..., None], certain, a) for a in (log_p, log_q))
+    return looked(log_psi, SymbolProposal(log_p, log_q, pinned), jnp.zeros(log_psi.shape))
+
 
 class Informed(NamedTuple):
     """log ψ, and the predicted law of x_0 after r."""
 
-    log_psi: Any
-    """`lead`."""
-    log_p_0: Any
-    """log p̃ of each state, normalised, `(*lead, *event, K)`."""
+    log_psi: Float[Array, "P B"]
+    log_p_0: LogLaw
+    """log p̃ of each state, normalised."""
 
 
-def predicted(levels: Levels, outputs: tuple[Any, ...], x_t: Any, i: Any) -> Any:
+def _predicted(view: View, x_t: Array, outputs: tuple[Array, ...]) -> LogLaw:
     """log p(x_0 | x_t) of each state, those left out from which x_t cannot come."""
-    kernel, step = levels.draw.trajectory.kernel, levels.step(i)
-    log_p_0 = levels.x_0_given(outputs, x_t, i).log_probs
+    reverse = view.problem.reverse
+    log_p_0, doubt = reverse.x_0_given(x_t, view.t, outputs).log_probs, reverse.readout.doubt
+    if doubt > 0:
+        log_p_0 = jnp.log((1 - doubt) * jnp.exp(log_p_0) + doubt / log_p_0.shape[-1])
 
-    def reaches(state: Any) -> Any:
-        return kernel.marginal(jnp.full_like(x_t, state), step).log_prob(x_t) > -jnp.inf
+    def reaches(state: Array) -> Array:
+        at = reverse.kernel.marginal(jnp.full_like(x_t, state), reverse.coefficients(view.t))
+        return at.log_prob(x_t) > -jnp.inf
 
-    if isinstance(levels.draw.trajectory.readout, readouts.Logits):
-        log_p_0 = jnp.log((1 - DOUBT) * jnp.exp(log_p_0) + DOUBT / 2)
     can_reach = jnp.moveaxis(jax.vmap(reaches)(jnp.arange(log_p_0.shape[-1])), 0, -1)
-    return _normalise(jnp.where(can_reach, log_p_0, -jnp.inf))[0]
+    return _normalise(_flat(view, jnp.where(can_reach, log_p_0, -jnp.inf)))[0]
 
 
-def inform(
-    log_p_0: Any, log_r: Callable[[Any], Any] | None, known: Any, mask: Any, event_dim: int
-) -> Informed:
+def inform(log_p_0: LogLaw, log_r: LogR | None, known: Any, mask: Any) -> Informed:
     """Multiply a factorised law of x_0 by r.
 
     Args:
-        log_p_0: log p_i(k), `(*lead, *event, K)`.
-        log_r: log r of states `(*lead, *event)`; None where r is 1.
+        log_p_0: log p_i(k).
+        log_r: log r of states; None where r is 1.
         known: Known states, or None.
         mask: True where a state is known.
-        event_dim: Number of axes of one x_0.
     """
-    lead = log_p_0.ndim - 1 - event_dim
     log_psi = 0.0
     if known is not None:
         is_state = known[..., None] == jnp.arange(log_p_0.shape[-1])
         log_p_0, log_mass = _normalise(jnp.where(mask[..., None] & ~is_state, -jnp.inf, log_p_0))
-        log_psi += sum_event(log_mass, lead)
+        log_psi += jnp.sum(log_mass, -1)
     if log_r is not None:
-        base, gains = _around_mode(log_p_0, lambda x: jnp.maximum(log_r(x), FLOOR), lead)
+        base, gains = _around_mode(log_p_0, lambda x: jnp.maximum(log_r(x), FLOOR))
         _, log_mass = _normalise(log_p_0 + gains)
         log_p_0, _ = _normalise(log_p_0 + jnp.maximum(gains, DEEPEST))
-        log_psi += base + sum_event(log_mass, lead)
-    return Informed(jnp.broadcast_to(log_psi, log_p_0.shape[:lead]), log_p_0)
+        log_psi += base + jnp.sum(log_mass, -1)
+    return Informed(jnp.broadcast_to(log_psi, log_p_0.shape[:-2]), log_p_0)
 
 
 class _Mode(NamedTuple):
-    x_hat: Any
-    base: Any
+    x_hat: Symbols
+    base: Float[Array, "P B"]
     """log r(x̂)."""
-    gains: Any
-    next_x: Any
+    gains: LogLaw
+    next_x: Symbols
     """Where log p + log r is higher, or x̂."""
-    is_done: Any
+    is_done: Array
     moves: Any
 
 
-def _around_mode(log_p_0: Any, log_r: Callable[[Any], Any], lead: int) -> tuple[Any, Any]:
+def _around_mode(log_p_0: LogLaw, log_r: LogR) -> tuple[Float[Array, "P B"], LogLaw]:
     """log r(x̂) and Δ at a state that no change of one entry makes more probable under p r.
 
     Where all gains together come true r is a product, and any x̂ will do.
     """
     num_states = log_p_0.shape[-1]
 
-    def look(x_hat: Any, base: Any, moves: Any) -> _Mode:
+    def look(x_hat: Symbols, base: Array, moves: Any) -> _Mode:
         gains = _gains(log_r, x_hat, base, num_states)
         total = log_p_0 + gains
         at_x_hat = _pick(total, x_hat)
         rises = jnp.where(total > -jnp.inf, total - at_x_hat[..., None], -jnp.inf)
         best = jnp.argmax(rises, -1)
         together = log_r(best)
-        is_true = jnp.abs(together - base - sum_event(_pick(gains, best), lead)) < ADDITIVE
+        is_true = jnp.abs(together - base - jnp.sum(_pick(gains, best), -1)) < ADDITIVE
         rise = jnp.max(rises, -1)
-        flat = rise.reshape(*rise.shape[:lead], -1)
-        where = jax.nn.one_hot(jnp.argmax(flat, -1), flat.shape[-1], dtype=bool)
-        single = jnp.where(where.reshape(rise.shape), best, x_hat)
-        is_done = is_true | (jnp.max(flat, -1) <= 0)
-        return _Mode(x_hat, base, gains, single, is_done, moves)
+        where = jax.nn.one_hot(jnp.argmax(rise, -1), rise.shape[-1], dtype=bool)
+        single = jnp.where(where, best, x_hat)
+        return _Mode(x_hat, base, gains, single, is_true | (jnp.max(rise, -1) <= 0), moves)
 
     def climb(mode: _Mode) -> _Mode:
         new = look(mode.next_x, log_r(mode.next_x), mode.moves + 1)
-        stays = mode.is_done
 
         def keep(old: Any, new: Any) -> Any:
-            return jnp.where(expand(stays, new.ndim), old, new) if new.ndim else new
+            stays = mode.is_done.reshape(*mode.is_done.shape, *[1] * (new.ndim - 2))
+            return jnp.where(stays, old, new) if new.ndim else new
 
         return jax.tree.map(keep, mode, new)
 
@@ -144,27 +223,23 @@ def _around_mode(log_p_0: Any, log_r: Callable[[Any], Any], lead: int) -> tuple[
     return mode.base, mode.gains
 
 
-def _pick(table: Any, x: Any) -> Any:
+def _pick(table: LogLaw, x: Symbols) -> Float[Array, "P B d"]:
     return jnp.take_along_axis(table, x[..., None], -1)[..., 0]
 
 
-def _gains(log_r: Callable[[Any], Any], x_hat: Any, base: Any, num_states: int) -> Any:
-    """Δ_i(k), `(*lead, *event, K)`."""
-    lead_shape = base.shape
-    flat = x_hat.reshape(*lead_shape, -1)
-    size = flat.shape[-1]
+def _gains(log_r: LogR, x_hat: Symbols, base: Array, num_states: int) -> LogLaw:
+    """Δ_i(k)."""
 
-    def gain(index: Any) -> Any:
-        changed = flat.at[..., index // num_states].set(index % num_states)
-        return log_r(changed.reshape(x_hat.shape)) - base
+    def gain(index: Array) -> Array:
+        return log_r(x_hat.at[..., index // num_states].set(index % num_states)) - base
 
+    size = x_hat.shape[-1]
     gains = jax.lax.map(gain, jnp.arange(size * num_states), batch_size=BLOCK)
-    gains = gains.reshape(size, num_states, *lead_shape)
-    gains = jnp.moveaxis(gains, (0, 1), (-2, -1))
-    return gains.reshape(*x_hat.shape, num_states)
+    gains = gains.reshape(size, num_states, *base.shape)
+    return jnp.moveaxis(gains, (0, 1), (-2, -1))
 
 
-def _normalise(log_p: Any) -> tuple[Any, Any]:
+def _normalise(log_p: LogLaw) -> tuple[LogLaw, Float[Array, "P B d"]]:
     """Log-probabilities that sum to one, and the log of what they summed to."""
     total = jax.nn.logsumexp(log_p, -1)
     is_there = total > -jnp.inf

@@ -57,6 +57,8 @@ class DiscreteKernel(abc.ABC):
     Source: Sohl-Dickstein et al. (2015), table App. 1; Austin et al. (2021), section 3.
     """
 
+    is_discrete: ClassVar[bool] = True
+    """Whether it diffuses symbols."""
     num_states: int
     """States of a level."""
     num_data_states: int

@@ -7,7 +7,7 @@ Source: Sohl-Dickstein et al. (2015), section 2.1 and table App. 1.
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +41,9 @@ class GaussianKernel:
 
     Source: Sohl-Dickstein et al. (2015), section 2.1 and table App. 1.
     """
+
+    is_discrete: ClassVar[bool] = False
+    """Whether it diffuses symbols."""
 
     @property
     def support(self) -> constraints.Constraint:

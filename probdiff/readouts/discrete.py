@@ -41,6 +41,8 @@ class DiscreteReadout(abc.ABC):
     """
 
     needs_signal = False
+    doubt: float = 0.0
+    """Share of an even law that inference mixes into `x_0_given`: a certainty there may be none."""
 
     @abc.abstractmethod
     def num_outputs(self, kernel: Any) -> int:
@@ -106,6 +108,8 @@ class Logits(DiscreteReadout):
 
     Source: Sohl-Dickstein et al. (2015), table App. 1.
     """
+
+    doubt = 0.05  # f_b alone says p(x_0 | x_t), held to [0, 1]
 
     def num_outputs(self, kernel: Any) -> int:
         """1."""

@@ -51,6 +51,8 @@ class LastStep(abc.ABC):
 
     grid: Grid | None = None
     """Values that x_0 takes, the user's units; None where it takes any."""
+    is_tied: bool = False
+    """Whether the step is the forward kernel's, and no network is asked."""
 
     @abc.abstractmethod
     def __call__(
@@ -87,6 +89,8 @@ class Tied(LastStep):
 
     Source: Sohl-Dickstein et al. (2015), appendix B.2.
     """
+
+    is_tied = True
 
     def __call__(
         self,

@@ -12,40 +12,45 @@ both at the mean given the known entries. The precision that ψ_s adds to p(x_s 
 
     P_s = Jᵀ (P_M + S⁻ᵀ A (I + A)⁻¹ S⁻¹) J,    J = ∂x̂_0/∂x_s = U diag(slope_s) Uᵀ.
 
-With Gaussian data all of it is exact. Matrices are `(*plates, d, d)`, d numbers in x_0; vectors
-`(*lead, d)`, flat, lead ending in the plates.
+With Gaussian data all of it is exact. Matrices are `(d, d)`, or `(B, d, d)` where they differ
+between the B systems; vectors `(..., B, d)`.
 
 Source: Rasmussen and Williams (2006), appendix A.2, for the Gaussian conditionals.
 """
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from probdiff.infer.jacobi import eigh_each
+from probdiff.infer.quadratic import eigh_each
+
+Matrix = Float[Array, "*systems d d"]
+Vector = Float[Array, "... d"]
 
 
 class Belief(NamedTuple):
     """Covariance of x_0 given one level, on the axes U."""
 
-    axes: Any
-    """U, `(d, d)`."""
-    variance: Any
-    """c, `(d,)`."""
-    slope: Any
-    """∂x̂_0/∂x_t along the axes, `(d,)`."""
+    axes: Float[Array, "d d"]
+    """U."""
+    variance: Float[Array, " d"]
+    """c."""
+    slope: Float[Array, " d"]
+    """∂x̂_0/∂x_t along the axes."""
 
-    def root(self, u: Any) -> Any:
+    def root(self, u: Vector) -> Vector:
         """S u."""
         return (u * jnp.sqrt(self.variance)) @ self.axes.T
 
-    def root_transposed(self, x: Any) -> Any:
+    def root_transposed(self, x: Vector) -> Vector:
         """Sᵀ x."""
         return (x @ self.axes) * jnp.sqrt(self.variance)
 
-    def inverse_root_transposed(self, u: Any) -> Any:
+    def inverse_root_transposed(self, u: Vector) -> Vector:
         """S⁻ᵀ u."""
         return (u / jnp.sqrt(self.variance)) @ self.axes.T
 
@@ -54,29 +59,29 @@ class Given(NamedTuple):
     """What known entries and a quadratic log r do to N(x̂_0, C); None where there is none."""
 
     belief: Belief
-    known: Any
-    """P_M, `(*plates, d, d)`."""
-    log_det_known: Any
-    """log det of C on the known entries and 2π for each, `plates`."""
-    project: Any
+    known: Matrix | None
+    """P_M."""
+    log_det_known: Float[Array, "..."] | None
+    """log det of C on the known entries and 2π for each."""
+    project: Matrix | None
     """Π."""
-    gain: Any
+    gain: Matrix | None
     """(I + A)⁻¹ where A is not 0."""
-    untouched: Any
+    untouched: Matrix | None
     """(I + A)⁻¹ where A is 0, a projection."""
-    log_det: Any
-    """log det(I + A), `plates`."""
-    precision: Any
+    log_det: Float[Array, "..."] | None
+    """log det(I + A)."""
+    precision: Matrix
     """P, that ψ of this level has in x_t."""
 
 
-def condition(belief: Belief, hessian: Any, mask: Any) -> Given:
+def condition(belief: Belief, hessian: Matrix | None, mask: Array | None) -> Given:
     """Work out a level.
 
     Args:
         belief: x_0 given the level.
-        hessian: H, `(*plates, d, d)`, or None where log r is not quadratic.
-        mask: True where an entry is known, `(*plates, d)`, or None.
+        hessian: H, or None where log r is not quadratic.
+        mask: True where an entry is known, `(d,)` or `(B, d)`, or None.
     """
     d = belief.variance.shape[0]
     identity = jnp.eye(d)
@@ -102,8 +107,8 @@ def condition(belief: Belief, hessian: Any, mask: Any) -> Given:
     return Given(belief, known, log_det_known, project, gain, untouched, log_det, precision)
 
 
-def pulled(given: Given, g: Any) -> Any:
-    """(I + A)⁻¹ g for g `(*lead, d)`.
+def pulled(given: Given, g: Vector) -> Vector:
+    """(I + A)⁻¹ g.
 
     Where r is sharp, what A leaves of g is a millionth of it, and g has as much rounding in the
     directions that A leaves alone: there only what is more than rounding counts.
@@ -114,29 +119,26 @@ def pulled(given: Given, g: Any) -> Any:
     return times(given.gain, g) + jnp.where(is_there[..., None], rest, 0.0)
 
 
-def narrowing(precision: Any, variance: Any) -> tuple[Any, Any]:
+def narrowing(precision: Matrix, variance: Array) -> tuple[Matrix, Float[Array, "..."]]:
     """N with N Nᵀ = (I + variance · P)⁻¹, and log det N."""
     root, log_det = _power(jnp.eye(precision.shape[-1]) + variance * precision, -0.5)
     return root, -0.5 * log_det
 
 
-def times(matrix: Any, x: Any) -> Any:
-    """matrix · x for matrices `(*plates, d, d)` and vectors `(*lead, d)`, lead ending in plates."""
+def times(matrix: Matrix, x: Vector) -> Vector:
+    """matrix · x; matrices `(d, d)` or one for each system, vectors `(..., B, d)`."""
     if matrix.ndim == 2:
         return x @ matrix.T
-    d, plates = x.shape[-1], math.prod(matrix.shape[:-2])
-    flat = x.reshape(-1, plates, d)  # told apart, or the matrices would be copied for each particle
-    return jnp.einsum("bij,pbj->pbi", matrix.reshape(plates, d, d), flat).reshape(x.shape)
+    flat = x.reshape(-1, *x.shape[-2:])  # told apart, or each particle would have its copy
+    return jnp.einsum("bij,pbj->pbi", matrix, flat).reshape(x.shape)
 
 
-def hessian_of(curvature: Any, zeros: Any, batch_dim: int) -> Any:
-    """H of a quadratic log r, `(*plates, d, d)`, by d products; `zeros` is `(*plates, *event)`."""
-    shape, event = zeros.shape[:batch_dim], zeros.shape[batch_dim:]
-    d = math.prod(event)
+def hessian_of(curvature: Callable[[Array], Array], zeros: Float[Array, "B d"]) -> Matrix:
+    """H of a quadratic log r by d products."""
+    d = zeros.shape[-1]
 
-    def column(index: Any) -> Any:
-        unit = jnp.broadcast_to(jnp.eye(d)[index].reshape(event), zeros.shape)
-        return curvature(unit).reshape(*shape, d)
+    def column(index: Array) -> Array:
+        return curvature(jnp.broadcast_to(jnp.eye(d)[index], zeros.shape))
 
     rows = jax.lax.map(column, jnp.arange(d))
     hessian = jnp.moveaxis(rows, 0, -1)
@@ -145,7 +147,7 @@ def hessian_of(curvature: Any, zeros: Any, batch_dim: int) -> Any:
     return (vectors * jnp.maximum(values, 0.0)[..., None, :]) @ jnp.swapaxes(vectors, -1, -2)
 
 
-def _shrink(a: Any) -> tuple[Any, Any, Any, Any]:
+def _shrink(a: Matrix) -> tuple[Matrix, Matrix, Matrix, Float[Array, "..."]]:
     """(I + A)⁻¹ where A is not 0, and where it is, A (I + A)⁻¹, and log det(I + A).
 
     By the eigenpairs of A and not of I + A, in which the 1 is lost where A is large.
@@ -155,7 +157,7 @@ def _shrink(a: Any) -> tuple[Any, Any, Any, Any]:
     is_there = values > least
     values = jnp.where(is_there, values, 0.0)
 
-    def scaled(factor: Any) -> Any:
+    def scaled(factor: Array) -> Matrix:
         return (vectors * factor[..., None, :]) @ jnp.swapaxes(vectors, -1, -2)
 
     shares = values / (1 + values)
@@ -164,7 +166,7 @@ def _shrink(a: Any) -> tuple[Any, Any, Any, Any]:
     return scaled(gain), scaled(untouched), scaled(shares), log_det
 
 
-def _power(matrix: Any, exponent: float) -> tuple[Any, Any]:
+def _power(matrix: Matrix, exponent: float) -> tuple[Matrix, Float[Array, "..."]]:
     """A power of a positive definite matrix, and its log det; one LAPACK call for each matrix."""
     values, vectors = eigh_each(0.5 * (matrix + jnp.swapaxes(matrix, -1, -2)))
     values = jnp.maximum(values, jnp.finfo(values.dtype).eps * values[..., -1:])

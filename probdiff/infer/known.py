@@ -1,8 +1,8 @@
 """Known entries by the readout's own law of each, and the bridge to them as proposal.
 
-A Gaussian of the data's covariance knows how numbers hang together and nothing of their shape; the
-`Mixture` readout knows the shape of each, levels of grey and all, and nothing of how they hang
-together. For a known entry, x_0,i = y_i, the second says
+A Gaussian of the data's covariance knows how numbers depend on each other and nothing of their
+shape; the `Mixture` readout knows the shape of each, levels of grey and all, and nothing of how they
+depend on each other. For a known entry, x_0,i = y_i, the second says
 
     log ψ_t = γ_t Σ_{i known} log p(x_0,i = y_i | x_t),         its mass where x_0 is on a grid,
 
@@ -22,19 +22,16 @@ put in. Where there are none, no pull-back through the network is needed.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
+from jaxtyping import Array, Float
 
 from probdiff import readouts
-from probdiff.infer.expansion import sum_event
-from probdiff.infer.levels import within_cells
-from probdiff.infer.twists.base import Tilt, View
-from probdiff.infer.twists.laplace import LaplaceTwist
-from probdiff.infer.twists.widened import Known
-from probdiff.kernels import bridge_mean, bridge_weights
+from probdiff.infer.laplace import Known, LaplaceTwist
+from probdiff.infer.twist import Problem, Tilt, View, within_cells
+from probdiff.kernels import bridge_mean, bridge_variance, bridge_weights
 from probdiff.prior import PriorDraw
 from probdiff.readouts.mixture import LEAST_VARIANCE
 from probdiff.types import Step
@@ -43,8 +40,6 @@ from probdiff.types import Step
 @dataclasses.dataclass(frozen=True)
 class ReadoutTwist(LaplaceTwist):
     """Known entries by p(x_0,i | x_t) of a `Mixture` readout: for exact pixels.
-
-        log ψ_t = γ_t Σ_{i known} log p(x_0,i = known | x_t)
 
     Give the prior the covariance of its data; without it entries count as independent, γ_t = 1 but
     for the network's own error. Other observed sites count as in `LaplaceTwist`.
@@ -58,13 +53,10 @@ class ReadoutTwist(LaplaceTwist):
     Example:
         Two pixels near −1 or 1, as ½ N(−1, ¼) + ½ N(1, ¼) each, of which the first is seen:
 
-        >>> import jax, jax.numpy as jnp, numpy as np
-        >>> from probdiff import Diffusion, GaussianKernel, infer, readouts, schedules
-        >>> def network(x_t, t):  # outputs of 0 leave the readout's own components
-        ...     return jnp.zeros((len(x_t), 12))
         >>> diffusion = Diffusion(
         ...     GaussianKernel(), schedules.log_snr_linear(30, beta_1=1e-3, alpha_bar_T=1e-3),
-        ...     network, event_shape=(2,), readout=readouts.Mixture(2, -1.0, 1.0),
+        ...     lambda x_t, t: jnp.zeros((len(x_t), 12)),  # the readout's own components
+        ...     event_shape=(2,), readout=readouts.Mixture(2, -1.0, 1.0),
         ...     last_step=readouts.Learned(),
         ... )
         >>> prior = diffusion.prior({})
@@ -82,7 +74,8 @@ class ReadoutTwist(LaplaceTwist):
 
     def check(self, draw: PriorDraw) -> None:
         """Raise a `ValueError` unless the readout says a law of x_0."""
-        readout = draw.trajectory.readout
+        super().check(draw)
+        readout = draw.reverse.readout
         if not isinstance(readout, readouts.Mixture):
             raise ValueError(
                 f"twist ReadoutTwist needs the readout Mixture, which says a law of each number of "
@@ -95,8 +88,8 @@ class ReadoutTwist(LaplaceTwist):
         if view.known is None:
             return tilt
         target, _ = _x_0_known(view)
-        to_known = bridge_mean(view.x_t, target, view.levels.step(view.i)) - view.mean
-        shift = tilt.shift if view.is_observed else 0.0
+        to_known = bridge_mean(view.x_t, target, view.step) - view.mean
+        shift = tilt.shift if view.problem.is_observed else 0.0
         return tilt._replace(
             shift=jnp.where(view.mask, to_known, shift),
             factors=jnp.where(view.mask, 0.0, tilt.factors),
@@ -104,68 +97,69 @@ class ReadoutTwist(LaplaceTwist):
 
     def of_known(self, view: View) -> Known:
         """Their law, and the precision of the bridge."""
-        step, lead = view.levels.step(view.i), view.x_t.ndim - view.levels.event_dim
-        weight_0, _ = bridge_weights(step)
+        weight_0, _ = bridge_weights(view.step)
         _, width = _x_0_known(view)
-        bridge = step.beta * step.noise_s / step.noise_t + weight_0**2 * width
+        bridge = bridge_variance(view.step) + weight_0**2 * width
         narrower = jnp.maximum(1 / bridge - 1 / view.variance, 0.0)
         log_p = jnp.where(view.mask, _log_law(view), 0.0)
-        share = power(
-            view.levels.draw, view.mask, view.levels.table.at(view.i, 0), view.reading.error
-        )
-        return Known(share * sum_event(log_p, lead), 0.0, narrower)
+        share = power(view.problem, view.problem.reverse.steps.at(view.t, 0), view.reading.error)
+        return Known(share * jnp.sum(log_p, -1), 0.0, narrower)
+
+    def products(self, size: int, *, is_known_alone: bool) -> int:
+        """None where only known entries are observed."""
+        return 0 if is_known_alone else super().products(size, is_known_alone=is_known_alone)
 
 
-def _x_0_known(view: View) -> tuple[Any, Any]:
+def _x_0_known(view: View) -> tuple[Array, Array]:
     """Mean and variance of a known x_0 given x_t: of its cell, where it is on a grid.
 
     A cell counts as the Gaussian of its variance Δ²/12: a law that is wider leaves the cell, one
     that is narrower itself.
     """
-    law, cell = view.x_0_given(), within_cells(view.levels.draw)
-    share = law.variance / (law.variance + cell)
-    return law.mean + share * (view.known - law.mean), share * cell
+    law, cell = view.x_0_given(), within_cells(view.problem)
+    mean, variance = (view.problem.flat(a) for a in (law.mean, law.variance))
+    share = variance / (variance + cell)
+    return mean + share * (view.known - mean), share * cell
 
 
-def _log_law(view: View) -> Any:
+def _log_law(view: View) -> Float[Array, "P B d"]:
     """log p(x_0,i = known | x_t), elementwise; no narrower than the last step may be."""
-    diffusion, law = view.levels.draw.diffusion, view.x_0_given()
-    parts = law.component_distribution
-    sd = jnp.sqrt(parts.variance + LEAST_VARIANCE * view.levels.table.beta[0])
-    known, grid = view.known[..., None], diffusion.last_step.grid
-    if grid is None:
-        log_p = dist.Normal(parts.mean, sd).log_prob(known)
+    problem, law = view.problem, view.x_0_given()
+    reverse, parts = problem.reverse, law.component_distribution
+    lead = view.x_t.shape
+    mean, variance = (a.reshape(*lead, -1) for a in (parts.mean, parts.variance))
+    sd = jnp.sqrt(variance + LEAST_VARIANCE * reverse.steps.beta[0])
+    known = view.known[..., None]
+    if reverse.grid is None:
+        log_p = dist.Normal(mean, sd).log_prob(known)
     else:
-        scale, loc = (jnp.expand_dims(a, -1) for a in (diffusion.scale, diffusion.loc))
-        values = grid.nearest(known * scale + loc)
-        log_p = grid.log_mass(values, parts.mean * scale + loc, sd * scale)
-    return jax.nn.logsumexp(law.mixing_distribution.logits + log_p, -1)
+        loc, scale = (problem.of_entries(a)[:, None] for a in reverse.units)
+        values = reverse.grid.nearest(known * scale + loc)
+        log_p = reverse.grid.log_mass(values, mean * scale + loc, sd * scale)
+    logits = law.mixing_distribution.logits.reshape(*lead, -1)
+    return jax.nn.logsumexp(logits + log_p, -1)
 
 
-def power(draw: PriorDraw, mask: Any, step: Step, error: Any) -> Any:
-    """γ_t, one for each entry of the plates.
+def power(problem: Problem, step: Step, error: Array) -> Float[Array, "*B"]:
+    """γ_t, one for all systems, or one for each where they differ in what is known.
 
     Args:
-        draw: The prior.
-        mask: True where an entry is known, `(*plates, *event_shape)`.
+        problem: What is known.
         step: The level.
         error: Mean squared error of the noise that the network reads.
     """
-    event_shape, dtype = draw.diffusion.event_shape, step.alpha_bar_t.dtype
+    dtype, covariance = step.alpha_bar_t.dtype, problem.draw.covariance
     signal, noise = step.alpha_bar_t, step.noise_t
-    if draw.covariance is None:
-        tau2 = jnp.broadcast_to(draw.variance, event_shape).ravel()
-        axes = jnp.eye(len(tau2), dtype=dtype)
+    if covariance is None:
+        tau2 = jnp.broadcast_to(problem.of_entries(problem.draw.variance), problem.size)
+        axes = jnp.eye(problem.size, dtype=dtype)
     else:
-        axes = jnp.asarray(draw.covariance.axes, dtype)
-        tau2 = draw.covariance.variances
+        axes, tau2 = jnp.asarray(covariance.axes, dtype), covariance.variances
     tau2 = jnp.asarray(tau2, dtype)
     inside = (axes * (noise * tau2 / (noise + signal * tau2))) @ axes.T  # C_t
     moves = (axes * (tau2**2 / (noise + signal * tau2))) @ axes.T  # M/ᾱ_t, which β_T = 1 leaves
     inverse = 1 / jnp.diag(inside)
-    mask = jnp.asarray(mask, dtype)
-    mask = mask.reshape(*mask.shape[: mask.ndim - len(event_shape)], -1)
-    weighted = mask * inverse
+    weighted = jnp.asarray(problem.mask, dtype) * inverse
     shared = jnp.sum(weighted @ (inside * moves) * weighted, -1)
     errors = error * noise * jnp.sum(weighted, -1)  # ᾱ_t E = error · noise
     total = signal**2 * shared + errors

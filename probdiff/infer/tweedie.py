@@ -10,24 +10,16 @@ Source: Boys et al. (2023).
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
-from probdiff.infer.expansion import (
-    TINY,
-    either,
-    expand,
-    local,
-    probe,
-    remainder,
-    settle,
-    sum_event,
-)
-from probdiff.infer.jacobi import eigh
-from probdiff.infer.twists.base import Tilt, Twist, View, check_rank, limited, log_known, size_of
+from probdiff.infer.quadratic import Basis, local, ritz, rotated, settle
+from probdiff.infer.twist import RANK, Tilt, Twist, View, check_rank, limited, log_known
 from probdiff.kernels import bridge_weights
+
+SOFTNESS = 1e-2
+"""Variance that known entries get in a Tweedie twist, as a share of w_t."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +40,10 @@ class TweedieTwist(Twist):
         Two numbers near −1 or 1, as ½ N(−1, ¼) + ½ N(1, ¼) each, and their sum y = 0 measured: one
         is high and one is low, and which is left open.
 
-        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
-        >>> from probdiff import Diffusion, GaussianKernel, infer, readouts, schedules
-        >>> def network(x_t, t):  # outputs of 0 leave the readout's own components
-        ...     return jnp.zeros((len(x_t), 12))
         >>> diffusion = Diffusion(
         ...     GaussianKernel(), schedules.log_snr_linear(30, beta_1=1e-3, alpha_bar_T=1e-3),
-        ...     network, event_shape=(2,), readout=readouts.Mixture(2, -1.0, 1.0),
+        ...     lambda x_t, t: jnp.zeros((len(x_t), 12)),  # the readout's own components
+        ...     event_shape=(2,), readout=readouts.Mixture(2, -1.0, 1.0),
         ...     last_step=readouts.Learned(),
         ... )
         >>> prior = diffusion.prior({})
@@ -71,64 +60,52 @@ class TweedieTwist(Twist):
     Source: Boys et al. (2023).
     """
 
-    rank: int = 4
+    rank: int = RANK
 
     def __post_init__(self) -> None:
         check_rank(self.rank)
 
     def __call__(self, view: View) -> Tilt:
-        step = view.levels.step(view.i)
-        lead = view.x_t.ndim - view.levels.event_dim
-        log_r = _soft_known(view)
+        """By Lanczos in the inner product of C: vectors v with their images u = C v, vᵢ·uⱼ = 1."""
+        step, log_r = view.step, _soft_known(view)
         at = local(log_r, view.x_0_hat)
-        # Lanczos in the inner product of C: vectors v with their images u = C v, vᵢ·uⱼ = 1[i = j]
-        w_t, w_s = view.widths.variance[view.i - 1], view.widths.variance[view.i - 2]
-        slope_t, slope_s = view.widths.slope[view.i - 1], view.widths.slope[view.i - 2]
+        w_t, w_s, slope_t, slope_s = view.w(), view.w(1), view.slope(), view.slope(1)
         spread = jnp.mean(w_t / slope_t)  # (1−ᾱ_t)/√ᾱ_t in an ideal diffusion
-        vs, us, hs, v, is_new = [], [], [], at.gradient, True
-        for j in range(min(self.rank, size_of(view))):
+        basis, images, v, is_new = Basis(), [], at.gradient, True
+        for j in range(min(self.rank, view.problem.size)):
             if j > 0:
-                v, is_new = remainder(v, vs, us, lead)
-                fresh = at.curvature(probe(j, v, lead))
-                v, is_new = either(v, is_new, *remainder(fresh, vs, us, lead))
-            u = spread * view.pull_back(v)
-            square = sum_event(u * v, lead)
-            is_new &= square > TINY
-            scale = jnp.where(is_new, jax.lax.rsqrt(jnp.where(is_new, square, 1.0)), 0.0)
-            if j == 0:
-                norm = jnp.where(is_new, square, 0.0)
-            v, u = v * expand(scale, v.ndim), u * expand(scale, u.ndim)
-            vs.append(v)
-            us.append(u)
-            hs.append(at.curvature(u))
-            v = hs[-1]
-        u, h = jnp.stack(us), jnp.stack(hs)
-        matrix = sum_event(u[:, None] * h[None], lead + 2)
-        sizes, rotation = eigh(0.5 * (matrix + jnp.swapaxes(matrix, 0, 1)))
-        sizes = jnp.maximum(sizes, 0.0)
-        u = jnp.sum(expand(rotation, u.ndim + 1) * u[:, None], 0)  # eigenvectors' images
+                v, is_new = basis.following(v, at.curvature)
+            square = basis.add(v, spread * view.pull_back(v), is_new)
+            norm = square if j == 0 else norm
+            images.append(at.curvature(basis.duals[-1]))
+            v = images[-1]
+        sizes, rotation = ritz(basis.duals, images)
+        u = rotated(rotation, basis.duals)  # eigenvectors' images
         along = rotation[0] * jnp.sqrt(norm)
-        move = jnp.sum(u * expand(along / (1 + sizes), u.ndim), 0)  # of x̂_0
+        move = jnp.sum(u * (along / (1 + sizes))[..., None], 0)  # of x̂_0
         square = jnp.sum((along / (1 + sizes)) ** 2, 0)
         value, share = settle(log_r, view.x_0_hat, at.value, move, square)
         log_psi = value - 0.5 * jnp.sum(jnp.log1p(sizes), 0)
-        move *= expand(share, move.ndim)
         weight_0, _ = bridge_weights(step)
         weight_0 *= step.noise_t / jnp.sqrt(step.alpha_bar_t) / spread
         narrowing = jnp.mean(w_s / w_t)
         size = sizes * narrowing / (1 + narrowing * sizes)
-        factors = u * jnp.sqrt(expand(size * narrowing, u.ndim)) * jnp.mean(slope_s / w_s)
-        shift = limited(weight_0 * move, view)
+        factors = u * jnp.sqrt(size * narrowing)[..., None] * jnp.mean(slope_s / w_s)
+        shift = limited(weight_0 * move * share[..., None], view)
         return Tilt(log_psi, shift, jnp.zeros_like(view.x_t), factors)
 
+    def products(self, size: int, *, is_known_alone: bool) -> int:
+        """One for each direction."""
+        return min(self.rank, size)
 
-SOFTNESS = 1e-2
-"""Variance that known entries get in a Tweedie twist, as a share of w_t."""
+    def advice(self, more: str, *, has_covariance: bool) -> str:
+        """A higher rank."""
+        return f"Raise {more}, or the twist's rank up to the number of measurements of one x_0"
 
 
-def _soft_known(view: View) -> Callable[[Any], Any]:
+def _soft_known(view: View) -> Callable[[Array], Array]:
     """log r with known entries counted as measurements with a little noise."""
     if view.known is None:
         return view.log_r
-    variance = SOFTNESS * view.widths.variance[view.i - 1]
+    variance = SOFTNESS * view.w()
     return lambda x: view.log_r(x) + log_known(view, x, variance)

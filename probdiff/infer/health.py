@@ -16,11 +16,8 @@ Source: Vehtari et al. (2021) for R-hat, (2024) for k.
 from typing import Any, NamedTuple
 
 import numpy as np
-from arviz_stats.base import array_stats
 
-from probdiff.infer.layout import Layout
-from probdiff.infer.twists import KernelTwist, PointTwist, TweedieTwist
-from probdiff.infer.walk import Outcome, Walk
+from probdiff.infer.particles import Options, Outcome
 
 MAX_SERIES = 2000
 """Coordinates whose R-hat is computed, evenly picked where there are more."""
@@ -38,12 +35,8 @@ class InferenceWarning(UserWarning):
     Example:
         Stop at a posterior that may be wrong instead of going on with it:
 
-        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist, warnings
-        >>> from probdiff import Diffusion, GaussianKernel, infer, schedules
-        >>> def network(x_t, t):  # x_0 ~ N(0, 1)
-        ...     return jnp.zeros((*x_t.shape, 2))
-        >>> diffusion = Diffusion(GaussianKernel(), schedules.cosine(10), network, event_shape=())
-        >>> prior = diffusion.prior({})
+        >>> import warnings
+        >>> prior = standard_diffusion().prior({})
         >>> def program(y):
         ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
         >>> smc = infer.SMC(program, num_particles=10)  # 4 runs of 10: too few
@@ -52,7 +45,7 @@ class InferenceWarning(UserWarning):
         ...     smc.run(jax.random.key(0), y=2.0)
         Traceback (most recent call last):
             ...
-        probdiff.infer.checks.InferenceWarning: the final effective number of draws is ...
+        probdiff.infer.health.InferenceWarning: the final effective number of draws is ...
 
     Source: Vehtari et al. (2021) for R-hat, (2024) for Pareto k.
     """
@@ -99,38 +92,39 @@ def health(
         in_runs: Particles that are equally weighted draws of each run, `(R, N, *plates)`.
         left: ᾱ_T E|x_0|² of the draws.
     """
-    z = outcome.log_evidences
+    z, trace = outcome.log_evidences, outcome.trace
     is_dead = np.isneginf(z).all(0)
     finite = np.where(is_dead, 0.0, z)
     runs, size = outcome.log_weights.shape[:2]
     run_of = np.arange(runs).reshape(-1, *[1] * (index.ndim))
     ancestors = (outcome.ancestors + size * run_of).reshape(log_weights.shape)
-    ancestors = np.take_along_axis(ancestors, index, 0)
     measures = (
         is_dead,
         finite.max(0) - finite.min(0),
-        outcome.ess.min((0, 1)) / size,
+        trace.ess.min((0, 1)) / size,
         1 / np.sum(np.exp(2 * log_weights), 0),
-        _count_distinct(ancestors),
+        _count_distinct(np.take_along_axis(ancestors, index, 0)),
         _count_distinct(index),
-        outcome.resampled.sum(0).max(0),
+        trace.resampled.sum(0).max(0),
         pareto_k(log_weights),
         np.mean([pareto_k(run) for run in outcome.worst_log_weights], 0),
         _r_hat(outcome, in_runs),
-        outcome.bad.max((0, 1)),
+        trace.bad.max((0, 1)),
         np.broadcast_to(left, np.shape(is_dead)),
     )
     return Health(*map(np.asarray, measures))
 
 
 def pareto_k(log_w: np.ndarray) -> np.ndarray:
-    """Pareto k of log weights `(M, *plates)`, over the first axis."""
+    """Pareto k of log weights `(M, *plates)`, over the first axis; nan where there is no tail."""
     columns = log_w.reshape(len(log_w), -1).astype(np.float64).T
     return np.array([_pareto_k(column) for column in columns]).reshape(log_w.shape[1:])
 
 
 def _pareto_k(log_w: np.ndarray) -> float:
     """nan where there is no tail to fit: too few weights, or equal ones."""
+    from arviz_stats.base import array_stats  # slow to import
+
     top = log_w.max()
     is_there = log_w > top - 100  # psislw takes logs of what it fits
     if is_there.sum() < FEWEST_FOR_PARETO or top - log_w[is_there].min() < 1e-3:
@@ -154,6 +148,8 @@ def _r_hat(outcome: Outcome, in_runs: np.ndarray) -> np.ndarray:
     plates = in_runs.shape[2:]
     if len(in_runs) == 1 or in_runs.shape[1] < 8:
         return np.full(plates, np.nan)
+    from arviz_stats.base import array_stats  # slow to import
+
     runs, size, *_ = in_runs.shape
     x_0 = take_in_runs(outcome.x_0, in_runs).reshape(runs, size, int(np.prod(plates)), -1)
     log_r = take_in_runs(outcome.log_r, in_runs).reshape(runs, size, -1, 1)
@@ -171,13 +167,13 @@ def take_in_runs(a: np.ndarray, in_runs: np.ndarray) -> np.ndarray:
     return np.take_along_axis(a, np.expand_dims(in_runs, tuple(range(in_runs.ndim, a.ndim))), 1)
 
 
-def complaints(walk: Walk, layout: Layout, health: Health) -> tuple[str, ...]:
+def complaints(options: Options, health: Health, advice: str) -> tuple[str, ...]:
     """Warnings in words, one of each kind: what is wrong, in how many systems, and what to do.
 
-    What to do about weights is the same for all of them, and said after the last.
+    What to do about weights, `advice`, is the same for all of them, and said after the last.
     """
-    found = _of_weights(walk, health, _advice(walk, layout)) if walk.is_weighted else []
-    is_alive = ~(health.is_dead & walk.is_weighted)
+    found = _of_weights(options, health, advice) if options.is_weighted else []
+    is_alive = ~(health.is_dead & options.is_weighted)
     found += [
         _say(
             health.bad > 0,
@@ -197,8 +193,8 @@ def complaints(walk: Walk, layout: Layout, health: Health) -> tuple[str, ...]:
     return tuple(text for text in found if text)
 
 
-def _of_weights(walk: Walk, health: Health, advice: str) -> list[str]:
-    total, is_alive = walk.num_particles * walk.num_runs, ~health.is_dead
+def _of_weights(options: Options, health: Health, advice: str) -> list[str]:
+    total, is_alive = options.num_particles * options.num_runs, ~health.is_dead
     few = is_alive & (np.minimum(health.ancestors, health.distinct) < 0.05 * total)
     k, worst_k, r_hat = map(np.nan_to_num, (health.pareto_k, health.worst_pareto_k, health.r_hat))
     dead = _say(
@@ -261,24 +257,6 @@ def _say(is_so: Any, text: str, *values: Any) -> str:
 
 def _least(values: np.ndarray, among: Any) -> Any:
     return np.min(np.where(among, values, np.max(values)))
-
-
-def _advice(walk: Walk, layout: Layout) -> str:
-    """What to do where particles are too few for the twist."""
-    is_respaced = len(layout.times) <= layout.T
-    more = "num_particles or steps" if is_respaced else "num_particles"
-    if isinstance(walk.twist, PointTwist | KernelTwist):
-        return f"Use LaplaceTwist, or raise {more}"
-    if layout.is_discrete:
-        return f"Raise {more}"
-    if isinstance(walk.twist, TweedieTwist):
-        return f"Raise {more}, or the twist's rank up to the number of measurements of one x_0"
-    if layout.has_covariance:
-        return f"Raise {more}"
-    return (
-        f"Raise {more}; give Diffusion.prior the covariance of the data, where several numbers of "
-        "one x_0 are observed, and see that its variance is not below theirs"
-    )
 
 
 def systems(is_so: Any) -> str:

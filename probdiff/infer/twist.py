@@ -1,0 +1,549 @@
+"""What a twist sees of a level, what it says, and what all twists of numbers share.
+
+The reverse trajectory given an observation has the steps p(x_s | x_t) ψ*_s(x_s)/ψ*_t(x_t), with the
+exact twist ψ*_t(x_t) = E[r(x_0) | x_t]. Any positive ψ_t with ψ_0 = r gives a sampler that is exact
+as particles grow, because its weights repair the rest; how many particles that takes depends on ψ.
+
+At level t ≥ 2 a twist is shown particles x_t with the law p(x_s | x_t) and the denoised point. It
+says log ψ_t, by how much the law's mean moves, (β_t/√(1−β_t)) ∇ log ψ_t, and the precision that ψ_s
+adds. At level 1 the integral of r under p(x_0 | x_1) = N(mean, variance) is done by every twist
+alike, log r to second order. Known entries of x_0 are a likelihood without width.
+
+How wide x_0 is given a level is told here too. Were the data N(·, τ²), an ideal diffusion would
+leave x_0 the variance w_t = τ²(1−ᾱ_t)/(1−ᾱ_t+ᾱ_t τ²). As x̂_0 is a martingale, the variances of its
+moves add up,
+
+    Var[x_0 | x_t] = Var[x_0 | x_s] + slope_s² Var[x_s | x_t],
+
+and with the diffusion's own Var[x_s | x_t], which may be narrower, this is what it does; it matters
+where steps are long, near the data above all. A learned variance counts as ideal.
+
+Arrays are on the scale of the diffusion: P particles of B systems, an x_0 as its d numbers.
+
+Sources: Sohl-Dickstein et al. (2015), section 2.5; Wu et al. (2023) for twists in SMC; Song et al.
+(2023) for the width.
+"""
+
+import abc
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jaxtyping import Array, Bool, Float
+
+from probdiff.arguments import check_at_least
+from probdiff.infer.covariance import Belief, Given, condition, hessian_of, narrowing
+from probdiff.infer.program import Conditioned
+from probdiff.infer.quadratic import Expansion, Local, diagonal, local, low_rank, settle
+from probdiff.infer.steps import GaussianProposal, SymbolProposal
+from probdiff.kernels import bridge_variance, bridge_weights
+from probdiff.prior import PriorDraw
+from probdiff.reverse import Reverse
+from probdiff.types import Step
+
+RANK = 4
+"""Directions in which the curvature of log r is kept, where a twist says nothing else."""
+LEAST = -1e4
+"""log ψ where a twist says 0 or nothing: ψ must be positive wherever x_t can be."""
+FURTHEST = 5.0
+"""Standard deviations that a proposal's mean moves at most: beyond, the twist is wrong, not x_t."""
+SLACK = 1.2
+"""Variance of x̂_0, over that of a perfect network, which 1024 draws cannot tell from it."""
+PROBES, FEW_PROBES, PROBED_NUMBERS = 1024, 64, 2**22
+"""Draws of x_T at which the network's error is told; fewer where they would have more numbers."""
+
+
+class Problem(NamedTuple):
+    """The posterior that particles are to find."""
+
+    conditioned: Conditioned
+    reverse: Reverse
+    """The process that is walked."""
+    known: Float[Array, "B d"] | None
+    """Known entries."""
+    mask: Bool[Array, "*B d"] | None
+    """True where an entry is known; `(d,)` where it is the same in all systems."""
+    is_diagonal: bool
+    """Whether each entry of x_0 has a likelihood of its own."""
+    is_quadratic: bool
+    """Whether the curvature of log r is the same everywhere."""
+
+    @property
+    def draw(self) -> PriorDraw:
+        """The prior."""
+        return self.conditioned.draw
+
+    @property
+    def size(self) -> int:
+        """Numbers d of one x_0."""
+        return math.prod(self.reverse.event_shape)
+
+    @property
+    def systems(self) -> int:
+        """Entries B of the plates around the prior."""
+        return math.prod(self.conditioned.batch_shape)
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether sites other than known entries are observed."""
+        return bool(self.conditioned.observed)
+
+    def shaped(self, x: Float[Array, "P B d"]) -> Array:
+        """As network and program see particles, `(P, *plates, *event_shape)`."""
+        shape = *self.conditioned.batch_shape, *self.reverse.event_shape
+        return x.reshape(x.shape[0], *shape)
+
+    def flat(self, x: Array) -> Float[Array, "P B d"]:
+        """The way back."""
+        return x.reshape(x.shape[0], self.systems, self.size)
+
+    def log_r(self, x: Float[Array, "P B d"], *, on_grid: bool = False) -> Float[Array, "P B"]:
+        """log r; between the values of a grid unless told to put x_0 on it."""
+        to_data = self.reverse.to_data if on_grid else self.reverse.units.to_data
+        log_r = jax.vmap(self.conditioned.log_r)(to_data(self.shaped(x)))
+        return log_r.reshape(x.shape[0], self.systems)
+
+    def of_entries(self, values: Any) -> Array:
+        """Numbers that broadcast to an event, flat: `(d,)`, or `(1,)` for one for all."""
+        values = jnp.asarray(values)
+        if values.ndim == 0:
+            return values.reshape(1)
+        return jnp.broadcast_to(values, self.reverse.event_shape).reshape(-1)
+
+
+class Reading(NamedTuple):
+    """How well the network reads x_0 out of noise, told at x_T ~ π; zeros where it is perfect."""
+
+    error: Float[Array, ""] | float
+    """Mean squared error e² of the noise it reads."""
+    mean: Float[Array, " d"] | float
+    """Mean of x̂_0 over x_T ~ π, that is of x_0."""
+
+
+PERFECT = Reading(0.0, 0.0)
+"""What is said of the step to the data, which no twist has to guess."""
+
+
+class Spread(NamedTuple):
+    """How x_0 hangs on x_t, were the data N(·, τ²); level t at t − 1, by entries or axes."""
+
+    slope: Float[Array, "n d"]
+    """∂x̂_0/∂x_t = √ᾱ_t w_t/(1−ᾱ_t)."""
+    variance: Float[Array, "n d"]
+    """Var[x_0 | x_t] under the diffusion that is walked."""
+
+
+class Common(NamedTuple):
+    """What a level has in common for all particles, where the data's covariance is used."""
+
+    given: Given
+    nearer: Belief
+    """Of x_0 given the level below."""
+    narrowing: tuple[Array, Array]
+    """(N, log det N) of the proposals, for each system."""
+
+
+class Tilt(NamedTuple):
+    """log ψ_t, and how p(x_s | x_t) is moved towards what ψ wants."""
+
+    log_psi: Float[Array, "P B"]
+    shift: Float[Array, "P B d"]
+    """Added to the mean."""
+    diagonal: Float[Array, "P B d"]
+    """Precision added entry by entry."""
+    factors: Float[Array, "k P B d"]
+    """Rows f with precision Σ f fᵀ added."""
+
+
+class Look(NamedTuple):
+    """What one look at a level gives."""
+
+    log_psi: Float[Array, "P B"]
+    proposal: GaussianProposal | SymbolProposal
+    """Of arrays that lead with `(P, B)`."""
+    shift: Float[Array, "P B"]
+    """Largest move of the mean in standard deviations."""
+    bad: Bool[Array, "P B"]
+    """Whether the twist was not finite."""
+
+
+class View:
+    """What a twist sees at a level: particles, and what network and program say of them.
+
+    Attributes:
+        problem: The posterior that is looked for.
+        t: The level; 1 is the last step, to the data.
+        x_t: Particles, `(P, B, d)`.
+        reading: How well the network reads x_0 out of noise.
+        common: What all particles share under the data's covariance, or None.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        x_t: Float[Array, "P B d"],
+        t: Any,
+        reading: Reading = PERFECT,
+        common: Common | None = None,
+    ):
+        self.problem, self.x_t, self.t = problem, x_t, t
+        self.reading, self.common = reading, common
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the step is the one to the data."""
+        return isinstance(self.t, int) and self.t == 1
+
+    @property
+    def step(self) -> Step:
+        """Coefficients of the step."""
+        return self.problem.reverse.steps.at(self.t, 1)
+
+    @functools.cached_property
+    def outputs(self) -> tuple[Array, ...]:
+        """What the network says at x_t."""
+        return self._denoised[2]
+
+    @functools.cached_property
+    def _denoised(self) -> tuple[Array, Callable[[Array], Any], tuple[Array, ...]]:
+        reverse, problem = self.problem.reverse, self.problem
+
+        def denoise(x_t: Array) -> tuple[Array, tuple[Array, ...]]:
+            x_t = problem.shaped(x_t)
+            outputs = reverse.outputs(x_t, self.t)
+            return problem.flat(reverse.x_0_hat(x_t, self.t, outputs)), outputs
+
+        return jax.vjp(denoise, self.x_t, has_aux=True)
+
+    @functools.cached_property
+    def law(self) -> dist.Distribution:
+        """p(x_s | x_t) as the diffusion has it, of shaped particles."""
+        reverse, x_t = self.problem.reverse, self.problem.shaped(self.x_t)
+        return reverse.last(x_t) if self.is_last else reverse.step(x_t, self.t, self.outputs)
+
+    @functools.cached_property
+    def mean(self) -> Float[Array, "P B d"]:
+        """Mean of p(x_s | x_t)."""
+        return self._of_law(self.law.loc)
+
+    @functools.cached_property
+    def variance(self) -> Float[Array, "P B d"]:
+        """Variance of p(x_s | x_t)."""
+        return self._of_law(self.law.scale) ** 2
+
+    def _of_law(self, a: Array) -> Float[Array, "P B d"]:
+        return self.problem.flat(jnp.broadcast_to(a, self.law.batch_shape))
+
+    @functools.cached_property
+    def x_0_hat(self) -> Float[Array, "P B d"]:
+        """Denoised point, as far as it can be trusted."""
+        return trusted(self.problem, self.reading, self._denoised[0], self.t)
+
+    def pull_back(self, v: Float[Array, "P B d"]) -> Float[Array, "P B d"]:
+        """(∂x̂_0/∂x_t)ᵀ v."""
+        v = trusted(self.problem, self.reading._replace(mean=0.0), v, self.t)
+        return self._denoised[1](v)[0]
+
+    def x_0_given(self) -> dist.Distribution:
+        """Law p(x_0 | x_t) of each entry, of shaped particles, where the readout says one."""
+        x_t = self.problem.shaped(self.x_t)
+        if self.is_last:
+            return self.law
+        return self.problem.reverse.x_0_given(x_t, self.t, self.outputs)
+
+    def log_r(self, x: Float[Array, "P B d"]) -> Float[Array, "P B"]:
+        """log r, between the values of a grid: what a twist expands."""
+        return self.problem.log_r(x)
+
+    @functools.cached_property
+    def spread(self) -> Spread:
+        """Slopes and variances of x_0 given each level, by entry."""
+        return spread(
+            self.problem, self.reading, self.problem.of_entries(self.problem.draw.variance)
+        )
+
+    def w(self, down: int = 0) -> Float[Array, "..."]:
+        """Variance of x_0 given level t, or levels below; a known entry keeps that of its cell."""
+        return self.spread.variance[self.t - 1 - down] + within_cells(self.problem)
+
+    def slope(self, down: int = 0) -> Float[Array, "..."]:
+        """∂x̂_0/∂x_t at level t, or levels below."""
+        return self.spread.slope[self.t - 1 - down]
+
+    @property
+    def known(self) -> Float[Array, "B d"] | None:
+        """Known entries, or None."""
+        return self.problem.known
+
+    @property
+    def mask(self) -> Bool[Array, "*B d"] | None:
+        """True where an entry is known, or None."""
+        return self.problem.mask
+
+
+class Twist(abc.ABC):
+    """A guess ψ_t(x_t) of E[r(x_0) | x_t], and the proposal that goes with it; abstract.
+
+    For one of your own give `__call__(view) -> Tilt` at levels t ≥ 2: log ψ_t, nats, for every
+    particle of `view.x_t`; by how much the mean of p(x_s | x_t) moves; and the precision added to
+    it, entry by entry and as rows of factors. `View` and `Tilt` say what they hold, in
+    `probdiff.infer.twist`. Level 1 is done here, log r to second order. Any positive ψ_t is right
+    as particles grow; a poor one needs many.
+
+    Example:
+        A twist that says nothing until level 1, ψ_t = 1:
+
+        >>> from probdiff.infer.twist import Tilt
+        >>> class Silent(infer.Twist):
+        ...     def __call__(self, view):
+        ...         nothing = jnp.zeros_like(view.x_t)
+        ...         return Tilt(nothing[..., 0], nothing, nothing, nothing[None][:0])
+        >>> prior = standard_diffusion().prior({})  # x_0 ~ N(0, 1)
+        >>> def program(y):
+        ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+        >>> smc = infer.SMC(program, num_particles=4000, twist=Silent())
+        >>> smc.run(jax.random.key(0), y=2.0)
+        >>> round(float(smc.get_samples()["x_0"].mean()), 1)  # y/2
+        1.0
+
+    Source: Wu et al. (2023).
+    """
+
+    takes_known: bool = True
+    """Whether the weights stay finite where entries are known exactly."""
+    uses_covariance: bool = False
+    """Whether it takes the data's covariance where the prior has one."""
+    rank: int = RANK
+    """Directions in which the curvature of log r is kept, where it is not diagonal."""
+
+    @abc.abstractmethod
+    def __call__(self, view: View) -> Tilt:
+        """log ψ_t at level t ≥ 2, and the proposal for x_s."""
+
+    def last(self, view: View) -> Tilt:
+        """ψ_1 and the proposal for x_0: r integrated under p(x_0 | x_1), the law in the view.
+
+        Less the mass of known entries, which is put in exactly.
+        """
+        point, sd = complete(view.mean, jnp.sqrt(view.variance), view)
+        log_psi, e = self.integrate(point, sd, view)
+        shift, precision = view.variance * e.pull, e.diagonal
+        if view.known is not None:
+            shift = jnp.where(view.mask, view.known - view.mean, shift)
+            precision = jnp.where(view.mask, jnp.inf, precision)
+        return Tilt(log_psi, shift, precision, e.factors)
+
+    def look(self, view: View) -> Look:
+        """log ψ_t and the proposal of every particle, the mass of known entries put in last."""
+        tilt = self.last(view) if view.is_last else self(view)
+        log_known = jnp.zeros(tilt.log_psi.shape)
+        moved = jnp.abs(tilt.shift) / jnp.sqrt(view.variance)
+        if view.is_last and view.known is not None:
+            reverse, draw = view.problem.reverse, view.problem.draw
+            law = reverse.data(view.problem.shaped(view.x_t), draw.mask)
+            log_known = law.log_prob(draw.known).reshape(log_known.shape)
+            moved = jnp.where(view.mask, 0.0, moved)
+        factors = jnp.moveaxis(tilt.factors, 0, -2)
+        proposal = GaussianProposal(
+            view.mean, view.variance, tilt.shift, tilt.diagonal, factors, log_known
+        )
+        return looked(tilt.log_psi + log_known, proposal, jnp.max(moved, -1))
+
+    def integrate(self, point: Array, sd: Array, view: View) -> tuple[Array, Expansion]:
+        """log ∫ r N(point, sd²), and the expansion it rests on, its pull as far as it helps."""
+        at = local(view.log_r, point)
+        e = self.expand(at, sd, view)
+        square = jnp.sum((sd * e.pull) ** 2, -1)
+        value, share = settle(view.log_r, point, at.value, sd**2 * e.pull, square)
+        return value - 0.5 * e.log_det, e._replace(pull=e.pull * share[..., None])
+
+    def expand(self, at: Local, sd: Array, view: View) -> Expansion:
+        """log r to second order at a point, against N(point, sd²)."""
+        if view.problem.is_diagonal:
+            return diagonal(at, sd)
+        return low_rank(at, sd, min(self.rank, view.problem.size))
+
+    def check(self, draw: PriorDraw) -> None:
+        """Raise a `ValueError` where the twist does not fit the prior."""
+        if draw.reverse.kernel.is_discrete:
+            raise ValueError(
+                "twist must be left out for symbols, whose twist tries every change of one "
+                f"entry; got {type(self).__name__}"
+            )
+
+    def products(self, size: int, *, is_known_alone: bool) -> int:
+        """Products with the network's Jacobian at one level, for one particle of `size` numbers.
+
+        Args:
+            size: Numbers of one x_0.
+            is_known_alone: Whether nothing but known entries is observed.
+        """
+        return 1
+
+    def advice(self, more: str, *, has_covariance: bool) -> str:
+        """What to do where particles are too few for the twist; `more` is what to raise."""
+        if has_covariance:
+            return f"Raise {more}"
+        return (
+            f"Raise {more}; give Diffusion.prior the covariance of the data, where several numbers "
+            "of one x_0 are observed, and see that its variance is not below theirs"
+        )
+
+
+def check_rank(rank: int) -> None:
+    """Raise a `ValueError` unless the rank is at least 1."""
+    check_at_least(1, rank=rank)
+
+
+def looked(log_psi: Array, proposal: Any, shift: Array) -> Look:
+    """A look, log ψ finite wherever it is."""
+    is_finite = jnp.isfinite(log_psi)
+    return Look(jnp.where(is_finite, log_psi, LEAST), proposal, shift, ~is_finite)
+
+
+def shift_of(step: Step, gradient: Array) -> Array:
+    """Move of the mean of p(x_s | x_t) when the score gains a gradient, β_t/√(1−β_t) · gradient."""
+    return step.beta * jnp.sqrt(step.alpha_bar_s / step.alpha_bar_t) * gradient
+
+
+def limited(shift: Array, view: View) -> Array:
+    """A shift as far as p(x_s | x_t) follows it.
+
+    Over a long step near the data a diffusion with the bridge's variance is much narrower than an
+    ideal one, and x_s can move only by V ∇ log ψ_s: hence the ratio of the two variances.
+    """
+    step = view.step
+    weight_0, _ = bridge_weights(step)
+    ideal = step.noise_t / jnp.sqrt(step.alpha_bar_t) * view.slope()
+    shift *= view.variance / (bridge_variance(step) + weight_0**2 * ideal)
+    furthest = jnp.max(jnp.abs(shift) / jnp.sqrt(view.variance), axis=-1, keepdims=True)
+    shift = jnp.where(jnp.isfinite(furthest), shift, 0.0)
+    return shift * jnp.minimum(1.0, FURTHEST / jnp.where(furthest > 0, furthest, 1.0))
+
+
+def complete(point: Array, sd: Array, view: View) -> tuple[Array, Array]:
+    """Point and width with known entries put in; they have no width."""
+    if view.known is None:
+        return point, sd
+    return jnp.where(view.mask, view.known, point), jnp.where(view.mask, 0.0, sd)
+
+
+def log_known(view: View, mean: Array, variance: Array) -> Float[Array, "P B"]:
+    """log N(known; mean, variance), summed over the known entries."""
+    terms = (view.known - mean) ** 2 / variance + jnp.log(2 * jnp.pi * variance)
+    return -0.5 * jnp.sum(jnp.where(view.mask, terms, 0.0), -1)
+
+
+def within_cells(problem: Problem) -> Array | float:
+    """Variance that a known value of a grid leaves to what is put on it: that of its cell, Δ²/12.
+
+    On the scale of the diffusion; 0 elsewhere. The open end cells count as if they were closed.
+    """
+    grid = problem.reverse.grid
+    if grid is None or problem.known is None:
+        return 0.0
+    scale = problem.of_entries(problem.reverse.units.scale)
+    return jnp.where(problem.mask, (grid.spacing / scale) ** 2 / 12, 0.0)
+
+
+# how x_0 hangs on a level
+
+
+def measure(problem: Problem) -> Reading:
+    """How well the network reads x_0 out of noise, at draws of x_T that all share.
+
+    x̂_0 has variance τ² − w_T over x_T ~ π where the network is right. What it has above that is
+    error, and much of it, since x̂_0 divides what the network says by √ᾱ_T; seen as an error of the
+    noise in x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε it is about the same at every level.
+    """
+    reverse, n = problem.reverse, problem.reverse.n
+    count = min(PROBES, max(FEW_PROBES, PROBED_NUMBERS // problem.size))
+    draws = jax.random.normal(jax.random.key(0), (count, problem.size))
+    x_T = problem.shaped(jnp.broadcast_to(draws[:, None], (count, problem.systems, problem.size)))
+    x_0_hat = problem.flat(reverse.x_0_hat(x_T, n))
+    mean = jnp.mean(x_0_hat, (0, 1))
+    step = reverse.steps.at(n, 1)
+    tau2 = problem.of_entries(problem.draw.variance).astype(mean.dtype)
+    signal = jnp.mean(tau2 - tau2 * step.noise_t / (step.noise_t + step.alpha_bar_t * tau2))
+    excess = jnp.maximum(jnp.mean(jnp.var(x_0_hat, 0)) - SLACK * signal, 0.0)
+    return Reading(excess * jnp.mean(step.alpha_bar_t / step.noise_t), mean)
+
+
+def trust(tau2: Array, step: Step, error: Array) -> tuple[Array, Array]:
+    """How far to trust x̂_0, and what its error adds to the variance of x_0.
+
+    With s = τ² − w_t the variance of a perfect x̂_0 and E = e²(1−ᾱ_t)/ᾱ_t that of its error, x_0
+    given x̂_0 has mean μ + s/(s+E) (x̂_0 − μ) and variance w_t + s E/(s+E).
+    """
+    signal = tau2**2 * step.alpha_bar_t / (step.noise_t + step.alpha_bar_t * tau2)
+    noise = jnp.where(step.t == 1, 0.0, error * step.noise_t)  # times ᾱ_t: β_T = 1 has ᾱ_T = 0
+    share = jnp.where(noise > 0, signal * step.alpha_bar_t / (signal * step.alpha_bar_t + noise), 1)
+    return share, signal * (1 - share)
+
+
+def trusted(problem: Problem, reading: Reading, x_0_hat: Array, t: Any) -> Array:
+    """x̂_0 drawn towards the mean as far as it cannot be trusted; a slope has the mean 0."""
+    covariance, step = problem.draw.covariance, problem.reverse.steps.at(t, 1)
+    if covariance is None:
+        tau2 = problem.of_entries(problem.draw.variance).astype(x_0_hat.dtype)
+        return reading.mean + trust(tau2, step, reading.error)[0] * (x_0_hat - reading.mean)
+    axes = jnp.asarray(covariance.axes, x_0_hat.dtype)
+    tau2 = jnp.asarray(covariance.variances, x_0_hat.dtype)
+    share, _ = trust(tau2, step, reading.error)
+    return reading.mean + (((x_0_hat - reading.mean) @ axes) * share) @ axes.T
+
+
+def spread(problem: Problem, reading: Reading, tau2: Array) -> Spread:
+    """Slope and variance of x_0 given each level, for data of variance τ²; see the file's docstring.
+
+    The error of the network is added, but at the first level, whose step is the law itself.
+    """
+    reverse = problem.reverse
+    step = reverse.steps.at(jnp.arange(1, reverse.n + 1), 1)
+    tau2 = jnp.asarray(tau2, step.beta.dtype)
+    ideal = tau2 * step.noise_t / (step.noise_t + step.alpha_bar_t * tau2)
+    slope, variance = jnp.sqrt(step.alpha_bar_t) * ideal / step.noise_t, ideal
+    if reverse.variance is not None:
+        moves = jnp.broadcast_to(reverse.variance(None, step), ideal.shape)
+        first = moves[:1]
+        if reverse.last_step.is_tied:
+            first = jnp.broadcast_to(step.beta[:1], first.shape)
+            slope = slope.at[0].set(jnp.broadcast_to(jnp.sqrt(1 - step.beta[0]), slope.shape[1:]))
+        gains = slope[:-1] ** 2 * moves[1:]
+        variance = jnp.cumsum(jnp.concatenate([first, gains]), 0)
+    return Spread(slope, variance + trust(tau2, step, reading.error)[1])
+
+
+def hessian(problem: Problem) -> Float[Array, "*B d d"] | None:
+    """H of a quadratic log r, None where it is not."""
+    if not problem.is_quadratic:
+        return None
+    if not problem.is_observed:  # known entries alone: r = 1
+        return jnp.zeros((problem.size, problem.size))
+    zeros = jnp.zeros((problem.systems, problem.size))
+    at = local(problem.log_r, zeros[None])
+    return hessian_of(lambda v: at.curvature(v[None])[0], zeros)
+
+
+def common(problem: Problem, reading: Reading, hessian: Array | None, t: Any) -> Common:
+    """What level t has in common for all particles under the data's covariance."""
+    covariance = problem.draw.covariance
+    along = spread(problem, reading, covariance.variances)
+    axes = jnp.asarray(covariance.axes, along.variance.dtype)
+    belief, nearer = (
+        Belief(axes, along.variance[t - down], along.slope[t - down]) for down in (1, 2)
+    )
+    given, ahead = (condition(b, hessian, problem.mask) for b in (belief, nearer))
+    step, of_step = problem.reverse.steps.at(t, 0), problem.reverse.variance
+    if of_step is not None:
+        variance = of_step(None, step)
+    else:  # for every particle alike
+        weight_0, _ = bridge_weights(step)
+        variance = bridge_variance(step) + weight_0**2 * jnp.mean(belief.variance)
+    matrix, log_det = narrowing(ahead.precision, variance)
+    matrix = jnp.broadcast_to(matrix, (problem.systems, *matrix.shape[-2:]))
+    return Common(given, nearer, (matrix, jnp.broadcast_to(log_det, problem.systems)))
