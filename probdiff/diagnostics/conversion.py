@@ -281,9 +281,9 @@ def _diffusions(sites: dict[str, Any]) -> dict[str, _Axes]:
             continue
         law, walk = unwrapped(site["fn"]), site["infer"].get("walk")
         if walk is not None:
-            diffusion, times = walk.levels.draw.diffusion, np.append(0, walk.levels.times)
-            x_dims = numbered(diffusion.name, 0, len(diffusion.event_shape))
-            diffusions[diffusion.name] = _Axes(x_dims, None, times)
+            times = np.append(0, walk.reverse.times)
+            x_dims = numbered(walk.name, 0, walk.reverse.event_dim)
+            diffusions[walk.name] = _Axes(x_dims, None, times)
         elif isinstance(law, ReverseTrajectory | ForwardTrajectory):
             x_name = name.removesuffix(TRAJECTORY_SUFFIX)
             diffusions[x_name] = _Axes(numbered(x_name, 0, law.x_dim), law.steps.T, None)

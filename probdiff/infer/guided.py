@@ -7,14 +7,14 @@ other (eq. 20), for which
     p̃(x_s | x_t) = p(x_s | x_t) Z̃_t r(x_s) / (Z̃_s r(x_t))                             eq. 21
     p̃(x_s | x_t) = p(x_s | x_t) r(x_s)^c / Z̃_s(x_t),    c = 1 or (T − s)/T            eqs. 22, 23
 
-The second is a law, and what `KernelTwist` draws: log r to second order at the mean of p(x_s | x_t),
-exact where it is quadratic. (The paper's table App. 1 stops at the first order, which moves the mean
-and leaves the variance.) It drops Z̃_s(x_t)/r(x_t)^c of the first, which `SMC` keeps as a weight;
-without it the draws tend to another law, p r² for Gaussian data with constant r.
+The second is a law, and what `KernelTwist` draws: log r to second order at the mean of
+p(x_s | x_t), exact where it is quadratic. (The paper's table App. 1 stops at the first order, which
+moves the mean and leaves the variance.) It drops Z̃_s(x_t)/r(x_t)^c of the first, which `SMC` keeps
+as a weight; without it the draws tend to another law, p r² for Gaussian data with constant r.
 
 Unweighted draws of any twist are cheap, x_s ~ q(x_s | x_t) and that is all, with `PointTwist` the
-guidance of DPS. They tend to the wrong law, whatever their number, and nothing in them tells. So one
-small `SMC` runs beside them, and where its means are elsewhere, that is said:
+guidance of DPS. They tend to the wrong law, whatever their number, and nothing in them tells. So
+one small `SMC` runs beside them, and its means are compared:
 
     difference = max over entries of |mean − mean of SMC| / (posterior standard deviation of SMC).
 

@@ -181,13 +181,13 @@ class Walk(NamedTuple):
 
     def rows(self, x: Array) -> Array:
         """`(S, N, ...)` as network and program see it, `(R·N, B, ...)`."""
-        x = x.reshape(self.options.num_runs, -1, *x.shape[1:])
-        return jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1], *x.shape[3:])
+        R, N, B = self.options.num_runs, self.options.num_particles, self.problem.systems
+        return jnp.swapaxes(x.reshape(R, B, *x.shape[1:]), 1, 2).reshape(R * N, B, *x.shape[2:])
 
     def _populations(self, x: Array) -> Array:
         """The way back."""
-        x = x.reshape(self.options.num_runs, self.options.num_particles, *x.shape[1:])
-        return jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1], *x.shape[3:])
+        R, N, B = self.options.num_runs, self.options.num_particles, self.problem.systems
+        return jnp.swapaxes(x.reshape(R, N, *x.shape[1:]), 1, 2).reshape(R * B, N, *x.shape[2:])
 
     def _in_blocks(self, x: Array, at: Callable[[Array], Any]) -> Any:
         """Apply a function of particles as the program sees them, in blocks that fit memory."""

@@ -8,9 +8,9 @@ which counts likelihoods, `numpyro.factor`, masks and scales. The plates that en
 split the program into systems, independent posteriors side by side; log r has one value per system.
 So an observed site must lie inside those plates, and no other latent site may be there.
 
-A program is read anew at every run: once to find the prior and check the sites, once to trace r. Its
-array arguments are arguments of r; what else it reads, closures and globals, is part of what was
-traced (see `compilation`), so that nothing is stale.
+A program is read anew at every run: once to find the prior and check the sites, once to trace r.
+Its array arguments are arguments of r; what else it reads, closures and globals, is part of what
+was traced (see `compilation`), so that nothing is stale.
 
 Source: Sohl-Dickstein et al. (2015), section 2.5, eqs. 16 to 18.
 """

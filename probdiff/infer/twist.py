@@ -498,7 +498,7 @@ def trusted(problem: Problem, reading: Reading, x_0_hat: Array, t: Any) -> Array
 
 
 def spread(problem: Problem, reading: Reading, tau2: Array) -> Spread:
-    """Slope and variance of x_0 given each level, for data of variance τ²; see the file's docstring.
+    """Slope and variance of x_0 given each level, for data of variance τ²; the file's docstring.
 
     The error of the network is added, but at the first level, whose step is the law itself.
     """
