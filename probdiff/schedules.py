@@ -42,8 +42,6 @@ def harmonic(T: int) -> np.ndarray:
         ValueError: if T is below 2.
 
     Example:
-        >>> import numpy as np
-        >>> from probdiff import schedules
         >>> beta = schedules.harmonic(5)
         >>> np.round(beta, 3).tolist()
         [0.2, 0.25, 0.333, 0.5, 1.0]
@@ -72,8 +70,6 @@ def linear(T: int, *, beta_1: float = 1e-4, beta_T: float = 0.02) -> np.ndarray:
         ValueError: if an argument is out of range.
 
     Example:
-        >>> import numpy as np
-        >>> from probdiff import schedules
         >>> np.round(schedules.linear(5, beta_1=0.1, beta_T=0.5), 3).tolist()
         [0.1, 0.2, 0.3, 0.4, 0.5]
         >>> left = [np.prod(1 - schedules.linear(T)) for T in (1000, 40)]  # ᾱ_T
@@ -103,8 +99,6 @@ def cosine(T: int, *, offset: float = 0.008, beta_max: float = 0.999) -> np.ndar
         ValueError: if an argument is out of range.
 
     Example:
-        >>> import numpy as np
-        >>> from probdiff import schedules
         >>> beta = schedules.cosine(100)
         >>> round(float(np.prod(1 - beta[:50])), 2)  # half of the variance is left half way
         0.49
@@ -138,8 +132,6 @@ def log_snr_linear(T: int, *, beta_1: float, alpha_bar_T: float) -> np.ndarray:
         ValueError: if an argument is out of range.
 
     Example:
-        >>> import numpy as np
-        >>> from probdiff import schedules
         >>> beta = schedules.log_snr_linear(5, beta_1=0.01, alpha_bar_T=0.01)
         >>> alpha_bar = np.cumprod(1 - beta)
         >>> log_snr = np.log(alpha_bar / (1 - alpha_bar))
@@ -192,8 +184,6 @@ def learned(beta: Any) -> LearnedRates:
         ValueError: if a rate is outside (0, 1); β_T = 1 cannot be trained.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> from probdiff import Diffusion, GaussianKernel, schedules
         >>> diffusion = Diffusion(
         ...     GaussianKernel(),
         ...     schedules.learned(schedules.linear(5, beta_1=0.1, beta_T=0.5)),
@@ -224,7 +214,6 @@ def check_beta(beta: Any) -> np.ndarray:
         ValueError: if the shape is not `(T,)`, or a rate is out of range.
 
     Example:
-        >>> from probdiff import schedules
         >>> schedules.check_beta([0.1, 0.2, 1.0]).dtype
         dtype('float64')
         >>> schedules.check_beta([0.1, 1.0, 0.2])
@@ -258,8 +247,6 @@ def steps(beta: Any) -> Step:
         `table.at(t, event_dim)` picks a step's.
 
     Example:
-        >>> import numpy as np
-        >>> from probdiff import schedules
         >>> schedules.steps(schedules.harmonic(4)).alpha_bar_t.tolist()
         [0.75, 0.5, 0.25, 0.0]
         >>> table = schedules.steps(np.array([1e-9, 0.5]))
@@ -296,7 +283,6 @@ def respaced(table: Step, steps: int) -> tuple[Int[np.ndarray, " n"], Step]:
         ValueError: if n is not in 2..T.
 
     Example:
-        >>> from probdiff import schedules
         >>> table = schedules.steps(schedules.harmonic(9))
         >>> times, longer = schedules.respaced(table, 3)
         >>> times.tolist()

@@ -56,15 +56,15 @@ class SymbolTwist(Twist):
     What `SMC` and `Guided` take for symbols. It takes no arguments.
 
     Example:
-        Three bits of B(½), and their sum measured: 2, give or take ¼.
+        Three bits of B(½), each seen through a channel that flips one in ten:
 
         >>> prior = standard_diffusion((3,), kernel=BernoulliKernel(0.5)).prior({})
         >>> def program(y):
-        ...     numpyro.sample("y", dist.Normal(prior().sum(-1), 0.25), obs=y)
+        ...     numpyro.sample("y", dist.Bernoulli(0.1 + 0.8 * prior()).to_event(1), obs=y)
         >>> smc = infer.SMC(program, num_particles=400, twist=infer.SymbolTwist())
-        >>> smc.run(jax.random.key(0), y=2.0)
-        >>> [round(float(p), 1) for p in smc.get_samples()["x_0"].mean(0)]  # two of three are 1
-        [0.7, 0.7, 0.7]
+        >>> smc.run(jax.random.key(0), y=jnp.array([1, 1, 0]))
+        >>> [round(float(p), 1) for p in smc.get_samples()["x_0"].mean(0)]
+        [0.9, 0.9, 0.1]
 
     Source: Zanella (2020).
     """

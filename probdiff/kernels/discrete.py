@@ -40,8 +40,6 @@ class DiscreteKernel(abc.ABC):
     Example:
         Letters are redrawn by their frequencies:
 
-        >>> import jax.numpy as jnp
-        >>> from probdiff import schedules
         >>> from probdiff.kernels import DiscreteKernel
         >>> class Letters(DiscreteKernel):
         ...     num_states = num_data_states = 3
@@ -165,8 +163,6 @@ class BernoulliKernel(DiscreteKernel):
         ValueError: if a rate is outside (0, 1).
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> from probdiff import BernoulliKernel, schedules
         >>> kernel = BernoulliKernel(0.2)
         >>> step = schedules.steps(schedules.harmonic(4)).at(2, event_dim=1)  # ᾱ_2 = 1/2
         >>> law = kernel.marginal(jnp.array([0, 1]), step)  # ᾱ_2 x_0 + (1 − ᾱ_2) rate
@@ -270,8 +266,6 @@ class CategoricalKernel(DiscreteKernel):
         ValueError: if `num_classes` is below 2.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> from probdiff import CategoricalKernel, schedules
         >>> step = schedules.steps(schedules.harmonic(4)).at(2, event_dim=0)  # ᾱ_2 = 1/2
         >>> law = CategoricalKernel(4).marginal(jnp.array(0), step)  # ½ 1[x = 0] + ½ · ¼
         >>> [round(p, 3) for p in law.probs.tolist()]
@@ -315,8 +309,6 @@ class AbsorbingKernel(DiscreteKernel):
         ValueError: if `num_classes` is below 2.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> from probdiff import AbsorbingKernel, schedules
         >>> step = schedules.steps(schedules.harmonic(4)).at(2, event_dim=0)  # ᾱ_2 = 1/2
         >>> law = AbsorbingKernel(3).marginal(jnp.array(0), step)  # itself, or absorbed
         >>> [round(p, 3) for p in law.probs.tolist()]

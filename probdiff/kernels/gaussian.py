@@ -28,8 +28,6 @@ class GaussianKernel:
     `loc` and `scale` of `Diffusion`.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> from probdiff import GaussianKernel, schedules
         >>> kernel = GaussianKernel()
         >>> step = schedules.steps(schedules.harmonic(4)).at(2, event_dim=0)  # ᾱ_1 = 3/4, ᾱ_2 = 1/2
         >>> law = kernel.marginal(jnp.array(2.0), step)  # N(√ᾱ_2 · 2, 1 − ᾱ_2)
@@ -108,7 +106,6 @@ def bridge_weights(step: Step) -> tuple[Float[Array, "..."], Float[Array, "..."]
         w_0 and w_t, each of the shape of the coefficients.
 
     Example:
-        >>> from probdiff import schedules
         >>> from probdiff.kernels import bridge_weights
         >>> w_0, w_t = bridge_weights(schedules.steps(schedules.harmonic(3)))
         >>> [round(w, 2) for w in w_0.tolist()]  # x_0 tells all of x_0, and less and less of x_s
@@ -137,8 +134,6 @@ def bridge_mean(
         E[x_s | x_t, x_0], s = t − 1.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> from probdiff import schedules
         >>> from probdiff.kernels import bridge_mean
         >>> step = schedules.steps(schedules.harmonic(4)).at(2, event_dim=1)
         >>> x_0 = jnp.array([2.0, -1.0])

@@ -61,7 +61,6 @@ class States(dist.Distribution):
             allowed.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> from numpyro.distributions import kl_divergence
         >>> from probdiff.kernels import States
         >>> law = States(jnp.log(jnp.array([0.5, 0.25, 0.25])))
@@ -125,7 +124,6 @@ class Bits(dist.Distribution):
         logit: log p(1)/p(0), any real number or ±∞.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> from probdiff.kernels import Bits
         >>> law = Bits(jnp.array([0.0, jnp.log(3.0), 40.0]))
         >>> [round(p, 2) for p in law.mean.tolist()]

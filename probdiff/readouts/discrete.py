@@ -21,7 +21,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from probdiff.kernels import BernoulliKernel, Bits, DiscreteKernel, States
+from probdiff.kernels.laws import Symbols
 from probdiff.types import Step
+
+Outputs = tuple[Array, ...]
 
 
 class DiscreteReadout(abc.ABC):
@@ -31,7 +34,6 @@ class DiscreteReadout(abc.ABC):
     many numbers the network owes for each symbol, laid side by side along its last axis.
 
     Example:
-        >>> from probdiff import BernoulliKernel, CategoricalKernel, readouts
         >>> readouts.Logits().num_outputs(BernoulliKernel(0.5))
         1
         >>> readouts.DataLogits().num_outputs(CategoricalKernel(5))
@@ -50,38 +52,28 @@ class DiscreteReadout(abc.ABC):
 
     @abc.abstractmethod
     def __call__(
-        self, kernel: DiscreteKernel, outputs: tuple[Any, ...], x_t: Any, step: Step
+        self, kernel: DiscreteKernel, outputs: Outputs, x_t: Symbols, step: Step
     ) -> States | Bits:
         """Reverse step p(x_s | x_t), elementwise; as many outputs as `num_outputs`."""
 
     @abc.abstractmethod
     def x_0_given(
-        self, kernel: DiscreteKernel, outputs: tuple[Any, ...], x_t: Any, step: Step
+        self, kernel: DiscreteKernel, outputs: Outputs, x_t: Symbols, step: Step
     ) -> States | Bits:
         """Law p(x_0 | x_t), elementwise."""
 
     def longer_step(
-        self,
-        kernel: DiscreteKernel,
-        outputs: tuple[Any, ...],
-        x_t: Any,
-        trained: Step,
-        step: Step,
+        self, kernel: DiscreteKernel, outputs: Outputs, x_t: Symbols, trained: Step, step: Step
     ) -> States | Bits:
         """Reverse step from x_t over several levels at once: the bridge averaged over x_0.
 
-        Args:
-            kernel: The forward kernel.
-            outputs: What the network says at x_t.
-            x_t: State.
-            trained: Coefficients of the single step from x_t, which the network was trained for.
-            step: Coefficients of the longer one.
+        `trained` are the coefficients of the single step, which the network was trained for.
         """
         law = self.x_0_given(kernel, outputs, x_t, trained)
         return kernel.bridge_given(law.log_probs, x_t, step)
 
     def x_0_hat(
-        self, kernel: DiscreteKernel, outputs: tuple[Any, ...], x_t: Any, step: Step
+        self, kernel: DiscreteKernel, outputs: Outputs, x_t: Symbols, step: Step
     ) -> Float[Array, "..."]:
         """E[x_0 | x_t] of bits, the probability of 1; classes have no mean, see `x_0_given`."""
         if not isinstance(kernel, BernoulliKernel):
@@ -98,8 +90,6 @@ class Logits(DiscreteReadout):
     It takes no arguments. With z = 0 it is the exact reverse step of data from π.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> from probdiff import BernoulliKernel, readouts, schedules
         >>> step = schedules.steps(schedules.harmonic(4)).at(2, event_dim=1)
         >>> x_t, z = jnp.array([0, 1]), jnp.zeros(2)
         >>> law = readouts.Logits()(BernoulliKernel(0.2), (z,), x_t, step)
@@ -117,14 +107,12 @@ class Logits(DiscreteReadout):
             raise ValueError(f"readout Logits is for bits; got {kernel}. Use DataLogits")
         return 1
 
-    def __call__(
-        self, kernel: DiscreteKernel, outputs: tuple[Any, ...], x_t: Any, step: Step
-    ) -> Bits:
+    def __call__(self, kernel: DiscreteKernel, outputs: Outputs, x_t: Symbols, step: Step) -> Bits:
         """B(sigmoid(z + logit T_π(1 | x_t; β_t)))."""
         return Bits(outputs[0] + kernel.transition(x_t, step).logit)
 
     def x_0_given(
-        self, kernel: DiscreteKernel, outputs: tuple[Any, ...], x_t: Any, step: Step
+        self, kernel: DiscreteKernel, outputs: Outputs, x_t: Symbols, step: Step
     ) -> States | Bits:
         """The p(x_0 = 1 | x_t) whose averaged bridge is f_b, held to [0, 1].
 
@@ -147,8 +135,6 @@ class DataLogits(DiscreteReadout):
     a symbol of K classes.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> from probdiff import CategoricalKernel, readouts, schedules
         >>> kernel = CategoricalKernel(3)
         >>> step = schedules.steps(schedules.harmonic(4)).at(2, event_dim=0)
         >>> certain = jnp.array(0.0), jnp.array(-jnp.inf), jnp.array(-jnp.inf)  # x_0 = 0
@@ -167,7 +153,7 @@ class DataLogits(DiscreteReadout):
         return 1 if isinstance(kernel, BernoulliKernel) else kernel.num_data_states
 
     def __call__(
-        self, kernel: DiscreteKernel, outputs: tuple[Any, ...], x_t: Any, step: Step
+        self, kernel: DiscreteKernel, outputs: Outputs, x_t: Symbols, step: Step
     ) -> States | Bits:
         """Σ_j p(x_0 = j | x_t) q(x_s | x_t, x_0 = j)."""
         if isinstance(kernel, BernoulliKernel):
@@ -175,14 +161,14 @@ class DataLogits(DiscreteReadout):
         return kernel.bridge_given(self._log_p_0(kernel, outputs), x_t, step)
 
     def x_0_given(
-        self, kernel: DiscreteKernel, outputs: tuple[Any, ...], x_t: Any, step: Step
+        self, kernel: DiscreteKernel, outputs: Outputs, x_t: Symbols, step: Step
     ) -> States | Bits:
         """softmax(z) over the states of the data."""
         if isinstance(kernel, BernoulliKernel):
             return Bits(outputs[0])
         return States(self._log_p_0(kernel, outputs))
 
-    def _log_p_0(self, kernel: DiscreteKernel, outputs: tuple[Any, ...]) -> Float[Array, "..."]:
+    def _log_p_0(self, kernel: DiscreteKernel, outputs: Outputs) -> Float[Array, "..."]:
         log_p = jax.nn.log_softmax(jnp.stack(outputs, -1), -1)
         extra = kernel.num_states - kernel.num_data_states
         return jnp.pad(log_p, [(0, 0)] * (log_p.ndim - 1) + [(0, extra)], constant_values=-jnp.inf)

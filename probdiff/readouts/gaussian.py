@@ -37,6 +37,7 @@ from probdiff.types import Step
 
 Output = Float[Array, "*shape"]
 State = Float[Array, "*#shape"]
+Outputs = tuple[Array, ...]
 
 
 class Variance(abc.ABC):
@@ -48,8 +49,6 @@ class Variance(abc.ABC):
     Example:
         The geometric mean of the two ends of eq. 24:
 
-        >>> import jax.numpy as jnp
-        >>> from probdiff import readouts, schedules
         >>> class Middle(readouts.Variance):
         ...     def __call__(self, output, step):
         ...         ends = readouts.ForwardVariance(), readouts.BridgeVariance()
@@ -78,8 +77,6 @@ class LearnedVariance(Variance):
     in the networks of the package.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> from probdiff import readouts, schedules
         >>> step = schedules.steps(schedules.harmonic(4)).at(2, event_dim=0)  # β_2 = 1/3
         >>> variance = readouts.LearnedVariance()
         >>> [round(float(variance(jnp.array(v), step)), 3) for v in (-1.0, 0.0, 1.0)]
@@ -100,7 +97,6 @@ class ForwardVariance(Variance):
     """β_t: the upper end of eq. 24, exact for N(0, 1) data; nothing for the network to say.
 
     Example:
-        >>> from probdiff import readouts, schedules
         >>> table = schedules.steps(schedules.harmonic(4))
         >>> [round(v, 3) for v in readouts.ForwardVariance()(None, table).tolist()]
         [0.25, 0.333, 0.5, 1.0]
@@ -120,7 +116,6 @@ class BridgeVariance(Variance):
     At t = 1 the bridge has no width, which no density survives: β_1 stands there instead.
 
     Example:
-        >>> from probdiff import readouts, schedules
         >>> table = schedules.steps(schedules.harmonic(4))  # β_t is 1/4, 1/3, 1/2, 1
         >>> [round(v, 3) for v in readouts.BridgeVariance()(None, table).tolist()]
         [0.25, 0.167, 0.333, 0.75]
@@ -141,7 +136,6 @@ class GaussianReadout(abc.ABC):
     along its last axis.
 
     Example:
-        >>> from probdiff import GaussianKernel, readouts
         >>> kernel = GaussianKernel()
         >>> readouts.Epsilon(readouts.ForwardVariance()).num_outputs(kernel)  # z
         1
@@ -172,18 +166,13 @@ class GaussianReadout(abc.ABC):
 
     @abc.abstractmethod
     def __call__(
-        self, kernel: GaussianKernel, outputs: tuple[Any, ...], x_t: State, step: Step
+        self, kernel: GaussianKernel, outputs: Outputs, x_t: State, step: Step
     ) -> dist.Distribution:
         """Reverse step p(x_s | x_t), elementwise; as many outputs as `num_outputs`."""
 
     @abc.abstractmethod
     def longer_step(
-        self,
-        kernel: GaussianKernel,
-        outputs: tuple[Any, ...],
-        x_t: State,
-        trained: Step,
-        step: Step,
+        self, kernel: GaussianKernel, outputs: Outputs, x_t: State, trained: Step, step: Step
     ) -> dist.Distribution:
         """Reverse step from x_t over several levels at once.
 
@@ -196,9 +185,7 @@ class GaussianReadout(abc.ABC):
         """
 
     @abc.abstractmethod
-    def x_0_hat(
-        self, kernel: GaussianKernel, outputs: tuple[Any, ...], x_t: State, step: Step
-    ) -> Output:
+    def x_0_hat(self, kernel: GaussianKernel, outputs: Outputs, x_t: State, step: Step) -> Output:
         """Denoised point x̂_0 = E[x_0 | x_t]."""
 
     @abc.abstractmethod
@@ -211,27 +198,22 @@ class Denoiser(GaussianReadout):
 
         p(x_s | x_t) = N(w_0 x̂_0 + w_t x_t, variance),    w_0 and w_t of `kernels.bridge_weights`
 
-    Abstract: a subclass has a field `variance` and says by `denoise` what the network's first
+    Abstract: a subclass has a field `variance` (`LearnedVariance()`, `ForwardVariance()`,
+    `BridgeVariance()` or a `Variance` of your own) and says by `denoise` what the network's first
     output z stands for.
 
     Example:
         A network that says by how much x_0 differs from x_t:
 
         >>> import dataclasses
-        >>> import jax.numpy as jnp
-        >>> from probdiff import Diffusion, GaussianKernel, readouts, schedules
         >>> @dataclasses.dataclass(frozen=True)
         ... class Residual(readouts.Denoiser):
         ...     variance: readouts.Variance = readouts.BridgeVariance()
-        ...
         ...     def denoise(self, z, x_t, step):
         ...         return x_t + z
-        >>> diffusion = Diffusion(
-        ...     GaussianKernel(), schedules.harmonic(4), lambda x_t, t: 1 - x_t,
-        ...     event_shape=(2,), readout=Residual(),
-        ... )
-        >>> reverse, _ = diffusion.bind({})
-        >>> reverse.x_0_hat(jnp.array([0.5, -2.0]), jnp.array(3)).tolist()
+        >>> step = schedules.steps(schedules.harmonic(4)).at(3, event_dim=1)
+        >>> x_t, z = jnp.array([0.5, -2.0]), jnp.array([0.5, 3.0])
+        >>> Residual().x_0_hat(GaussianKernel(), (z,), x_t, step).tolist()
         [1.0, 1.0]
     """
 
@@ -243,28 +225,21 @@ class Denoiser(GaussianReadout):
         return 1 + self.variance.num_outputs
 
     def __call__(
-        self, kernel: GaussianKernel, outputs: tuple[Any, ...], x_t: State, step: Step
+        self, kernel: GaussianKernel, outputs: Outputs, x_t: State, step: Step
     ) -> dist.Distribution:
         """N(mean, variance)."""
         variance = self.variance(outputs[1] if len(outputs) > 1 else None, step)
         return dist.Normal(self.mean(outputs[0], x_t, step), jnp.sqrt(variance))
 
     def longer_step(
-        self,
-        kernel: GaussianKernel,
-        outputs: tuple[Any, ...],
-        x_t: State,
-        trained: Step,
-        step: Step,
+        self, kernel: GaussianKernel, outputs: Outputs, x_t: State, trained: Step, step: Step
     ) -> dist.Distribution:
         """N(mean of the bridge at x̂_0, variance), a learned variance giving way to the bridge's."""
         mean = bridge_mean(x_t, self.denoise(outputs[0], x_t, trained), step)
         variance = self.fixed_variance(longer=True)(None, step)
         return dist.Normal(mean, jnp.sqrt(jnp.broadcast_to(variance, mean.shape)))
 
-    def x_0_hat(
-        self, kernel: GaussianKernel, outputs: tuple[Any, ...], x_t: State, step: Step
-    ) -> Output:
+    def x_0_hat(self, kernel: GaussianKernel, outputs: Outputs, x_t: State, step: Step) -> Output:
         """Denoised point x̂_0 = E[x_0 | x_t]."""
         return self.denoise(outputs[0], x_t, step)
 
@@ -290,13 +265,7 @@ class Perturbation(Denoiser):
     With z = 0 and variance β_t it is the exact reverse step of N(0, 1) data, from which training
     starts where a network's output starts at 0.
 
-    Args:
-        variance: Variance of the reverse step: `LearnedVariance()`, `ForwardVariance()`,
-            `BridgeVariance()` or a `Variance` of your own.
-
     Example:
-        >>> import jax.numpy as jnp
-        >>> from probdiff import GaussianKernel, readouts, schedules
         >>> step = schedules.steps(schedules.harmonic(4)).at(2, event_dim=1)
         >>> x_t, zero = jnp.array([0.5, -2.0]), jnp.zeros(2)
         >>> law = readouts.Perturbation()(GaussianKernel(), (zero, zero), x_t, step)  # z = v = 0
@@ -325,13 +294,7 @@ class Epsilon(Denoiser):
 
         x̂_0 = (x_t − √(1−ᾱ_t) z) / √ᾱ_t,    hence β_T must be below 1
 
-    Args:
-        variance: Variance of the reverse step: `LearnedVariance()`, `ForwardVariance()`,
-            `BridgeVariance()` or a `Variance` of your own.
-
     Example:
-        >>> import jax.numpy as jnp
-        >>> from probdiff import GaussianKernel, readouts, schedules
         >>> step = schedules.steps(schedules.harmonic(4)).at(3, event_dim=1)
         >>> x_0, noise = jnp.array([0.5, -2.0]), jnp.array([0.1, 1.0])
         >>> x_t = jnp.sqrt(step.alpha_bar_t) * x_0 + jnp.sqrt(step.noise_t) * noise
@@ -354,13 +317,7 @@ class Epsilon(Denoiser):
 class Data(Denoiser):
     """The network predicts x_0 itself, on the scale of the diffusion: x̂_0 = z.
 
-    Args:
-        variance: Variance of the reverse step: `LearnedVariance()`, `ForwardVariance()`,
-            `BridgeVariance()` or a `Variance` of your own.
-
     Example:
-        >>> import jax.numpy as jnp
-        >>> from probdiff import GaussianKernel, readouts, schedules
         >>> kernel = GaussianKernel()
         >>> step = schedules.steps(schedules.harmonic(4)).at(3, event_dim=0)
         >>> x_0, x_t = jnp.array(0.5), jnp.array(-1.0)
@@ -383,13 +340,7 @@ class Velocity(Denoiser):
 
         x̂_0 = √ᾱ_t x_t − √(1−ᾱ_t) z
 
-    Args:
-        variance: Variance of the reverse step: `LearnedVariance()`, `ForwardVariance()`,
-            `BridgeVariance()` or a `Variance` of your own.
-
     Example:
-        >>> import jax.numpy as jnp
-        >>> from probdiff import GaussianKernel, readouts, schedules
         >>> step = schedules.steps(schedules.harmonic(4)).at(3, event_dim=1)
         >>> x_0, noise = jnp.array([0.5, -2.0]), jnp.array([0.1, 1.0])
         >>> x_t = jnp.sqrt(step.alpha_bar_t) * x_0 + jnp.sqrt(step.noise_t) * noise
@@ -414,15 +365,9 @@ class Score(Denoiser):
 
         x̂_0 = (x_t + (1−ᾱ_t) z) / √ᾱ_t,    hence β_T must be below 1
 
-    Args:
-        variance: Variance of the reverse step: `LearnedVariance()`, `ForwardVariance()`,
-            `BridgeVariance()` or a `Variance` of your own.
-
     Example:
         N(0, 1) data stay N(0, 1) at every level, whose score is −x_t:
 
-        >>> import jax.numpy as jnp
-        >>> from probdiff import GaussianKernel, readouts, schedules
         >>> step = schedules.steps(schedules.harmonic(4)).at(3, event_dim=0)  # ᾱ_3 = 1/4
         >>> x_t = jnp.array(3.0)
         >>> readouts.Score().x_0_hat(GaussianKernel(), (-x_t,), x_t, step).tolist()  # √ᾱ_3 x_t

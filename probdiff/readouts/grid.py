@@ -49,9 +49,6 @@ class Grid(constraints.Constraint):
         ValueError: if an argument is out of range.
 
     Example:
-        >>> import jax
-        >>> import jax.numpy as jnp
-        >>> from probdiff import readouts
         >>> grid = readouts.Grid(0, 16, 17)  # grey levels of 8 × 8 digits
         >>> grid.nearest(jnp.array([-3.0, 7.4, 7.6])).tolist()
         [0.0, 7.0, 8.0]

@@ -17,9 +17,13 @@ from numbers import Real
 from typing import Any
 
 import numpyro.distributions as dist
+from jaxtyping import Array, Shaped
 
 from probdiff.readouts.grid import Grid
 from probdiff.types import Step
+
+State = Shaped[Array, "..."]
+ReverseStep = Callable[[State, Step], dist.Distribution]
 
 
 class LastStep(abc.ABC):
@@ -31,19 +35,12 @@ class LastStep(abc.ABC):
     Example:
         The network's mean with a noise of measurement that is known, 0.1:
 
-        >>> import jax.numpy as jnp
-        >>> import numpyro.distributions as dist
-        >>> from probdiff import Diffusion, GaussianKernel, readouts, schedules
         >>> class Measured(readouts.LastStep):
         ...     def __call__(self, kernel, reverse_step, x_1, step):
         ...         return dist.Normal(reverse_step(x_1, step).mean, 0.1)
-        >>> diffusion = Diffusion(
-        ...     GaussianKernel(), schedules.harmonic(4), lambda x_t, t: jnp.zeros((*x_t.shape, 2)),
-        ...     event_shape=(), last_step=Measured(),
-        ... )
-        >>> reverse, _ = diffusion.bind({})
-        >>> law = diffusion.data_given_first(reverse, jnp.array([1.0]))
-        >>> round(float(law.base.mean[0]), 3), round(float(law.base.scale[0]), 3)  # √(1 − β_1) x_1
+        >>> reverse = standard_diffusion(last_step=Measured(), beta=schedules.harmonic(4)).bind({})
+        >>> law = reverse.last(jnp.array([1.0]))
+        >>> round(float(law.mean[0]), 3), round(float(law.scale[0]), 3)  # √(1 − β_1) x_1
         (0.866, 0.1)
 
     Sources: Sohl-Dickstein et al. (2015), appendix B.2; Ho et al. (2020), section 3.3.
@@ -56,11 +53,7 @@ class LastStep(abc.ABC):
 
     @abc.abstractmethod
     def __call__(
-        self,
-        kernel: Any,
-        reverse_step: Callable[[Any, Step], dist.Distribution],
-        x_1: Any,
-        step: Step,
+        self, kernel: Any, reverse_step: ReverseStep, x_1: State, step: Step
     ) -> dist.Distribution:
         """p(x_0 | x_1), elementwise; `reverse_step(x_1, step)` is what the network says.
 
@@ -75,15 +68,8 @@ class Tied(LastStep):
     It takes no arguments.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> from probdiff import Diffusion, GaussianKernel, readouts, schedules
-        >>> diffusion = Diffusion(
-        ...     GaussianKernel(), schedules.linear(4, beta_1=0.19, beta_T=0.5),
-        ...     lambda x_t, t: jnp.ones((*x_t.shape, 2)), event_shape=(),  # whatever it says
-        ...     last_step=readouts.Tied(),
-        ... )
-        >>> reverse, _ = diffusion.bind({})
-        >>> law = diffusion.data_given_first(reverse, jnp.array([2.0])).base
+        >>> beta = schedules.linear(4, beta_1=0.19, beta_T=0.5)
+        >>> law = standard_diffusion(beta=beta).bind({}).last(jnp.array([2.0]))
         >>> round(float(law.mean[0]), 3), round(float(law.variance[0]), 3)  # N(√(1−β_1) x_1, β_1)
         (1.8, 0.19)
 
@@ -93,11 +79,7 @@ class Tied(LastStep):
     is_tied = True
 
     def __call__(
-        self,
-        kernel: Any,
-        reverse_step: Callable[[Any, Step], dist.Distribution],
-        x_1: Any,
-        step: Step,
+        self, kernel: Any, reverse_step: ReverseStep, x_1: State, step: Step
     ) -> dist.Distribution:
         """Forward kernel with its arguments exchanged (detailed balance)."""
         return kernel.transition(x_1, step)
@@ -110,24 +92,17 @@ class Learned(LastStep):
     It takes no arguments. On data that lie on a curve or a grid −H(X_0), and so K, has no limit.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> from probdiff import Diffusion, GaussianKernel, readouts, schedules
         >>> diffusion = Diffusion(
         ...     GaussianKernel(), schedules.harmonic(4), lambda x_t, t: jnp.full_like(x_t, 3.0),
         ...     event_shape=(2,), last_step=readouts.Learned(),
         ...     readout=readouts.Data(readouts.ForwardVariance()),
         ... )
-        >>> reverse, _ = diffusion.bind({})
-        >>> diffusion.data_given_first(reverse, jnp.ones(2)).base.mean.tolist()
+        >>> diffusion.bind({}).last(jnp.ones(2)).mean.tolist()
         [3.0, 3.0]
     """
 
     def __call__(
-        self,
-        kernel: Any,
-        reverse_step: Callable[[Any, Step], dist.Distribution],
-        x_1: Any,
-        step: Step,
+        self, kernel: Any, reverse_step: ReverseStep, x_1: State, step: Step
     ) -> dist.Distribution:
         """What the network says at t = 1."""
         return reverse_step(x_1, step)
@@ -155,14 +130,8 @@ class Discretised(LastStep):
         ValueError: if an argument is out of range, as in `Grid`.
 
     Example:
-        >>> import jax
-        >>> import jax.numpy as jnp
-        >>> from probdiff import Diffusion, GaussianKernel, readouts, sample, schedules
-        >>> diffusion = Diffusion(
-        ...     GaussianKernel(), schedules.linear(4, beta_1=0.1, beta_T=0.5),
-        ...     lambda x_t, t: jnp.zeros((*x_t.shape, 2)), event_shape=(),
-        ...     loc=8.0, scale=5.0, last_step=readouts.Discretised(0, 16, 17),
-        ... )
+        >>> grid = readouts.Discretised(0, 16, 17)
+        >>> diffusion = standard_diffusion(loc=8.0, scale=5.0, last_step=grid)
         >>> x_0 = sample.ancestral(jax.random.key(0), diffusion, {}, 100)
         >>> set(x_0.tolist()) <= set(range(17))  # grey levels, in the user's units
         True
@@ -185,11 +154,7 @@ class Discretised(LastStep):
         return Grid(self.low, self.high, self.levels)
 
     def __call__(
-        self,
-        kernel: Any,
-        reverse_step: Callable[[Any, Step], dist.Distribution],
-        x_1: Any,
-        step: Step,
+        self, kernel: Any, reverse_step: ReverseStep, x_1: State, step: Step
     ) -> dist.Distribution:
         """What the network says at t = 1, before it is put on the grid."""
         return reverse_step(x_1, step)

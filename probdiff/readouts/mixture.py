@@ -39,7 +39,7 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Float
 
 from probdiff.kernels import GaussianKernel, bridge_mean, bridge_variance, bridge_weights
-from probdiff.readouts.gaussian import GaussianReadout, Output, State, Variance
+from probdiff.readouts.gaussian import GaussianReadout, Output, Outputs, State, Variance
 from probdiff.types import Step
 
 LEAST_VARIANCE = 1e-2
@@ -67,8 +67,6 @@ class Mixture(GaussianReadout):
     Example:
         A pixel near black (−1) or white (1) turns from one to the other as x_t passes 0:
 
-        >>> import jax.numpy as jnp
-        >>> from probdiff import GaussianKernel, readouts, schedules
         >>> step = schedules.steps(schedules.harmonic(4)).at(2, event_dim=1)
         >>> x_t = jnp.array([-1.0, 1.0])
         >>> outputs = (jnp.zeros(2),) * 6  # logits, means, widths of 2 components as they start
@@ -94,18 +92,13 @@ class Mixture(GaussianReadout):
         return 3 * self.components
 
     def __call__(
-        self, kernel: GaussianKernel, outputs: tuple[Any, ...], x_t: State, step: Step
+        self, kernel: GaussianKernel, outputs: Outputs, x_t: State, step: Step
     ) -> dist.Distribution:
         """The Gaussian of the moments that mixture and bridge give."""
         return self.longer_step(kernel, outputs, x_t, step, step)
 
     def longer_step(
-        self,
-        kernel: GaussianKernel,
-        outputs: tuple[Any, ...],
-        x_t: State,
-        trained: Step,
-        step: Step,
+        self, kernel: GaussianKernel, outputs: Outputs, x_t: State, trained: Step, step: Step
     ) -> dist.Distribution:
         """The same: what is known of x_0 does not depend on the step."""
         x_0_hat, variance = self.moments(outputs, x_t, trained)
@@ -115,9 +108,7 @@ class Mixture(GaussianReadout):
         total = bridge + weight_0**2 * variance
         return dist.Normal(bridge_mean(x_t, x_0_hat, step), jnp.sqrt(total))
 
-    def x_0_hat(
-        self, kernel: GaussianKernel, outputs: tuple[Any, ...], x_t: State, step: Step
-    ) -> Output:
+    def x_0_hat(self, kernel: GaussianKernel, outputs: Outputs, x_t: State, step: Step) -> Output:
         """Mean of x_0 given x_t."""
         return self.moments(outputs, x_t, step)[0]
 
@@ -126,7 +117,7 @@ class Mixture(GaussianReadout):
         return None
 
     def moments(
-        self, outputs: tuple[Any, ...], x_t: State, step: Step
+        self, outputs: Outputs, x_t: State, step: Step
     ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
         """Mean and variance of x_0 given x_t, elementwise."""
         log_weight, mean, variance = self._components(outputs, x_t, step)
@@ -135,7 +126,7 @@ class Mixture(GaussianReadout):
         return x_0_hat, jnp.sum(weight * (variance + (mean - x_0_hat) ** 2), 0)
 
     def x_0_given(
-        self, kernel: GaussianKernel, outputs: tuple[Any, ...], x_t: State, step: Step
+        self, kernel: GaussianKernel, outputs: Outputs, x_t: State, step: Step
     ) -> dist.MixtureSameFamily:
         """Law of x_0 given x_t, elementwise: the mixture itself."""
         parts = self._components(outputs, x_t, step)
@@ -144,7 +135,7 @@ class Mixture(GaussianReadout):
             dist.Categorical(logits=log_weight), dist.Normal(mean, jnp.sqrt(variance))
         )
 
-    def _components(self, outputs: tuple[Any, ...], x_t: State, step: Step) -> tuple[Any, Any, Any]:
+    def _components(self, outputs: Outputs, x_t: State, step: Step) -> tuple[Any, Any, Any]:
         """log w', means and variances of x_0 given x_t, each `(K, *shape)`."""
         logits, shifts, widths = (
             jnp.stack(outputs[i * self.components : (i + 1) * self.components]) for i in range(3)
