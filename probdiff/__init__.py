@@ -16,7 +16,11 @@ Source: Sohl-Dickstein et al. (2015), Deep Unsupervised Learning using Nonequili
 Thermodynamics.
 """
 
-from probdiff import datasets, diagnostics, infer, networks, readouts, sample, schedules
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from probdiff import datasets, networks, readouts, sample, schedules
 from probdiff.diffusion import Diffusion
 from probdiff.elbo import SampledTimeELBO, track_kl
 from probdiff.kernels import AbsorbingKernel, BernoulliKernel, CategoricalKernel, GaussianKernel
@@ -26,6 +30,9 @@ from probdiff.standard import standard_diffusion
 from probdiff.storage import load, save
 from probdiff.times import ImportanceTimes, StratifiedTimes, UniformTimes
 from probdiff.train import Fit, fit
+
+if TYPE_CHECKING:
+    from probdiff import diagnostics, infer, plots
 
 __all__ = [
     "AbsorbingKernel",
@@ -47,6 +54,7 @@ __all__ = [
     "infer",
     "load",
     "networks",
+    "plots",
     "readouts",
     "sample",
     "save",
@@ -54,3 +62,13 @@ __all__ = [
     "standard_diffusion",
     "track_kl",
 ]
+
+
+_AT_FIRST_USE = ("diagnostics", "infer", "plots")
+"""Folders that stand on ArviZ and matplotlib, which take longer to import than all the rest."""
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name not in _AT_FIRST_USE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(f"{__name__}.{name}")

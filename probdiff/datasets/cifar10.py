@@ -48,8 +48,7 @@ class Cifar10(NamedTuple):
         test_labels: Class of each test image.
 
     Example:
-        >>> from probdiff.datasets import Cifar10
-        >>> Cifar10._fields
+        >>> datasets.Cifar10._fields
         ('train', 'test', 'train_labels', 'test_labels')
     """
 
@@ -74,7 +73,6 @@ def cifar10() -> Cifar10:
     Example:
         With the archive in the folder `PROBDIFF_DATA`, or after a download:
 
-        >>> from probdiff import datasets
         >>> data = datasets.cifar10()  # doctest: +SKIP
         >>> data.train.shape, data.train.dtype  # doctest: +SKIP
         ((50000, 32, 32, 3), dtype('uint8'))

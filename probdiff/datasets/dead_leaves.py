@@ -67,8 +67,6 @@ def dead_leaves(
         ValueError: If an argument is out of range.
 
     Example:
-        >>> import jax
-        >>> from probdiff import datasets
         >>> x = datasets.dead_leaves(jax.random.key(0), 200, size=16, r_min=2.0)
         >>> x.shape, round(float(x.mean()), 1)
         ((200, 16, 16), 0.5)

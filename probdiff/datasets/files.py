@@ -12,8 +12,6 @@ import hashlib
 import os
 from pathlib import Path
 
-import pooch
-
 
 def fetch(name: str, checksums: dict[str, str], url: str) -> Path:
     """Path of a published file: from the folder `PROBDIFF_DATA`, or downloaded and kept.
@@ -29,6 +27,8 @@ def fetch(name: str, checksums: dict[str, str], url: str) -> Path:
     file = given(name, checksums)
     if file is not None:
         return file
+    import pooch
+
     return Path(
         pooch.retrieve(url + name, known_hash=checksums[name], fname=name, progressbar=True)
     )

@@ -30,9 +30,6 @@ def gaussian(
         ValueError: If `n` is out of range or `covariance` is not a covariance.
 
     Example:
-        >>> import jax
-        >>> import numpy as np
-        >>> from probdiff import datasets
         >>> covariance = np.array([[1.0, 0.8], [0.8, 1.0]])
         >>> x = datasets.gaussian(jax.random.key(0), 10_000, covariance=covariance)
         >>> x.shape, round(float(np.corrcoef(x.T)[0, 1]), 1)
@@ -68,9 +65,6 @@ def gaussian_mixture(
         ValueError: If `n`, a covariance or a weight is out of range.
 
     Example:
-        >>> import jax
-        >>> import numpy as np
-        >>> from probdiff import datasets
         >>> means, covariances = np.array([[-2.0], [2.0]]), np.ones((2, 1, 1))
         >>> x = datasets.gaussian_mixture(
         ...     jax.random.key(0), 10_000, means=means, covariances=covariances
@@ -103,8 +97,6 @@ def gaussian_mixture_distribution(
         ValueError: If a covariance or a weight is out of range.
 
     Example:
-        >>> import numpy as np
-        >>> from probdiff import datasets
         >>> means, covariances = np.array([[-2.0], [2.0]]), np.ones((2, 1, 1))
         >>> law = datasets.gaussian_mixture_distribution(means=means, covariances=covariances)
         >>> log_p = law.log_prob(np.zeros((3, 1)))

@@ -27,7 +27,6 @@ def heartbeat_sequences(*, length: int = 20, period: int = 5) -> Int[np.ndarray,
         ValueError: If `length` is not a multiple of `period`, or `period` is below 2.
 
     Example:
-        >>> from probdiff import datasets
         >>> datasets.heartbeat_sequences(length=6, period=3)
         array([[1, 0, 0, 1, 0, 0],
                [0, 1, 0, 0, 1, 0],
@@ -60,8 +59,6 @@ def heartbeat(
         ValueError: As `heartbeat_sequences`, or if `n` is below 1.
 
     Example:
-        >>> import jax
-        >>> from probdiff import datasets
         >>> x = datasets.heartbeat(jax.random.key(0), 1000)
         >>> x.shape, set(x.sum(axis=1).tolist())  # four beats in each
         ((1000, 20), {4})

@@ -19,8 +19,6 @@ def with_mirrored(
         Twice as many images: those given, in their order, then their mirror images.
 
     Example:
-        >>> import numpy as np
-        >>> from probdiff import datasets
         >>> datasets.with_mirrored(np.array([[[1, 2, 3]]])).tolist()
         [[[1, 2, 3]], [[3, 2, 1]]]
     """

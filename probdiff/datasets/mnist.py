@@ -44,8 +44,7 @@ class Mnist(NamedTuple):
         test_labels: Digit of each test image.
 
     Example:
-        >>> from probdiff.datasets import Mnist
-        >>> Mnist._fields
+        >>> datasets.Mnist._fields
         ('train', 'test', 'train_labels', 'test_labels')
     """
 
@@ -64,8 +63,7 @@ class BinarisedMnist(NamedTuple):
         test: Test images, alike.
 
     Example:
-        >>> from probdiff.datasets import BinarisedMnist
-        >>> BinarisedMnist._fields
+        >>> datasets.BinarisedMnist._fields
         ('train', 'validation', 'test')
     """
 
@@ -89,7 +87,6 @@ def mnist() -> Mnist:
     Example:
         With the files in the folder `PROBDIFF_DATA`, or after a download:
 
-        >>> from probdiff import datasets
         >>> data = datasets.mnist()  # doctest: +SKIP
         >>> data.train.shape, data.train.max()  # doctest: +SKIP
         ((60000, 28, 28), np.uint8(255))
@@ -119,8 +116,6 @@ def binarised_mnist() -> BinarisedMnist:
     Example:
         With the files in the folder `PROBDIFF_DATA`, or after a download:
 
-        >>> import numpy as np
-        >>> from probdiff import datasets
         >>> data = datasets.binarised_mnist()  # doctest: +SKIP
         >>> data.validation.shape, np.unique(data.validation)  # doctest: +SKIP
         ((10000, 28, 28), array([0, 1], dtype=uint8))
@@ -143,9 +138,6 @@ def binarise(
         Bits 0 and 1, as integers.
 
     Example:
-        >>> import jax
-        >>> import numpy as np
-        >>> from probdiff import datasets
         >>> grey = np.full((100, 28, 28), 51, np.uint8)
         >>> bits = datasets.binarise(jax.random.key(0), grey)
         >>> round(float(bits.mean()), 2)  # 51 / 255

@@ -48,8 +48,6 @@ def swiss_roll(key: PRNGKeyArray, n: int, *, noise: float) -> Float[Array, "{n} 
         ValueError: If `n` or `noise` is out of range.
 
     Example:
-        >>> import jax
-        >>> from probdiff import datasets
         >>> x = datasets.swiss_roll(jax.random.key(0), 10_000, noise=0.1)
         >>> x.shape, round(float(x.var(axis=0).mean()), 1)
         ((10000, 2), 1.0)
@@ -93,8 +91,6 @@ def swiss_roll_log_density(
         ValueError: If an option is out of range, or if no noise is left and there is no density.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> from probdiff import datasets
         >>> x = jnp.array([[1.54, -0.03], [1.1, -0.03]])  # on the curve, and between two turns
         >>> print(datasets.swiss_roll_log_density(x, noise=0.5).round(1))
         [ -1.2 -19.5]

@@ -29,7 +29,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib.image
 import numpy as np
 from jaxtyping import Array, Float, Float32, PRNGKeyArray, Real
 
@@ -46,9 +45,6 @@ class Textures(NamedTuple):
         scale: Standard deviation of its grey values, in the images' unit, positive.
 
     Example:
-        >>> import jax
-        >>> import numpy as np
-        >>> from probdiff import datasets
         >>> stripes = np.tile([0.0, 100.0], (8, 8))
         >>> data = datasets.textures(jax.random.key(0), 5, [stripes], size=2, n_test=3)
         >>> data.loc, data.scale, data.train[0].tolist()
@@ -90,9 +86,6 @@ def textures(
             the images do not vary.
 
     Example:
-        >>> import jax
-        >>> import numpy as np
-        >>> from probdiff import datasets
         >>> photograph = np.random.default_rng(0).uniform(size=(80, 60))
         >>> data = datasets.textures(jax.random.key(0), 500, [photograph], size=8, n_test=100)
         >>> data.train.shape, data.test.shape, round(float(data.train.std()), 1)
@@ -140,7 +133,6 @@ def grey_images(folder: Path) -> list[Float[np.ndarray, "_ _"]]:
         >>> import tempfile
         >>> from pathlib import Path
         >>> from PIL import Image
-        >>> from probdiff import datasets
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     Image.new("L", (60, 80), 51).save(f"{folder}/grey.png")
         ...     images = datasets.grey_images(Path(folder))
@@ -150,7 +142,9 @@ def grey_images(folder: Path) -> list[Float[np.ndarray, "_ _"]]:
     files = sorted(Path(folder).glob("*.png"))
     if not files:
         raise ValueError(f"folder must hold files *.png; got {folder}")
-    images = [matplotlib.image.imread(file) for file in files]
+    from matplotlib.image import imread
+
+    images = [imread(file) for file in files]
     for file, image in zip(files, images, strict=True):
         if image.ndim != 2:
             raise ValueError(f"{file} must be grey; got {image.shape[2]} channels")

@@ -23,8 +23,7 @@ class BitsPerDim(NamedTuple):
         se: Its standard error over examples; nan for one example.
 
     Example:
-        >>> from probdiff.diagnostics import BitsPerDim
-        >>> bits = BitsPerDim(mean=0.95, se=0.01)
+        >>> bits = diagnostics.BitsPerDim(mean=0.95, se=0.01)
         >>> f"{bits.mean} ± {bits.se}"
         '0.95 ± 0.01'
     """
@@ -51,8 +50,6 @@ def bits_per_dim(tree: xr.DataTree) -> BitsPerDim:
     Example:
         Under a model of fair coins every bit of data costs one bit:
 
-        >>> import jax, jax.numpy as jnp
-        >>> from probdiff import BernoulliKernel, Diffusion, diagnostics, schedules
         >>> def network(x_t, t):  # logits of 0 leave the law of the noise, B(½)
         ...     return jnp.zeros(x_t.shape)
         >>> diffusion = Diffusion(

@@ -91,8 +91,6 @@ def bound(
     Example:
         A model whose law is known, N(0, 1), so that K can be held beside log p:
 
-        >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
-        >>> from probdiff import Diffusion, GaussianKernel, diagnostics, schedules
         >>> def network(x_t, t):  # outputs of 0 leave the law of the noise: x_0 ~ N(0, 1)
         ...     return jnp.zeros((*x_t.shape, 2))
         >>> diffusion = Diffusion(GaussianKernel(), schedules.cosine(10), network, event_shape=())
@@ -165,8 +163,6 @@ def sampled_bound(
             every device of the mesh one.
 
     Example:
-        >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
-        >>> from probdiff import Diffusion, GaussianKernel, diagnostics, schedules
         >>> def network(x_t, t):  # x_0 ~ N(0, 1)
         ...     return jnp.zeros((*x_t.shape, 2))
         >>> diffusion = Diffusion(GaussianKernel(), schedules.cosine(200), network, event_shape=())
@@ -397,8 +393,6 @@ def entropy_form(
     Example:
         Data of second moment 4, where the model has 1: eq. 14 alone misses the bound.
 
-        >>> import jax, jax.numpy as jnp, numpy as np
-        >>> from probdiff import Diffusion, GaussianKernel, diagnostics, schedules
         >>> def network(x_t, t):  # x_0 ~ N(0, 1)
         ...     return jnp.zeros((*x_t.shape, 2))
         >>> diffusion = Diffusion(GaussianKernel(), schedules.cosine(10), network, event_shape=())

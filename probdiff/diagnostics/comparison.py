@@ -54,8 +54,6 @@ def compare(models: Mapping[str, xr.DataTree], *, prob: float = 0.95) -> xr.Data
         Data of N(0, 1) under their own law and under N(0.4, 1), of which log p says 0.08 nats less;
         the rest is slack:
 
-        >>> import jax, jax.numpy as jnp, numpy as np
-        >>> from probdiff import Diffusion, GaussianKernel, diagnostics
         >>> key, key_x = jax.random.split(jax.random.key(0))
         >>> x = jax.random.normal(key_x, (2000,))
         >>> models, beta = {}, np.array([0.36, 0.25])

@@ -87,9 +87,6 @@ def to_datatree(
     Example:
         A fit of the rates alone, and draws of its guide, each axis under its own name:
 
-        >>> import jax, jax.numpy as jnp, optax
-        >>> from numpyro.infer import SVI, Trace_ELBO
-        >>> from probdiff import Diffusion, GaussianKernel, diagnostics, schedules
         >>> def network(x_t, t):  # x_0 ~ N(0, I)
         ...     return jnp.zeros((len(x_t), 4))
         >>> beta = schedules.learned(schedules.cosine(4))

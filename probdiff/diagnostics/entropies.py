@@ -68,8 +68,6 @@ def entropies(diffusion: Diffusion, params: Params, x_0: Data, tree: xr.DataTree
         For the true model of N(0, 1) the entropy of a step is that of N(·, β_t), and the model's
         bound meets it:
 
-        >>> import jax, jax.numpy as jnp, numpy as np
-        >>> from probdiff import Diffusion, GaussianKernel, diagnostics, schedules
         >>> def network(x_t, t):  # x_0 ~ N(0, 1)
         ...     return jnp.zeros((*x_t.shape, 2))
         >>> diffusion = Diffusion(GaussianKernel(), schedules.cosine(5), network, event_shape=())
@@ -151,8 +149,6 @@ def information(
     Example:
         Data of N(0, 1), of which level t tells −½ log(1 − ᾱ_t) nats:
 
-        >>> import jax, jax.numpy as jnp, numpy as np
-        >>> from probdiff import Diffusion, GaussianKernel, diagnostics, schedules
         >>> def network(x_t, t):  # x_0 ~ N(0, 1)
         ...     return jnp.zeros((*x_t.shape, 2))
         >>> beta = schedules.cosine(5)

@@ -58,7 +58,6 @@ class LadderWarning(UserWarning):
 
     Example:
         >>> import jax, jax.numpy as jnp, numpy as np, warnings
-        >>> from probdiff import Diffusion, GaussianKernel, diagnostics
         >>> def network(x_t, t):  # far from the data: weights of few trajectories carry all
         ...     return jnp.broadcast_to(jnp.array([5.0, 0.0]), (*x_t.shape, 2))
         >>> beta = np.array([0.36, 0.25])
@@ -127,8 +126,6 @@ def ladder(
     Example:
         A model of two steps whose law is known, and whose bound K is not tight:
 
-        >>> import jax, jax.numpy as jnp, numpy as np, numpyro.distributions as dist
-        >>> from probdiff import Diffusion, GaussianKernel, diagnostics
         >>> def network(x_t, t):  # pulls x_1 up by ½√β_2: x_0 ~ N(½ √(1−β_1) √β_2, 1) = N(0.2, 1)
         ...     return jnp.broadcast_to(jnp.array([0.5, 0.0]), (*x_t.shape, 2))
         >>> beta = np.array([0.36, 0.25])
@@ -230,8 +227,6 @@ def sandwich(
         ValueError: if context, parameters, sizes or counts do not fit.
 
     Example:
-        >>> import jax, jax.numpy as jnp, numpy as np, numpyro.distributions as dist
-        >>> from probdiff import Diffusion, GaussianKernel, diagnostics
         >>> def network(x_t, t):  # pulls x_1 up by √β_2, so x_0 ~ N(√(1−β_1) √β_2, 1) = N(0.4, 1)
         ...     return jnp.broadcast_to(jnp.array([1.0, 0.0]), (*x_t.shape, 2))
         >>> beta = np.array([0.36, 0.25])

@@ -79,8 +79,6 @@ def parzen(
     Example:
         Draws of the data's own law N(0, 1), whose mean log density is −1.42:
 
-        >>> import numpy as np
-        >>> from probdiff import diagnostics
         >>> random = np.random.default_rng(0)
         >>> draws, validation, test = (random.normal(size=n) for n in (2000, 500, 2000))
         >>> tree = diagnostics.parzen(draws, validation, test, bandwidths=(0.01, 0.2, 1.0))

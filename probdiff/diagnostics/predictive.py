@@ -86,8 +86,6 @@ def predictive_check(
     Example:
         Numbers one by one are as the model says; a statistic of both sees that they hang together:
 
-        >>> import jax, jax.numpy as jnp, numpy as np
-        >>> from probdiff import Diffusion, GaussianKernel, diagnostics, schedules
         >>> def network(x_t, t):  # x_0 ~ N(0, I)
         ...     return jnp.zeros((len(x_t), 4))
         >>> diffusion = Diffusion(GaussianKernel(), schedules.cosine(10), network, event_shape=(2,))

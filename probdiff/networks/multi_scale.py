@@ -61,10 +61,6 @@ class MultiScaleConvolution(nnx.Module):
             pathway.
 
     Example:
-        >>> import jax
-        >>> import jax.numpy as jnp
-        >>> from flax import nnx
-        >>> from probdiff import networks
         >>> def call(x_t, t):
         ...     network = networks.MultiScaleConvolution((8, 8), 16, 2, T=40, rngs=nnx.Rngs(0))
         ...     return network(x_t, t)

@@ -42,10 +42,6 @@ class Perceptron(nnx.Module):
         rngs: Draws the initial weights.
 
     Example:
-        >>> import jax
-        >>> import jax.numpy as jnp
-        >>> from flax import nnx
-        >>> from probdiff import networks
         >>> network = networks.Perceptron((2,), width=8, depth=1, T=40, rngs=nnx.Rngs(0))
         >>> out = jax.eval_shape(network, jnp.ones((5, 2)), jnp.full(5, 40))
         >>> out.shape  # mean and variance of each number

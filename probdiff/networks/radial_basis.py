@@ -34,10 +34,6 @@ class RadialBasis(nnx.Module):
         rngs: Draws the centres from N(0, 1), the stationary law.
 
     Example:
-        >>> import jax
-        >>> import jax.numpy as jnp
-        >>> from flax import nnx
-        >>> from probdiff import networks
         >>> network = networks.RadialBasis((2,), width=16, T=40, rngs=nnx.Rngs(0))
         >>> jax.eval_shape(network, jnp.ones((5, 2)), jnp.full(5, 40)).shape
         (5, 4)

@@ -45,10 +45,6 @@ class SharedHead(nnx.Module):
         rngs: Draws the initial weights.
 
     Example:
-        >>> import jax
-        >>> import jax.numpy as jnp
-        >>> from flax import nnx
-        >>> from probdiff import networks
         >>> def call(x_t, t):
         ...     network = networks.SharedHead((8, 8), width=16, depth=2, T=40, rngs=nnx.Rngs(0))
         ...     return network(x_t, t)

@@ -37,10 +37,6 @@ class SigmoidPerceptron(nnx.Module):
         rngs: Draws the initial weights of the hidden layers; the read-outs start at 0.
 
     Example:
-        >>> import jax
-        >>> import jax.numpy as jnp
-        >>> from flax import nnx
-        >>> from probdiff import networks
         >>> network = networks.SigmoidPerceptron((20,), width=8, depth=2, T=40, rngs=nnx.Rngs(0))
         >>> out = jax.eval_shape(network, jnp.ones((5, 20), jnp.int32), jnp.full(5, 40))
         >>> out.shape  # a logit of each bit

@@ -49,8 +49,6 @@ def summary(
         ValueError: if the network is of another kind, keeps state, or batch_size is below 1.
 
     Example:
-        >>> from flax import nnx
-        >>> from probdiff import networks
         >>> network = networks.RadialBasis((2,), width=16, T=40, rngs=nnx.Rngs(0))
         >>> table = networks.summary(network, (2,))
         >>> print(table)

@@ -68,10 +68,6 @@ class UNet(nnx.Module):
         ValueError: if sides, widths or heads do not divide as they must.
 
     Example:
-        >>> import jax
-        >>> import jax.numpy as jnp
-        >>> from flax import nnx
-        >>> from probdiff import networks
         >>> def call(x_t, t):
         ...     network = networks.UNet((8, 8, 3), widths=(8, 16), depth=1, rngs=nnx.Rngs(0))
         ...     return network(x_t, t)

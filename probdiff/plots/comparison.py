@@ -25,7 +25,6 @@ def comparison(tree: xr.DataTree) -> Axes:
 
     Example:
         >>> import xarray as xr
-        >>> from probdiff import diagnostics, plots
         >>> units = {"units": "nats", "reference_measure": "area", "num_dims": 2}
         >>> def bound_of(values):
         ...     group = xr.Dataset({"bound": ("example", values)}, {"example": range(3)}, units)

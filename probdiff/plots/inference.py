@@ -47,7 +47,6 @@ def ess_trace(tree: xr.DataTree, *, threshold: float | None = 0.5, ax: Axes | No
         Two runs of 100 particles, at levels 0, 1 and 2:
 
         >>> import xarray as xr
-        >>> from probdiff import plots
         >>> by_level = {"ess": [[90, 80], [40, 60], [99, 99]]}
         >>> by_level["resampled"] = [[0, 0], [1, 0], [0, 0]]
         >>> values = {name: (("level", "run"), value) for name, value in by_level.items()}
@@ -100,7 +99,6 @@ def evidence(tree: xr.DataTree, *, prob: float = 0.95, ax: Axes | None = None) -
         Three runs, their pooled value and its standard error:
 
         >>> import xarray as xr
-        >>> from probdiff import plots
         >>> pooled = {"log_evidence": -1.5, "log_evidence_se": 0.1}
         >>> group = xr.Dataset(pooled | {"log_evidence_by_run": ("run", [-1.4, -1.5, -1.6])})
         >>> ax = plots.evidence(xr.DataTree.from_dict({"smc": group}), prob=0.9)
@@ -164,9 +162,7 @@ def calibration(
             fewer axes than panels.
 
     Example:
-        >>> import numpy as np
         >>> import xarray as xr
-        >>> from probdiff import plots
         >>> pit = xr.Dataset({"log_r": (("chain", "draw"), np.linspace(0, 1, 150)[None])})
         >>> tree = xr.DataTree.from_dict(
         ...     {"prior_sbc": pit, "uniformity": xr.Dataset({"log_r": 0.9})}

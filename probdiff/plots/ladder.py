@@ -41,7 +41,6 @@ def ladder(tree: xr.DataTree, *, truth: float | None = None, ax: Axes | None = N
         Two examples, bounded with 1 and with 10 trajectories:
 
         >>> import xarray as xr
-        >>> from probdiff import plots
         >>> values = {"bound": ("example", [-3.1, -2.9]), "smc": ("example", [-2.4, -2.2])}
         >>> values |= {"importance": (("example", "size"), [[-3.0, -2.5], [-2.8, -2.3]])}
         >>> values |= {"bound_mean": -3.0, "smc_mean": -2.3}
@@ -109,7 +108,6 @@ def sandwich(tree: xr.DataTree, *, ax: Axes | None = None) -> Axes:
         Bounds with 1 and with 10 trajectories, means over 5 draws of the model:
 
         >>> import xarray as xr
-        >>> from probdiff import plots
         >>> means = {"lower": [-2.0, -1.5], "upper": [0.0, -1.0], "gap": [2.0, 0.5]}
         >>> values = {f"{name}_mean": ("size", mean) for name, mean in means.items()}
         >>> values["gap_mean_se"] = ("size", [0.4, 0.1])
@@ -155,7 +153,6 @@ def entropy_band(tree: xr.DataTree, *, ax: Axes | None = None) -> Axes:
         Bounds at steps 2 and 3:
 
         >>> import xarray as xr
-        >>> from probdiff import plots
         >>> bounds = {"lower": [-1.0, 0.0], "model": [-0.8, 0.5], "model_se": [0.01, 0.01]}
         >>> bounds |= {"upper": [-0.5, 1.0], "correction": [0.0, 0.0]}
         >>> group = xr.Dataset({name: ("step", value) for name, value in bounds.items()})
@@ -204,7 +201,6 @@ def information(tree: xr.DataTree, *, ax: Axes | None = None) -> Axes:
         Bounds at levels 1 and 2, and at level 1 from the contrast of 100 examples:
 
         >>> import xarray as xr
-        >>> from probdiff import plots
         >>> values = {"model": ("level", [2.0, 1.0]), "model_se": ("level", [0.1, 0.1])}
         >>> values |= {"contrast": ("contrasted", [1.5]), "contrast_se": ("contrasted", [0.1])}
         >>> levels = {"level": [1, 2], "contrasted": [1]}

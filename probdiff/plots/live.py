@@ -25,9 +25,7 @@ class LiveLosses:
     Example:
         What `fit` does after 50 steps, with losses of 8 nats for batches of 4:
 
-        >>> import numpy as np
         >>> from types import SimpleNamespace
-        >>> from probdiff import plots
         >>> live = plots.LiveLosses(batch_size=4)
         >>> live(SimpleNamespace(losses=np.full(50, 8.0), held_out_losses=([], [])))
         >>> float(live.ax.lines[0].get_ydata().mean())  # per example

@@ -51,8 +51,6 @@ def points(
         The axes.
 
     Example:
-        >>> import numpy as np
-        >>> from probdiff import plots
         >>> x = np.random.default_rng(0).normal(size=(500, 2))
         >>> ax = plots.points(x, title="draws", limit=4.0)
         >>> ax.get_title(), ax.get_xlabel(), ax.get_ylabel()
@@ -89,8 +87,6 @@ def slices(
         ValueError: If the numbers of levels, titles and axes differ.
 
     Example:
-        >>> import numpy as np
-        >>> from probdiff import plots
         >>> x, noise = np.random.default_rng(0).normal(size=(2, 500, 2))
         >>> axes = plots.slices([0.5 * x, noise], ["t = 0", "t = T"])
         >>> [ax.get_title() for ax in axes]
@@ -129,8 +125,6 @@ def drift(
         The axes.
 
     Example:
-        >>> import numpy as np
-        >>> from probdiff import plots
         >>> grid = np.stack(np.meshgrid([-1.0, 0.0, 1.0], [-1.0, 0.0, 1.0]), axis=-1).reshape(-1, 2)
         >>> ax = plots.drift(grid, -0.1 * grid, title="t = 5")  # all arrows to the middle
         >>> ax.get_title()
@@ -175,7 +169,6 @@ def images(
         The axes.
 
     Example:
-        >>> from probdiff import datasets, plots
         >>> ax = plots.images(datasets.digits().test[:6], columns=3, vmax=16.0)
         >>> ax.images[0].get_array().shape  # two rows of three digits, a pixel apart
         (17, 26)
@@ -233,8 +226,6 @@ def figure_1(
         ValueError: If the numbers of levels differ, or axes have another shape.
 
     Example:
-        >>> import numpy as np
-        >>> from probdiff import plots
         >>> x = np.random.default_rng(0).normal(size=(2, 100, 2))  # at two levels
         >>> axes = plots.figure_1(x, x, x, -0.1 * x, x, levels=[0, 40], drift_levels=[5, 40])
         >>> axes.shape, [ax.get_title() for ax in axes[0]]

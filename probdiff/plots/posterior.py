@@ -59,8 +59,6 @@ def posterior_images(
         ValueError: If the numbers of images differ, or axes have another shape.
 
     Example:
-        >>> import numpy as np
-        >>> from probdiff import datasets, plots
         >>> rng, truth = np.random.default_rng(0), np.asarray(datasets.digits().test[:2])
         >>> draws = truth + rng.normal(size=(50, 2, 8, 8))
         >>> axes = plots.posterior_images(
@@ -129,8 +127,6 @@ def posterior_points(
         The axes.
 
     Example:
-        >>> import numpy as np
-        >>> from probdiff import plots
         >>> draws = np.random.default_rng(0).normal(0.5, 0.2, size=(100, 2))
         >>> ax = plots.posterior_points(draws, observation=np.array([0.5, np.nan]))  # only x₁
         >>> [text.get_text() for text in ax.get_legend().get_texts()]

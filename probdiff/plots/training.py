@@ -42,8 +42,6 @@ def losses(
         The axes.
 
     Example:
-        >>> import numpy as np
-        >>> from probdiff import plots
         >>> ax = plots.losses(np.linspace(30.0, 10.0, 1000), batch_size=10)
         >>> ax.get_ylabel(), ax.lines[0].get_label()
         ('loss per example (nats for the bound)', 'training, means of 10 steps')
@@ -90,7 +88,6 @@ def bound_per_step(tree: xr.DataTree, *, ax: Axes | None = None) -> Axes:
         The group `bound` of two examples and steps 2 and 3:
 
         >>> import xarray as xr
-        >>> from probdiff import plots
         >>> kl = [[1.0, 2.0], [3.0, 2.0]]
         >>> parts = {"reconstruction": ("example", [0.5, 0.5]), "prior_kl": ("example", [0.0, 0.0])}
         >>> mean = {"mean": -3.5, "mean_bits": -5.049, "se_bits": 1.443}
