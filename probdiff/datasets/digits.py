@@ -40,9 +40,6 @@ def digits() -> Digits:
     Pixels count the black dots of a 4 × 4 block: integers 0..16, kept as floats in these units.
     The split is one fixed permutation. Part of scikit-learn: nothing is downloaded.
 
-    Returns:
-        Images and labels of the three parts.
-
     Example:
         >>> data = datasets.digits()
         >>> data.train.shape, float(data.train.max())
@@ -52,17 +49,15 @@ def digits() -> Digits:
 
     Source: Alpaydin and Kaynak (1998), Optical Recognition of Handwritten Digits, UCI; test part.
     """
-    from sklearn.datasets import load_digits  # here, as it takes a second to import
+    from sklearn.datasets import load_digits
 
     bundle = load_digits()
     # The stream of RandomState is frozen for good; that of default_rng may change.
     order = np.random.RandomState(0).permutation(len(bundle.images))
     images = jnp.asarray(bundle.images[order], dtype=float)
     labels = jnp.asarray(bundle.target[order], dtype=int)
-    return Digits(
-        images[:1297], images[1297:1497], images[1497:],
-        labels[:1297], labels[1297:1497], labels[1497:],
-    )  # fmt: skip
+    ends = [1297, 1497]
+    return Digits(*jnp.split(images, ends), *jnp.split(labels, ends))
 
 
 def dequantise(

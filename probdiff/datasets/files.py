@@ -29,17 +29,11 @@ def fetch(name: str, checksums: dict[str, str], url: str) -> Path:
         return file
     import pooch
 
-    return Path(
-        pooch.retrieve(url + name, known_hash=checksums[name], fname=name, progressbar=True)
-    )
+    return Path(pooch.retrieve(url + name, checksums[name], fname=name, progressbar=True))
 
 
 def given(name: str, checksums: dict[str, str]) -> Path | None:
-    """Path of a published file in the folder `PROBDIFF_DATA`, or None if it is not there.
-
-    Raises:
-        ValueError: If the file has another checksum.
-    """
+    """Path of a published file in the folder `PROBDIFF_DATA`, checked, or None if not there."""
     folder = os.environ.get("PROBDIFF_DATA")
     if folder is None or not (Path(folder) / name).is_file():
         return None
