@@ -50,11 +50,7 @@ def bits_per_dim(tree: xr.DataTree) -> BitsPerDim:
     Example:
         Under a model of fair coins every bit of data costs one bit:
 
-        >>> def network(x_t, t):  # logits of 0 leave the law of the noise, B(½)
-        ...     return jnp.zeros(x_t.shape)
-        >>> diffusion = Diffusion(
-        ...     BernoulliKernel(0.5), schedules.harmonic(10), network, event_shape=(8,)
-        ... )
+        >>> diffusion = standard_diffusion((8,), kernel=BernoulliKernel(0.5))
         >>> x = jnp.ones((500, 8), jnp.int32)
         >>> tree = diagnostics.bound(jax.random.key(0), diffusion, {}, x)
         >>> round(diagnostics.bits_per_dim(tree).mean, 1)

@@ -91,9 +91,7 @@ def bound(
     Example:
         A model whose law is known, N(0, 1), so that K can be held beside log p:
 
-        >>> def network(x_t, t):  # outputs of 0 leave the law of the noise: x_0 ~ N(0, 1)
-        ...     return jnp.zeros((*x_t.shape, 2))
-        >>> diffusion = Diffusion(GaussianKernel(), schedules.cosine(10), network, event_shape=())
+        >>> diffusion = standard_diffusion()
         >>> key, key_x = jax.random.split(jax.random.key(0))
         >>> x = jax.random.normal(key_x, (500,))
         >>> tree = diagnostics.bound(key, diffusion, {}, x, num_draws=10)  # {}: no parameters
@@ -163,9 +161,7 @@ def sampled_bound(
             every device of the mesh one.
 
     Example:
-        >>> def network(x_t, t):  # x_0 ~ N(0, 1)
-        ...     return jnp.zeros((*x_t.shape, 2))
-        >>> diffusion = Diffusion(GaussianKernel(), schedules.cosine(200), network, event_shape=())
+        >>> diffusion = standard_diffusion(T=200)  # x_0 ~ N(0, 1)
         >>> key, key_x = jax.random.split(jax.random.key(0))
         >>> x = jax.random.normal(key_x, (2000,))
         >>> tree = diagnostics.sampled_bound(key, diffusion, {}, x, num_times=10)  # 10 of 200 steps
@@ -393,9 +389,7 @@ def entropy_form(
     Example:
         Data of second moment 4, where the model has 1: eq. 14 alone misses the bound.
 
-        >>> def network(x_t, t):  # x_0 ~ N(0, 1)
-        ...     return jnp.zeros((*x_t.shape, 2))
-        >>> diffusion = Diffusion(GaussianKernel(), schedules.cosine(10), network, event_shape=())
+        >>> diffusion = standard_diffusion()
         >>> x = 2 * np.array([-1.0, 1.0], np.float32)
         >>> group = diagnostics.bound(jax.random.key(0), diffusion, {}, x)["bound"]
         >>> k_14, correction = diagnostics.entropy_form(diffusion, {}, x, group["kl"].values)

@@ -57,7 +57,7 @@ class LadderWarning(UserWarning):
     `warnings`, too.
 
     Example:
-        >>> import jax, jax.numpy as jnp, numpy as np, warnings
+        >>> import warnings
         >>> def network(x_t, t):  # far from the data: weights of few trajectories carry all
         ...     return jnp.broadcast_to(jnp.array([5.0, 0.0]), (*x_t.shape, 2))
         >>> beta = np.array([0.36, 0.25])

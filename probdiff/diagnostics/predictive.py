@@ -84,16 +84,13 @@ def predictive_check(
             one replicate, or a statistic has a name that is taken, another shape or nan.
 
     Example:
-        Numbers one by one are as the model says; a statistic of both sees that they hang together:
+        Numbers one by one are as the model says; a statistic of both sees that they are equal:
 
-        >>> def network(x_t, t):  # x_0 ~ N(0, I)
-        ...     return jnp.zeros((len(x_t), 4))
-        >>> diffusion = Diffusion(GaussianKernel(), schedules.cosine(10), network, event_shape=(2,))
+        >>> diffusion = standard_diffusion((2,))  # x_0 ~ N(0, I)
         >>> key, key_x = jax.random.split(jax.random.key(0))
         >>> x = np.repeat(jax.random.normal(key_x, (300, 1)), 2, axis=1)  # twice the same number
-        >>> tree = diagnostics.predictive_check(
-        ...     key, diffusion, {}, x, statistics={"difference": lambda x: x[..., 0] - x[..., 1]}
-        ... )
+        >>> difference = {"difference": lambda x: x[..., 0] - x[..., 1]}
+        >>> tree = diagnostics.predictive_check(key, diffusion, {}, x, statistics=difference)
         >>> p = tree["uniformity"]
         >>> (p["x_0"].values > 0.01).tolist(), bool(p["difference"] < 1e-6)
         ([True, True], True)

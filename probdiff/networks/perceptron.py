@@ -1,9 +1,10 @@
-"""A perceptron that knows the step by bump functions of time.
+"""A perceptron that knows the step by bump functions of time, which enter every layer.
 
+    h ← silu(A [h, g(t)] + b),    output = A [h, g(t)] + b
     g_j(t) = exp(−(t − τ_j)²/2w²) / Σ_k exp(−(t − τ_k)²/2w²),    τ_j evenly spaced over 1..T
 
-with w the spacing of the centres τ. The bumps enter every layer, so that a layer's response may
-change smoothly with t while the number of parameters does not depend on T.
+with w the spacing of the centres τ. So a layer's response may change smoothly with t while the
+number of parameters does not depend on T.
 
 Source of the bumps: Sohl-Dickstein et al. (2015), appendix D.2.1.
 """
@@ -17,16 +18,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
 from probdiff.arguments import check_at_least, check_shape
-from probdiff.networks.shapes import output_shape
+from probdiff.networks.binding import output_shape
 
 
 class Perceptron(nnx.Module):
     """Fully connected layers on the flattened example, with bump functions of time.
 
-        h ← silu(A [h, g(t)] + b) in every layer,    output = A [h, g(t)] + b, which starts at 0
-
-    Called as `network(x_t, t)` or `network(x_t, t, context)`, it serves numbers, bits and classes.
-    The number of its parameters does not depend on T.
+    Called as `network(x_t, t)` or `network(x_t, t, context)`, it serves numbers, bits and classes;
+    the output starts at 0.
 
     Args:
         event_shape: Shape of one example.

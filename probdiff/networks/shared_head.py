@@ -20,17 +20,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
 from probdiff.arguments import check_at_least, check_shape
+from probdiff.networks.binding import output_shape
 from probdiff.networks.perceptron import as_numbers, bump_functions
-from probdiff.networks.shapes import output_shape
 
 
 class SharedHead(nnx.Module):
     """Residual perceptron on the flattened example, with a head applied entry by entry.
 
-    The perceptron, its trunk, sees the whole example and hands a few channels to every entry; the
-    head, the same for all, sees the entry itself and its channels. Called as `network(x_t, t)`. For
-    small images and other numbers whose denoiser turns sharply with the entry that it denoises; the
-    output starts at 0.
+    For small images and other numbers whose denoiser turns sharply with the entry that it denoises.
+    Called as `network(x_t, t)` or `network(x_t, t, context)`; the output starts at 0.
 
     Args:
         event_shape: Shape of one example.
@@ -73,8 +71,8 @@ class SharedHead(nnx.Module):
         self.channels, self.head_width = channels, head_width
         self.bumps, self.outputs, self.context_size = bumps, outputs, context_size
         size, given = math.prod(event_shape), bumps + context_size
-        sizes = [size, *[width] * depth]
         zeros = nnx.initializers.zeros
+        sizes = [size, *[width] * depth]
         self.trunk = nnx.List(
             nnx.Linear(n + given, m, rngs=rngs) for n, m in itertools.pairwise(sizes)
         )

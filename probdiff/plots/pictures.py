@@ -15,28 +15,14 @@ from jaxtyping import Array, Float
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 
-from probdiff.plots.style import (
-    BLUE,
-    GREEN,
-    ORANGE,
-    SKY,
-    AxesGrid,
-    axes_or_new,
-    grid_or_new,
-    square,
-)
+from probdiff.plots.style import BLUE, GREEN, ORANGE, SKY, AxesGrid, axes_or_new, grid_or_new
 
 Points = Float[Array | np.ndarray, "_ 2"]
 Levels = Sequence[Points] | Float[Array | np.ndarray, "_ _ 2"]
 
 
 def points(
-    x: Points,
-    *,
-    title: str = "",
-    color: str = BLUE,
-    limit: float = 2.6,
-    ax: Axes | None = None,
+    x: Points, *, title: str = "", color: str = BLUE, limit: float = 2.6, ax: Axes | None = None
 ) -> Axes:
     """Points in the plane, on equal axes from −limit to limit.
 
@@ -46,9 +32,6 @@ def points(
         color: Colour of the points.
         limit: Half the width of the panel; points outside are not shown.
         ax: Where to draw; a new figure if absent.
-
-    Returns:
-        The axes.
 
     Example:
         >>> x = np.random.default_rng(0).normal(size=(500, 2))
@@ -60,7 +43,7 @@ def points(
     x = np.asarray(x)
     size = min(9.0, 3000 / max(len(x), 1))
     ax.scatter(x[:, 0], x[:, 1], s=size, color=color, alpha=0.6, linewidths=0)
-    return square(ax, limit, title)
+    return _square(ax, limit, title)
 
 
 def slices(
@@ -80,9 +63,6 @@ def slices(
         limit: Half the width of each panel.
         axes: One for each level; a new figure if absent.
 
-    Returns:
-        The axes, one for each level.
-
     Raises:
         ValueError: If the numbers of levels, titles and axes differ.
 
@@ -93,8 +73,7 @@ def slices(
         ['t = 0', 't = T']
     """
     if axes is None:
-        figure = plt.figure(figsize=(3 * len(levels), 3.2), layout="constrained")
-        axes = figure.subplots(1, len(levels), squeeze=False)[0]
+        (axes,) = grid_or_new(None, 1, len(levels), figsize=(3 * len(levels), 3.2))
     parts = zip(levels, titles, axes, strict=True)
     return [points(x, title=t, color=color, limit=limit, ax=ax) for x, t, ax in parts]
 
@@ -121,9 +100,6 @@ def drift(
         limit: Half the width of the panel.
         ax: Where to draw; a new figure if absent.
 
-    Returns:
-        The axes.
-
     Example:
         >>> grid = np.stack(np.meshgrid([-1.0, 0.0, 1.0], [-1.0, 0.0, 1.0]), axis=-1).reshape(-1, 2)
         >>> ax = plots.drift(grid, -0.1 * grid, title="t = 5")  # all arrows to the middle
@@ -141,7 +117,7 @@ def drift(
         *x.T, *(stretch * displacement).T,
         angles="xy", scale_units="xy", scale=1, color=GREEN, width=0.006,
     )  # fmt: skip
-    return square(ax, limit, f"{title}, arrows × {stretch:.2g}".removeprefix(", "))
+    return _square(ax, limit, f"{title}, arrows × {stretch:.2g}".removeprefix(", "))
 
 
 def images(
@@ -164,9 +140,6 @@ def images(
         vmax: Value shown white; what is above is white too.
         cmap: Colour map of images without channels; "viridis" for standard deviations.
         ax: Where to draw; a new figure if absent.
-
-    Returns:
-        The axes.
 
     Example:
         >>> ax = plots.images(datasets.digits().test[:6], columns=3, vmax=16.0)
@@ -219,9 +192,6 @@ def figure_1(
         limit: Half the width of each panel.
         axes: Where to draw, `(3, levels)`; a new figure if absent.
 
-    Returns:
-        The axes, `(3, levels)`; the figure is `axes[0, 0].figure`.
-
     Raises:
         ValueError: If the numbers of levels differ, or axes have another shape.
 
@@ -241,3 +211,9 @@ def figure_1(
     for row, name in zip(axes, names, strict=True):
         row[0].set_ylabel(f"{name}\n\nx₂")
     return axes
+
+
+def _square(ax: Axes, limit: float, title: str) -> Axes:
+    ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xlabel="x₁", ylabel="x₂")
+    ax.set_title(title, fontsize="medium")
+    return ax
