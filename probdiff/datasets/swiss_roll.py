@@ -57,11 +57,7 @@ def swiss_roll(key: PRNGKeyArray, n: int, *, noise: float) -> Float[Array, "{n} 
 
 
 def swiss_roll_log_density(
-    x: Float[Array, "*batch 2"],
-    *,
-    noise: float,
-    extra_variance: float = 0.0,
-    shrink: float = 1.0,
+    x: Float[Array, "*batch 2"], *, noise: float, extra_variance: float = 0.0, shrink: float = 1.0
 ) -> Float[Array, "*batch"]:
     """Log density of the noisy Swiss roll, or of the roll after diffusion steps.
 

@@ -2,8 +2,7 @@
 
 from probdiff.networks.multi_scale import MultiScaleConvolution
 from probdiff.networks.per_step import RadialBasis, SigmoidPerceptron
-from probdiff.networks.perceptron import Perceptron
-from probdiff.networks.shared_head import SharedHead
+from probdiff.networks.perceptron import Perceptron, SharedHead
 from probdiff.networks.summary import summary
 from probdiff.networks.unet import UNet
 

@@ -192,8 +192,7 @@ def entropy_band(tree: xr.DataTree, *, ax: Axes | None = None) -> Axes:
     top = max(np.quantile(upper, 0.98), np.quantile(model, 0.98))
     ax.set_ylim(-0.03 * top, 1.1 * top)
     ax.set(
-        xlabel="step t (small: near the data)",
-        ylabel="H(X_s | X_t) above its lower bound (nats)",
+        xlabel="step t (small: near the data)", ylabel="H(X_s | X_t) above its lower bound (nats)"
     )
     ax.set_title(group.attrs["condition"], fontsize="small")
     ax.legend(frameon=False)

@@ -73,7 +73,7 @@ def slices(
         ['t = 0', 't = T']
     """
     if axes is None:
-        (axes,) = grid_or_new(None, 1, len(levels), figsize=(3 * len(levels), 3.2))
+        (axes,) = grid_or_new(None, 1, len(levels), figsize=(3.0 * len(levels), 3.2))
     parts = zip(levels, titles, axes, strict=True)
     return [points(x, title=t, color=color, limit=limit, ax=ax) for x, t, ax in parts]
 
