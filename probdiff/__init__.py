@@ -31,9 +31,6 @@ from probdiff.storage import load, save
 from probdiff.times import ImportanceTimes, StratifiedTimes, UniformTimes
 from probdiff.train import Fit, fit
 
-if TYPE_CHECKING:
-    from probdiff import diagnostics, infer, plots
-
 __all__ = [
     "AbsorbingKernel",
     "BernoulliKernel",
@@ -64,11 +61,12 @@ __all__ = [
 ]
 
 
-_AT_FIRST_USE = ("diagnostics", "infer", "plots")
-"""Folders that stand on ArviZ and matplotlib, which take longer to import than all the rest."""
+if TYPE_CHECKING:
+    from probdiff import diagnostics, infer, plots
+else:
 
-
-def __getattr__(name: str) -> ModuleType:
-    if name not in _AT_FIRST_USE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module(f"{__name__}.{name}")
+    def __getattr__(name: str) -> ModuleType:
+        """The folders that stand on ArviZ and matplotlib, slower to import than all the rest."""
+        if name not in ("diagnostics", "infer", "plots"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return importlib.import_module(f"{__name__}.{name}")

@@ -29,9 +29,7 @@ class BitsPerDim(NamedTuple):
     """
 
     mean: float
-    """Mean over examples."""
     se: float
-    """Its standard error over examples; nan for one example."""
 
 
 def bits_per_dim(tree: xr.DataTree) -> BitsPerDim:

@@ -28,13 +28,13 @@ _SHOWN = 50
 
 
 def bound_per_step(tree: xr.DataTree, *, ax: Axes | None = None) -> Axes:
-    """Where the nats go: KL_t of every step, of the tree that `diagnostics.bound` returned.
+    """Where the nats go: KL_t of every step with a band of two standard errors over examples.
 
     The legend gives the three parts, whose difference is the bound:
     K = reconstruction − Σ_t KL_t − KL(q(x_T | x_0) ‖ π).
 
-    Raises:
-        ValueError: If the tree is another one.
+    Args:
+        tree: What `diagnostics.bound` returned; another is refused.
 
     Example:
         >>> x = jnp.array([-1.0, 1.0])  # of density exp(−1.42) both, 2.05 bits
@@ -68,12 +68,8 @@ def ladder(tree: xr.DataTree, *, truth: float | None = None, ax: Axes | None = N
     differ from each other by far more than an example's rungs; bars are of these differences.
 
     Args:
-        tree: What `diagnostics.ladder` returned.
+        tree: What `diagnostics.ladder` returned; another is refused.
         truth: Mean log p(x_0) of these examples, where it is known.
-        ax: Where to draw; a new figure if absent.
-
-    Raises:
-        ValueError: If the tree is not of `diagnostics.ladder`.
 
     Example:
         >>> x = jnp.array([-1.0, 1.0])
@@ -127,11 +123,7 @@ def sandwich(tree: xr.DataTree, *, ax: Axes | None = None) -> Axes:
     """Mean lower and upper bounds of log p(x_0) by the number of trajectories.
 
     Args:
-        tree: What `diagnostics.sandwich` returned.
-        ax: Where to draw; a new figure if absent.
-
-    Raises:
-        ValueError: If the tree is not of `diagnostics.sandwich`.
+        tree: What `diagnostics.sandwich` returned; another is refused.
 
     Example:
         >>> key, diffusion = jax.random.key(0), standard_diffusion()
@@ -164,11 +156,7 @@ def entropy_band(tree: xr.DataTree, *, ax: Axes | None = None) -> Axes:
     The height of the model's line is the term KL_t of the bound.
 
     Args:
-        tree: What `diagnostics.entropies` returned.
-        ax: Where to draw; a new figure if absent.
-
-    Raises:
-        ValueError: If the tree is not of `diagnostics.entropies`.
+        tree: What `diagnostics.entropies` returned; another is refused.
 
     Example:
         >>> x, diffusion = jnp.array([-1.0, 1.0]), standard_diffusion()
@@ -203,11 +191,7 @@ def information(tree: xr.DataTree, *, ax: Axes | None = None) -> Axes:
     """I(X_0; X_t) between what examples tell by contrast and what the model pays.
 
     Args:
-        tree: What `diagnostics.information` returned.
-        ax: Where to draw; a new figure if absent.
-
-    Raises:
-        ValueError: If the tree is not of `diagnostics.information`.
+        tree: What `diagnostics.information` returned; another is refused.
 
     Example:
         >>> x, diffusion = jax.random.normal(jax.random.key(0), (100,)), standard_diffusion()
@@ -239,10 +223,7 @@ def comparison(tree: xr.DataTree) -> Axes:
     takes no axes.
 
     Args:
-        tree: What `diagnostics.compare` returned.
-
-    Raises:
-        ValueError: If the tree is not of `diagnostics.compare`.
+        tree: What `diagnostics.compare` returned; another is refused.
 
     Example:
         >>> x, models = jnp.array([-1.0, 0.0, 1.0]), {}

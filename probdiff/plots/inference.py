@@ -33,12 +33,8 @@ def ess_trace(tree: xr.DataTree, *, threshold: float | None = 0.5, ax: Axes | No
     was resampled. At t = 0 stands the share that the final draws rest on.
 
     Args:
-        tree: `SMC.to_datatree()`.
+        tree: `SMC.to_datatree()`; another is refused.
         threshold: Share below which the run resampled, its `ess_threshold`; None for no line.
-        ax: Where to draw; a new figure if absent.
-
-    Raises:
-        ValueError: If the tree is not of an SMC run.
 
     Example:
         >>> prior = standard_diffusion().prior({})
@@ -78,12 +74,11 @@ def evidence(tree: xr.DataTree, *, prob: float = 0.95, ax: Axes | None = None) -
     each of their entries.
 
     Args:
-        tree: `SMC.to_datatree()`.
+        tree: `SMC.to_datatree()`; another is refused.
         prob: Probability of the Student-t interval, in (0, 1).
-        ax: Where to draw; a new figure if absent.
 
     Raises:
-        ValueError: If the tree is not of an SMC run, or prob is out of range.
+        ValueError: If prob is out of range.
 
     Example:
         A measurement y = 2, of noise 1, of x_0 ~ N(0, 1), whose log evidence is −2.27:
@@ -139,7 +134,7 @@ def calibration(
     too well, below 0 too badly, as those of the prior do.
 
     Args:
-        tree: What `infer.calibrate` returned.
+        tree: What `infer.calibrate` returned; another is refused.
         num_panels: Panels at most.
         axes: Where to draw, in any arrangement, one for each panel at least; what is left over
             stays as it is. A new figure if absent, which says all of the verdict at its top.
@@ -149,8 +144,7 @@ def calibration(
         The axes of the panels, in their order.
 
     Raises:
-        ValueError: If the tree is not of `infer.calibrate`, num_panels is below 1, or there are
-            fewer axes than panels.
+        ValueError: If num_panels is below 1, or there are fewer axes than panels.
 
     Example:
         >>> prior = standard_diffusion().prior({})

@@ -31,7 +31,6 @@ def points(
         title: Title of the panel.
         color: Colour of the points.
         limit: Half the width of the panel; points outside are not shown.
-        ax: Where to draw; a new figure if absent.
 
     Example:
         >>> x = np.random.default_rng(0).normal(size=(500, 2))
@@ -98,7 +97,6 @@ def drift(
         behind: Draws of the reverse trajectory at this level, drawn pale behind the arrows.
         title: Title of the panel.
         limit: Half the width of the panel.
-        ax: Where to draw; a new figure if absent.
 
     Example:
         >>> grid = np.stack(np.meshgrid([-1.0, 0.0, 1.0], [-1.0, 0.0, 1.0]), axis=-1).reshape(-1, 2)
@@ -139,7 +137,6 @@ def images(
         vmin: Value shown black; what is below is black too.
         vmax: Value shown white; what is above is white too.
         cmap: Colour map of images without channels; "viridis" for standard deviations.
-        ax: Where to draw; a new figure if absent.
 
     Example:
         >>> ax = plots.images(datasets.digits().test[:6], columns=3, vmax=16.0)

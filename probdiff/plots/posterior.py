@@ -122,7 +122,6 @@ def posterior_points(
         behind: Points drawn pale behind, such as draws of the prior.
         title: Title of the panel.
         limit: Half the width of the panel; points outside are not shown.
-        ax: Where to draw; a new figure if absent.
 
     Example:
         >>> draws = np.random.default_rng(0).normal(0.5, 0.2, size=(100, 2))

@@ -33,7 +33,6 @@ def losses(
         losses: Loss of each step, summed over its batch; −K in nats for the bound.
         batch_size: Examples in a batch.
         held_out: Steps, and loss per example on held-out data at these.
-        ax: Where to draw; a new figure if absent.
 
     Example:
         >>> ax = plots.losses(np.linspace(30.0, 10.0, 1000), batch_size=10)
