@@ -51,19 +51,18 @@ def compare(models: Mapping[str, xr.DataTree], *, prob: float = 0.95) -> xr.Data
             finite, or trees differ in examples, units, reference measure or entries observed.
 
     Example:
-        Data of N(0, 1) under their own law and under N(0, 4), of which log p says
-        log 2 − 3/8 = 0.32 nats less:
+        Data of N(0, 1) under their own law and under N(½, 1), of which log p says ⅛ nat less:
 
         >>> key, key_x = jax.random.split(jax.random.key(0))
         >>> x, models = jax.random.normal(key_x, (2000,)), {}
-        >>> for scale in (1.0, 2.0):
-        ...     diffusion = standard_diffusion(scale=scale)
-        ...     models[f"scale {scale}"] = diagnostics.bound(key, diffusion, {}, x)
+        >>> for loc in (0.0, 0.5):
+        ...     diffusion = standard_diffusion(loc=loc)
+        ...     models[f"loc {loc}"] = diagnostics.bound(key, diffusion, {}, x)
         >>> group = diagnostics.compare(models)["comparison"]
         >>> group["model"].values.tolist()  # best first
-        ['scale 1.0', 'scale 2.0']
+        ['loc 0.0', 'loc 0.5']
         >>> group["difference"].values.round(1).tolist()
-        [0.0, -0.3]
+        [0.0, -0.1]
     """
     if not 0 < prob < 1:
         raise ValueError(f"prob must lie in (0, 1); got {prob}")

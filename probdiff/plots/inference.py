@@ -46,12 +46,13 @@ def ess_trace(tree: xr.DataTree, *, threshold: float | None = 0.5, ax: Axes | No
         'effective share of 100 particles'
     """
     ax, group = axes_or_new(ax), _weighted(tree)
-    plates = _plates(group["ess"], "level", "run")
+    plates = [dim for dim in group["ess"].dims if dim not in ("level", "run")]
     share = group["ess"].min(plates).transpose("level", "run") / tree.attrs["num_particles"]
     was_resampled = (group["resampled"] > 0).any(plates).transpose("level", "run").values
     t = group["t"].values
     runs = f"{share.sizes['run']} run" + "s" * (share.sizes["run"] > 1)
-    least = f", least of {_count(group['ess'], plates)} systems" if plates else ""
+    systems = int(np.prod([group.sizes[dim] for dim in plates]))
+    least = f", least of {systems} systems" if plates else ""
     lines = ax.plot(t, share.values, color=BLUE, linewidth=1, alpha=0.7)
     lines[0].set_label(runs + least)
     level, run = np.nonzero(was_resampled)
@@ -253,11 +254,3 @@ def _weighted(tree: xr.DataTree) -> xr.DataTree:
     if "smc" not in tree.children or "log_evidence" not in tree["smc"]:
         raise ValueError("tree must come from to_datatree of an SMC, which has weights")
     return tree["smc"]
-
-
-def _plates(values: xr.DataArray, *others: str) -> list[str]:
-    return [str(dim) for dim in values.dims if dim not in others]
-
-
-def _count(values: xr.DataArray, dims: list[str]) -> int:
-    return int(np.prod([values.sizes[dim] for dim in dims]))
