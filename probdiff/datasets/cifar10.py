@@ -73,6 +73,8 @@ def cifar10() -> Cifar10:
         >>> data = datasets.cifar10()  # doctest: +SKIP
         >>> data.train.shape, data.train.dtype  # doctest: +SKIP
         ((50000, 32, 32, 3), dtype('uint8'))
+
+    Source: Krizhevsky (2009).
     """
     batches = [_records(content) for content in _contents()]
     labels, images = (np.concatenate(parts) for parts in zip(*batches[:-1], strict=True))

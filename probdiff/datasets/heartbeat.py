@@ -52,6 +52,8 @@ def heartbeat(
         >>> x = datasets.heartbeat(jax.random.key(0), 1000)
         >>> x.shape, set(x.sum(axis=1).tolist())  # four beats in each
         ((1000, 20), {4})
+
+    Source: Sohl-Dickstein et al. (2015), section 3.1.2.
     """
     check_at_least(1, n=n)
     sequences = heartbeat_sequences(length=length, period=period)

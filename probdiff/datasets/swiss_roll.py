@@ -48,6 +48,8 @@ def swiss_roll(key: PRNGKeyArray, n: int, *, noise: float) -> Float[Array, "{n} 
         >>> x = datasets.swiss_roll(jax.random.key(0), 10_000, noise=0.1)
         >>> x.shape, round(float(x.var(axis=0).mean()), 1)
         ((10000, 2), 1.0)
+
+    Source: see the module.
     """
     check_at_least(1, n=n)
     _check_not_negative("noise", noise)
@@ -85,6 +87,8 @@ def swiss_roll_log_density(
         >>> x = jnp.array([[1.54, -0.03], [1.1, -0.03]])  # on the curve, and between two turns
         >>> print(datasets.swiss_roll_log_density(x, noise=0.5).round(1))
         [ -1.2 -19.5]
+
+    Source: see the module.
     """
     _check_not_negative("noise", noise)
     _check_not_negative("extra_variance", extra_variance)

@@ -89,6 +89,8 @@ def textures(
         >>> data = datasets.textures(jax.random.key(0), 500, [photograph], size=8, n_test=100)
         >>> data.train.shape, data.test.shape, round(float(data.train.std()), 1)
         ((500, 8, 8), (100, 8, 8), 1.0)
+
+    Source: see the module.
     """
     check_at_least(1, n=n, n_test=n_test, size=size)
     if not 0 < test_share < 1:

@@ -62,6 +62,8 @@ class MultiScaleConvolution(nnx.Module):
         >>> out = jax.eval_shape(network, jnp.ones((5, 8, 8)), jnp.full(5, 40))
         >>> out.shape  # mean and variance of each pixel
         (5, 8, 16)
+
+    Source: Sohl-Dickstein et al. (2015), appendix D.2.1.
     """
 
     def __init__(

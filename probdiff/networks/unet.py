@@ -74,6 +74,8 @@ class UNet(nnx.Module):
         >>> out = jax.eval_shape(network, jnp.ones((2, 8, 8, 3)), jnp.array([-5.0, 5.0]))
         >>> out.shape  # at two log-SNRs; mean and variance of each colour
         (2, 8, 8, 6)
+
+    Source: Ronneberger et al. (2015); Ho et al. (2020), appendix B, for the blocks.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
 """Pictures of what was computed elsewhere: nothing here draws, trains or integrates.
 
 Every function takes arrays or a DataTree of `diagnostics`, of a sampler or of `infer.calibrate`,
-and returns the axes. Where to draw is `ax`, or `axes` in rows and columns; a new figure if absent.
+and returns the axes, whose figure is `ax.figure`. Where to draw is `ax`, or `axes` in rows and
+columns; a new figure if absent.
 
     training     losses; LiveLosses, a callback of `fit`
     bounds       bound_per_step, ladder, sandwich, entropy_band, information, comparison
