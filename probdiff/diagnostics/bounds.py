@@ -137,28 +137,16 @@ def sampled_bound(
     """Bound K for every example at a few random steps: unbiased, at a cost that T does not enter.
 
     The sum over t of KL_t is estimated at `num_times` steps per example, stratified over 2..T as in
-    `SampledTimeELBO`. For many examples and a large T; `bound` gives every step.
+    `SampledTimeELBO`. For many examples and a large T; `bound` gives every step, and takes and
+    raises the same otherwise.
 
     Args:
-        key: Randomness; block b of examples uses `fold_in(key, b)`.
-        diffusion: The model.
-        params: Its parameters.
-        x_0: Examples in the user's units, `(N, *event_shape)`.
-        context: One context per example, `(N, *context_shape)`.
-        mask: True where x_0 is observed. K then bounds the density of the observed part under the
-            program that sees noise in place of the rest, not the marginal of the whole model.
         num_times: Steps at which each example's KL is drawn.
         block_size: Examples handled at once, by each device.
-        mesh: Devices that take a block each at the same time, on one axis; no figure depends on it.
-        progress: Show a bar over the blocks.
 
     Returns:
         DataTree with group `bound`, nats: `bound`, `reconstruction`, `prior_kl` per `example`.
         Attributes as those of `bound`, with `num_times`.
-
-    Raises:
-        ValueError: if data, context, mask or parameters do not fit, or blocks are too large to give
-            every device of the mesh one.
 
     Example:
         >>> diffusion = standard_diffusion(T=200)  # x_0 ~ N(0, 1)

@@ -56,8 +56,8 @@ def predictive_check(
 
         tree = diagnostics.predictive_check(key, diffusion, params, x, num_replicates=50)
         arviz_plots.plot_ppc_dist(tree)
-        arviz_plots.plot_ppcranks.pit(tree, coords={"x_0_dim_0": 0})  # one number for each example
-        arviz_plots.plot_ecdfranks.pit(tree, group="pit", sample_dims=["example"], coverage=False)
+        arviz_plots.plot_ppc_pit(tree, coords={"x_0_dim_0": 0})  # one number for each example
+        arviz_plots.plot_ecdf_pit(tree, group="pit", sample_dims=["example"], coverage=False)
 
     Args:
         key: Randomness.
