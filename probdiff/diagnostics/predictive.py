@@ -37,7 +37,7 @@ from probdiff.infer import ranks
 from probdiff.sample import ancestral
 from probdiff.types import Params
 
-Statistics = Mapping[str, Callable[[Any], Any]]
+_Statistics = Mapping[str, Callable[[Any], Any]]
 
 
 def predictive_check(
@@ -48,7 +48,7 @@ def predictive_check(
     *,
     num_replicates: int = 50,
     context: Any = None,
-    statistics: Statistics | None = None,
+    statistics: _Statistics | None = None,
     block_size: int = 4096,
     progress: bool = False,
 ) -> xr.DataTree:
@@ -115,7 +115,7 @@ def predictive_check(
 
 
 def _check(
-    diffusion: Diffusion, x_0: Any, num_replicates: int, context: Any, statistics: Statistics
+    diffusion: Diffusion, x_0: Any, num_replicates: int, context: Any, statistics: _Statistics
 ) -> None:
     if np.ndim(x_0) != len(diffusion.event_shape) + 1 or np.shape(x_0)[0] < 2:
         raise ValueError(
@@ -132,7 +132,7 @@ def _check(
         )
 
 
-def _values(name: str, x: np.ndarray, lead: Any, statistics: Statistics) -> dict[str, np.ndarray]:
+def _values(name: str, x: np.ndarray, lead: Any, statistics: _Statistics) -> dict[str, np.ndarray]:
     """x itself and its statistics, of leading shape `lead`."""
     values = {name: x}
     for key, statistic in statistics.items():

@@ -18,7 +18,7 @@ from matplotlib.colors import to_rgb
 from probdiff.plots.style import BLUE, GREEN, ORANGE, SKY, AxesGrid, axes_or_new, grid_or_new
 
 Points = Float[Array | np.ndarray, "_ 2"]
-Levels = Sequence[Points] | Float[Array | np.ndarray, "_ _ 2"]
+_Levels = Sequence[Points] | Float[Array | np.ndarray, "_ _ 2"]
 
 
 def points(
@@ -46,7 +46,7 @@ def points(
 
 
 def slices(
-    levels: Levels,
+    levels: _Levels,
     titles: Sequence[str],
     *,
     color: str = BLUE,
@@ -165,11 +165,11 @@ def images(
 
 
 def figure_1(
-    forward: Levels,
-    reverse: Levels,
-    grid: Levels,
-    drifts: Levels,
-    behind: Levels,
+    forward: _Levels,
+    reverse: _Levels,
+    grid: _Levels,
+    drifts: _Levels,
+    behind: _Levels,
     levels: Sequence[int],
     *,
     drift_levels: Sequence[int] | None = None,
