@@ -94,9 +94,9 @@ class UNet(nnx.Module):
         dtype: str | None = None,
         rngs: nnx.Rngs,
     ):
-        event_shape = check_image(event_shape, patch * 2 ** (len(widths) - 1))
         if not widths or any(width % _GROUP for width in widths):
             raise ValueError(f"widths must be multiples of {_GROUP}; got {tuple(widths)}")
+        event_shape = check_image(event_shape, patch * 2 ** (len(widths) - 1))
         if attention_heads and widths[-1] % attention_heads:
             raise ValueError(
                 f"attention_heads must divide the last of widths, {widths[-1]}; got "
