@@ -125,15 +125,13 @@ def information(
 ) -> xr.DataTree:
     """Bounds on I(X_0; X_t), what level t still tells of the data.
 
-    Both are estimates: within their standard errors the lower may come out above the upper.
+    Both are estimates: within their standard errors the lower may come out above the upper. What is
+    not said here is as in `entropies`.
 
     Args:
         key: Randomness.
-        diffusion: The model.
-        params: Its parameters.
         x_0: Examples in the user's units, `(N, *event_shape)`, N at least 2. Every level compares
             each with each.
-        tree: What `bound` returned for these examples.
         num_levels: Levels at which the contrast is made, evenly spread over 1..T.
 
     Returns:
