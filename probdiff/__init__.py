@@ -16,7 +16,11 @@ Source: Sohl-Dickstein et al. (2015), Deep Unsupervised Learning using Nonequili
 Thermodynamics.
 """
 
-from probdiff import datasets, diagnostics, infer, networks, readouts, sample, schedules
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from probdiff import datasets, networks, readouts, sample, schedules
 from probdiff.diffusion import Diffusion
 from probdiff.elbo import SampledTimeELBO, track_kl
 from probdiff.kernels import AbsorbingKernel, BernoulliKernel, CategoricalKernel, GaussianKernel
@@ -47,6 +51,7 @@ __all__ = [
     "infer",
     "load",
     "networks",
+    "plots",
     "readouts",
     "sample",
     "save",
@@ -54,3 +59,14 @@ __all__ = [
     "standard_diffusion",
     "track_kl",
 ]
+
+
+if TYPE_CHECKING:
+    from probdiff import diagnostics, infer, plots
+else:
+
+    def __getattr__(name: str) -> ModuleType:
+        """The folders that stand on ArviZ and matplotlib, slower to import than all the rest."""
+        if name not in ("diagnostics", "infer", "plots"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return importlib.import_module(f"{__name__}.{name}")

@@ -35,8 +35,7 @@ from probdiff import readouts, schedules, validation
 from probdiff.arguments import check_shape, shape_text
 from probdiff.compilation import Programs
 from probdiff.kernels import BernoulliKernel, DiscreteKernel, GaussianKernel
-from probdiff.networks.binding import bind, example_inputs
-from probdiff.networks.shapes import output_shape
+from probdiff.networks.binding import bind, example_inputs, output_shape
 from probdiff.prior import Prior
 from probdiff.reverse import Reverse, Units
 from probdiff.trajectories import (

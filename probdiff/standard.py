@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from probdiff import readouts, schedules
 from probdiff.diffusion import Diffusion
 from probdiff.kernels import BernoulliKernel, DiscreteKernel, GaussianKernel
-from probdiff.networks.shapes import output_shape
+from probdiff.networks.binding import output_shape
 
 
 def standard_diffusion(

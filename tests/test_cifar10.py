@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from probdiff import datasets
-from probdiff.datasets.cifar10 import ARCHIVE, ARCHIVES, BATCHES, _records
+from probdiff.datasets.cifar10 import _ARCHIVE, _ARCHIVES, _BATCHES, _records
 
 try:
     import pillow_jxl  # noqa: F401
@@ -57,7 +57,7 @@ def contents():
         name: as_published(
             draw(0, 256, (2, 32, 32, 3), dtype=np.uint8), draw(0, 10, 2, dtype=np.uint8)
         )
-        for name in BATCHES
+        for name in _BATCHES
     }
 
 
@@ -80,12 +80,12 @@ def test_record_holds_label_then_red_green_and_blue_rows():
 
 
 def test_archive_is_read_in_the_order_of_the_images(monkeypatch, tmp_path, contents):
-    write_archive(tmp_path / ARCHIVE, contents)
+    write_archive(tmp_path / _ARCHIVE, contents)
     monkeypatch.setenv("PROBDIFF_DATA", str(tmp_path))
-    with pytest.raises(ValueError, match=rf"{ARCHIVE} must have the SHA-256 c4a38c50"):
+    with pytest.raises(ValueError, match=rf"{_ARCHIVE} must have the SHA-256 c4a38c50"):
         datasets.cifar10()
-    found = hashlib.sha256((tmp_path / ARCHIVE).read_bytes()).hexdigest()
-    monkeypatch.setitem(ARCHIVES, ARCHIVE, found)
+    found = hashlib.sha256((tmp_path / _ARCHIVE).read_bytes()).hexdigest()
+    monkeypatch.setitem(_ARCHIVES, _ARCHIVE, found)
     check_against(datasets.cifar10(), contents)
 
 
@@ -97,7 +97,7 @@ def test_unpacked_batches_are_taken_from_the_folder(monkeypatch, tmp_path, conte
     with pytest.raises(ValueError, match=r"data_batch_1.bin must have the SHA-256 cee91656"):
         datasets.cifar10()
     for name, content in contents.items():
-        monkeypatch.setitem(BATCHES, name, hashlib.sha256(content).hexdigest())
+        monkeypatch.setitem(_BATCHES, name, hashlib.sha256(content).hexdigest())
     check_against(datasets.cifar10(), contents)
 
 
@@ -111,7 +111,7 @@ def test_batches_at_hand_are_the_published_ones(batch, split, mosaic):
     labels = np.load(SHARED / "cifar10" / "labels.npz")[split][:10_000]
     content = as_published(images, labels)
     name = f"cifar-10-batches-bin/{batch}.bin"
-    assert hashlib.sha256(content).hexdigest() == BATCHES[name]
+    assert hashlib.sha256(content).hexdigest() == _BATCHES[name]
     again_labels, again = _records(content)
     np.testing.assert_array_equal(again, images)
     np.testing.assert_array_equal(again_labels, labels)
@@ -127,7 +127,7 @@ def test_images_are_the_published_ones(monkeypatch, tmp_path):
     images = [*np.split(train, 5), test]
     answers = [*np.split(labels["train"], 5), labels["test"]]
     (tmp_path / "cifar-10-batches-bin").mkdir()
-    for name, batch, answer in zip(BATCHES, images, answers, strict=True):
+    for name, batch, answer in zip(_BATCHES, images, answers, strict=True):
         (tmp_path / name).write_bytes(as_published(batch, answer))
     monkeypatch.setenv("PROBDIFF_DATA", str(tmp_path))
     data = datasets.cifar10()

@@ -1,54 +1,25 @@
 """The package's shape: imports point one way, and what no file may hold."""
 
 import ast
+import graphlib
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "probdiff"
-FILES = sorted(PACKAGE.rglob("*.py"))
 # A place imports from the places above it. A folder is one place: its files may import each other.
-# `datasets` is apart: it imports nothing of ours.
-ORDER = [
-    "bars",
-    "datasets",
-    "arguments",
-    "types",
-    "compilation",
-    "kernels",
-    "schedules",
-    "readouts",
-    "networks",
-    "trajectories",
-    "validation",
-    "prior",
-    "diffusion",
-    "standard",
-    "times",
-    "elbo",
-    "simple_loss",
-    "checkpoint",
-    "storage",
-    "devices",
-    "batches",
-    "compiled",
-    "journal",
-    "chunks",
-    "train",
-    "sample",
-    "infer",
-    "diagnostics",
-    "plots",
-    "experiments",
-    "cli",
-]
+ORDER = """
+    bars arguments datasets devices types checkpoint journal batches compilation compiled
+    kernels schedules readouts networks reverse trajectories validation prior diffusion standard
+    times elbo simple_loss storage chunks train sample
+    infer diagnostics plots recipes experiments cli
+""".split()
 # These call the package as a user does; all others name the module they need.
-USERS = {"experiments", "cli"}
+USERS = {"recipes", "experiments", "cli"}
 PRINTERS = {"experiments", "cli", "infer"}
-
-
-def name_of(path):
-    return path.relative_to(PACKAGE).as_posix()
 
 
 def place_of(path):
@@ -57,11 +28,11 @@ def place_of(path):
     return "" if part == "__init__" else part
 
 
-def imported_places(tree, path):
-    """Places of ours that a file imports, "" for the package itself; function bodies count."""
+def imports(nodes, path):
+    """`["kernels", "GaussianKernel"]` and the like: what the nodes of a file import of ours."""
     folder = ["probdiff", *path.relative_to(PACKAGE).parts[:-1]]
     targets = []
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             targets += [alias.name.split(".") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -69,36 +40,67 @@ def imported_places(tree, path):
             base = base + (node.module.split(".") if node.module else [])
             # From the package itself, `from probdiff import kernels` names a place.
             targets += [[*base, alias.name] for alias in node.names]
-    ours = [target[1:] for target in targets if target[0] == "probdiff"]
-    return {target[0] if target and target[0] in ORDER else "" for target in ours}
-
-
-def calls(tree):
-    return {
-        node.func.id
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-    }
+    return [target[1:] for target in targets if target[0] == "probdiff"]
 
 
 def breach_of_order(path, source):
-    """What is wrong with a file's imports, or None."""
-    place, imported = place_of(path), imported_places(ast.parse(source), path)
+    """What is wrong with a file's imports, or None; those in bodies of functions count."""
+    place = place_of(path)
+    targets = imports(ast.walk(ast.parse(source)), path)
+    imported = {target[0] if target and target[0] in ORDER else "" for target in targets}
     if place == "":
         return None
     if place not in ORDER:
         return f"{place} has no place in ORDER"
-    if place == "datasets" and imported - {"datasets"}:
-        return "datasets imports nothing of ours"
+    if place == "datasets" and imported - {"datasets", "arguments"}:
+        return "datasets imports nothing of ours but arguments"
     if "" in imported and place not in USERS:
         return "imports the package instead of the module it needs"
     later = [other for other in imported - {"", place} if ORDER.index(other) > ORDER.index(place)]
     return f"{place} comes before {', '.join(sorted(later))}" if later else None
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_imports_point_one_way(path):
-    assert breach_of_order(path, path.read_text()) is None
+def breach_of_privacy(path, source):
+    targets = imports(ast.walk(ast.parse(source)), path)
+    private = [
+        ".".join(target) for target in targets if any(re.match("_(?!_)", part) for part in target)
+    ]
+    return f"imports what is private, {', '.join(private)}" if private else None
+
+
+def breach_of_docstring(path, source):
+    return None if ast.get_docstring(ast.parse(source)) else "does not open with a docstring"
+
+
+def breach_of_annotations(path, source):
+    """Postponed ones would be strings to the run-time checker."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
+    return "postpones annotations" if any(n.module == "__future__" for n in nodes) else None
+
+
+def breach_of_errors(path, source):
+    lines = [n.lineno for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Assert)]
+    return f"asserts in lines {lines} instead of raising" if lines else None
+
+
+def breach_of_calls(path, source):
+    """Nothing is guessed by `hasattr`, and only programs print."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    called = {node.func.id for node in nodes if isinstance(node.func, ast.Name)}
+    refused = {"hasattr"} if place_of(path) in PRINTERS else {"hasattr", "print"}
+    return f"calls {', '.join(called & refused)}" if called & refused else None
+
+
+RULES = [value for name, value in dict(globals()).items() if name.startswith("breach_of")]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_no_file_breaks_a_rule(rule):
+    found = {file: rule(file, file.read_text()) for file in PACKAGE.rglob("*.py")}
+    assert len(found) > 50
+    breaches = {file: breach for file, breach in found.items() if breach}
+    text = [f"{file.relative_to(PACKAGE)} {breach}" for file, breach in breaches.items()]
+    assert not text, "\n".join(text)
 
 
 @pytest.mark.parametrize(
@@ -115,48 +117,80 @@ def test_imports_point_one_way(path):
         ("infer/smc.py", "from probdiff.infer.twists import KernelTwist", None),
         ("infer/smc.py", "from .twists import KernelTwist", None),
         ("infer/smc.py", "from ..plots import trajectory", "infer comes before plots"),
+        ("datasets.py", "from probdiff.arguments import check_at_least", None),
         ("datasets.py", "from probdiff.types import Array", "datasets imports nothing"),
         ("utils.py", "", "utils has no place in ORDER"),
+        ("infer/smc.py", "from .twists import _Twist", "private, infer.twists._Twist"),
+        ("elbo.py", "from probdiff._hidden import f", "private, _hidden.f"),
+        ("elbo.py", "import numpy", "does not open with a docstring"),
+        ("elbo.py", "from __future__ import annotations", "postpones annotations"),
+        ("elbo.py", "def f():\n    assert True", "asserts in lines [3]"),
+        ("elbo.py", "print()", "calls print"),
+        ("infer/smc.py", "print()", None),
+        ("infer/smc.py", "hasattr(1, 'x')", "calls hasattr"),
     ],
 )
-def test_the_order_is_noticed_when_broken(file, source, breach):
-    found = breach_of_order(PACKAGE / file, source)
-    assert found is None if breach is None else breach in found
+def test_a_breach_is_noticed(file, source, breach):
+    source = source if breach and "docstring" in breach else f'"""."""\n{source}'
+    found = [text for rule in RULES if (text := rule(PACKAGE / file, source))]
+    assert found == [] if breach is None else any(breach in text for text in found)
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_a_file_opens_with_a_docstring(path):
-    assert ast.get_docstring(ast.parse(path.read_text()))
+def module_level(nodes):
+    """Nodes that run when a file is imported: not functions' bodies, nor what types alone need."""
+    for node in nodes:
+        if isinstance(node, ast.FunctionDef) or (
+            isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        ):
+            continue
+        yield node
+        yield from module_level(ast.iter_child_nodes(node))
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_annotations_are_not_postponed(path):
-    """Postponed ones would be strings to the run-time checker."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        assert not (isinstance(node, ast.ImportFrom) and node.module == "__future__")
+def graph_of(sources):
+    """Files that each file imports as it is imported, by their module names."""
+    graph = {}
+    for path, source in sources.items():
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        targets = imports(module_level(ast.parse(source).body), path)
+        graph[tuple(part for part in parts if part != "__init__")] = targets
+    longest = {}
+    for module, targets in graph.items():
+        # `["kernels", "GaussianKernel"]` is a name in `kernels`, not a file
+        found = (tuple(t) if tuple(t) in graph else tuple(t[:-1]) for t in targets)
+        longest[module] = {target for target in found if target in graph}
+    return longest
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_errors_are_raised_and_not_asserted(path):
-    nodes = ast.walk(ast.parse(path.read_text()))
-    assert [node.lineno for node in nodes if isinstance(node, ast.Assert)] == []
+def test_no_files_import_each_other_in_a_circle():
+    graph = graph_of({file: file.read_text() for file in PACKAGE.rglob("*.py")})
+    assert len(graph[("networks",)]) > 3
+    tuple(graphlib.TopologicalSorter(graph).static_order())  # raises a CycleError that names them
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_nothing_is_guessed_by_hasattr(path):
-    assert "hasattr" not in calls(ast.parse(path.read_text()))
-
-
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_only_programs_print(path):
-    assert "print" not in calls(ast.parse(path.read_text())) or place_of(path) in PRINTERS
+def test_a_circle_is_noticed():
+    sources = {
+        PACKAGE / "infer/smc.py": "from probdiff.infer import twists",
+        PACKAGE / "infer/twists.py": "from probdiff.infer.smc import SMC",
+    }
+    with pytest.raises(graphlib.CycleError, match="smc"):
+        tuple(graphlib.TopologicalSorter(graph_of(sources)).static_order())
 
 
 def test_public_names_exist():
     import probdiff
 
-    if probdiff.__file__ is None or "__all__" not in Path(probdiff.__file__).read_text():
-        pytest.skip("no public names yet")
     names = probdiff.__all__
     assert sorted(set(names)) == sorted(names)
     assert [name for name in names if getattr(probdiff, name, None) is None] == []
+    with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
+        probdiff.no_such_name  # noqa: B018
+
+
+SLOW = "sklearn pandas xarray matplotlib arviz arviz_base arviz_stats arviz_plots pooch".split()
+
+
+def test_the_package_imports_nothing_slow_until_it_is_used():
+    program = f"import sys, probdiff; print(set({SLOW}) & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stdout + done.stderr

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from probdiff import datasets
-from probdiff.datasets.mnist import BINARISED, MNIST, _amat, _idx
+from probdiff.datasets.mnist import _BINARISED, _MNIST, _amat, _idx
 
 SHARED = Path(os.environ.get("PROBDIFF_SHARED", Path(__file__).parents[2] / "shared")) / "data"
 needs_images = pytest.mark.skipif(
@@ -73,5 +73,5 @@ def test_dynamic_bits_follow_the_grey_levels():
 
 
 def test_checksums_cover_all_files():
-    assert len(BINARISED) == 3 and len(MNIST) == 4
-    assert all(len(v) == 64 for v in (BINARISED | MNIST).values())
+    assert len(_BINARISED) == 3 and len(_MNIST) == 4
+    assert all(len(v) == 64 for v in (_BINARISED | _MNIST).values())

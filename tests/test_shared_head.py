@@ -13,12 +13,18 @@ def network(event_shape, **options):
     return SharedHead(event_shape, width=8, depth=2, T=5, rngs=nnx.Rngs(0), **options)
 
 
+@nnx.jit
+def run(net, *inputs):
+    """The network compiled as a whole: op by op it compiles each of them."""
+    return net(*inputs)
+
+
 @pytest.mark.parametrize("event_shape", [(), (3,), (2, 4)])
 @pytest.mark.parametrize("outputs", [1, 2])
 def test_outputs_lie_side_by_side_on_the_last_axis(event_shape, outputs):
     net = network(event_shape, outputs=outputs)
     net.readout.bias[...] = jnp.arange(10.0, 10 + outputs)
-    out = net(jnp.ones((4, *event_shape)), jnp.array([1, 2, 3, 5]))
+    out = run(net, jnp.ones((4, *event_shape)), jnp.array([1, 2, 3, 5]))
     if event_shape:
         shape = (4, *event_shape[:-1], outputs * event_shape[-1])
         expected = np.broadcast_to(np.repeat(np.arange(10, 10 + outputs), event_shape[-1]), shape)
@@ -34,15 +40,15 @@ def test_all_entries_share_the_head():
     net.readout.kernel[...] = jnp.ones_like(net.readout.kernel[...])
     x, t = jax.random.normal(jax.random.key(0), (3, 6)), jnp.array([1, 3, 5])
     order = jnp.array([2, 0, 1, 5, 4, 3])
-    np.testing.assert_allclose(net(x, t)[:, order], net(x[:, order], t), rtol=1e-5)
-    assert np.std(net(x, t)) > 1e-3
+    np.testing.assert_allclose(run(net, x, t)[:, order], run(net, x[:, order], t), rtol=1e-5)
+    assert np.std(run(net, x, t)) > 1e-3
 
 
 def test_every_entry_may_depend_on_every_other():
     net = network((6,), outputs=1)
     net.readout.kernel[...] = jnp.ones_like(net.readout.kernel[...])
     x, t = jax.random.normal(jax.random.key(0), (1, 6)), jnp.array([2])
-    jacobian = jax.jacobian(lambda x: net(x[None], t)[0])(x[0])
+    jacobian = jax.jit(jax.jacobian(lambda x: net(x[None], t)[0]))(x[0])
     assert (np.abs(jacobian) > 1e-6).all()
 
 
@@ -60,6 +66,6 @@ def test_context_is_a_shift_of_every_layer():
     for n in (net, plain):
         n.readout.kernel[...] = jnp.ones_like(n.readout.kernel[...])
     x = jax.random.normal(next(keys), (2, 6))
-    out = net(x, t, jnp.broadcast_to(c, (2, 3)))
-    np.testing.assert_allclose(out, plain(x, t), rtol=1e-4)
-    assert np.abs(out - net(x, t, jnp.zeros((2, 3)))).min() > 1e-3
+    out = run(net, x, t, jnp.broadcast_to(c, (2, 3)))
+    np.testing.assert_allclose(out, run(plain, x, t), rtol=1e-4)
+    assert np.abs(out - run(net, x, t, jnp.zeros((2, 3)))).min() > 1e-3

@@ -32,7 +32,7 @@ def some_bits(event_shape=(2, 3), n=7):
 def test_it_is_its_formula(x64):
     net = randomise(network())
     x_t, t = some_bits()
-    for x, step, out in zip(np.asarray(x_t), np.asarray(t), net(x_t, t), strict=True):
+    for x, step, out in zip(np.asarray(x_t), np.asarray(t), nnx.jit(net)(x_t, t), strict=True):
         h = x.ravel()
         for layer in net.layers:
             h = 1 / (1 + np.exp(-(h @ layer.kernel[...] + layer.bias[...])))
@@ -48,7 +48,7 @@ def test_only_the_read_out_belongs_to_a_step():
     def output(params):
         return jnp.sum(nnx.merge(graph, params)(x_t, jnp.full(7, 3)))
 
-    gradient = nnx.to_pure_dict(jax.grad(output)(params))
+    gradient = nnx.to_pure_dict(jax.jit(jax.grad(output))(params))
     for name in ("weights", "biases"):
         touched = np.abs(gradient[name]).reshape(T, -1).max(-1) > 0
         np.testing.assert_array_equal(touched, np.arange(1, T + 1) == 3)
@@ -63,7 +63,8 @@ def test_it_starts_with_output_zero_of_the_needed_shape(event_shape, outputs):
         shape = (7, *event_shape[:-1], outputs * event_shape[-1])
     else:
         shape = (7,) if outputs == 1 else (7, 2)
-    np.testing.assert_array_equal(network(event_shape, outputs)(x_t, t), np.zeros(shape))
+    run = nnx.jit(network(event_shape, outputs))
+    np.testing.assert_array_equal(run(x_t, t), np.zeros(shape))
 
 
 def test_hidden_units_tell_examples_apart_at_the_start():

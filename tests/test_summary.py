@@ -1,5 +1,6 @@
 """The table of layers: its totals against the leaves and by hand, plain text, what is refused."""
 
+import functools
 import re
 
 import jax
@@ -10,16 +11,19 @@ from flax import linen, nnx
 
 from probdiff import networks, storage
 
-RNGS = nnx.Rngs(0)
 CASES = {
-    "Perceptron": ((2, 3), networks.Perceptron((2, 3), 5, 2, 9, bumps=3, rngs=RNGS)),
-    "UNet": ((8, 8), networks.UNet((8, 8), (8, 16), 1, T=9, attention_heads=2, rngs=RNGS)),
-    "RadialBasis": ((2,), networks.RadialBasis((2,), 4, 9, rngs=RNGS)),
-    "MultiScaleConvolution": (
-        (8, 8),
-        networks.MultiScaleConvolution((8, 8), 4, 2, 9, dense_width=6, rngs=RNGS),
-    ),
+    "Perceptron": ((2, 3), 5, 2, 9, {"bumps": 3}),
+    "UNet": ((8, 8), (8, 16), 1, {"T": 9, "attention_heads": 2}),
+    "RadialBasis": ((2,), 4, 9, {}),
+    "MultiScaleConvolution": ((8, 8), 4, 2, 9, {"dense_width": 6}),
 }
+
+
+@functools.cache
+def case(name):
+    """A network and the shape of its events."""
+    *sizes, options = CASES[name]
+    return sizes[0], getattr(networks, name)(*sizes, rngs=nnx.Rngs(0), **options)
 
 
 class OneLayer(nnx.Module):
@@ -44,8 +48,9 @@ def total(text, what):
     return int(re.search(rf"^Total {what}: ([\d,]+)", text, re.MULTILINE)[1].replace(",", ""))
 
 
-@pytest.mark.parametrize(("event_shape", "network"), CASES.values(), ids=CASES)
-def test_totals_are_those_of_the_leaves_and_of_the_call(event_shape, network):
+@pytest.mark.parametrize("name", CASES)
+def test_totals_are_those_of_the_leaves_and_of_the_call(name):
+    event_shape, network = case(name)
     text = networks.summary(network, event_shape)
     graph, params = nnx.split(network)
     leaves = jax.tree.leaves(params)
@@ -70,7 +75,7 @@ def test_operations_of_a_linear_layer_are_two_for_each_weight_and_one_for_each_b
 
 
 def test_layers_stand_in_the_order_of_their_calls():
-    event_shape, network = CASES["Perceptron"]
+    event_shape, network = case("Perceptron")
     rows = cells(networks.summary(network, event_shape))
     assert [row[0] for row in rows] == ["", "layers/0", "layers/1", "readout"]
     rows = cells(networks.summary(network, event_shape, depth=1))
@@ -80,14 +85,14 @@ def test_layers_stand_in_the_order_of_their_calls():
 def test_context_and_symbols_are_taken():
     text = networks.summary(OneLayer(5, 3), (3,), context_shape=(2,))
     assert total(text, "FLOPs") == 33
-    network = networks.Perceptron((4,), 5, 1, 9, states=3, rngs=RNGS)
+    network = networks.Perceptron((4,), 5, 1, 9, states=3, rngs=nnx.Rngs(0))
     assert "int32[1,4]" in networks.summary(network, (4,), dtype=int)
 
 
 def test_the_text_is_plain(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "40")
-    event_shape, network = CASES["UNet"]
+    event_shape, network = case("UNet")
     text = networks.summary(network, event_shape)
     assert "\x1b" not in text
     assert all(line == line.rstrip() for line in text.splitlines())
@@ -95,7 +100,7 @@ def test_the_text_is_plain(monkeypatch):
 
 
 def test_a_network_still_works_after_a_call_that_fails():
-    event_shape, network = CASES["Perceptron"]
+    event_shape, network = case("Perceptron")
     with pytest.raises(TypeError, match="same shape"):
         networks.summary(network, (7,))
     out = network(jnp.zeros((1, *event_shape)), jnp.ones(1, jnp.int32))

@@ -5,12 +5,11 @@ folder named by `PROBDIFF_DATA` holds the files, nothing is downloaded. Textures
 images that the caller brings.
 """
 
-from probdiff.datasets.cifar10 import Cifar10, cifar10
+from probdiff.datasets.cifar10 import Cifar10, cifar10, with_mirrored
 from probdiff.datasets.dead_leaves import dead_leaves
 from probdiff.datasets.digits import Digits, dequantise, digits
 from probdiff.datasets.gaussian import gaussian, gaussian_mixture, gaussian_mixture_distribution
 from probdiff.datasets.heartbeat import heartbeat, heartbeat_sequences
-from probdiff.datasets.mirror import with_mirrored
 from probdiff.datasets.mnist import BinarisedMnist, Mnist, binarise, binarised_mnist, mnist
 from probdiff.datasets.swiss_roll import swiss_roll, swiss_roll_log_density
 from probdiff.datasets.textures import Textures, grey_images, textures

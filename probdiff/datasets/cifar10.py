@@ -12,6 +12,8 @@ divided by one global standard deviation s (in units of 0..1); K in bits becomes
 
     log2(255 s) − K/3.
 
+A model of photographs may be trained on their mirror images too (`with_mirrored`).
+
 Source: Krizhevsky (2009), Learning Multiple Layers of Features from Tiny Images; the binary version
 of https://www.cs.toronto.edu/~kriz/cifar.html.
 """
@@ -20,15 +22,15 @@ import tarfile
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Shaped, UInt8
 
 from probdiff.datasets.files import fetch, given
 
-ARCHIVE = "cifar-10-binary.tar.gz"
-ARCHIVES = {ARCHIVE: "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"}
-URL = "https://www.cs.toronto.edu/~kriz/"
+_ARCHIVE = "cifar-10-binary.tar.gz"
+_ARCHIVES = {_ARCHIVE: "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"}
+_URL = "https://www.cs.toronto.edu/~kriz/"
 # Of the archive's members, in the order of the images; the test images are the last.
-BATCHES = {
+_BATCHES = {
     "cifar-10-batches-bin/data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",  # noqa: E501
     "cifar-10-batches-bin/data_batch_2.bin": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",  # noqa: E501
     "cifar-10-batches-bin/data_batch_3.bin": "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67",  # noqa: E501
@@ -48,8 +50,7 @@ class Cifar10(NamedTuple):
         test_labels: Class of each test image.
 
     Example:
-        >>> from probdiff.datasets import Cifar10
-        >>> Cifar10._fields
+        >>> datasets.Cifar10._fields
         ('train', 'test', 'train_labels', 'test_labels')
     """
 
@@ -65,16 +66,10 @@ def cifar10() -> Cifar10:
     The folder named by `PROBDIFF_DATA` may hold the archive, or the six batches as it unpacks them,
     in `cifar-10-batches-bin/`. Otherwise the archive, 170 MB, is downloaded once.
 
-    Returns:
-        50,000 training and 10,000 test images with their labels.
-
     Raises:
         ValueError: If a file's checksum is not the published one.
 
     Example:
-        With the archive in the folder `PROBDIFF_DATA`, or after a download:
-
-        >>> from probdiff import datasets
         >>> data = datasets.cifar10()  # doctest: +SKIP
         >>> data.train.shape, data.train.dtype  # doctest: +SKIP
         ((50000, 32, 32, 3), dtype('uint8'))
@@ -87,19 +82,34 @@ def cifar10() -> Cifar10:
     return Cifar10(images, test, labels, test_labels)
 
 
+def with_mirrored(
+    images: Shaped[np.ndarray, "n height width *channels"],
+) -> Shaped[np.ndarray, "_ height width *channels"]:
+    """The images, of any dtype, then in the same order each with left and right exchanged.
+
+    A model of photographs trained on both is one whose law does not know left from right; its bound
+    on held-out images stays one, for they are as they are. Not for digits or letters.
+
+    Example:
+        >>> datasets.with_mirrored(np.array([[[1, 2, 3]]])).tolist()
+        [[[1, 2, 3]], [[3, 2, 1]]]
+    """
+    return np.concatenate([images, images[:, :, ::-1]])
+
+
 def _contents() -> list[bytes]:
     """The six batches, from the unpacked folder if it is complete, else from the archive."""
-    files = [given(name, BATCHES) for name in BATCHES]
+    files = [given(name, _BATCHES) for name in _BATCHES]
     if None not in files:
         return [file.read_bytes() for file in files]
-    with tarfile.open(fetch(ARCHIVE, ARCHIVES, URL)) as archive:
+    with tarfile.open(fetch(_ARCHIVE, _ARCHIVES, _URL)) as archive:
         # In the archive's own order: to step back in it would mean to unpack it again.
         found = {
             member.name: archive.extractfile(member).read()
             for member in archive
-            if member.name in BATCHES
+            if member.name in _BATCHES
         }
-    return [found[name] for name in BATCHES]
+    return [found[name] for name in _BATCHES]
 
 
 def _records(content: bytes) -> tuple[np.ndarray, np.ndarray]:

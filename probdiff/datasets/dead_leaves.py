@@ -32,9 +32,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from probdiff.datasets.checks import check_count
+from probdiff.arguments import check_at_least
+
+_Number = Float[Array, ""] | float
+_Greys = Float[Array | np.ndarray, "k"] | None
 
 
 def dead_leaves(
@@ -44,7 +47,7 @@ def dead_leaves(
     size: int,
     r_min: float = 1.0,
     r_max: float = 100.0,
-    greys: Float[Array | np.ndarray, "k"] | None = None,
+    greys: _Greys = None,
 ) -> Float[Array, "{n} {size} {size}"]:
     """Pictures of dead leaves: discs with density of radii ∝ r^−3 on [r_min, r_max].
 
@@ -60,15 +63,10 @@ def dead_leaves(
         greys: Grey values, all equally likely; if absent, a value uniform on [0, 1), which has mean
             1/2 and variance 1/12.
 
-    Returns:
-        Pictures of grey values, `(n, size, size)`.
-
     Raises:
         ValueError: If an argument is out of range.
 
     Example:
-        >>> import jax
-        >>> from probdiff import datasets
         >>> x = datasets.dead_leaves(jax.random.key(0), 200, size=16, r_min=2.0)
         >>> x.shape, round(float(x.mean()), 1)
         ((200, 16, 16), 0.5)
@@ -78,9 +76,7 @@ def dead_leaves(
 
     Source: see the module; r_min and r_max of the 2015 paper's pictures are not known.
     """
-    check_count(n)
-    if size < 1:
-        raise ValueError(f"size must be at least 1; got {size}")
+    check_at_least(1, n=n, size=size)
     if not (math.isfinite(r_min) and r_min > 0):
         raise ValueError(f"r_min must be positive and finite; got {r_min}")
     if not (math.isfinite(r_max) and r_max > r_min):
@@ -92,13 +88,7 @@ def dead_leaves(
 
 @partial(jax.jit, static_argnames=("n", "size"))
 def _pictures(
-    key: PRNGKeyArray,
-    r_min: Float[Array, ""] | float,
-    r_max: Float[Array, ""] | float,
-    greys: Float[Array | np.ndarray, "k"] | None,
-    *,
-    n: int,
-    size: int,
+    key: PRNGKeyArray, r_min: _Number, r_max: _Number, greys: _Greys, *, n: int, size: int
 ) -> Float[Array, "{n} {size} {size}"]:
     """All pictures at once, disc by disc from the front, until the last pixel is hidden."""
     pixel = jnp.arange(size, dtype=float)
@@ -106,41 +96,21 @@ def _pictures(
     def fall(state):
         key, pictures, bare = state
         key, key_leaf, key_grey = jax.random.split(key, 3)
-        radius, row, column = _leaves(key_leaf, n, span=float(size - 1), r_min=r_min, r_max=r_max)
-        inside = _inside(pixel, radius, row, column)
-        grey = _greys(key_grey, n, greys)[:, None, None]
+        radius, *centre = _leaves(key_leaf, n, span=float(size - 1), r_min=r_min, r_max=r_max)
+        down, right = ((pixel - place[:, None]) ** 2 for place in centre)
+        inside = down[:, :, None] + right[:, None, :] <= radius[:, None, None] ** 2
+        if greys is None:
+            grey = jax.random.uniform(key_grey, (n, 1, 1))
+        else:
+            grey = jax.random.choice(key_grey, jnp.asarray(greys, dtype=float), (n, 1, 1))
         return key, jnp.where(inside & bare, grey, pictures), bare & ~inside
 
     start = key, jnp.zeros((n, size, size)), jnp.ones((n, size, size), dtype=bool)
     return jax.lax.while_loop(lambda state: state[2].any(), fall, start)[1]
 
 
-def _inside(
-    pixel: Float[Array, "size"],
-    radius: Float[Array, "n"],
-    row: Float[Array, "n"],
-    column: Float[Array, "n"],
-) -> Bool[Array, "n size size"]:
-    """Which pixels' centres each disc covers."""
-    down, right = (pixel - row[:, None]) ** 2, (pixel - column[:, None]) ** 2
-    return down[:, :, None] + right[:, None, :] <= radius[:, None, None] ** 2
-
-
-def _greys(
-    key: PRNGKeyArray, n: int, greys: Float[Array | np.ndarray, "k"] | None
-) -> Float[Array, "{n}"]:
-    if greys is None:
-        return jax.random.uniform(key, (n,))
-    return jax.random.choice(key, jnp.asarray(greys, dtype=float), (n,))
-
-
 def _leaves(
-    key: PRNGKeyArray,
-    n: int,
-    *,
-    span: float,
-    r_min: Float[Array, ""] | float,
-    r_max: Float[Array, ""] | float,
+    key: PRNGKeyArray, n: int, *, span: float, r_min: _Number, r_max: _Number
 ) -> tuple[Float[Array, "{n}"], Float[Array, "{n}"], Float[Array, "{n}"]]:
     """Radii and centres (row, column) of discs whose bounding squares touch [0, span]²."""
     key_power, key_radius, key_row, key_column = jax.random.split(key, 4)

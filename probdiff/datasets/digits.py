@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
-from sklearn.datasets import load_digits
 
 
 class Digits(NamedTuple):
@@ -22,7 +21,6 @@ class Digits(NamedTuple):
         test_labels: Digit of each test image.
 
     Example:
-        >>> from probdiff import datasets
         >>> train, validation, test, *labels = datasets.digits()
         >>> len(train), len(validation), len(test)
         (1297, 200, 300)
@@ -42,11 +40,7 @@ def digits() -> Digits:
     Pixels count the black dots of a 4 × 4 block: integers 0..16, kept as floats in these units.
     The split is one fixed permutation. Part of scikit-learn: nothing is downloaded.
 
-    Returns:
-        Images and labels of the three parts.
-
     Example:
-        >>> from probdiff import datasets
         >>> data = datasets.digits()
         >>> data.train.shape, float(data.train.max())
         ((1297, 8, 8), 16.0)
@@ -55,15 +49,15 @@ def digits() -> Digits:
 
     Source: Alpaydin and Kaynak (1998), Optical Recognition of Handwritten Digits, UCI; test part.
     """
+    from sklearn.datasets import load_digits
+
     bundle = load_digits()
     # The stream of RandomState is frozen for good; that of default_rng may change.
     order = np.random.RandomState(0).permutation(len(bundle.images))
     images = jnp.asarray(bundle.images[order], dtype=float)
     labels = jnp.asarray(bundle.target[order], dtype=int)
-    return Digits(
-        images[:1297], images[1297:1497], images[1497:],
-        labels[:1297], labels[1297:1497], labels[1497:],
-    )  # fmt: skip
+    ends = [1297, 1497]
+    return Digits(*jnp.split(images, ends), *jnp.split(labels, ends))
 
 
 def dequantise(
@@ -92,9 +86,6 @@ def dequantise(
         ValueError: If `levels_width` is not positive.
 
     Example:
-        >>> import jax
-        >>> import jax.numpy as jnp
-        >>> from probdiff import datasets
         >>> x = datasets.digits().train
         >>> u = datasets.dequantise(jax.random.key(0), x)
         >>> bool((jnp.floor(u) == x).all()), round(float((u - x).mean()), 2)

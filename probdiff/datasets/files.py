@@ -12,8 +12,6 @@ import hashlib
 import os
 from pathlib import Path
 
-import pooch
-
 
 def fetch(name: str, checksums: dict[str, str], url: str) -> Path:
     """Path of a published file: from the folder `PROBDIFF_DATA`, or downloaded and kept.
@@ -29,17 +27,13 @@ def fetch(name: str, checksums: dict[str, str], url: str) -> Path:
     file = given(name, checksums)
     if file is not None:
         return file
-    return Path(
-        pooch.retrieve(url + name, known_hash=checksums[name], fname=name, progressbar=True)
-    )
+    import pooch
+
+    return Path(pooch.retrieve(url + name, checksums[name], fname=name, progressbar=True))
 
 
 def given(name: str, checksums: dict[str, str]) -> Path | None:
-    """Path of a published file in the folder `PROBDIFF_DATA`, or None if it is not there.
-
-    Raises:
-        ValueError: If the file has another checksum.
-    """
+    """Path of a published file in the folder `PROBDIFF_DATA`, checked, or None if not there."""
     folder = os.environ.get("PROBDIFF_DATA")
     if folder is None or not (Path(folder) / name).is_file():
         return None

@@ -5,7 +5,7 @@ import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from probdiff.datasets.checks import check_count
+from probdiff.arguments import check_at_least
 
 
 def gaussian(
@@ -15,7 +15,7 @@ def gaussian(
     covariance: Float[Array | np.ndarray, "d d"],
     mean: Float[Array | np.ndarray, "d"] | None = None,
 ) -> Float[Array, "{n} d"]:
-    """Draws from N(mean, covariance).
+    """Draws from N(mean, covariance), `(n, d)`.
 
     Args:
         key: Random key.
@@ -23,22 +23,16 @@ def gaussian(
         covariance: Symmetric and positive definite.
         mean: Mean; zero if absent.
 
-    Returns:
-        Points, `(n, d)`.
-
     Raises:
         ValueError: If `n` is out of range or `covariance` is not a covariance.
 
     Example:
-        >>> import jax
-        >>> import numpy as np
-        >>> from probdiff import datasets
         >>> covariance = np.array([[1.0, 0.8], [0.8, 1.0]])
         >>> x = datasets.gaussian(jax.random.key(0), 10_000, covariance=covariance)
         >>> x.shape, round(float(np.corrcoef(x.T)[0, 1]), 1)
         ((10000, 2), 0.8)
     """
-    check_count(n)
+    check_at_least(1, n=n)
     _check_covariance("covariance", covariance)
     mean = jnp.zeros(len(covariance)) if mean is None else jnp.asarray(mean)
     return dist.MultivariateNormal(mean, jnp.asarray(covariance)).sample(key, (n,))
@@ -52,25 +46,12 @@ def gaussian_mixture(
     covariances: Float[Array | np.ndarray, "k d d"],
     weights: Float[Array | np.ndarray, "k"] | None = None,
 ) -> Float[Array, "{n} d"]:
-    """Draws from Σ_k weights_k N(means_k, covariances_k).
-
-    Args:
-        key: Random key.
-        n: Number of points, at least 1.
-        means: Means of the components.
-        covariances: Covariances of the components, each symmetric and positive definite.
-        weights: Probabilities of the components; equal if absent.
-
-    Returns:
-        Points, `(n, d)`.
+    """Draws from `gaussian_mixture_distribution(means=, covariances=, weights=)`, `(n, d)`.
 
     Raises:
-        ValueError: If `n`, a covariance or a weight is out of range.
+        ValueError: If `n` is below 1, or a covariance or a weight is out of range.
 
     Example:
-        >>> import jax
-        >>> import numpy as np
-        >>> from probdiff import datasets
         >>> means, covariances = np.array([[-2.0], [2.0]]), np.ones((2, 1, 1))
         >>> x = datasets.gaussian_mixture(
         ...     jax.random.key(0), 10_000, means=means, covariances=covariances
@@ -78,7 +59,7 @@ def gaussian_mixture(
         >>> round(float(x.var()), 1)  # 1 within components, 4 between them
         5.0
     """
-    check_count(n)
+    check_at_least(1, n=n)
     mixture = gaussian_mixture_distribution(means=means, covariances=covariances, weights=weights)
     return mixture.sample(key, (n,))
 
@@ -89,7 +70,7 @@ def gaussian_mixture_distribution(
     covariances: Float[Array | np.ndarray, "k d d"],
     weights: Float[Array | np.ndarray, "k"] | None = None,
 ) -> dist.MixtureSameFamily:
-    """The law that `gaussian_mixture` draws from, with its exact log density.
+    """The mixture Σ_k weights_k N(means_k, covariances_k), with its exact log density.
 
     Args:
         means: Means of the components.
@@ -103,8 +84,6 @@ def gaussian_mixture_distribution(
         ValueError: If a covariance or a weight is out of range.
 
     Example:
-        >>> import numpy as np
-        >>> from probdiff import datasets
         >>> means, covariances = np.array([[-2.0], [2.0]]), np.ones((2, 1, 1))
         >>> law = datasets.gaussian_mixture_distribution(means=means, covariances=covariances)
         >>> log_p = law.log_prob(np.zeros((3, 1)))

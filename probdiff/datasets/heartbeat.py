@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Int, PRNGKeyArray
 
-from probdiff.datasets.checks import check_count
+from probdiff.arguments import check_at_least
 
 
 def heartbeat_sequences(*, length: int = 20, period: int = 5) -> Int[np.ndarray, "period length"]:
@@ -27,47 +27,34 @@ def heartbeat_sequences(*, length: int = 20, period: int = 5) -> Int[np.ndarray,
         ValueError: If `length` is not a multiple of `period`, or `period` is below 2.
 
     Example:
-        >>> from probdiff import datasets
         >>> datasets.heartbeat_sequences(length=6, period=3)
         array([[1, 0, 0, 1, 0, 0],
                [0, 1, 0, 0, 1, 0],
                [0, 0, 1, 0, 0, 1]], dtype=int32)
     """
-    if period < 2:
-        raise ValueError(f"period must be at least 2; got {period}")
+    check_at_least(2, period=period)
     if length < period or length % period:
         raise ValueError(f"length must be a multiple of period {period}; got {length}")
-    return np.stack([np.arange(length) % period == phase for phase in range(period)]).astype(
-        np.int32
-    )
+    return (np.arange(length) % period == np.arange(period)[:, None]).astype(np.int32)
 
 
 def heartbeat(
     key: PRNGKeyArray, n: int, *, length: int = 20, period: int = 5
 ) -> Int[np.ndarray, "n length"]:
-    """Draws of heartbeats, the phase uniform: entropy log2(period) bits each.
+    """Draws of `n` heartbeats, a sequence a row, the phase uniform: log2(period) bits each.
 
-    Args:
-        key: Random key.
-        n: Number of sequences, at least 1.
-        length: Bins of a sequence, a multiple of `period`.
-        period: Bins from one 1 to the next, at least 2.
-
-    Returns:
-        Bits 0 and 1, a sequence a row.
+    `length` and `period` are those of `heartbeat_sequences`.
 
     Raises:
         ValueError: As `heartbeat_sequences`, or if `n` is below 1.
 
     Example:
-        >>> import jax
-        >>> from probdiff import datasets
         >>> x = datasets.heartbeat(jax.random.key(0), 1000)
         >>> x.shape, set(x.sum(axis=1).tolist())  # four beats in each
         ((1000, 20), {4})
 
     Source: Sohl-Dickstein et al. (2015), section 3.1.2.
     """
-    check_count(n)
+    check_at_least(1, n=n)
     sequences = heartbeat_sequences(length=length, period=period)
     return sequences[np.asarray(jax.random.randint(key, (n,), 0, period))]

@@ -15,23 +15,23 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Int, PRNGKeyArray, UInt8
 
 from probdiff.datasets.files import fetch
 
-MNIST = {
+_MNIST = {
     "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",  # noqa: E501
     "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",  # noqa: E501
     "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
     "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
 }
-MNIST_URL = "https://storage.googleapis.com/cvdf-datasets/mnist/"
-BINARISED = {
+_MNIST_URL = "https://storage.googleapis.com/cvdf-datasets/mnist/"
+_BINARISED = {
     "binarized_mnist_train.amat": "ad693b29f94c14277b095f5238ddefbbdaaae0939789dd2f4f0205278cee3e4d",  # noqa: E501
     "binarized_mnist_valid.amat": "1de3d397c40fe8eeb33dafd4099a1f665ec01e96d9be234aaeeac8a34930e2e2",  # noqa: E501
     "binarized_mnist_test.amat": "e6687bfea3f820c174f33b7865140b2a2dd2930ef786f35d45795fc193b5ab2c",
 }
-BINARISED_URL = "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/"
+_BINARISED_URL = "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/"
 
 
 class Mnist(NamedTuple):
@@ -44,8 +44,7 @@ class Mnist(NamedTuple):
         test_labels: Digit of each test image.
 
     Example:
-        >>> from probdiff.datasets import Mnist
-        >>> Mnist._fields
+        >>> datasets.Mnist._fields
         ('train', 'test', 'train_labels', 'test_labels')
     """
 
@@ -64,8 +63,7 @@ class BinarisedMnist(NamedTuple):
         test: Test images, alike.
 
     Example:
-        >>> from probdiff.datasets import BinarisedMnist
-        >>> BinarisedMnist._fields
+        >>> datasets.BinarisedMnist._fields
         ('train', 'validation', 'test')
     """
 
@@ -80,16 +78,10 @@ def mnist() -> Mnist:
     The folder named by `PROBDIFF_DATA` may hold the four published files; what is not there, 12 MB
     in all, is downloaded once.
 
-    Returns:
-        Grey images of levels 0..255 with their labels.
-
     Raises:
         ValueError: If a file's checksum is not the published one.
 
     Example:
-        With the files in the folder `PROBDIFF_DATA`, or after a download:
-
-        >>> from probdiff import datasets
         >>> data = datasets.mnist()  # doctest: +SKIP
         >>> data.train.shape, data.train.max()  # doctest: +SKIP
         ((60000, 28, 28), np.uint8(255))
@@ -98,7 +90,7 @@ def mnist() -> Mnist:
     recognition.
     """
     images, labels = (
-        [_idx(fetch(f"{part}-{kind}-ubyte.gz", MNIST, MNIST_URL)) for part in ("train", "t10k")]
+        [_idx(fetch(f"{part}-{kind}-ubyte.gz", _MNIST, _MNIST_URL)) for part in ("train", "t10k")]
         for kind in ("images-idx3", "labels-idx1")
     )
     return Mnist(*images, *labels)
@@ -110,24 +102,17 @@ def binarised_mnist() -> BinarisedMnist:
     The folder named by `PROBDIFF_DATA` may hold the three published files; what is not there,
     110 MB in all, is downloaded once.
 
-    Returns:
-        Images of bits.
-
     Raises:
         ValueError: If a file's checksum is not the published one.
 
     Example:
-        With the files in the folder `PROBDIFF_DATA`, or after a download:
-
-        >>> import numpy as np
-        >>> from probdiff import datasets
         >>> data = datasets.binarised_mnist()  # doctest: +SKIP
         >>> data.validation.shape, np.unique(data.validation)  # doctest: +SKIP
         ((10000, 28, 28), array([0, 1], dtype=uint8))
 
     Source: Larochelle and Murray (2011), The Neural Autoregressive Distribution Estimator.
     """
-    return BinarisedMnist(*(_amat(fetch(name, BINARISED, BINARISED_URL)) for name in BINARISED))
+    return BinarisedMnist(*(_amat(fetch(name, _BINARISED, _BINARISED_URL)) for name in _BINARISED))
 
 
 def binarise(
@@ -143,9 +128,6 @@ def binarise(
         Bits 0 and 1, as integers.
 
     Example:
-        >>> import jax
-        >>> import numpy as np
-        >>> from probdiff import datasets
         >>> grey = np.full((100, 28, 28), 51, np.uint8)
         >>> bits = datasets.binarise(jax.random.key(0), grey)
         >>> round(float(bits.mean()), 2)  # 51 / 255
@@ -153,8 +135,7 @@ def binarise(
 
     Source: Salakhutdinov and Murray (2008), On the Quantitative Analysis of Deep Belief Networks.
     """
-    probability: Float[Array, ...] = jnp.asarray(images) / 255.0
-    return jax.random.bernoulli(key, probability).astype(jnp.int32)
+    return jax.random.bernoulli(key, jnp.asarray(images) / 255.0).astype(jnp.int32)
 
 
 def _idx(file: Path) -> np.ndarray:

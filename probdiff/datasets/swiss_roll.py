@@ -27,13 +27,13 @@ import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from probdiff.datasets.checks import check_count
+from probdiff.arguments import check_at_least
 
 _ROLL_MEAN = (2.0, 2 / (3 * math.pi))
 
 
 def swiss_roll(key: PRNGKeyArray, n: int, *, noise: float) -> Float[Array, "{n} 2"]:
-    """Draws from the noisy Swiss roll, centred and scaled to unit mean variance.
+    """Draws from the noisy Swiss roll in scaled units: mean 0, mean variance of coordinates 1.
 
     Args:
         key: Random key.
@@ -41,22 +41,17 @@ def swiss_roll(key: PRNGKeyArray, n: int, *, noise: float) -> Float[Array, "{n} 
         noise: Standard deviation of the noise in raw units, where the roll's radius runs from 4.7
             to 14.1; not negative.
 
-    Returns:
-        Points in scaled units, of mean 0, and of variance 1 on average over both coordinates.
-
     Raises:
         ValueError: If `n` or `noise` is out of range.
 
     Example:
-        >>> import jax
-        >>> from probdiff import datasets
         >>> x = datasets.swiss_roll(jax.random.key(0), 10_000, noise=0.1)
         >>> x.shape, round(float(x.var(axis=0).mean()), 1)
         ((10000, 2), 1.0)
 
     Source: see the module.
     """
-    check_count(n)
+    check_at_least(1, n=n)
     _check_not_negative("noise", noise)
     key_angle, key_noise = jax.random.split(key)
     u = jax.random.uniform(key_angle, (n,))
@@ -64,11 +59,7 @@ def swiss_roll(key: PRNGKeyArray, n: int, *, noise: float) -> Float[Array, "{n} 
 
 
 def swiss_roll_log_density(
-    x: Float[Array, "*batch 2"],
-    *,
-    noise: float,
-    extra_variance: float = 0.0,
-    shrink: float = 1.0,
+    x: Float[Array, "*batch 2"], *, noise: float, extra_variance: float = 0.0, shrink: float = 1.0
 ) -> Float[Array, "*batch"]:
     """Log density of the noisy Swiss roll, or of the roll after diffusion steps.
 
@@ -93,8 +84,6 @@ def swiss_roll_log_density(
         ValueError: If an option is out of range, or if no noise is left and there is no density.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> from probdiff import datasets
         >>> x = jnp.array([[1.54, -0.03], [1.1, -0.03]])  # on the curve, and between two turns
         >>> print(datasets.swiss_roll_log_density(x, noise=0.5).round(1))
         [ -1.2 -19.5]

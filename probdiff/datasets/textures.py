@@ -29,11 +29,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib.image
 import numpy as np
 from jaxtyping import Array, Float, Float32, PRNGKeyArray, Real
 
-from probdiff.datasets.checks import check_count
+from probdiff.arguments import check_at_least
+
+_Image = Real[Array | np.ndarray, "_ _"]
 
 
 class Textures(NamedTuple):
@@ -46,9 +47,6 @@ class Textures(NamedTuple):
         scale: Standard deviation of its grey values, in the images' unit, positive.
 
     Example:
-        >>> import jax
-        >>> import numpy as np
-        >>> from probdiff import datasets
         >>> stripes = np.tile([0.0, 100.0], (8, 8))
         >>> data = datasets.textures(jax.random.key(0), 5, [stripes], size=2, n_test=3)
         >>> data.loc, data.scale, data.train[0].tolist()
@@ -64,7 +62,7 @@ class Textures(NamedTuple):
 def textures(
     key: PRNGKeyArray,
     n: int,
-    images: Sequence[Real[Array | np.ndarray, "_ _"]],
+    images: Sequence[_Image],
     *,
     size: int,
     n_test: int = 1_000,
@@ -82,17 +80,11 @@ def textures(
         test_share: Share of every image's rows that is held out, the lowest ones; in (0, 1).
         flip: Whether to mirror each crop left to right with probability 1/2.
 
-    Returns:
-        Both sets of crops, and the training regions' loc and scale in the images' unit.
-
     Raises:
         ValueError: If an argument is out of range, a crop does not fit into a part of an image, or
             the images do not vary.
 
     Example:
-        >>> import jax
-        >>> import numpy as np
-        >>> from probdiff import datasets
         >>> photograph = np.random.default_rng(0).uniform(size=(80, 60))
         >>> data = datasets.textures(jax.random.key(0), 500, [photograph], size=8, n_test=100)
         >>> data.train.shape, data.test.shape, round(float(data.train.std()), 1)
@@ -100,11 +92,7 @@ def textures(
 
     Source: see the module.
     """
-    check_count(n)
-    if n_test < 1:
-        raise ValueError(f"n_test must be at least 1; got {n_test}")
-    if size < 1:
-        raise ValueError(f"size must be at least 1; got {size}")
+    check_at_least(1, n=n, n_test=n_test, size=size)
     if not 0 < test_share < 1:
         raise ValueError(f"test_share must lie in (0, 1); got {test_share}")
     train, test = _split(images, size, test_share)
@@ -113,15 +101,12 @@ def textures(
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"images must be finite and vary; got standard deviation {scale}")
     key_train, key_test = jax.random.split(key)
-    train, test = (
-        [((region - loc) / scale).astype(np.float32) for region in part] for part in (train, test)
-    )
-    return Textures(
-        _crops(key_train, n, train, size, flip),
-        _crops(key_test, n_test, test, size, flip),
-        loc,
-        scale,
-    )
+
+    def crops(key: PRNGKeyArray, n: int, regions: list[np.ndarray]) -> np.ndarray:
+        scaled = [((region - loc) / scale).astype(np.float32) for region in regions]
+        return _crops(key, n, scaled, size, flip)
+
+    return Textures(crops(key_train, n, train), crops(key_test, n_test, test), loc, scale)
 
 
 def grey_images(folder: Path) -> list[Float[np.ndarray, "_ _"]]:
@@ -137,20 +122,19 @@ def grey_images(folder: Path) -> list[Float[np.ndarray, "_ _"]]:
         ValueError: If there is no such file, or one that is not grey.
 
     Example:
-        >>> import tempfile
-        >>> from pathlib import Path
-        >>> from PIL import Image
-        >>> from probdiff import datasets
+        >>> import pathlib, tempfile, PIL.Image
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     Image.new("L", (60, 80), 51).save(f"{folder}/grey.png")
-        ...     images = datasets.grey_images(Path(folder))
+        ...     PIL.Image.new("L", (60, 80), 51).save(f"{folder}/grey.png")
+        ...     images = datasets.grey_images(pathlib.Path(folder))
         >>> images[0].shape, round(float(images[0].mean()), 2)  # 51 / 255
         ((80, 60), 0.2)
     """
     files = sorted(Path(folder).glob("*.png"))
     if not files:
         raise ValueError(f"folder must hold files *.png; got {folder}")
-    images = [matplotlib.image.imread(file) for file in files]
+    from matplotlib.image import imread
+
+    images = [imread(file) for file in files]
     for file, image in zip(files, images, strict=True):
         if image.ndim != 2:
             raise ValueError(f"{file} must be grey; got {image.shape[2]} channels")
@@ -158,7 +142,7 @@ def grey_images(folder: Path) -> list[Float[np.ndarray, "_ _"]]:
 
 
 def _split(
-    images: Sequence[Real[Array | np.ndarray, "_ _"]], size: int, test_share: float
+    images: Sequence[_Image], size: int, test_share: float
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Upper and lower part of every image, in float64."""
     if not len(images):

@@ -23,16 +23,13 @@ class BitsPerDim(NamedTuple):
         se: Its standard error over examples; nan for one example.
 
     Example:
-        >>> from probdiff.diagnostics import BitsPerDim
-        >>> bits = BitsPerDim(mean=0.95, se=0.01)
+        >>> bits = diagnostics.BitsPerDim(mean=0.95, se=0.01)
         >>> f"{bits.mean} ± {bits.se}"
         '0.95 ± 0.01'
     """
 
     mean: float
-    """Mean over examples."""
     se: float
-    """Its standard error over examples; nan for one example."""
 
 
 def bits_per_dim(tree: xr.DataTree) -> BitsPerDim:
@@ -51,13 +48,7 @@ def bits_per_dim(tree: xr.DataTree) -> BitsPerDim:
     Example:
         Under a model of fair coins every bit of data costs one bit:
 
-        >>> import jax, jax.numpy as jnp
-        >>> from probdiff import BernoulliKernel, Diffusion, diagnostics, schedules
-        >>> def network(x_t, t):  # logits of 0 leave the law of the noise, B(½)
-        ...     return jnp.zeros(x_t.shape)
-        >>> diffusion = Diffusion(
-        ...     BernoulliKernel(0.5), schedules.harmonic(10), network, event_shape=(8,)
-        ... )
+        >>> diffusion = standard_diffusion((8,), kernel=BernoulliKernel(0.5))
         >>> x = jnp.ones((500, 8), jnp.int32)
         >>> tree = diagnostics.bound(jax.random.key(0), diffusion, {}, x)
         >>> round(diagnostics.bits_per_dim(tree).mean, 1)

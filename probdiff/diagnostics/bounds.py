@@ -92,11 +92,7 @@ def bound(
     Example:
         A model whose law is known, N(0, 1), so that K can be held beside log p:
 
-        >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
-        >>> from probdiff import Diffusion, GaussianKernel, diagnostics, schedules
-        >>> def network(x_t, t):  # outputs of 0 leave the law of the noise: x_0 ~ N(0, 1)
-        ...     return jnp.zeros((*x_t.shape, 2))
-        >>> diffusion = Diffusion(GaussianKernel(), schedules.cosine(10), network, event_shape=())
+        >>> diffusion = standard_diffusion()
         >>> key, key_x = jax.random.split(jax.random.key(0))
         >>> x = jax.random.normal(key_x, (500,))
         >>> tree = diagnostics.bound(key, diffusion, {}, x, num_draws=10)  # {}: no parameters
@@ -145,35 +141,19 @@ def sampled_bound(
     """Bound K for every example at a few random steps: unbiased, at a cost that T does not enter.
 
     The sum over t of KL_t is estimated at `num_times` steps per example, stratified over 2..T as in
-    `SampledTimeELBO`. For many examples and a large T; `bound` gives every step.
+    `SampledTimeELBO`. For many examples and a large T; `bound` gives every step, and takes and
+    raises the same otherwise.
 
     Args:
-        key: Randomness; block b of examples uses `fold_in(key, b)`.
-        diffusion: The model.
-        params: Its parameters.
-        x_0: Examples in the user's units, `(N, *event_shape)`.
-        context: One context per example, `(N, *context_shape)`.
-        mask: True where x_0 is observed. K then bounds the density of the observed part under the
-            program that sees noise in place of the rest, not the marginal of the whole model.
         num_times: Steps at which each example's KL is drawn.
         block_size: Examples handled at once, by each device.
-        mesh: Devices that take a block each at the same time, on one axis; no figure depends on it.
-        progress: Show a bar over the blocks.
 
     Returns:
         DataTree with group `bound`, nats: `bound`, `reconstruction`, `prior_kl` per `example`.
         Attributes as those of `bound`, with `num_times`.
 
-    Raises:
-        ValueError: if data, context, mask or parameters do not fit, or blocks are too large to give
-            every device of the mesh one.
-
     Example:
-        >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
-        >>> from probdiff import Diffusion, GaussianKernel, diagnostics, schedules
-        >>> def network(x_t, t):  # x_0 ~ N(0, 1)
-        ...     return jnp.zeros((*x_t.shape, 2))
-        >>> diffusion = Diffusion(GaussianKernel(), schedules.cosine(200), network, event_shape=())
+        >>> diffusion = standard_diffusion(T=200)  # x_0 ~ N(0, 1)
         >>> key, key_x = jax.random.split(jax.random.key(0))
         >>> x = jax.random.normal(key_x, (2000,))
         >>> tree = diagnostics.sampled_bound(key, diffusion, {}, x, num_times=10)  # 10 of 200 steps
@@ -385,11 +365,7 @@ def entropy_form(
     Example:
         Data of second moment 4, where the model has 1: eq. 14 alone misses the bound.
 
-        >>> import jax, jax.numpy as jnp, numpy as np
-        >>> from probdiff import Diffusion, GaussianKernel, diagnostics, schedules
-        >>> def network(x_t, t):  # x_0 ~ N(0, 1)
-        ...     return jnp.zeros((*x_t.shape, 2))
-        >>> diffusion = Diffusion(GaussianKernel(), schedules.cosine(10), network, event_shape=())
+        >>> diffusion = standard_diffusion()
         >>> x = 2 * np.array([-1.0, 1.0], np.float32)
         >>> group = diagnostics.bound(jax.random.key(0), diffusion, {}, x)["bound"]
         >>> k_14, correction = diagnostics.entropy_form(diffusion, {}, x, group["kl"].values)

@@ -21,11 +21,11 @@ import numpy as np
 import xarray as xr
 from scipy import stats
 
-NOTE = (
+_NOTE = (
     "Lower bounds on log p(x) are compared, not log p(x): a difference may be that of the bounds' "
     "slack"
 )
-SHARED = "units", "reference_measure", "num_dims"
+_SHARED = "units", "reference_measure", "num_dims"
 """Attributes in which bounds must agree."""
 
 
@@ -51,24 +51,18 @@ def compare(models: Mapping[str, xr.DataTree], *, prob: float = 0.95) -> xr.Data
             finite, or trees differ in examples, units, reference measure or entries observed.
 
     Example:
-        Data of N(0, 1) under their own law and under N(0.4, 1), of which log p says 0.08 nats less;
-        the rest is slack:
+        Data of N(0, 1) under their own law and under N(½, 1), of which log p says ⅛ nat less:
 
-        >>> import jax, jax.numpy as jnp, numpy as np
-        >>> from probdiff import Diffusion, GaussianKernel, diagnostics
         >>> key, key_x = jax.random.split(jax.random.key(0))
-        >>> x = jax.random.normal(key_x, (2000,))
-        >>> models, beta = {}, np.array([0.36, 0.25])
-        >>> for pull in (0.0, 1.0):  # pulls x_1 up by √β_2 · pull
-        ...     def network(x_t, t, pull=pull):
-        ...         return jnp.broadcast_to(jnp.array([pull, 0.0]), (*x_t.shape, 2))
-        ...     diffusion = Diffusion(GaussianKernel(), beta, network, event_shape=())
-        ...     models[f"pull {pull}"] = diagnostics.bound(key, diffusion, {}, x)
+        >>> x, models = jax.random.normal(key_x, (2000,)), {}
+        >>> for loc in (0.0, 0.5):
+        ...     diffusion = standard_diffusion(loc=loc)
+        ...     models[f"loc {loc}"] = diagnostics.bound(key, diffusion, {}, x)
         >>> group = diagnostics.compare(models)["comparison"]
         >>> group["model"].values.tolist()  # best first
-        ['pull 0.0', 'pull 1.0']
+        ['loc 0.0', 'loc 0.5']
         >>> group["difference"].values.round(1).tolist()
-        [0.0, -0.5]
+        [0.0, -0.1]
     """
     if not 0 < prob < 1:
         raise ValueError(f"prob must lie in (0, 1); got {prob}")
@@ -81,8 +75,8 @@ def compare(models: Mapping[str, xr.DataTree], *, prob: float = 0.95) -> xr.Data
     bounds = np.stack([group["bound"].values.astype(np.float64) for group in groups.values()])
     order = np.argsort(-bounds.mean(1), kind="stable")
     names, example = np.array(list(groups))[order], groups[first]["example"].values
-    attrs = {key: groups[first].attrs[key] for key in SHARED}
-    attrs |= {"num_examples": len(example), "prob": prob, "best": str(names[0]), "note": NOTE}
+    attrs = {key: groups[first].attrs[key] for key in _SHARED}
+    attrs |= {"num_examples": len(example), "prob": prob, "best": str(names[0]), "note": _NOTE}
     values = _compared(bounds[order], prob)
     group = xr.Dataset(values, {"model": names, "example": example}, attrs)
     return xr.DataTree.from_dict({"comparison": group}, name="probdiff")
@@ -112,7 +106,7 @@ def _mean_and_se(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _bound_of(name: str, tree: xr.DataTree) -> xr.DataTree:
     """Group `bound` of a tree, refused where it cannot be compared."""
     group = tree.children.get("bound")
-    if group is None or "bound" not in group or not set(SHARED) <= set(group.attrs):
+    if group is None or "bound" not in group or not set(_SHARED) <= set(group.attrs):
         raise ValueError(
             f"models[{name!r}] must come from diagnostics.bound or sampled_bound; got groups "
             f"{list(tree.children)}"
@@ -143,7 +137,7 @@ def _check_same(first: str, one: xr.DataTree, name: str, other: xr.DataTree) -> 
             f"models must be bounds of the same examples in the same order; those of {first!r} and "
             f"{name!r} have other values"
         )
-    for key in SHARED:
+    for key in _SHARED:
         if not np.array_equal(one.attrs[key], other.attrs[key], equal_nan=key == "num_dims"):
             raise ValueError(
                 f"models must have the same {key}; got {one.attrs[key]!r} in {first!r} and "

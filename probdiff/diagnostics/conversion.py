@@ -45,7 +45,7 @@ from probdiff.trajectories import (
     ReverseTrajectory,
 )
 
-STATS = {
+_STATS = {
     "num_steps": "n_steps",
     "accept_prob": "acceptance_rate",
     "adapt_state.step_size": "step_size",
@@ -61,7 +61,7 @@ def to_datatree(
     num_draws: int = 500,
     **kwargs: Any,
 ) -> xr.DataTree:
-    """A run as an ArviZ DataTree, NumPy arrays with named dims; see the file's docstring.
+    """A run as an ArviZ DataTree, NumPy arrays with named dims.
 
         to_datatree(mcmc)                                  # of any program, noncentered or not
         to_datatree(fitted)                                # losses
@@ -86,13 +86,7 @@ def to_datatree(
     Example:
         A fit of the rates alone, and draws of its guide, each axis under its own name:
 
-        >>> import jax, jax.numpy as jnp, optax
-        >>> from numpyro.infer import SVI, Trace_ELBO
-        >>> from probdiff import Diffusion, GaussianKernel, diagnostics, schedules
-        >>> def network(x_t, t):  # x_0 ~ N(0, I)
-        ...     return jnp.zeros((len(x_t), 4))
-        >>> beta = schedules.learned(schedules.cosine(4))
-        >>> diffusion = Diffusion(GaussianKernel(), beta, network, event_shape=(2,))
+        >>> diffusion = standard_diffusion((2,), 4, beta=schedules.learned(schedules.cosine(4)))
         >>> svi = SVI(diffusion.model, diffusion.guide, optax.adam(1e-3), Trace_ELBO())
         >>> x = jax.random.normal(jax.random.key(0), (100, 2))
         >>> fitted = svi.run(jax.random.key(1), 5, x, progress_bar=False)
@@ -118,14 +112,11 @@ def _of_mcmc(mcmc: MCMC) -> xr.DataTree:
         raise ValueError(f"source must sample a program; got {type(mcmc.sampler).__name__} of none")
     if mcmc.last_state is None:
         raise ValueError("source must have run; there are no draws yet")
-    draws = _arrays(mcmc.get_samples(group_by_chain=True))
-    values = {name: a[0, 0] for name, a in draws.items()}
     # MCMC keeps what it ran on in these alone
-    seen = _look(program, values, mcmc._args, mcmc._kwargs)
-    tree = _tree(draws, seen)
-    stats = _sample_stats(
-        mcmc.get_extra_fields(group_by_chain=True), isinstance(mcmc.sampler, NUTS)
-    )
+    given = mcmc._args, mcmc._kwargs
+    tree = _tree(_arrays(mcmc.get_samples(group_by_chain=True)), program, *given)
+    fields = mcmc.get_extra_fields(group_by_chain=True)
+    stats = _sample_stats(fields, isinstance(mcmc.sampler, NUTS))
     if stats:
         tree["sample_stats"] = _group("sample_stats", stats, {}, {})
     tree.attrs |= {
@@ -156,10 +147,9 @@ def _of_fit(
     tree = xr.DataTree(name="probdiff")
     if svi is not None:
         kwargs = svi.static_kwargs | kwargs
-        draws = _guide_draws(key, svi, fitted.params, num_draws, args, kwargs)
         model = handlers.substitute(svi.model, data=fitted.params)
-        values = {name: a[0, 0] for name, a in draws.items()}
-        tree = _tree(draws, _look(model, values, args, kwargs))
+        guide = Predictive(svi.guide, params=fitted.params, num_samples=num_draws)
+        tree = _tree(_guide_draws(key, guide, model, args, kwargs), model, args, kwargs)
     losses = np.asarray(fitted.losses)
     tree["training"] = _losses(np.arange(1, len(losses) + 1), losses)
     if isinstance(fitted, Fit) and len(fitted.held_out_losses.step):
@@ -174,53 +164,31 @@ def _losses(step: np.ndarray, loss: np.ndarray) -> xr.DataTree:
 
 
 def _guide_draws(
-    key: Array, svi: SVI, params: Any, num_draws: int, args: Any, kwargs: Any
+    key: Array, guide: Predictive, model: Callable[..., Any], args: Any, kwargs: Any
 ) -> dict[str, np.ndarray]:
     """Draws of the model's latent sites by the guide, and what the model makes of them."""
     key_guide, key_model = jax.random.split(key)
-    guide = Predictive(svi.guide, params=params, num_samples=num_draws)
     draws = guide(key_guide, *args, **kwargs)
-    model = handlers.substitute(svi.model, data=params)
-    sites = _kinds(model, args, kwargs)
-    latent = {name: a for name, a in draws.items() if sites.get(name) == "latent"}
-    rest = [name for name, kind in sites.items() if kind == "deterministic"]
+    sites: dict[str, Any] = {}
+
+    def look(key: Array) -> None:
+        sites.update(handlers.trace(handlers.seed(model, key)).get_trace(*args, **kwargs))
+
+    with handlers.block():
+        jax.eval_shape(look, jax.random.key(0))
+    latent = {name: a for name, a in draws.items() if _is_latent(sites.get(name))}
+    rest = [name for name, site in sites.items() if site["type"] == "deterministic"]
     if rest:
         model = Predictive(model, posterior_samples=latent, return_sites=rest)
         latent |= model(key_model, *args, **kwargs)
     return {name: a[None] for name, a in _arrays(latent).items()}
 
 
-def _kinds(model: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, str]:
-    """Which sites of a model are latent and which deterministic."""
-    kinds = {}
-
-    def look(key: Array) -> None:
-        sites = handlers.trace(handlers.seed(model, key)).get_trace(*args, **kwargs)
-        for name, site in sites.items():
-            if site["type"] == "sample" and not site["is_observed"]:
-                kinds[name] = "latent"
-            elif site["type"] == "deterministic":
-                kinds[name] = "deterministic"
-
-    with handlers.block():
-        jax.eval_shape(look, jax.random.key(0))
-    return kinds
+def _is_latent(site: dict[str, Any] | None) -> bool:
+    return site is not None and site["type"] == "sample" and not site["is_observed"]
 
 
 # names of axes
-
-
-class _Seen(NamedTuple):
-    """What a program shows at one draw."""
-
-    dims: dict[str, list[str]]
-    """Dims of each site's value."""
-    coords: dict[str, np.ndarray]
-    """Values along `step` and `level`."""
-    times: dict[str, np.ndarray]
-    """Level t of the diffusion along each dim that counts the levels of a walk."""
-    observed: dict[str, np.ndarray]
-    """Observed values, factors left out."""
 
 
 class _Axes(NamedTuple):
@@ -234,40 +202,18 @@ class _Axes(NamedTuple):
     """Level t of each entry of its noise, where there is one."""
 
 
-def _look(
-    program: Callable[..., Any], values: dict[str, np.ndarray], args: Any, kwargs: Any
-) -> _Seen:
-    """Names of axes and observed values of a program at one draw of its sites."""
-    seen = []
-
-    def look(key: Array, values: dict[str, Array]) -> dict[str, Any]:
-        run = handlers.substitute(handlers.seed(program, key), data=values)
-        sites = handlers.trace(run).get_trace(*args, **kwargs)
-        seen.append(_names(sites))
-        return {
-            name: jnp.broadcast_to(site["value"], _shape(site))
-            for name, site in sites.items()
-            if _is_observed(site)
-        }
-
-    with handlers.block():
-        observed = jax.jit(look)(
-            jax.random.key(0), values
-        )  # compiled, what is not returned is not run
-    return _Seen(*seen[0], _arrays(observed))
-
-
 def _names(sites: dict[str, Any]) -> tuple[dict[str, list[str]], dict[str, Any], dict[str, Any]]:
-    """Dims of every site, coordinates, and levels t of walks."""
+    """Dims of every site, values along `step` and `level`, and levels t along those of walks."""
     plates = {frame.name for site in sites.values() for frame in site.get("cond_indep_stack", ())}
     diffusions = _diffusions(sites)
     step = _counter("step", {name: axes.T for name, axes in diffusions.items() if axes.T}, plates)
     walks = {name: tuple(a.times) for name, a in diffusions.items() if a.times is not None}
     level = _counter("level", walks, set())  # a plate of that name is called level_plate
-    dims = {}
-    for name, site in sites.items():
-        if site["type"] in ("sample", "deterministic"):
-            dims[name] = _site_dims(name, site, _event_dims(name, diffusions, step, level))
+    dims = {
+        name: _site_dims(name, site, _event_dims(name, diffusions, step, level))
+        for name, site in sites.items()
+        if site["type"] in ("sample", "deterministic")
+    }
     coords = {step[name]: np.arange(1, axes.T + 1) for name, axes in diffusions.items() if axes.T}
     coords |= {level[name]: np.arange(len(times)) for name, times in walks.items()}
     return dims, coords, {level[name]: np.array(times) for name, times in walks.items()}
@@ -353,17 +299,36 @@ def _is_observed(site: dict[str, Any]) -> bool:
 # groups
 
 
-def _tree(draws: dict[str, np.ndarray], seen: _Seen) -> xr.DataTree:
-    """Groups `posterior` and `observed_data`."""
+def _tree(
+    draws: dict[str, np.ndarray], program: Callable[..., Any], args: Any, kwargs: Any
+) -> xr.DataTree:
+    """Groups `posterior` and `observed_data`, their axes named as the program names them."""
+    named: list[Any] = []
+
+    def look(key: Array, values: dict[str, Array]) -> dict[str, Any]:
+        run = handlers.substitute(handlers.seed(program, key), data=values)
+        sites = handlers.trace(run).get_trace(*args, **kwargs)
+        named[:] = _names(sites)
+        return {
+            name: jnp.broadcast_to(site["value"], _shape(site))
+            for name, site in sites.items()
+            if _is_observed(site)
+        }
+
+    first = {name: a[0, 0] for name, a in draws.items()}
+    with handlers.block():
+        # compiled: what is not returned is not run
+        observed = _arrays(jax.jit(look)(jax.random.key(0), first))
+    dims, coords, times = named
     tree = xr.DataTree(name="probdiff")
-    tree["posterior"] = _group("posterior", draws, seen.dims, seen.coords)
-    for dim, times in seen.times.items():
+    tree["posterior"] = _group("posterior", draws, dims, coords)
+    for dim, levels in times.items():
         if dim in tree["posterior"].dims:
-            t = "t" if dim == "level" else dim.removesuffix("level") + "t"
-            posterior = tree["posterior"].to_dataset().assign_coords({t: (dim, times)})
+            t = dim.removesuffix("level") + "t"
+            posterior = tree["posterior"].to_dataset().assign_coords({t: (dim, levels)})
             tree["posterior"] = xr.DataTree(posterior)
-    if seen.observed:
-        tree["observed_data"] = _group("observed_data", seen.observed, seen.dims, {})
+    if observed:
+        tree["observed_data"] = _group("observed_data", observed, dims, {})
     tree.attrs = {"inference_library": "numpyro", "inference_library_version": numpyro.__version__}
     return tree
 
@@ -379,7 +344,7 @@ def _sample_stats(fields: dict[str, Any], has_trees: bool) -> dict[str, np.ndarr
     """Extra fields under ArviZ's names; those that are no arrays are left out."""
     is_array = {name: isinstance(value, Array | np.ndarray) for name, value in fields.items()}
     fields = _arrays({name: value for name, value in fields.items() if is_array[name]})
-    stats = {STATS.get(name, name): value for name, value in fields.items()}
+    stats = {_STATS.get(name, name): value for name, value in fields.items()}
     if "potential_energy" in stats:
         stats["lp"] = -stats.pop("potential_energy")
     if has_trees and "n_steps" in stats:

@@ -69,11 +69,7 @@ def entropies(diffusion: Diffusion, params: Params, x_0: Data, tree: xr.DataTree
         For the true model of N(0, 1) the entropy of a step is that of N(·, β_t), and the model's
         bound meets it:
 
-        >>> import jax, jax.numpy as jnp, numpy as np
-        >>> from probdiff import Diffusion, GaussianKernel, diagnostics, schedules
-        >>> def network(x_t, t):  # x_0 ~ N(0, 1)
-        ...     return jnp.zeros((*x_t.shape, 2))
-        >>> diffusion = Diffusion(GaussianKernel(), schedules.cosine(5), network, event_shape=())
+        >>> diffusion = standard_diffusion(T=5)
         >>> key, key_x = jax.random.split(jax.random.key(0))
         >>> x = jax.random.normal(key_x, (2000,))
         >>> tree = diagnostics.bound(key, diffusion, {}, x)
@@ -130,15 +126,13 @@ def information(
 ) -> xr.DataTree:
     """Bounds on I(X_0; X_t), what level t still tells of the data.
 
-    Both are estimates: within their standard errors the lower may come out above the upper.
+    Both are estimates: within their standard errors the lower may come out above the upper. What is
+    not said here is as in `entropies`.
 
     Args:
         key: Randomness.
-        diffusion: The model.
-        params: Its parameters.
         x_0: Examples in the user's units, `(N, *event_shape)`, N at least 2. Every level compares
             each with each.
-        tree: What `bound` returned for these examples.
         num_levels: Levels at which the contrast is made, evenly spread over 1..T.
 
     Returns:
@@ -152,17 +146,12 @@ def information(
     Example:
         Data of N(0, 1), of which level t tells −½ log(1 − ᾱ_t) nats:
 
-        >>> import jax, jax.numpy as jnp, numpy as np
-        >>> from probdiff import Diffusion, GaussianKernel, diagnostics, schedules
-        >>> def network(x_t, t):  # x_0 ~ N(0, 1)
-        ...     return jnp.zeros((*x_t.shape, 2))
-        >>> beta = schedules.cosine(5)
-        >>> diffusion = Diffusion(GaussianKernel(), beta, network, event_shape=())
+        >>> diffusion = standard_diffusion(T=5)
         >>> key, key_x = jax.random.split(jax.random.key(0))
         >>> x = jax.random.normal(key_x, (1000,))
         >>> tree = diagnostics.bound(key, diffusion, {}, x)
         >>> group = diagnostics.information(key, diffusion, {}, x, tree)["information"]
-        >>> exact = -0.5 * np.log(1 - np.cumprod(1 - beta))
+        >>> exact = -0.5 * np.log(1 - np.cumprod(1 - schedules.cosine(5)))
         >>> low, high = group["contrast"].values, group["model"].values
         >>> [round(float(nats[2]), 1) for nats in (low, exact, high)]  # level 3
         [0.2, 0.2, 0.2]

@@ -58,12 +58,10 @@ class LadderWarning(UserWarning):
     `warnings`, too.
 
     Example:
-        >>> import jax, jax.numpy as jnp, numpy as np, warnings
-        >>> from probdiff import Diffusion, GaussianKernel, diagnostics
+        >>> import warnings
         >>> def network(x_t, t):  # far from the data: weights of few trajectories carry all
         ...     return jnp.broadcast_to(jnp.array([5.0, 0.0]), (*x_t.shape, 2))
-        >>> beta = np.array([0.36, 0.25])
-        >>> diffusion = Diffusion(GaussianKernel(), beta, network, event_shape=())
+        >>> diffusion = Diffusion(GaussianKernel(), np.array([0.36, 0.25]), network, event_shape=())
         >>> with warnings.catch_warnings(record=True) as caught:
         ...     warnings.simplefilter("always", diagnostics.LadderWarning)
         ...     tree = diagnostics.ladder(
@@ -128,12 +126,9 @@ def ladder(
     Example:
         A model of two steps whose law is known, and whose bound K is not tight:
 
-        >>> import jax, jax.numpy as jnp, numpy as np, numpyro.distributions as dist
-        >>> from probdiff import Diffusion, GaussianKernel, diagnostics
         >>> def network(x_t, t):  # pulls x_1 up by ½√β_2: x_0 ~ N(½ √(1−β_1) √β_2, 1) = N(0.2, 1)
         ...     return jnp.broadcast_to(jnp.array([0.5, 0.0]), (*x_t.shape, 2))
-        >>> beta = np.array([0.36, 0.25])
-        >>> diffusion = Diffusion(GaussianKernel(), beta, network, event_shape=())
+        >>> diffusion = Diffusion(GaussianKernel(), np.array([0.36, 0.25]), network, event_shape=())
         >>> x = np.array([-1.0, 0.0, 1.0, 2.0])
         >>> tree = diagnostics.ladder(jax.random.key(0), diffusion, {}, x, sizes=(1, 10, 100))
         >>> group, exact = tree["ladder"], dist.Normal(0.2, 1.0).log_prob(x)
@@ -208,17 +203,13 @@ def sandwich(
 ) -> xr.DataTree:
     """Lower and upper bounds of log p(x_0) at draws of the model itself.
 
+    What is not said here is as in `ladder`.
+
     Args:
-        key: Randomness.
-        diffusion: The model.
-        params: Its parameters.
         num_examples: Draws N of the model, at least 2.
         context: One context per draw, `(N, *context_shape)`.
-        sizes: Numbers of trajectories S, ascending, each a divisor of the last.
         num_repeats: Repeats R of the largest size over which an example's bounds are averaged.
-        block_size: Trajectories at once, on each device.
         mesh: Devices that share out the forward trajectories, on one axis.
-        progress: Show a bar over the blocks.
 
     Returns:
         DataTree with group `sandwich`, nats: `lower` and `upper` by `example` and `size`; by `size`
@@ -231,12 +222,9 @@ def sandwich(
         ValueError: if context, parameters, sizes or counts do not fit.
 
     Example:
-        >>> import jax, jax.numpy as jnp, numpy as np, numpyro.distributions as dist
-        >>> from probdiff import Diffusion, GaussianKernel, diagnostics
         >>> def network(x_t, t):  # pulls x_1 up by √β_2, so x_0 ~ N(√(1−β_1) √β_2, 1) = N(0.4, 1)
         ...     return jnp.broadcast_to(jnp.array([1.0, 0.0]), (*x_t.shape, 2))
-        >>> beta = np.array([0.36, 0.25])
-        >>> diffusion = Diffusion(GaussianKernel(), beta, network, event_shape=())
+        >>> diffusion = Diffusion(GaussianKernel(), np.array([0.36, 0.25]), network, event_shape=())
         >>> tree = diagnostics.sandwich(jax.random.key(0), diffusion, {}, 200, sizes=(1, 10, 100))
         >>> gap = tree["sandwich"]["gap_mean"].values  # closes as S grows
         >>> bool(gap[0] > 0.5 > 0.1 > abs(gap[2]))

@@ -19,7 +19,7 @@ Oord & Bethge (2016) for what is wrong with it.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -29,19 +29,8 @@ from probdiff.arguments import check_at_least
 from probdiff.diagnostics.bounds import BITS_PER_NAT, digest
 from probdiff.diffusion import Data
 
-BANDWIDTHS = tuple(np.logspace(-1, 0, 10).tolist())
+_BANDWIDTHS = tuple(np.logspace(-1, 0, 10).tolist())
 """Those of the protocol, for data in [0, 1]."""
-
-
-class Centres(NamedTuple):
-    """Draws as the means of Gaussians, less their common mean, float64."""
-
-    loc: np.ndarray
-    """Their mean, `(d,)`, taken off so that the squares below lose no digits to it."""
-    points: np.ndarray
-    """`(M, d)`."""
-    squares: np.ndarray
-    """|c_m|², `(M,)`."""
 
 
 def parzen(
@@ -49,7 +38,7 @@ def parzen(
     validation: Data,
     test: Data,
     *,
-    bandwidths: Sequence[float] | np.ndarray = BANDWIDTHS,
+    bandwidths: Sequence[float] | np.ndarray = _BANDWIDTHS,
     block_size: int = 500,
     progress: bool = False,
 ) -> xr.DataTree:
@@ -79,8 +68,6 @@ def parzen(
     Example:
         Draws of the data's own law N(0, 1), whose mean log density is −1.42:
 
-        >>> import numpy as np
-        >>> from probdiff import diagnostics
         >>> random = np.random.default_rng(0)
         >>> draws, validation, test = (random.normal(size=n) for n in (2000, 500, 2000))
         >>> tree = diagnostics.parzen(draws, validation, test, bandwidths=(0.01, 0.2, 1.0))
@@ -90,24 +77,35 @@ def parzen(
     Sources: Goodfellow et al. (2014), section 5; Sohl-Dickstein et al. (2015), table 2.
     """
     _check(draws, validation, test, bandwidths, block_size)
-    centres = _centres(_rows(draws))
-    blocks = _distances(centres, _rows(validation), block_size, progress, "bandwidth")
-    sums = sum(np.array([_log_density(d, s, centres).sum() for s in bandwidths]) for d in blocks)
+    centres, seen, asked = (
+        np.asarray(x, np.float64).reshape(len(x), -1) for x in (draws, validation, test)
+    )
+    loc, num_dims = centres.mean(0), centres.shape[1]
+    centres = centres - loc  # so that the squares of distances lose no digits to where the data are
+    blocks = _distances(centres, seen - loc, block_size, progress, "bandwidth")
+    sums = sum(np.array([_log_density(d, s, num_dims).sum() for s in bandwidths]) for d in blocks)
     validation_mean = sums / len(validation)
     bandwidth = float(bandwidths[int(validation_mean.argmax())])
-    blocks = _distances(centres, _rows(test), block_size, progress, "log density")
-    log_density = np.concatenate([_log_density(d, bandwidth, centres) for d in blocks])
+    blocks = _distances(centres, asked - loc, block_size, progress, "log density")
+    log_density = np.concatenate([_log_density(d, bandwidth, num_dims) for d in blocks])
+    n, mean = len(log_density), float(log_density.mean())
+    se = float(log_density.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
     variables = {
         "log_density": ("example", log_density),
         "validation_mean": ("bandwidth", validation_mean),
     }
     coords = {"example": np.arange(len(test)), "bandwidth": np.asarray(bandwidths, np.float64)}
-    attrs = _mean_and_se(log_density) | {
+    attrs = {
+        "units": "nats",
+        "mean": mean,
+        "se": se,
+        "mean_bits": mean * BITS_PER_NAT,
+        "se_bits": se * BITS_PER_NAT,
         "bandwidth": bandwidth,
         "num_draws": len(draws),
         "num_validation": len(validation),
         "reference_measure": "Lebesgue, in the user's units",
-        "num_dims": centres.points.shape[1],
+        "num_dims": num_dims,
         "data": digest(test),
     }
     return xr.DataTree.from_dict({"parzen": xr.Dataset(variables, coords, attrs)}, name="probdiff")
@@ -127,46 +125,25 @@ def _check(draws: Any, validation: Any, test: Any, bandwidths: Any, block_size: 
     check_at_least(1, block_size=block_size)
 
 
-def _rows(x: Any) -> np.ndarray:
-    return np.asarray(x, np.float64).reshape(len(x), -1)
-
-
-def _centres(draws: np.ndarray) -> Centres:
-    loc = draws.mean(0)
-    points = draws - loc
-    return Centres(loc, points, (points**2).sum(1))
-
-
 def _distances(
-    centres: Centres, x: np.ndarray, block_size: int, progress: bool, name: str
+    centres: np.ndarray, x: np.ndarray, block_size: int, progress: bool, name: str
 ) -> Iterator[np.ndarray]:
     """Squared distances of images to all centres, |x|² − 2 x·c + |c|², block by block `(b, M)`."""
+    squares = (centres**2).sum(1)
     for start in bars.bar(range(0, len(x), block_size), desc=name, disable=not progress):
-        rows = x[start : start + block_size] - centres.loc
-        distance = rows @ centres.points.T
+        rows = x[start : start + block_size]
+        distance = rows @ centres.T
         distance *= -2  # in place, for these are the largest arrays here
         distance += (rows**2).sum(1, keepdims=True)
-        distance += centres.squares
+        distance += squares
         yield distance
 
 
-def _log_density(distance: np.ndarray, bandwidth: float, centres: Centres) -> np.ndarray:
+def _log_density(distance: np.ndarray, bandwidth: float, num_dims: int) -> np.ndarray:
     """log p̂_σ of the images of a block, `(b,)`."""
-    size, dims = centres.points.shape
     exponent = distance / (-2 * bandwidth**2)
     largest = exponent.max(1)
     exponent -= largest[:, None]
     total = largest + np.log(np.exp(exponent, out=exponent).sum(1))
-    return total - math.log(size) - dims / 2 * math.log(2 * math.pi * bandwidth**2)
-
-
-def _mean_and_se(log_density: np.ndarray) -> dict[str, Any]:
-    n, mean = len(log_density), float(log_density.mean())
-    se = float(log_density.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
-    return {
-        "units": "nats",
-        "mean": mean,
-        "se": se,
-        "mean_bits": mean * BITS_PER_NAT,
-        "se_bits": se * BITS_PER_NAT,
-    }
+    size = distance.shape[1]
+    return total - math.log(size) - num_dims / 2 * math.log(2 * math.pi * bandwidth**2)

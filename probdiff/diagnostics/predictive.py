@@ -37,7 +37,7 @@ from probdiff.infer.calibrate import p_values_of, pit, verdict
 from probdiff.sample import ancestral
 from probdiff.types import Params
 
-Statistics = Mapping[str, Callable[[Any], Any]]
+_Statistics = Mapping[str, Callable[[Any], Any]]
 
 
 def predictive_check(
@@ -48,7 +48,7 @@ def predictive_check(
     *,
     num_replicates: int = 50,
     context: Any = None,
-    statistics: Statistics | None = None,
+    statistics: _Statistics | None = None,
     block_size: int = 4096,
     progress: bool = False,
 ) -> xr.DataTree:
@@ -56,8 +56,8 @@ def predictive_check(
 
         tree = diagnostics.predictive_check(key, diffusion, params, x, num_replicates=50)
         arviz_plots.plot_ppc_dist(tree)
-        arviz_plots.plot_ppcpit(tree, coords={"x_0_dim_0": 0})  # one number for each example
-        arviz_plots.plot_ecdfpit(tree, group="pit", sample_dims=["example"], coverage=False)
+        arviz_plots.plot_ppc_pit(tree, coords={"x_0_dim_0": 0})  # one number for each example
+        arviz_plots.plot_ecdf_pit(tree, group="pit", sample_dims=["example"], coverage=False)
 
     Args:
         key: Randomness.
@@ -84,18 +84,13 @@ def predictive_check(
             one replicate, or a statistic has a name that is taken, another shape or nan.
 
     Example:
-        Numbers one by one are as the model says; a statistic of both sees that they hang together:
+        Numbers one by one are as the model says; a statistic of both sees that they are equal:
 
-        >>> import jax, jax.numpy as jnp, numpy as np
-        >>> from probdiff import Diffusion, GaussianKernel, diagnostics, schedules
-        >>> def network(x_t, t):  # x_0 ~ N(0, I)
-        ...     return jnp.zeros((len(x_t), 4))
-        >>> diffusion = Diffusion(GaussianKernel(), schedules.cosine(10), network, event_shape=(2,))
+        >>> diffusion = standard_diffusion((2,))  # x_0 ~ N(0, I)
         >>> key, key_x = jax.random.split(jax.random.key(0))
         >>> x = np.repeat(jax.random.normal(key_x, (300, 1)), 2, axis=1)  # twice the same number
-        >>> tree = diagnostics.predictive_check(
-        ...     key, diffusion, {}, x, statistics={"difference": lambda x: x[..., 0] - x[..., 1]}
-        ... )
+        >>> difference = {"difference": lambda x: x[..., 0] - x[..., 1]}
+        >>> tree = diagnostics.predictive_check(key, diffusion, {}, x, statistics=difference)
         >>> p = tree["uniformity"]
         >>> (p["x_0"].values > 0.01).tolist(), bool(p["difference"] < 1e-6)
         ([True, True], True)
@@ -120,7 +115,7 @@ def predictive_check(
 
 
 def _check(
-    diffusion: Diffusion, x_0: Any, num_replicates: int, context: Any, statistics: Statistics
+    diffusion: Diffusion, x_0: Any, num_replicates: int, context: Any, statistics: _Statistics
 ) -> None:
     if np.ndim(x_0) != len(diffusion.event_shape) + 1 or np.shape(x_0)[0] < 2:
         raise ValueError(
@@ -137,7 +132,7 @@ def _check(
         )
 
 
-def _values(name: str, x: np.ndarray, lead: Any, statistics: Statistics) -> dict[str, np.ndarray]:
+def _values(name: str, x: np.ndarray, lead: Any, statistics: _Statistics) -> dict[str, np.ndarray]:
     """x itself and its statistics, of leading shape `lead`."""
     values = {name: x}
     for key, statistic in statistics.items():

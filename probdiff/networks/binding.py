@@ -10,6 +10,9 @@ site. Where the parameters come from differs:
 
 State that changes as the network runs (batch statistics, a dropout stream) is refused: a reverse
 trajectory calls the network in a scan, where such state cannot leave the loop.
+
+A network returns `outputs` numbers per entry of x, on a last axis `outputs` times as long: block i
+of that axis is the i-th number of each entry, so that a readout splits it into equal parts.
 """
 
 import inspect
@@ -22,11 +25,6 @@ import jax.numpy as jnp
 from flax import linen, nnx
 from jaxtyping import Array
 
-STATEFUL = (
-    "network must be stateless; got {kind} that keeps {what}. The reverse trajectory calls it "
-    "inside a scan: use LayerNorm, GroupNorm or RMSNorm, and no dropout or batch statistics"
-)
-
 
 class Binding(NamedTuple):
     """A network split into what is trained and what is not."""
@@ -35,6 +33,29 @@ class Binding(NamedTuple):
     """Initial parameters, or `init(key)` that makes them; None where nothing is trained."""
     apply: Callable[..., Array]
     """`apply(params, x_t, t, context)`."""
+
+
+def output_shape(event_shape: tuple[int, ...], outputs: int) -> tuple[int, ...]:
+    """Event shape with its last axis `outputs` times as long; `(outputs,)` for scalars."""
+    if not event_shape:
+        return () if outputs == 1 else (outputs,)
+    return (*event_shape[:-1], outputs * event_shape[-1])
+
+
+def example_inputs(
+    event_shape: tuple[int, ...], context_shape: tuple[int, ...] | None, dtype: Any = float
+) -> tuple[Any, ...]:
+    """Zeros as a network is called with, two rows: x_t, t and, where there is one, context."""
+    x_t = jnp.zeros((2, *event_shape), dtype)
+    t = jnp.ones((2,), jnp.int32)
+    context = None if context_shape is None else jnp.zeros((2, *context_shape))
+    return x_t, t, context
+
+
+def built_in_config(network: Any) -> dict[str, Any]:
+    """Arguments that rebuild a built-in network, read from its attributes of the same names."""
+    names = inspect.signature(type(network).__init__).parameters
+    return {name: getattr(network, name) for name in names if name not in ("self", "rngs")}
 
 
 def bind(
@@ -60,27 +81,22 @@ def bind(
     raise ValueError(f"network must be callable as network(x_t, t); got {type(network).__name__}")
 
 
-def example_inputs(
-    event_shape: tuple[int, ...], context_shape: tuple[int, ...] | None, dtype: Any = float
-) -> tuple[Any, ...]:
-    """Zeros as a network is called with, two rows: x_t, t and, where there is one, context."""
-    x_t = jnp.zeros((2, *event_shape), dtype)
-    t = jnp.ones((2,), jnp.int32)
-    context = None if context_shape is None else jnp.zeros((2, *context_shape))
-    return x_t, t, context
-
-
 def _given(x_t: Array, t: Array, context: Array | None) -> tuple[Array, ...]:
     return (x_t, t) if context is None else (x_t, t, context)
 
 
-def _bind_nnx(network: nnx.Module) -> Binding:
-    graph, params, rest = nnx.split(network, nnx.Param, ...)
-    kept = sorted({type(leaf).__name__ for _, leaf in nnx.to_flat_state(rest)})
+def _check_stateless(kind: str, network: Any, kept: set[str]) -> None:
     if kept:
         raise ValueError(
-            STATEFUL.format(kind=f"the nnx module {type(network).__name__}", what=", ".join(kept))
+            f"network must be stateless; got the {kind} module {type(network).__name__} that keeps "
+            f"{', '.join(sorted(kept))}. The reverse trajectory calls it inside a scan: use "
+            "LayerNorm, GroupNorm or RMSNorm, and no dropout or batch statistics"
         )
+
+
+def _bind_nnx(network: nnx.Module) -> Binding:
+    graph, params, rest = nnx.split(network, nnx.Param, ...)
+    _check_stateless("nnx", network, {type(leaf).__name__ for _, leaf in nnx.to_flat_state(rest)})
 
     def apply(values: Any, *args: Any) -> Array:
         state = jax.tree.map(lambda leaf: leaf, params)  # a copy: replacing works in place
@@ -93,11 +109,7 @@ def _bind_nnx(network: nnx.Module) -> Binding:
 def _bind_linen(network: linen.Module, example: tuple[Any, ...]) -> Binding:
     inputs = _given(*example)
     shapes = jax.eval_shape(network.init, jax.random.key(0), *inputs)
-    kept = sorted(set(shapes) - {"params"})
-    if kept:
-        raise ValueError(
-            STATEFUL.format(kind=f"the linen module {type(network).__name__}", what=", ".join(kept))
-        )
+    _check_stateless("linen", network, set(shapes) - {"params"})
 
     def apply(values: Any, *args: Any) -> Array:
         return network.apply({"params": values}, *_given(*args))
@@ -112,9 +124,3 @@ def _bind_equinox(network: Any, equinox: Any) -> Binding:
         return jax.vmap(equinox.combine(values, static))(*_given(*args))
 
     return Binding(lambda _: values, apply)  # a bare module is callable: it would pass for an init
-
-
-def built_in_config(network: Any) -> dict[str, Any]:
-    """Arguments that rebuild a built-in network, read from its attributes of the same names."""
-    names = inspect.signature(type(network).__init__).parameters
-    return {name: getattr(network, name) for name in names if name not in ("self", "rngs")}

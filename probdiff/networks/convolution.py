@@ -1,4 +1,4 @@
-"""Convolutions and patches of images.
+"""Images: their shapes, convolutions and patches.
 
 Pixels may be gathered into patches (2 × 2 pixels become 4 channels), so that the widest layers run
 at a quarter of the pixels.
@@ -14,7 +14,30 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-LAYOUT = ("NHWC", "HWIO", "NHWC")
+from probdiff.arguments import check_shape
+from probdiff.networks.binding import output_shape
+
+_LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+
+def check_image(event_shape: tuple[int, ...], side: int) -> tuple[int, ...]:
+    """The shape of one image, refused where its sides are no multiples of `side`."""
+    event_shape = check_shape("event_shape", event_shape)
+    if len(event_shape) not in (2, 3) or any(n % side for n in event_shape[:2]):
+        raise ValueError(
+            f"event_shape must be (height, width) or (height, width, channels) with sides that "
+            f"are multiples of {side}; got {event_shape}"
+        )
+    return event_shape
+
+
+def as_events(
+    out: Float[Array, "B H W C"], event_shape: tuple[int, ...], outputs: int
+) -> Float[Array, "B ..."]:
+    """Channels × outputs, the outputs outermost, as a network returns them: blocks of an axis."""
+    if len(event_shape) == 2:
+        out = jnp.moveaxis(out, -1, -2)
+    return out.reshape(len(out), *output_shape(event_shape, outputs))
 
 
 def to_patches(x: Float[Array, "B H W C"], patch: int) -> Float[Array, "B h w c"]:
@@ -42,7 +65,7 @@ def convolve(x: Array, kernel: Array, *args: Any, **kwargs: Any) -> Array:
 
 
 def _plain(x: Array, kernel: Array) -> Array:
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT)
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=_LAYOUT)
 
 
 @jax.custom_vjp
@@ -64,7 +87,7 @@ def _canonical_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, A
     turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
     edges = [(n // 2, n // 2) for n in kernel.shape[:2]]
     d_kernel = jax.lax.conv_general_dilated(
-        x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), (1, 1), edges, dimension_numbers=LAYOUT
+        x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), (1, 1), edges, dimension_numbers=_LAYOUT
     )
     return _plain(dy, turned), d_kernel.transpose(1, 2, 0, 3)
 

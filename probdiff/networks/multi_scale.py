@@ -26,17 +26,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
-from probdiff.arguments import check_at_least, check_shape
-from probdiff.networks.convolution import convolve
+from probdiff.arguments import check_at_least
+from probdiff.networks.convolution import as_events, check_image, convolve
 from probdiff.networks.perceptron import as_numbers, bump_functions
-from probdiff.networks.shapes import output_shape
 
 
 class MultiScaleConvolution(nnx.Module):
     """The 2015 network for images: multi-scale convolutions beside a dense pathway.
 
-    Convolutions with kernels fine at their centre and coarse far from it, softplus behind each;
-    tanh layers on the whole image; both joined pixel by pixel, and weighed by bump functions of t.
     Called as `network(x_t, t)`, on one grey or coloured image per example; the output starts at 0.
 
     Args:
@@ -54,21 +51,15 @@ class MultiScaleConvolution(nnx.Module):
         upper_depth: 1 × 1 convolutions, before the read-out.
         bumps: Number J of bump functions.
         outputs: Numbers per entry of x, as the readout needs.
-        rngs: Draws the initial weights; the output starts at 0.
+        rngs: Draws the initial weights.
 
     Raises:
         ValueError: if the sides are no multiples of the coarsest square, or there is neither
             pathway.
 
     Example:
-        >>> import jax
-        >>> import jax.numpy as jnp
-        >>> from flax import nnx
-        >>> from probdiff import networks
-        >>> def call(x_t, t):
-        ...     network = networks.MultiScaleConvolution((8, 8), 16, 2, T=40, rngs=nnx.Rngs(0))
-        ...     return network(x_t, t)
-        >>> out = jax.eval_shape(call, jnp.ones((5, 8, 8)), jnp.full(5, 40))
+        >>> network = networks.MultiScaleConvolution((8, 8), 16, 2, T=40, rngs=nnx.Rngs(0))
+        >>> out = jax.eval_shape(network, jnp.ones((5, 8, 8)), jnp.full(5, 40))
         >>> out.shape  # mean and variance of each pixel
         (5, 8, 16)
 
@@ -92,8 +83,12 @@ class MultiScaleConvolution(nnx.Module):
         outputs: int = 2,
         rngs: nnx.Rngs,
     ):
-        event_shape = check_shape("event_shape", event_shape)
-        _check(event_shape, depth, scales, dense_depth)
+        check_at_least(1, scales=scales)
+        event_shape = check_image(event_shape, 2 ** (scales - 1) if depth else 1)
+        if depth < 1 and dense_depth < 1:
+            raise ValueError(
+                f"depth or dense_depth must be at least 1; got {depth} and {dense_depth}"
+            )
         self.event_shape, self.width, self.depth, self.T = event_shape, width, depth, T
         self.dense_width, self.dense_depth = dense_width, dense_depth
         self.upper_width, self.upper_depth = upper_width, upper_depth
@@ -108,10 +103,8 @@ class MultiScaleConvolution(nnx.Module):
         joined = width * (depth > 0) + dense_outputs * (dense_depth > 0)
         upper = [joined, *[upper_width] * upper_depth]
         self.upper = _linears(upper, rngs)
-        zeros = nnx.initializers.zeros
-        self.readout = nnx.Linear(
-            upper[-1], outputs * channels * bumps, kernel_init=zeros, rngs=rngs
-        )
+        size, zeros = outputs * channels * bumps, nnx.initializers.zeros
+        self.readout = nnx.Linear(upper[-1], size, kernel_init=zeros, rngs=rngs)
 
     def __call__(self, x_t: Num[Array, "B ..."], t: Int[Array, " B"]) -> Float[Array, "B ..."]:
         """Outputs `(B, *event_shape)`, the last axis `outputs` times as long."""
@@ -129,10 +122,7 @@ class MultiScaleConvolution(nnx.Module):
         u = _tanh_layers(self.upper, jnp.concatenate(pathways, -1))
         y = self.readout(u).reshape(size, *sides, -1, self.bumps)
         z = jnp.einsum("bhwoj,bj->bhwo", y, bump_functions(t, self.T, self.bumps).astype(x.dtype))
-        # channels × outputs, the outputs outermost: an output is a block of the last axis
-        if len(self.event_shape) == 2:
-            z = jnp.moveaxis(z, -1, -2)
-        return z.reshape(size, *output_shape(self.event_shape, self.outputs))
+        return as_events(z, self.event_shape, self.outputs)
 
 
 class _Layer(nnx.Module):
@@ -158,18 +148,6 @@ class _Layer(nnx.Module):
         for level in reversed(range(len(pooled) - 1)):
             total = self.scales[level](pooled[level]) + _double(total)
         return jax.nn.softplus(total)
-
-
-def _check(event_shape: tuple[int, ...], depth: int, scales: int, dense_depth: int) -> None:
-    check_at_least(1, scales=scales)
-    side = 2 ** (scales - 1) if depth else 1
-    if len(event_shape) not in (2, 3) or any(n % side for n in event_shape[:2]):
-        raise ValueError(
-            f"event_shape must be (height, width) or (height, width, channels) with sides that "
-            f"are multiples of {side}; got {event_shape}"
-        )
-    if depth < 1 and dense_depth < 1:
-        raise ValueError(f"depth or dense_depth must be at least 1; got {depth} and {dense_depth}")
 
 
 def _linears(sizes: list[int], rngs: nnx.Rngs) -> Any:

@@ -20,7 +20,7 @@ from flax import nnx
 from probdiff.arguments import check_at_least
 from probdiff.networks.binding import bind
 
-PLAIN = {"force_terminal": False, "force_jupyter": False, "color_system": None, "width": 1000}
+_PLAIN = {"force_terminal": False, "force_jupyter": False, "color_system": None, "width": 1000}
 
 
 def summary(
@@ -49,8 +49,6 @@ def summary(
         ValueError: if the network is of another kind, keeps state, or batch_size is below 1.
 
     Example:
-        >>> from flax import nnx
-        >>> from probdiff import networks
         >>> network = networks.RadialBasis((2,), width=16, T=40, rngs=nnx.Rngs(0))
         >>> table = networks.summary(network, (2,))
         >>> print(table)
@@ -67,7 +65,7 @@ def summary(
         inputs.append(jnp.zeros((batch_size, *context_shape)))
     # before the table, during which an error would leave flax's classes with replaced methods
     flops = _flops(network, inputs)
-    table = nnx.tabulate(network, *inputs, depth=depth, compute_flops=True, console_kwargs=PLAIN)
+    table = nnx.tabulate(network, *inputs, depth=depth, compute_flops=True, console_kwargs=_PLAIN)
     lines = [line.rstrip() for line in table.strip("\n").splitlines()]
     totals = [lines.pop().strip(), f"Total FLOPs: {flops:,} (one call, batch of {batch_size})"]
     return "\n".join([*lines, *totals])

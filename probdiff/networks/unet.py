@@ -25,25 +25,27 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Num
 
-from probdiff.arguments import check_shape
-from probdiff.networks.convolution import convolve, from_patches, to_patches
+from probdiff.networks.convolution import (
+    as_events,
+    check_image,
+    convolve,
+    from_patches,
+    to_patches,
+)  # fmt: skip
 from probdiff.networks.perceptron import as_numbers
-from probdiff.networks.shapes import output_shape
 
-GROUP = 8
+_GROUP = 8
 """Channels per group of a GroupNorm."""
-FREQUENCIES = 32
+_FREQUENCIES = 32
 """Sines and as many cosines of the step, wavelengths from 2π to 2π · 10⁴ thousandths of it."""
-ZEROS = nnx.initializers.zeros
+_ZEROS = nnx.initializers.zeros
 
 
 class UNet(nnx.Module):
     """U-shaped convolutions over one grey or coloured image per example, and a head at each pixel.
 
-    Residual blocks at every resolution, halved on the way down, doubled on the way up, with skips;
-    a small head, the same everywhere, sees each pixel of x_t beside the features of its place. Step
-    (or log-SNR) and context scale and shift the blocks. Called as `network(x_t, t)` or
-    `network(x_t, t, context)`.
+    Step (or log-SNR) and context scale and shift its residual blocks. Called as `network(x_t, t)`
+    or `network(x_t, t, context)`; the output starts at 0.
 
     Args:
         event_shape: `(height, width)` or `(height, width, channels)`; the sides must be
@@ -62,20 +64,14 @@ class UNet(nnx.Module):
         states: States of a symbol, to be coded one-hot; 0 takes x as the numbers they are.
         dtype: Type to compute in, such as "bfloat16"; None takes that of x. Parameters stay
             float32, and so do norms and the head.
-        rngs: Draws the initial weights; the output starts at 0.
+        rngs: Draws the initial weights.
 
     Raises:
         ValueError: if sides, widths or heads do not divide as they must.
 
     Example:
-        >>> import jax
-        >>> import jax.numpy as jnp
-        >>> from flax import nnx
-        >>> from probdiff import networks
-        >>> def call(x_t, t):
-        ...     network = networks.UNet((8, 8, 3), widths=(8, 16), depth=1, rngs=nnx.Rngs(0))
-        ...     return network(x_t, t)
-        >>> out = jax.eval_shape(call, jnp.ones((2, 8, 8, 3)), jnp.array([-5.0, 5.0]))
+        >>> network = networks.UNet((8, 8, 3), widths=(8, 16), depth=1, rngs=nnx.Rngs(0))
+        >>> out = jax.eval_shape(network, jnp.ones((2, 8, 8, 3)), jnp.array([-5.0, 5.0]))
         >>> out.shape  # at two log-SNRs; mean and variance of each colour
         (2, 8, 8, 6)
 
@@ -98,15 +94,9 @@ class UNet(nnx.Module):
         dtype: str | None = None,
         rngs: nnx.Rngs,
     ):
-        event_shape = check_shape("event_shape", event_shape)
-        side = patch * 2 ** (len(widths) - 1)
-        if len(event_shape) not in (2, 3) or any(n % side for n in event_shape[:2]):
-            raise ValueError(
-                f"event_shape must be (height, width) or (height, width, channels) with sides that "
-                f"are multiples of {side}; got {event_shape}"
-            )
-        if not widths or any(width % GROUP for width in widths):
-            raise ValueError(f"widths must be multiples of {GROUP}; got {tuple(widths)}")
+        if not widths or any(width % _GROUP for width in widths):
+            raise ValueError(f"widths must be multiples of {_GROUP}; got {tuple(widths)}")
+        event_shape = check_image(event_shape, patch * 2 ** (len(widths) - 1))
         if attention_heads and widths[-1] % attention_heads:
             raise ValueError(
                 f"attention_heads must divide the last of widths, {widths[-1]}; got "
@@ -116,7 +106,7 @@ class UNet(nnx.Module):
         self.T, self.patch, self.head_width = T, patch, head_width
         self.attention_heads, self.context_size = attention_heads, context_size
         self.outputs, self.states, self.dtype = outputs, states, dtype
-        channels = event_shape[2] if len(event_shape) == 3 else 1
+        channels = math.prod(event_shape[2:])
         into, size = channels * max(states, 1), 4 * widths[0]
         pairs = list(itertools.pairwise(widths))
 
@@ -172,22 +162,19 @@ class UNet(nnx.Module):
             for block in self.up[level]:
                 h = block(h, e)
         out = self.head(x, jax.nn.silu(self.norm(h.astype(x.dtype))), e)
-        # channels × outputs, the outputs outermost: an output is a block of the last axis
-        if len(self.event_shape) == 2:
-            out = jnp.moveaxis(out, -1, -2)
-        return out.reshape(size, *output_shape(self.event_shape, self.outputs))
+        return as_events(out, self.event_shape, self.outputs)
 
 
 class _Embedding(nnx.Module):
     """Step and context as `size` numbers: a perceptron of sines, and what is linear in context."""
 
     def __init__(self, size: int, context_size: int, rngs: nnx.Rngs):
-        self.first = nnx.Linear(2 * FREQUENCIES, size, rngs=rngs)
+        self.first = nnx.Linear(2 * _FREQUENCIES, size, rngs=rngs)
         self.second = nnx.Linear(size, size, rngs=rngs)
         self.context = nnx.Linear(context_size, size, rngs=rngs) if context_size else None
 
     def __call__(self, place: Float[Array, " B"], context: Any) -> Float[Array, "B E"]:
-        frequencies = jnp.exp(-math.log(1e4) * jnp.arange(FREQUENCIES) / FREQUENCIES)
+        frequencies = jnp.exp(-math.log(1e4) * jnp.arange(_FREQUENCIES) / _FREQUENCIES)
         angles = place[:, None] * frequencies
         e = self.first(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1))
         e = self.second(jax.nn.silu(e))
@@ -201,9 +188,9 @@ class _Block(nnx.Module):
 
     def __init__(self, width: int, size: int, heads: int, dtype: Any, rngs: nnx.Rngs):
         self.norms = nnx.List(_norm(width, rngs) for _ in range(2))
-        self.modulate = nnx.Linear(size, 2 * width, kernel_init=ZEROS, rngs=rngs)
+        self.modulate = nnx.Linear(size, 2 * width, kernel_init=_ZEROS, rngs=rngs)
         self.first = _convolution(width, width, dtype, rngs)
-        self.second = _convolution(width, width, dtype, rngs, kernel_init=ZEROS)
+        self.second = _convolution(width, width, dtype, rngs, kernel_init=_ZEROS)
         self.attention = _Attention(width, heads, dtype, rngs) if heads else None
 
     def __call__(self, h: Float[Array, "B H W C"], e: Float[Array, "B E"]) -> Array:
@@ -220,7 +207,7 @@ class _Attention(nnx.Module):
         self.heads = heads
         self.norm = _norm(width, rngs)
         self.into = _linear(width, 3 * width, dtype, rngs)
-        self.out = _linear(width, width, dtype, rngs, kernel_init=ZEROS)
+        self.out = _linear(width, width, dtype, rngs, kernel_init=_ZEROS)
 
     def __call__(self, h: Float[Array, "B H W C"]) -> Array:
         B, H, W, C = h.shape
@@ -238,9 +225,9 @@ class _Head(nnx.Module):
         self.patch = patch
         self.features = nnx.Linear(width, own * patch**2, rngs=rngs)
         self.pixel = nnx.Linear(into, own, rngs=rngs)
-        self.modulate = nnx.Linear(size, 2 * own, kernel_init=ZEROS, rngs=rngs)
+        self.modulate = nnx.Linear(size, 2 * own, kernel_init=_ZEROS, rngs=rngs)
         self.hidden = nnx.Linear(own, own, rngs=rngs)
-        self.readout = nnx.Linear(own, outputs, kernel_init=ZEROS, rngs=rngs)
+        self.readout = nnx.Linear(own, outputs, kernel_init=_ZEROS, rngs=rngs)
 
     def __call__(self, x: Array, h: Array, e: Array) -> Float[Array, "B H W outputs"]:
         scale, shift = jnp.split(self.modulate(e)[:, None, None], 2, axis=-1)
@@ -250,7 +237,7 @@ class _Head(nnx.Module):
 
 
 def _norm(width: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
-    return nnx.GroupNorm(width, group_size=GROUP, num_groups=None, rngs=rngs)
+    return nnx.GroupNorm(width, group_size=_GROUP, num_groups=None, rngs=rngs)
 
 
 def _linear(into: int, out: int, dtype: Any, rngs: nnx.Rngs, **options: Any) -> nnx.Linear:

@@ -1,25 +1,29 @@
 """Pictures of what was computed elsewhere: nothing here draws, trains or integrates.
 
-Every function takes arrays or the DataTree of `diagnostics.bound`, of a sampler or of
-`infer.calibrate`, and axes to draw into, or makes a figure; it returns the axes.
+Every function takes arrays or a DataTree of `diagnostics`, of a sampler or of `infer.calibrate`,
+and returns the axes, whose figure is `ax.figure`. Where to draw is `ax`, or `axes` in rows and
+columns; a new figure if absent.
 
-    training     losses, bound_per_step
-    live         LiveLosses, a callback of `fit`
+    training     losses; LiveLosses, a callback of `fit`
+    bounds       bound_per_step, ladder, sandwich, entropy_band, information, comparison
     pictures     points, slices, drift, images, figure_1
     posterior    posterior_images, posterior_points
     inference    ess_trace, evidence, calibration
-    comparison   comparison
-    ladder       ladder, sandwich, entropy_band, information
 """
 
-from probdiff.plots.comparison import comparison
+from probdiff.plots.bounds import (
+    bound_per_step,
+    comparison,
+    entropy_band,
+    information,
+    ladder,
+    sandwich,
+)
 from probdiff.plots.inference import calibration, ess_trace, evidence
-from probdiff.plots.ladder import entropy_band, information, ladder, sandwich
-from probdiff.plots.live import LiveLosses
 from probdiff.plots.pictures import drift, figure_1, images, points, slices
 from probdiff.plots.posterior import posterior_images, posterior_points
 from probdiff.plots.style import BLUE, GREEN, ORANGE
-from probdiff.plots.training import bound_per_step, losses
+from probdiff.plots.training import LiveLosses, losses
 
 __all__ = [
     "BLUE",

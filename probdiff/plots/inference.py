@@ -20,9 +20,9 @@ from scipy import stats
 from probdiff.arguments import check_at_least
 from probdiff.plots.style import BLUE, ORANGE, AxesGrid, axes_or_new, grid_or_new
 
-COLUMNS = 4
+_COLUMNS = 4
 """Panels of a calibration side by side."""
-LEFT_OUT = "credible_interval", "suspicious_points", "p_value_text", "remove_axis"
+_LEFT_OUT = "credible_interval", "suspicious_points", "p_value_text", "remove_axis"
 """What ArviZ would add to a Δ-ECDF, or take away."""
 
 
@@ -33,37 +33,26 @@ def ess_trace(tree: xr.DataTree, *, threshold: float | None = 0.5, ax: Axes | No
     was resampled. At t = 0 stands the share that the final draws rest on.
 
     Args:
-        tree: `SMC.to_datatree()`.
+        tree: `SMC.to_datatree()`; another is refused.
         threshold: Share below which the run resampled, its `ess_threshold`; None for no line.
-        ax: Where to draw; a new figure if absent.
-
-    Returns:
-        The axes.
-
-    Raises:
-        ValueError: If the tree is not of an SMC run.
 
     Example:
-        Two runs of 100 particles, at levels 0, 1 and 2:
-
-        >>> import xarray as xr
-        >>> from probdiff import plots
-        >>> by_level = {"ess": [[90, 80], [40, 60], [99, 99]]}
-        >>> by_level["resampled"] = [[0, 0], [1, 0], [0, 0]]
-        >>> values = {name: (("level", "run"), value) for name, value in by_level.items()}
-        >>> group = xr.Dataset(values | {"log_evidence": -1.5}, {"t": ("level", [0, 1, 2])})
-        >>> tree = xr.DataTree.from_dict({"smc": group})
-        >>> tree.attrs["num_particles"] = 100
-        >>> plots.ess_trace(tree).get_ylabel()
+        >>> prior = standard_diffusion().prior({})
+        >>> def program(y):
+        ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+        >>> smc = infer.SMC(program, num_particles=100, num_runs=2)
+        >>> smc.run(jax.random.key(0), y=2.0)
+        >>> plots.ess_trace(smc.to_datatree()).get_ylabel()
         'effective share of 100 particles'
     """
     ax, group = axes_or_new(ax), _weighted(tree)
-    plates = _plates(group["ess"], "level", "run")
+    plates = [dim for dim in group["ess"].dims if dim not in ("level", "run")]
     share = group["ess"].min(plates).transpose("level", "run") / tree.attrs["num_particles"]
     was_resampled = (group["resampled"] > 0).any(plates).transpose("level", "run").values
     t = group["t"].values
     runs = f"{share.sizes['run']} run" + "s" * (share.sizes["run"] > 1)
-    least = f", least of {_count(group['ess'], plates)} systems" if plates else ""
+    systems = int(np.prod([group.sizes[dim] for dim in plates]))
+    least = f", least of {systems} systems" if plates else ""
     lines = ax.plot(t, share.values, color=BLUE, linewidth=1, alpha=0.7)
     lines[0].set_label(runs + least)
     level, run = np.nonzero(was_resampled)
@@ -86,26 +75,22 @@ def evidence(tree: xr.DataTree, *, prob: float = 0.95, ax: Axes | None = None) -
     each of their entries.
 
     Args:
-        tree: `SMC.to_datatree()`.
+        tree: `SMC.to_datatree()`; another is refused.
         prob: Probability of the Student-t interval, in (0, 1).
-        ax: Where to draw; a new figure if absent.
-
-    Returns:
-        The axes.
 
     Raises:
-        ValueError: If the tree is not of an SMC run, or prob is out of range.
+        ValueError: If prob is out of range.
 
     Example:
-        Three runs, their pooled value and its standard error:
+        A measurement y = 2, of noise 1, of x_0 ~ N(0, 1), whose log evidence is −2.27:
 
-        >>> import xarray as xr
-        >>> from probdiff import plots
-        >>> pooled = {"log_evidence": -1.5, "log_evidence_se": 0.1}
-        >>> group = xr.Dataset(pooled | {"log_evidence_by_run": ("run", [-1.4, -1.5, -1.6])})
-        >>> ax = plots.evidence(xr.DataTree.from_dict({"smc": group}), prob=0.9)
-        >>> ax.get_legend().get_texts()[0].get_text()
-        'pooled, 90% interval: -1.500 ± 0.292'
+        >>> prior = standard_diffusion().prior({})
+        >>> def program(y):
+        ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+        >>> smc = infer.SMC(program, num_particles=1000, num_runs=3)
+        >>> smc.run(jax.random.key(0), y=2.0)
+        >>> plots.evidence(smc.to_datatree(), prob=0.9).get_legend().get_texts()[0].get_text()
+        'pooled, 90% interval: -2.2... ± 0.0...'
     """
     if not 0 < prob < 1:
         raise ValueError(f"prob must lie in (0, 1); got {prob}")
@@ -150,31 +135,27 @@ def calibration(
     too well, below 0 too badly, as those of the prior do.
 
     Args:
-        tree: What `infer.calibrate` returned.
+        tree: What `infer.calibrate` returned; another is refused.
         num_panels: Panels at most.
         axes: Where to draw, in any arrangement, one for each panel at least; what is left over
             stays as it is. A new figure if absent, which says all of the verdict at its top.
         **options: Handed to `arviz_plots.plot_ecdf_pit`.
 
     Returns:
-        The axes of the panels, in their order; the figure is `axes[0].figure`.
+        The axes of the panels, in their order.
 
     Raises:
-        ValueError: If the tree is not of `infer.calibrate`, num_panels is below 1, or there are
-            fewer axes than panels.
+        ValueError: If num_panels is below 1, or there are fewer axes than panels.
 
     Example:
-        >>> import numpy as np
-        >>> import xarray as xr
-        >>> from probdiff import plots
-        >>> pit = xr.Dataset({"log_r": (("chain", "draw"), np.linspace(0, 1, 150)[None])})
-        >>> tree = xr.DataTree.from_dict(
-        ...     {"prior_sbc": pit, "uniformity": xr.Dataset({"log_r": 0.9})}
-        ... )
-        >>> tree.attrs = {"sampler": "SMC", "num_simulations": 150, "num_tests": 1}
-        >>> tree.attrs |= {"least_p_value": 0.9, "bound": 0.01}
-        >>> [ax.get_title() for ax in plots.calibration(tree)]
-        ['log_r: p = 0.9']
+        >>> prior = standard_diffusion().prior({})
+        >>> def program(y=None):
+        ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+        >>> def blind(key, y):  # draws that do not look at y
+        ...     return jax.random.normal(key, (99,))
+        >>> tree = infer.calibrate(jax.random.key(0), program, blind, num_simulations=60)
+        >>> plots.calibration(tree)[0].get_title()
+        'log_r: p = ..., rejected'
     """
     check_at_least(1, num_panels=num_panels)
     if not {"prior_sbc", "uniformity"} <= set(tree.children):
@@ -193,7 +174,7 @@ def calibration(
     looks = {
         "group": "prior_sbc", "coverage": False, "plot_collection": collection,
         # what else ArviZ shows is another test in each of its generations
-        "visuals": {"ecdf_lines": {"color": BLUE}} | dict.fromkeys(LEFT_OUT, False),
+        "visuals": {"ecdf_lines": {"color": BLUE}} | dict.fromkeys(_LEFT_OUT, False),
     }  # fmt: skip
     arviz_plots.plot_ecdf_pit(xr.DataTree.from_dict({"prior_sbc": panels}), **(looks | options))
     furthest = stats.kstwo.isf(tree.attrs["bound"], tree.attrs["num_simulations"])
@@ -219,7 +200,7 @@ def _axes_of(axes: AxesGrid, count: int) -> np.ndarray:
         if len(axes) < count:
             raise ValueError(f"axes must be at least {count}, one for each panel; got {len(axes)}")
         return axes[:count]
-    rows, columns = -(-count // COLUMNS), min(count, COLUMNS)
+    rows, columns = -(-count // _COLUMNS), min(count, _COLUMNS)
     size = (max(2.7 * columns, 6.5), 2.2 * rows + 0.6)
     axes = grid_or_new(None, rows, columns, figsize=size).ravel()
     for ax in axes[1:]:
@@ -273,11 +254,3 @@ def _weighted(tree: xr.DataTree) -> xr.DataTree:
     if "smc" not in tree.children or "log_evidence" not in tree["smc"]:
         raise ValueError("tree must come from to_datatree of an SMC, which has weights")
     return tree["smc"]
-
-
-def _plates(values: xr.DataArray, *others: str) -> list[str]:
-    return [str(dim) for dim in values.dims if dim not in others]
-
-
-def _count(values: xr.DataArray, dims: list[str]) -> int:
-    return int(np.prod([values.sizes[dim] for dim in dims]))

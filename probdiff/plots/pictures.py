@@ -15,28 +15,14 @@ from jaxtyping import Array, Float
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 
-from probdiff.plots.style import (
-    BLUE,
-    GREEN,
-    ORANGE,
-    SKY,
-    AxesGrid,
-    axes_or_new,
-    grid_or_new,
-    square,
-)
+from probdiff.plots.style import BLUE, GREEN, ORANGE, SKY, AxesGrid, axes_or_new, grid_or_new
 
 Points = Float[Array | np.ndarray, "_ 2"]
-Levels = Sequence[Points] | Float[Array | np.ndarray, "_ _ 2"]
+_Levels = Sequence[Points] | Float[Array | np.ndarray, "_ _ 2"]
 
 
 def points(
-    x: Points,
-    *,
-    title: str = "",
-    color: str = BLUE,
-    limit: float = 2.6,
-    ax: Axes | None = None,
+    x: Points, *, title: str = "", color: str = BLUE, limit: float = 2.6, ax: Axes | None = None
 ) -> Axes:
     """Points in the plane, on equal axes from −limit to limit.
 
@@ -45,14 +31,8 @@ def points(
         title: Title of the panel.
         color: Colour of the points.
         limit: Half the width of the panel; points outside are not shown.
-        ax: Where to draw; a new figure if absent.
-
-    Returns:
-        The axes.
 
     Example:
-        >>> import numpy as np
-        >>> from probdiff import plots
         >>> x = np.random.default_rng(0).normal(size=(500, 2))
         >>> ax = plots.points(x, title="draws", limit=4.0)
         >>> ax.get_title(), ax.get_xlabel(), ax.get_ylabel()
@@ -62,11 +42,11 @@ def points(
     x = np.asarray(x)
     size = min(9.0, 3000 / max(len(x), 1))
     ax.scatter(x[:, 0], x[:, 1], s=size, color=color, alpha=0.6, linewidths=0)
-    return square(ax, limit, title)
+    return _square(ax, limit, title)
 
 
 def slices(
-    levels: Levels,
+    levels: _Levels,
     titles: Sequence[str],
     *,
     color: str = BLUE,
@@ -82,23 +62,17 @@ def slices(
         limit: Half the width of each panel.
         axes: One for each level; a new figure if absent.
 
-    Returns:
-        The axes, one for each level.
-
     Raises:
         ValueError: If the numbers of levels, titles and axes differ.
 
     Example:
-        >>> import numpy as np
-        >>> from probdiff import plots
         >>> x, noise = np.random.default_rng(0).normal(size=(2, 500, 2))
         >>> axes = plots.slices([0.5 * x, noise], ["t = 0", "t = T"])
         >>> [ax.get_title() for ax in axes]
         ['t = 0', 't = T']
     """
     if axes is None:
-        figure = plt.figure(figsize=(3 * len(levels), 3.2), layout="constrained")
-        axes = figure.subplots(1, len(levels), squeeze=False)[0]
+        (axes,) = grid_or_new(None, 1, len(levels), figsize=(3.0 * len(levels), 3.2))
     parts = zip(levels, titles, axes, strict=True)
     return [points(x, title=t, color=color, limit=limit, ax=ax) for x, t, ax in parts]
 
@@ -123,14 +97,8 @@ def drift(
         behind: Draws of the reverse trajectory at this level, drawn pale behind the arrows.
         title: Title of the panel.
         limit: Half the width of the panel.
-        ax: Where to draw; a new figure if absent.
-
-    Returns:
-        The axes.
 
     Example:
-        >>> import numpy as np
-        >>> from probdiff import plots
         >>> grid = np.stack(np.meshgrid([-1.0, 0.0, 1.0], [-1.0, 0.0, 1.0]), axis=-1).reshape(-1, 2)
         >>> ax = plots.drift(grid, -0.1 * grid, title="t = 5")  # all arrows to the middle
         >>> ax.get_title()
@@ -147,7 +115,7 @@ def drift(
         *x.T, *(stretch * displacement).T,
         angles="xy", scale_units="xy", scale=1, color=GREEN, width=0.006,
     )  # fmt: skip
-    return square(ax, limit, f"{title}, arrows × {stretch:.2g}".removeprefix(", "))
+    return _square(ax, limit, f"{title}, arrows × {stretch:.2g}".removeprefix(", "))
 
 
 def images(
@@ -169,13 +137,8 @@ def images(
         vmin: Value shown black; what is below is black too.
         vmax: Value shown white; what is above is white too.
         cmap: Colour map of images without channels; "viridis" for standard deviations.
-        ax: Where to draw; a new figure if absent.
-
-    Returns:
-        The axes.
 
     Example:
-        >>> from probdiff import datasets, plots
         >>> ax = plots.images(datasets.digits().test[:6], columns=3, vmax=16.0)
         >>> ax.images[0].get_array().shape  # two rows of three digits, a pixel apart
         (17, 26)
@@ -202,11 +165,11 @@ def images(
 
 
 def figure_1(
-    forward: Levels,
-    reverse: Levels,
-    grid: Levels,
-    drifts: Levels,
-    behind: Levels,
+    forward: _Levels,
+    reverse: _Levels,
+    grid: _Levels,
+    drifts: _Levels,
+    behind: _Levels,
     levels: Sequence[int],
     *,
     drift_levels: Sequence[int] | None = None,
@@ -226,15 +189,10 @@ def figure_1(
         limit: Half the width of each panel.
         axes: Where to draw, `(3, levels)`; a new figure if absent.
 
-    Returns:
-        The axes, `(3, levels)`; the figure is `axes[0, 0].figure`.
-
     Raises:
         ValueError: If the numbers of levels differ, or axes have another shape.
 
     Example:
-        >>> import numpy as np
-        >>> from probdiff import plots
         >>> x = np.random.default_rng(0).normal(size=(2, 100, 2))  # at two levels
         >>> axes = plots.figure_1(x, x, x, -0.1 * x, x, levels=[0, 40], drift_levels=[5, 40])
         >>> axes.shape, [ax.get_title() for ax in axes[0]]
@@ -250,3 +208,9 @@ def figure_1(
     for row, name in zip(axes, names, strict=True):
         row[0].set_ylabel(f"{name}\n\nx₂")
     return axes
+
+
+def _square(ax: Axes, limit: float, title: str) -> Axes:
+    ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xlabel="x₁", ylabel="x₂")
+    ax.set_title(title, fontsize="medium")
+    return ax

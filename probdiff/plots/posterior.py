@@ -18,15 +18,15 @@ from matplotlib.path import Path
 from probdiff.plots.pictures import Points, points
 from probdiff.plots.style import BLUE, ORANGE, SKY, AxesGrid, axes_or_new, grid_or_new
 
-Images = Num[Array | np.ndarray, "_ _ _"]
+_Images = Num[Array | np.ndarray, "_ _ _"]
 
 
 def posterior_images(
-    truth: Images | None,
-    observation: Images,
+    truth: _Images | None,
+    observation: _Images,
     draws: Num[Array | np.ndarray, "_ _ _ _"],
-    mean: Images,
-    sd: Images,
+    mean: _Images,
+    sd: _Images,
     *,
     mask: Bool[Array | np.ndarray, "..."] | None = None,
     num_draws: int = 4,
@@ -52,15 +52,10 @@ def posterior_images(
         observation_limits: Black and white of the observations, if these are in other units.
         axes: Where to draw, `(images, columns)`; a new figure if absent.
 
-    Returns:
-        The axes, `(images, columns)`; the figure is `axes[0, 0].figure`.
-
     Raises:
         ValueError: If the numbers of images differ, or axes have another shape.
 
     Example:
-        >>> import numpy as np
-        >>> from probdiff import datasets, plots
         >>> rng, truth = np.random.default_rng(0), np.asarray(datasets.digits().test[:2])
         >>> draws = truth + rng.normal(size=(50, 2, 8, 8))
         >>> axes = plots.posterior_images(
@@ -75,11 +70,15 @@ def posterior_images(
     if truth is not None:
         shown.insert(0, ("truth", truth))
     columns = [(title, np.asarray(images, np.float64)) for title, images in shown]
-    _check_rows({title: len(images) for title, images in columns})
+    counts = {title: len(images) for title, images in columns}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"all columns must have as many images; got {counts}")
     rows = len(columns[0][1])
     size = (1.2 * len(columns) + 1.2, 1.25 * rows + 0.4)
     axes = grid_or_new(axes, rows, len(columns), figsize=size)
-    hidden = _hidden(observation, mask)
+    hidden = np.isnan(np.asarray(observation, np.float64))
+    if mask is not None:
+        hidden |= ~np.broadcast_to(np.asarray(mask, bool), hidden.shape)
     grey = {"cmap": "gray", "vmin": vmin, "vmax": vmax}
     sd_max = float(np.max(columns[-1][1]))
     for column, (title, images) in zip(axes.T, columns, strict=True):
@@ -123,14 +122,8 @@ def posterior_points(
         behind: Points drawn pale behind, such as draws of the prior.
         title: Title of the panel.
         limit: Half the width of the panel; points outside are not shown.
-        ax: Where to draw; a new figure if absent.
-
-    Returns:
-        The axes.
 
     Example:
-        >>> import numpy as np
-        >>> from probdiff import plots
         >>> draws = np.random.default_rng(0).normal(0.5, 0.2, size=(100, 2))
         >>> ax = plots.posterior_points(draws, observation=np.array([0.5, np.nan]))  # only x₁
         >>> [text.get_text() for text in ax.get_legend().get_texts()]
@@ -143,7 +136,14 @@ def posterior_points(
     points(draws, title=title, limit=limit, ax=ax)
     ax.scatter([], [], s=20, color=BLUE, label="posterior draws")
     if observation is not None:
-        _mark_observed(ax, np.asarray(observation))
+        looks = {"color": "black", "label": "observation"}
+        first, second = np.asarray(observation)
+        if np.isnan(second):
+            ax.axvline(first, linestyle="--", linewidth=1, **looks)
+        elif np.isnan(first):
+            ax.axhline(second, linestyle="--", linewidth=1, **looks)
+        else:
+            ax.plot(first, second, "x", markersize=9, markeredgewidth=2, **looks)
     if truth is not None:
         ax.plot(
             *np.asarray(truth), "*", color=ORANGE, markersize=14, markeredgecolor="white",
@@ -151,25 +151,6 @@ def posterior_points(
         )  # fmt: skip
     ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return ax
-
-
-def _mark_observed(ax: Axes, observation: np.ndarray) -> None:
-    looks = {"color": "black", "label": "observation"}
-    first, second = observation
-    if np.isnan(second):
-        ax.axvline(first, linestyle="--", linewidth=1, **looks)
-    elif np.isnan(first):
-        ax.axhline(second, linestyle="--", linewidth=1, **looks)
-    else:
-        ax.plot(first, second, "x", markersize=9, markeredgewidth=2, linestyle="none", **looks)
-
-
-def _hidden(observation: Any, mask: Any) -> np.ndarray:
-    """Pixels of the observations that were not observed."""
-    is_nan = np.isnan(np.asarray(observation, np.float64))
-    return (
-        is_nan if mask is None else is_nan | ~np.broadcast_to(np.asarray(mask, bool), is_nan.shape)
-    )
 
 
 def _hatch(ax: Axes, pixels: np.ndarray) -> None:
@@ -180,8 +161,3 @@ def _hatch(ax: Axes, pixels: np.ndarray) -> None:
     squares = [Path(corners + np.array([j, i]), closed=True) for i, j in np.argwhere(pixels)]
     whole = Path.make_compound_path(*squares)
     ax.add_patch(PathPatch(whole, facecolor=SKY, edgecolor="white", hatch="////", linewidth=0))
-
-
-def _check_rows(counts: dict[str, int]) -> None:
-    if len(set(counts.values())) > 1:
-        raise ValueError(f"all columns must have as many images; got {counts}")

@@ -1,4 +1,4 @@
-"""Colours, and axes that are made where none are given.
+"""Colours, axes that are made where none are given, and what several pictures draw alike.
 
 Colours are Okabe and Ito's, which colour-blind readers can tell apart, and black. In maps of grey
 values sky blue stands for "no pixel": between images, and where nothing was observed.
@@ -27,11 +27,7 @@ def axes_or_new(ax: Axes | None) -> Axes:
 def grid_or_new(
     axes: AxesGrid, rows: int, columns: int, *, figsize: tuple[float, float]
 ) -> np.ndarray:
-    """Axes `(rows, columns)`, in a new figure where none are given.
-
-    Raises:
-        ValueError: If axes are given in another shape.
-    """
+    """Axes `(rows, columns)`, in a new figure where none are given."""
     if axes is None:
         figure = plt.figure(figsize=figsize, layout="constrained")
         return figure.subplots(rows, columns, squeeze=False)
@@ -41,7 +37,7 @@ def grid_or_new(
     return axes
 
 
-def square(ax: Axes, limit: float, title: str) -> Axes:
-    ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xlabel="x₁", ylabel="x₂")
-    ax.set_title(title, fontsize="medium")
-    return ax
+def band(ax: Axes, x: Any, mean: np.ndarray, se: np.ndarray, color: str, label: str) -> None:
+    """A line with a band of two standard errors around it."""
+    ax.fill_between(x, mean - 2 * se, mean + 2 * se, color=color, alpha=0.3, linewidth=0)
+    ax.plot(x, mean, color=color, linewidth=1.5, label=label)
