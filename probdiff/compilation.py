@@ -62,6 +62,10 @@ class Traced:
         """The way back."""
         return cls(*children, code)
 
+    def fingerprint(self) -> Hashable:
+        """Of the operations and the constants: equal where the function is the same."""
+        return self.code, tuple(map(_value, self.consts))
+
     def __call__(self, *args: Any) -> Any:
         closed = core.ClosedJaxpr(self.code.jaxpr, self.consts)
         leaves = core.jaxpr_as_fun(closed)(*jax.tree.leaves(args))

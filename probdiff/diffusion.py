@@ -33,7 +33,7 @@ from jaxtyping import Array, Bool, Shaped
 
 from probdiff import readouts, schedules, validation
 from probdiff.arguments import check_shape, shape_text
-from probdiff.compilation import Programs
+from probdiff.compilation import Programs, trace
 from probdiff.kernels import BernoulliKernel, DiscreteKernel, GaussianKernel
 from probdiff.networks.binding import bind, example_inputs, output_shape
 from probdiff.prior import Prior
@@ -63,7 +63,8 @@ class Diffusion:
             returning `(B, *event_shape)`, the last axis as many times as long as the readout
             needs outputs (2 with a learned variance, K for K classes);
             `network(x_t, t, context)` where there is a `context_shape`. One whose attribute
-            `takes_log_snr` is true is given log ᾱ_t/(1−ᾱ_t), a float, in place of t.
+            `takes_log_snr` is true is given log ᾱ_t/(1−ᾱ_t), a float, in place of t. A module, a
+            function, or a function and its weights, `(apply, params)`.
         event_shape: Shape of one example; `()` for a number.
         readout: How the network's output becomes p(x_s | x_t); by default `Perturbation()` for
             numbers, `Logits()` for bits, `DataLogits()` for classes.
@@ -120,6 +121,7 @@ class Diffusion:
         self.schedule = beta if is_learned else schedules.check_beta(beta)
         self.loc, self.scale = validation.check_units(kernel, self.event_shape, loc, scale)
         self.programs = Programs()
+        self._read: Any = None
         validation.check_schedule(
             kernel, self.readout, self.last_step, self.rates, is_learned=is_learned
         )
@@ -350,6 +352,7 @@ class Diffusion:
             True
         """
         self.check_params(params)
+        self._bind_anew()
         with numpyro.handlers.block(), numpyro.handlers.substitute(data=params):
             reverse = self._unconditional()
         return reverse if context is None else reverse.given(context)
@@ -412,6 +415,22 @@ class Diffusion:
             self.units, self.context_shape,
         )  # fmt: skip
 
+    def _bind_anew(self) -> None:
+        """Bind a function without weights again where it computes something else than before.
+
+        What is compiled tells networks apart by identity, and a function may read what changes.
+        """
+        if self._binding.init is not None:
+            return
+        inputs = example_inputs(self.event_shape, self.context_shape, self.kernel.dtype)
+        read = trace(self._binding.apply, None, *inputs).fingerprint()
+        if self._read not in (None, read):
+            self._binding = bind(
+                self.network, self.event_shape, self.context_shape, self.kernel.dtype
+            )
+            self._apply_at_log_snr = functools.partial(_at_log_snr, self._binding.apply)
+        self._read = read
+
     def _steps(self) -> Step:
         """Table of steps; the rates from the site `name_beta` where they are learned."""
         if self._fixed_steps is None:
@@ -451,7 +470,10 @@ class Diffusion:
             )
         inputs = example_inputs(self.event_shape, self.context_shape, self.kernel.dtype)
         try:
-            inspect.signature(self.network).bind(*(a for a in inputs if a is not None))
+            is_pair = isinstance(self.network, tuple)
+            function, given = self.network if is_pair else (self.network, None)
+            called = (given, *inputs) if is_pair else inputs
+            inspect.signature(function).bind(*(a for a in called if a is not None))
         except TypeError as error:
             form = "network(x_t, t)" if self.context_shape is None else "network(x_t, t, context)"
             raise ValueError(f"network must be callable as {form}; {error}") from None

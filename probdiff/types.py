@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-Network = Callable[..., Array]
-"""`network(x_t, t, context=None)`: x_t `(B, *event_shape)`, t int32 `(B,)` in 1..T."""
+Network = Callable[..., Array] | tuple[Callable[..., Array], Any]
+"""`network(x_t, t, context=None)`: x_t `(B, *event_shape)`, t int32 `(B,)` in 1..T; or a pair of
+`apply(params, x_t, t, context=None)` and params."""
 
 Params = dict[str, Any]
 """Values of the `numpyro.param` sites of a program, by site name."""

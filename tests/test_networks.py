@@ -9,7 +9,7 @@ import pytest
 from flax import linen, nnx
 from numpyro.infer import SVI, Trace_ELBO
 
-from probdiff import Diffusion, GaussianKernel, networks, schedules
+from probdiff import Diffusion, GaussianKernel, networks, sample, schedules
 from probdiff.networks.binding import built_in_config
 from probdiff.networks.perceptron import bump_functions
 
@@ -297,3 +297,34 @@ def test_bits_are_seen_as_the_numbers_they_are(name):
     out = network(bits, t)
     np.testing.assert_array_equal(out, network(bits.astype(float), t))
     assert np.abs(np.asarray(out[0] - out[1])).max() > 1e-3  # the step counts
+
+
+def test_a_function_with_its_weights_beside_it_is_trained_like_a_module():
+    def apply(params, x_t, t):
+        return jnp.concatenate([params["w"] * x_t, jnp.zeros_like(x_t)], -1)
+
+    beta = schedules.linear(5, beta_T=0.5)
+    pair = (apply, {"w": jnp.float32(0.5)})
+    diffusion = Diffusion(GaussianKernel(), beta, pair, event_shape=(2,))
+    svi = SVI(diffusion.model, diffusion.guide, optax.sgd(0.1), Trace_ELBO())
+    x = jnp.ones((4, 2))
+    state, _ = jax.jit(svi.update)(jax.jit(svi.init)(jax.random.key(0), x), x)
+    params = svi.get_params(state)
+    assert params["x_0_network$params"]["w"] != 0.5
+    reverse = diffusion.bind(params)
+    z, _ = reverse.outputs(x, 3)
+    np.testing.assert_allclose(z, params["x_0_network$params"]["w"] * x)
+
+
+def test_a_function_that_reads_what_changes_is_bound_anew():
+    weight = [0.0]
+    diffusion = Diffusion(
+        GaussianKernel(),
+        schedules.linear(5, beta_T=0.5),
+        lambda x_t, t: jnp.concatenate([weight[0] * x_t, jnp.zeros_like(x_t)], -1),
+        event_shape=(2,),
+    )
+    first = sample.ancestral(jax.random.key(0), diffusion, {}, 4)
+    weight[0] = 1.0
+    second = sample.ancestral(jax.random.key(0), diffusion, {}, 4)
+    assert np.abs(first - second).max() > 0.1

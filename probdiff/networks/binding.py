@@ -6,7 +6,7 @@ site. Where the parameters come from differs:
     flax.nnx     the module carries them; everything else it carries must be static
     flax.linen   `module.init(key, x_t, t)` makes them
     equinox      the module is its own tree of arrays and takes one example at a time
-    function     nothing to train
+    function     nothing to train; beside its weights, `(apply, params)`, it is trained like a module
 
 State that changes as the network runs (batch statistics, a dropout stream) is refused: a reverse
 trajectory calls the network in a scan, where such state cannot leave the loop.
@@ -76,9 +76,14 @@ def bind(
     equinox = sys.modules.get("equinox")
     if equinox is not None and isinstance(network, equinox.Module):
         return _bind_equinox(network, equinox)
+    if isinstance(network, tuple) and len(network) == 2 and callable(network[0]):
+        function, params = network
+        return Binding(params, lambda values, *args: function(values, *_given(*args)))
     if callable(network):
         return Binding(None, lambda _, *args: network(*_given(*args)))
-    raise ValueError(f"network must be callable as network(x_t, t); got {type(network).__name__}")
+    raise ValueError(
+        f"network must be callable as network(x_t, t), or a pair (apply, params); got {type(network).__name__}"
+    )
 
 
 def _given(x_t: Array, t: Array, context: Array | None) -> tuple[Array, ...]:
