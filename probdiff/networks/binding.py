@@ -6,7 +6,7 @@ site. Where the parameters come from differs:
     flax.nnx     the module carries them; everything else it carries must be static
     flax.linen   `module.init(key, x_t, t)` makes them
     equinox      the module is its own tree of arrays and takes one example at a time
-    function     nothing to train; beside its weights, `(apply, params)`, it is trained like a module
+    function     nothing to train; with its weights, `(apply, params)`, it is like a module
 
 State that changes as the network runs (batch statistics, a dropout stream) is refused: a reverse
 trajectory calls the network in a scan, where such state cannot leave the loop.
@@ -82,7 +82,8 @@ def bind(
     if callable(network):
         return Binding(None, lambda _, *args: network(*_given(*args)))
     raise ValueError(
-        f"network must be callable as network(x_t, t), or a pair (apply, params); got {type(network).__name__}"
+        "network must be callable as network(x_t, t), or a pair (apply, params); got "
+        f"{type(network).__name__}"
     )
 
 
