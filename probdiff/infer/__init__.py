@@ -33,11 +33,10 @@ from probdiff.infer.calibrate import calibrate
 from probdiff.infer.guided import Guided, KernelTwist
 from probdiff.infer.health import InferenceWarning
 from probdiff.infer.known import ReadoutTwist
-from probdiff.infer.laplace import LaplaceTwist, PointTwist
+from probdiff.infer.laplace import LaplaceTwist, PointTwist, TweedieTwist
 from probdiff.infer.noncentered import initial_noise, noncentered
 from probdiff.infer.smc import SMC
 from probdiff.infer.symbols import SymbolTwist
-from probdiff.infer.tweedie import TweedieTwist
 from probdiff.infer.twist import Twist
 
 __all__ = [

@@ -30,7 +30,8 @@ from jaxtyping import Array, Float
 
 from probdiff import readouts
 from probdiff.infer.laplace import Known, LaplaceTwist
-from probdiff.infer.twist import Problem, Tilt, View, within_cells
+from probdiff.infer.spread import Problem, within_cells
+from probdiff.infer.twist import Tilt, View
 from probdiff.kernels import bridge_mean, bridge_variance, bridge_weights
 from probdiff.prior import PriorDraw
 from probdiff.readouts.mixture import LEAST_VARIANCE

@@ -32,17 +32,8 @@ from jaxtyping import Array, Bool, Float, Int
 from probdiff import bars
 from probdiff.infer.program import Conditioned, Read, systems_are_coupled
 from probdiff.infer.quadratic import local
-from probdiff.infer.twist import (
-    Common,
-    Look,
-    Problem,
-    Reading,
-    Twist,
-    View,
-    common,
-    hessian,
-    measure,
-)
+from probdiff.infer.spread import Common, Problem, Reading, common, hessian, measure
+from probdiff.infer.twist import Look, Twist, View
 from probdiff.prior import PriorDraw
 
 PROBES = 8
