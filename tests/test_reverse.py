@@ -85,10 +85,15 @@ class ExactVariance(readouts.Variance):
 
 
 def gaussian(beta, readout):
-    """Diffusion of N(MEAN, SD²) with an exact denoiser."""
+    """Diffusion of N(MEAN, SD²) with an exact denoiser, said as x̂_0 or as velocity."""
+    table = schedules.steps(beta)
 
     def network(x_t, t):
-        return gaussian_network(MEAN, SD, beta)(x_t, t)[:, : 2 * readout.outputs_per_number]
+        x_0_hat, v = jnp.split(gaussian_network(MEAN, SD, beta)(x_t, t), 2, -1)
+        step = table.at(t, 1)
+        velocity = (jnp.sqrt(step.alpha_bar_t) * x_t - x_0_hat) / jnp.sqrt(step.noise_t)
+        z = velocity if isinstance(readout, readouts.Velocity) else x_0_hat
+        return jnp.concatenate([z, v], -1)[:, : 2 * readout.outputs_per_number]
 
     return Diffusion(
         GaussianKernel(), beta, network, event_shape=(2,), readout=readout,
@@ -112,11 +117,12 @@ BETAS = {
 every_beta = pytest.mark.parametrize("beta", BETAS.values(), ids=BETAS)
 
 
+@pytest.mark.parametrize("readout", [readouts.Data, readouts.Velocity])
 @every_beta
-def test_a_jump_is_the_exact_reverse_law_of_gaussian_data(x64, beta):
+def test_a_jump_is_the_exact_reverse_law_of_gaussian_data(x64, beta, readout):
     t, s = pairs(7, least=1)
     x_t = np.random.default_rng(0).normal(size=(len(t), 2))
-    reverse = gaussian(beta, readouts.Data(ExactVariance())).bind({})
+    reverse = gaussian(beta, readout(ExactVariance())).bind({})
     mean, variance = conditioned(beta, x_t, t, s)
     law = jax.jit(reverse.jump)(jnp.asarray(x_t), t, s)
     np.testing.assert_allclose(law.mean, mean, rtol=1e-10)
@@ -374,7 +380,9 @@ def test_weights_rates_units_and_context_are_leaves(with_everything):
     """Each that is changed through `jax.tree.map` gives what binding the changed value gives."""
     diffusion, (params, other), context, x = with_everything
     reverse = diffusion.bind(params, context=context)
-    assert all(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(reverse))
+    leaves = {id(leaf) for leaf in jax.tree.leaves(reverse)}
+    parts = reverse.network, reverse.steps, reverse.units, reverse.context
+    assert leaves == {id(leaf) for leaf in jax.tree.leaves(parts)}
     doubled = {name: jax.tree.map(lambda w: 2 * w, tree) for name, tree in params.items()}
     doubled["x_0_beta"] = params["x_0_beta"]
     network = jax.tree.map(lambda w: 2 * w, reverse.network)

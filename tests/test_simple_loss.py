@@ -123,8 +123,7 @@ def trained_sites(objective, last_step):
         last_step=last_step,
     )
     x = jax.random.normal(jax.random.key(2), (16, 3))
-    svi = SVI(diffusion.model, diffusion.guide, optax.sgd(1.0), objective)
-    params = svi.get_params(jax.jit(svi.init)(jax.random.key(3), x))
+    params = {"x_0_network$params": nnx.to_pure_dict(nnx.state(network))}
     gradient = jax.jit(
         jax.grad(
             lambda p: objective.loss(jax.random.key(4), p, diffusion.model, diffusion.guide, x)
