@@ -256,11 +256,13 @@ def test_a_respaced_process_jumps_from_level_to_level(x64, key, name):
                    for i, t, _ in levels]  # fmt: skip
         pi = diffusion.kernel.stationary((3, 2)).log_prob(x[:, -1])
         last = [r.data(x[:, 0]).log_prob(reverse.to_state(x[:, 1])) for r in (fewer, reverse)]
-        return x, law.log_prob(x), pi, steps, jumps, outputs, last
+        by_time = fewer.jump(x[:, 1], 3, 1).log_prob(x[:, 0])
+        return x, law.log_prob(x), pi, steps, jumps, by_time, outputs, last
 
-    x, total, pi, steps, jumps, outputs, last = walk(fewer, reverse)
+    x, total, pi, steps, jumps, by_time, outputs, last = walk(fewer, reverse)
     assert x.shape == (3, 4, 2)
     np.testing.assert_allclose(steps, jumps, rtol=1e-12)
+    np.testing.assert_allclose(by_time, jumps[0], rtol=1e-12)  # times are those of all T steps
     np.testing.assert_allclose(total, (pi + sum(jumps)).sum(-1), rtol=1e-12)
     np.testing.assert_array_equal(*last)
     for ours, theirs in outputs:
