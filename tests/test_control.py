@@ -9,24 +9,30 @@ from oracles import exact_gaussian
 from probdiff import diagnostics
 from probdiff.diagnostics.control import controlled
 from probdiff.elbo import step_kl
+from probdiff.trajectories import ForwardTrajectory
 
 MEAN, SD = np.array([0.3, -0.5]), np.array([0.9, 0.6])
 
 
 def kl_at(forward, reverse, x_t, times):
-    return step_kl(forward, reverse.reverse_step(x_t, times), x_t, times)
+    return step_kl(forward, reverse.step(x_t, times, examples_first=True), x_t, times)
 
 
 def draws(num_draws, t=3, rows=1, mask=None):
     """KL_t of the exact diffusion at draws of x_t, and what control makes of them."""
     diffusion = exact_gaussian(MEAN, SD)
     x = jnp.asarray(MEAN + SD * np.random.default_rng(0).standard_normal((rows, 2)), jnp.float32)
-    reverse, steps = diffusion.bind({}, mask=mask)
-    forward = diffusion.forward_trajectory(steps, x, mask)
+    reverse = diffusion.bind({})
+    forward = ForwardTrajectory.of(reverse, x, mask)
     times = jnp.full((num_draws, rows), t)
-    x_t = forward.sample_at(jax.random.key(1), times)
-    kl = kl_at(forward, reverse, x_t, times)
-    return np.asarray(kl), np.asarray(controlled(kl, forward, x_t, times))
+
+    @jax.jit
+    def both(key):
+        x_t = forward.sample_at(key, times)
+        kl = kl_at(forward, reverse, x_t, times)
+        return kl, controlled(kl, forward, x_t, times)
+
+    return map(np.asarray, both(jax.random.key(1)))
 
 
 @pytest.mark.parametrize(("t", "share"), [(2, 0.03), (3, 0.25), (6, 0.5)])
@@ -38,13 +44,20 @@ def test_a_step_of_gaussian_data_loses_most_of_its_variance(t, share):
     assert abs(kl.mean() - better.mean()) < 4 * error
 
 
+@pytest.fixture(scope="module")
+def one_example():
+    """Both processes of one example, and 400,000 draws of its KL_3."""
+    reverse = exact_gaussian(MEAN, SD).bind({})
+    forward = ForwardTrajectory.of(reverse, jnp.asarray([[1.0, 0.4]], jnp.float32))
+    times = jnp.full((400_000, 1), 3)
+    x_t = forward.sample_at(jax.random.key(3), times)
+    return forward, reverse, np.asarray(kl_at(forward, reverse, x_t, times))
+
+
 @pytest.mark.parametrize("num_draws", [16, 40])
-def test_few_draws_have_no_bias_either(num_draws):
+def test_few_draws_have_no_bias_either(one_example, num_draws):
     """The coefficients of one half come from the other: 4,000 repetitions against 400,000 draws."""
-    diffusion = exact_gaussian(MEAN, SD)
-    _, steps = diffusion.bind({})
-    reverse, _ = diffusion.bind({})
-    forward = diffusion.forward_trajectory(steps, jnp.asarray([[1.0, 0.4]], jnp.float32))
+    forward, reverse, truth = one_example
 
     def mean(key):
         times = jnp.full((num_draws, 1), 3)
@@ -52,9 +65,6 @@ def test_few_draws_have_no_bias_either(num_draws):
         return jnp.mean(controlled(kl_at(forward, reverse, x_t, times), forward, x_t, times))
 
     found = np.asarray(jax.jit(jax.vmap(mean))(jax.random.split(jax.random.key(2), 4_000)))
-    times = jnp.full((400_000, 1), 3)
-    x_t = forward.sample_at(jax.random.key(3), times)
-    truth = np.asarray(kl_at(forward, reverse, x_t, times))
     error = np.hypot(found.std() / np.sqrt(4_000), truth.std() / np.sqrt(400_000))
     assert abs(found.mean() - truth.mean()) < 4 * error
 
@@ -81,15 +91,15 @@ def test_the_bound_of_many_draws_is_told_with_less_error():
     diffusion = exact_gaussian(MEAN, SD)
     x = np.asarray(MEAN + SD * np.random.default_rng(0).standard_normal((20, 2)), np.float32)
     group = diagnostics.bound(jax.random.key(0), diffusion, {}, x, num_draws=200)["bound"]
-    reverse, steps = diffusion.bind({})
-    forward = diffusion.forward_trajectory(steps, jnp.asarray(x))
+    reverse = diffusion.bind({})
+    forward = ForwardTrajectory.of(reverse, jnp.asarray(x))
     raw = 0.0
     for t in range(2, 21):
         times = jnp.full((200, 20), t)
         x_t = forward.sample_at(jax.random.key(t), times)
         raw += np.asarray(kl_at(forward, reverse, x_t, times)).var(0) / 200
     first = np.asarray(
-        [diffusion.data_given_first(reverse, forward.sample_at(k, jnp.ones(20, int))).log_prob(x)
+        [reverse.data(forward.sample_at(k, jnp.ones(20, int))).log_prob(x)
          for k in jax.random.split(jax.random.key(9), 200)]
     ).var(0) / 200  # fmt: skip
     assert (group["bound_se"].values ** 2 < 0.9 * (raw + first)).mean() > 0.8

@@ -19,6 +19,7 @@ from probdiff import (
     readouts,
     schedules,
 )
+from probdiff.trajectories import ForwardTrajectory
 
 MEAN, SD = np.array([0.3, -0.5]), np.array([0.9, 0.6])
 
@@ -70,11 +71,11 @@ def test_closed_form_of_the_tied_step_is_the_mean_of_its_draws(kind):
     mask = jnp.asarray(rng.random((6, 3)) < 0.7)
     for given in (None, mask):
         tree = diagnostics.bound(jax.random.key(0), diffusion, params, x, mask=given)
-        reverse, steps = diffusion.bind(params, mask=given)
-        forward = diffusion.forward_trajectory(steps, x, given)
+        reverse = diffusion.bind(params)
+        forward = ForwardTrajectory.of(reverse, x, given)
         n = 20_000
         x_1 = forward.sample_at(jax.random.key(1), jnp.ones((n, 6), jnp.int32))
-        draws = np.asarray(diffusion.data_given_first(reverse, x_1, given).log_prob(x))
+        draws = np.asarray(reverse.data(x_1, given).log_prob(x))
         error = draws.std(0) / math.sqrt(n)
         found = tree["bound"]["reconstruction"].values
         assert (np.abs(found - draws.mean(0)) < 4.5 * error + 1e-5).all()
@@ -118,7 +119,7 @@ def test_blocks_keep_every_example_and_its_context():
 
 def shift(diffusion, mean, t):
     """What a mean adds to the denoised point of the exact diffusion with mean 0, x_t held fixed."""
-    step = diffusion.steps_given({}).at(t, 1)
+    step = diffusion.bind({}).steps.at(t, 1)
     variance = 1 / (1 / 0.5**2 + step.alpha_bar_t / step.noise_t)
     return variance * mean / 0.5**2
 

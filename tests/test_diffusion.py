@@ -29,6 +29,7 @@ from probdiff import (
     schedules,
     validation,
 )
+from probdiff.trajectories import ForwardTrajectory, ReverseTrajectory
 
 T = 5
 BETA = schedules.linear(T, beta_1=0.05, beta_T=0.6)
@@ -227,11 +228,10 @@ def test_drawn_trajectories_follow_their_kernels(x64, key, missing):
     diffusion, n = make(), 2000
     mask = np.tile([True, False], (n, 1)) if missing else np.ones((n, 2), bool)
     x_0 = np.where(mask, numbers(n, 2), np.nan)
-    steps = schedules.steps(BETA)
-    forward = diffusion.forward_trajectory(steps, x_0, jnp.asarray(mask) if missing else None)
+    reverse, seen = diffusion.bind({}), jnp.asarray(mask) if missing else None
+    forward = ForwardTrajectory.of(reverse, x_0, seen)
     x = np.moveaxis(forward.sample(key), 1, 0)
-    reverse, _ = diffusion.bind({}, mask=jnp.asarray(mask) if missing else None)
-    y = np.moveaxis(reverse.sample(key, () if missing else (n,)), 1, 0)
+    y = np.moveaxis(ReverseTrajectory(reverse, seen).sample(key, () if missing else (n,)), 1, 0)
     assert x.shape == y.shape == (T, n, 2)
     residuals = [y[-1], np.where(mask, (x[0] - np.sqrt(1 - BETA[0]) * x_0) / BETA[0] ** 0.5, x[0])]
     for t in range(2, T + 1):
@@ -249,7 +249,7 @@ def test_drawn_trajectories_follow_their_kernels(x64, key, missing):
 def test_one_level_alone_has_the_law_it_has_in_the_trajectory(x64, key):
     """`sample_at` is q(x_t | x_0): Kolmogorov-Smirnov for each t, 4000 draws; π where missing."""
     x_0, mask = np.full((4000, 2), 1.7), np.tile([True, False], (4000, 1))
-    forward = make().forward_trajectory(schedules.steps(BETA), x_0, jnp.asarray(mask))
+    forward = ForwardTrajectory.of(make().bind({}), x_0, jnp.asarray(mask))
     for t in range(1, T + 1):
         mean, variance = reference.marginal(1.7, BETA, t)
         x_t = forward.sample_at(jax.random.fold_in(key, t), jnp.full(4000, t))
@@ -259,7 +259,7 @@ def test_one_level_alone_has_the_law_it_has_in_the_trajectory(x64, key):
 
 
 def test_x_1_alone_is_the_one_of_the_trajectory(key):
-    reverse, _ = make((2, 3)).bind({})
+    reverse = ReverseTrajectory(make((2, 3)).bind({}))
     whole, x_1 = reverse.sample(key, (4,)), reverse.walk(key, (4,))[0]
     np.testing.assert_allclose(whole[:, 0], x_1, rtol=1e-6)
 
@@ -414,12 +414,12 @@ def distributions():
     diffusion = make(network=network, loc=0.5, scale=np.array([2.0, 0.3]))
     params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.2), diffusion.params_template)
     mask = jnp.tile(jnp.array([True, False]), (3, 1))
-    reverse, steps = diffusion.bind(params, mask=mask)
+    reverse = diffusion.bind(params)
     x = jnp.asarray(numbers(3, T, 2))
     return {
-        "forward": (diffusion.forward_trajectory(steps, x[:, -1], mask), x),
-        "reverse": (reverse, x),
-        "last": (diffusion.data_given_first(reverse, x[:, 0], mask), x[:, 1]),
+        "forward": (ForwardTrajectory.of(reverse, x[:, -1], mask), x),
+        "reverse": (ReverseTrajectory(reverse, mask), x),
+        "last": (reverse.data(x[:, 0], mask), x[:, 1]),
     }
 
 
@@ -444,9 +444,9 @@ def test_sets_of_parameters_are_mapped_over(x64):
     other = jax.tree.map(lambda leaf: 0.5 * leaf - 0.1, one)
     both = jax.tree.map(lambda *leaves: jnp.stack(leaves), one, other)
     x = jnp.asarray(numbers(T, 2))
-    trajectories = jax.vmap(lambda params: diffusion.bind(params)[0])(both)
+    trajectories = jax.vmap(lambda params: ReverseTrajectory(diffusion.bind(params)))(both)
     mapped = jax.jit(jax.vmap(lambda trajectory: trajectory.log_prob(x)))(trajectories)
-    score = jax.jit(lambda params: diffusion.bind(params)[0].log_prob(x))
+    score = jax.jit(lambda params: ReverseTrajectory(diffusion.bind(params)).log_prob(x))
     alone = [score(params) for params in (one, other)]
     np.testing.assert_allclose(mapped, alone, rtol=1e-12)
     assert abs(alone[0] - alone[1]) > 0.1

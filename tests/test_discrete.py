@@ -26,6 +26,7 @@ from probdiff import (
     schedules,
 )
 from probdiff.kernels import Bits, DiscreteKernel, States
+from probdiff.trajectories import ForwardTrajectory, ReverseTrajectory
 
 KERNELS = {
     "bits": BernoulliKernel(0.5),
@@ -262,7 +263,7 @@ def enumerate_diffusion(diffusion, params):
     kernel, T, L = diffusion.kernel, diffusion.T, diffusion.event_shape[0]
     levels = np.array(list(itertools.product(range(kernel.num_states), repeat=L)))
     data = np.array(list(itertools.product(range(kernel.num_data_states), repeat=L)))
-    reverse, steps = diffusion.bind(params)
+    reverse = diffusion.bind(params)
 
     def joint(law, targets):
         """P(targets | each row), (rows, targets)."""
@@ -270,12 +271,12 @@ def enumerate_diffusion(diffusion, params):
         return np.exp(sum(logs[:, i][:, targets[:, i]] for i in range(L)))
 
     def reverse_law(t):
-        return reverse.reverse_step(jnp.asarray(levels), jnp.full(len(levels), t))
+        return reverse.step(jnp.asarray(levels), jnp.full(len(levels), t))
 
     marginal = joint(kernel.stationary((1, L)), levels)[0]
     for t in range(T, 1, -1):
         marginal = marginal @ joint(reverse_law(t), levels)
-    last = diffusion.data_given_first(reverse, jnp.asarray(levels))
+    last = reverse.data(jnp.asarray(levels))
     log_last = np.stack(
         [np.asarray(last.log_prob(jnp.broadcast_to(x, levels.shape))) for x in jnp.asarray(data)], 1
     )
@@ -283,7 +284,7 @@ def enumerate_diffusion(diffusion, params):
 
     bound = np.zeros(len(data))
     for i, x_0 in enumerate(data):
-        forward = diffusion.forward_trajectory(steps, jnp.asarray(x_0)[None])
+        forward = ForwardTrajectory.of(reverse, jnp.asarray(x_0)[None])
         q = {
             t: joint(forward.marginal_at(jnp.array([t]), (1, L)), levels)[0]
             for t in range(1, T + 1)
@@ -291,7 +292,7 @@ def enumerate_diffusion(diffusion, params):
         bound[i] = np.sum(np.where(q[1] > 0, q[1] * np.where(q[1] > 0, log_last[:, i], 0), 0))
         for t in range(2, T + 1):
             start = jnp.broadcast_to(jnp.asarray(x_0), levels.shape)
-            bridge = kernel.bridge(jnp.asarray(levels), start, steps.at(t, 0))
+            bridge = kernel.bridge(jnp.asarray(levels), start, reverse.steps.at(t, 0))
             kl = np.asarray(dist.kl_divergence(bridge, reverse_law(t))).sum(-1)
             bound[i] -= np.sum(np.where(q[t] > 0, q[t] * np.where(q[t] > 0, kl, 0), 0))
         pi = joint(kernel.stationary((1, L)), levels)[0]
@@ -319,14 +320,14 @@ def test_bound_and_importance_estimate_agree_with_enumeration(case):
     assert (np.abs(found - bound) < 4.5 * error + 1e-4).all()
 
     # eq. 9: the mean over forward trajectories of p(x_0..T)/q(x_1..T | x_0) is p(x_0)
-    reverse, steps = diffusion.bind(params)
-    forward = diffusion.forward_trajectory(steps, jnp.asarray(data))
+    reverse = diffusion.bind(params)
+    forward = ForwardTrajectory.of(reverse, jnp.asarray(data))
     trajectories = forward.sample(jax.random.key(2), (n,))
     x_1 = trajectories[:, :, 0]
     log_w = (
-        reverse.log_prob(trajectories)
+        ReverseTrajectory(reverse).log_prob(trajectories)
         - forward.log_prob(trajectories)
-        + diffusion.data_given_first(reverse, x_1).log_prob(jnp.asarray(data))
+        + reverse.data(x_1).log_prob(jnp.asarray(data))
     )
     w = np.exp(np.asarray(log_w, float))
     assert (np.abs(w.mean(0) - p_0) < 4.5 * w.std(0) / math.sqrt(n) + 1e-7).all()

@@ -128,7 +128,7 @@ def test_open_cells_hold_all_that_is_outside(x64):
 def test_draws_have_the_masses_of_their_cells(key):
     """40,000 draws of two entries at once; each share within 4.5 standard errors."""
     n, diffusion = 40_000, gridded()
-    law = diffusion.data_given_first(diffusion.bind({})[0], jnp.array([[-0.4, 0.3]]))
+    law = diffusion.bind({}).data(jnp.array([[-0.4, 0.3]]))
     x = np.asarray(law.sample(key, (n,)))[:, 0]
     pairs = np.stack(np.meshgrid(np.arange(17.0), np.arange(17.0), indexing="ij"), -1)
     p = np.exp(np.asarray(law.log_prob(jnp.asarray(pairs, jnp.float32)[:, :, None])))[..., 0]
@@ -403,10 +403,9 @@ def test_a_saved_model_keeps_its_grid(tmp_path):
     params = jax.tree.map(lambda p: jnp.full(p.shape, 0.3), diffusion.params_template)
     probdiff.save(tmp_path, diffusion, params)
     loaded, again = probdiff.load(tmp_path)
-    assert loaded.last_step == Discretised(-1.0, 1.0, 256) and loaded.support == diffusion.support
-    laws = [
-        d.data_given_first(d.bind(p)[0], jnp.array([0.3, -0.2]))
-        for d, p in ((diffusion, params), (loaded, again))
-    ]
+    assert loaded.last_step == Discretised(-1.0, 1.0, 256)
+    reverses = diffusion.bind(params), loaded.bind(again)
+    assert reverses[0].support == reverses[1].support == Grid(-1.0, 1.0, 256)
+    laws = [reverse.data(jnp.array([0.3, -0.2])) for reverse in reverses]
     x = jnp.asarray(diffusion.last_step.grid.values[[70, 140]], jnp.float32)
     np.testing.assert_array_equal(*(law.log_prob(x) for law in laws))

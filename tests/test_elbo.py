@@ -25,6 +25,7 @@ from probdiff import (
     schedules,
     track_kl,
 )
+from probdiff.trajectories import ForwardTrajectory
 
 TIMES = {
     "uniform": UniformTimes(),
@@ -152,11 +153,11 @@ def test_running_kl_is_the_root_mean_square_of_each_step(rough):
     # sgd(0.0) leaves the parameters alone, so the exact mean square can be drawn directly
     from probdiff.elbo import step_kl
 
-    reverse, steps = diffusion.bind(params)
-    forward = diffusion.forward_trajectory(steps, x).broadcast_to((12,))
+    reverse = diffusion.bind(params)
+    forward = ForwardTrajectory.of(reverse, x).broadcast_to((12,))
     t = jnp.broadcast_to(jnp.arange(2, 16)[:, None, None], (14, 20_000, 12))
     x_t = forward.sample_at(jax.random.key(5), t)
-    kl = step_kl(forward, reverse.reverse_step(x_t, t), x_t, t)
+    kl = step_kl(forward, reverse.step(x_t, t, examples_first=True), x_t, t)
     # squares of a heavy-tailed KL: about 3 % noise in either root at these numbers of draws
     expected = np.sqrt((kl**2).mean((1, 2)))
     assert np.allclose(np.sqrt(state.mutable_state[MEMORY]), expected, rtol=0.12)

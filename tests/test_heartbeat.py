@@ -301,8 +301,8 @@ def test_fewer_steps_ask_the_same_network_at_the_same_level():
         lambda p: 0.3 * noise[: p.size].reshape(p.shape), diffusion.params_template
     )
     shorter = heartbeat_models.with_fewer_steps(diffusion, params, 4)
-    (few, few_steps), (many, steps) = shorter.bind({}), diffusion.bind(params)
-    np.testing.assert_allclose(few_steps.alpha_bar_t, steps.alpha_bar_t[2::3], rtol=1e-6)
+    few, many = shorter.bind({}), diffusion.bind(params)
+    np.testing.assert_allclose(few.steps.alpha_bar_t, many.steps.alpha_bar_t[2::3], rtol=1e-6)
     x_t, t = jnp.asarray(heartbeat_models.examples()[:4]), jnp.arange(1, 5)
     np.testing.assert_allclose(few.x_0_hat(x_t, t), many.x_0_hat(x_t, 3 * t), rtol=1e-6)
 

@@ -87,11 +87,11 @@ def diffusion_of_the_standard_normal():
 
 
 def test_reverse_trajectory_of_the_standard_normal_is_the_forward_kernel(x64):
-    reverse, steps = diffusion_of_the_standard_normal().bind({})
+    reverse = diffusion_of_the_standard_normal().bind({})
     x_t = jnp.asarray(np.random.default_rng(0).normal(size=(T - 1, 2)))
     t = jnp.arange(2, T + 1)
-    law = reverse.reverse_step(x_t, t)
-    expected = KERNEL.transition(x_t, steps.at(t, 1))
+    law = reverse.step(x_t, t)
+    expected = KERNEL.transition(x_t, reverse.steps.at(t, 1))
     np.testing.assert_allclose(law.mean, expected.mean, rtol=1e-9)
     np.testing.assert_allclose(law.variance, expected.variance, rtol=2e-6)
 

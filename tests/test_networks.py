@@ -191,7 +191,7 @@ def test_every_kind_of_module_trains_at_one_site_and_is_what_it_is_alone(key, ma
     assert list(params) == [SITE]
     for before, after in zip(*map(jax.tree.leaves, (start, params)), strict=True):
         assert np.abs(before - after).max() > 0
-    reverse, _ = diffusion.bind(params)
+    reverse = diffusion.bind(params)
     x_t, t = some_inputs()
     z, v = reverse.outputs(x_t.astype(jnp.float32), t)
     alone = by_hand(network, params[SITE], x_t.astype(jnp.float32), t)
@@ -217,7 +217,7 @@ def test_nnx_modules_start_from_their_own_weights_and_keep_them(key):
 def test_a_plain_function_has_nothing_to_train():
     diffusion = diffusion_of(lambda x_t, t: jnp.concatenate([x_t * t[:, None], x_t], -1))
     assert diffusion.params_template == {}
-    reverse, _ = diffusion.bind({})
+    reverse = diffusion.bind({})
     z, v = reverse.outputs(jnp.ones((3, 2)), jnp.array([1, 2, 5]))
     np.testing.assert_array_equal(z, [[1, 1], [2, 2], [5, 5]])
     np.testing.assert_array_equal(v, np.ones((3, 2)))
@@ -241,7 +241,7 @@ def test_context_of_an_example_reaches_that_examples_output(make):
         if site["type"] == "param"
     }
     context = jnp.zeros((4, 3)).at[2].set(1.0)
-    reverse, _ = diffusion.bind(params, context=context)
+    reverse = diffusion.bind(params, context=context)
     z, _ = reverse.outputs(jnp.ones((4, 2)), jnp.full(4, 3))
     differs = np.abs(z - z[0]).max(-1) > 1e-3
     np.testing.assert_array_equal(differs, [False, False, True, False])

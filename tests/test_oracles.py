@@ -25,6 +25,7 @@ from probdiff import (
     readouts,
     schedules,
 )
+from probdiff.trajectories import ForwardTrajectory
 
 MEAN, SD = np.array([0.3, -0.5, 0.1]), np.array([0.9, 0.6, 0.8])
 
@@ -186,7 +187,7 @@ def test_float64_is_kept_through_model_and_guide(x):
 
 def test_joint_density_factorises_over_sites(x):
     diffusion = exact_gaussian(MEAN, SD, T=5)
-    trajectory = diffusion.forward_trajectory(diffusion._steps(), x).sample(jax.random.key(0))
+    trajectory = ForwardTrajectory.of(diffusion.bind({}), x).sample(jax.random.key(0))
     total, sites = log_density(diffusion.model, (x,), {}, {"x_0_trajectory": trajectory})
     by_hand = sites["x_0"]["fn"].log_prob(x) + sites["x_0_trajectory"]["fn"].log_prob(trajectory)
     assert float(total) == pytest.approx(float(by_hand.sum()), abs=1e-10)

@@ -110,7 +110,7 @@ def test_contexts_go_with_their_examples():
 
     def network(x_t, t, context):
         outputs = fixed.network(x_t, t)
-        step = fixed.steps_given({}).at(t, 1)
+        step = fixed.bind({}).steps.at(t, 1)
         variance = 1 / (1 / 0.5**2 + step.alpha_bar_t / step.noise_t)
         return outputs + jnp.concatenate([variance * context / 0.5**2, 0 * context], -1)
 

@@ -76,12 +76,17 @@ def test_no_two_rows_are_the_same_draw(key):
     assert len(np.unique(draws[:, 0])) == 1000
 
 
+def count(programs):
+    """Compilations of each compiled function."""
+    return [jitted._cache_size() for jitted in programs._kept.values()]
+
+
 def test_a_second_call_compiles_nothing(key):
     diffusion = standard_normal()
     sample.ancestral(key, diffusion, {}, 100, block_size=30)
-    compiled = sample._draw_block._cache_size()
+    compiled = count(diffusion.programs)
     sample.ancestral(jax.random.key(1), diffusion, {}, 70, block_size=30)
-    assert sample._draw_block._cache_size() == compiled
+    assert count(diffusion.programs) == compiled == [1, 1]  # of 30 rows, and of 10
 
 
 @pytest.mark.parametrize("keep_trajectory", [False, True])

@@ -39,7 +39,7 @@ def plane():
 
 
 COMMON = f"""
-    import re, sys
+    import functools, re, sys
     import jax, numpy as np, optax
     import jax.numpy as jnp
     from flax import nnx
@@ -75,11 +75,10 @@ COMMON = f"""
         )
         return collectives(lowered.compile().as_text())
 
-    def in_a_round(function, params, block, static):
+    def in_a_round(function, reverse, block, **static):
         own = jax.tree.map(lambda leaf: jnp.stack([leaf] * mesh.size), block)
-        lowered = devices.on_each_device.lower(
-            params, own, function=function, static=static, mesh=mesh
-        )
+        on_each = functools.partial(devices._on_each_device, of=function, mesh=mesh, **static)
+        lowered = jax.jit(on_each).lower(reverse, own)
         return collectives(lowered.compile().as_text())
 
     def close(ours, theirs, **tolerance):
@@ -196,11 +195,11 @@ def test_diagnostics_on_four_devices_give_the_figures_of_one_and_exchange_nothin
         diffusion = plane()
         params = diffusion.params_template
         params = jax.tree.map(lambda a: 0.3 * random.normal(random.key(3), a.shape), params)
-        block = random.key(0), x[:4], None, None
-        assert in_a_round(bounds._bound_block, params, block, (diffusion, 2)) == []
-        assert in_a_round(bounds._sampled_block, params, block, (diffusion, 2)) == []
+        block, reverse = (random.key(0), x[:4], None, None), diffusion.bind(params)
+        assert in_a_round(bounds._bound_block, reverse, block, num_draws=2) == []
+        assert in_a_round(bounds._sampled_block, reverse, block, num_times=2) == []
         block = random.key(0), np.arange(4), np.arange(4), x[:4], None, None
-        assert in_a_round(weights._weigh_block, params, block, (diffusion, 10, 0.5)) == []
+        assert in_a_round(weights._weigh_block, reverse, block, size=10, threshold=0.5) == []
 
         def alike(one, four):
             assert list(one.dataset) == list(four.dataset)
@@ -239,7 +238,7 @@ def test_draws_on_four_devices_are_those_of_one_and_exchange_nothing():
         params = diffusion.params_template
         params = jax.tree.map(lambda a: 0.3 * random.normal(random.key(3), a.shape), params)
         block = random.key(0), np.arange(4), None
-        assert in_a_round(sample._draw_block, params, block, (diffusion, None, False)) == []
+        assert in_a_round(sample._draw_block, diffusion.bind(params), block, keep=False) == []
         options = {"num_samples": 23, "block_size": 4}
         one, four = (
             sample.ancestral(random.key(1), diffusion, params, mesh=m, **options)
@@ -402,10 +401,10 @@ def test_a_step_at_several_times_keeps_rows_and_contexts_together(key):
     keys = jax.random.split(key)
     x, context = jax.random.normal(keys[0], (3, 4, 2)), jax.random.normal(keys[1], (4, 2))
     t = jnp.array([[2, 3, 4, 5], [5, 2, 3, 4], [2, 2, 5, 5]])
-    reverse, _ = diffusion.bind({}, context=context)
-    mean = reverse.reverse_step(x, t).mean
+    reverse = diffusion.bind({}, context=context)
+    mean = reverse.step(x, t, examples_first=True).mean
     for x_t, times, expected in zip(x, t, mean, strict=True):
-        np.testing.assert_allclose(reverse.reverse_step(x_t, times).mean, expected, rtol=1e-6)
+        np.testing.assert_allclose(reverse.step(x_t, times).mean, expected, rtol=1e-6)
 
 
 def test_a_mesh_of_two_axes_is_refused(key):

@@ -89,7 +89,7 @@ def test_training_moves_every_rate_but_the_first(key, objective):
     x_0 = data().astype(np.float32)
     result = svi.run(key, 20, x_0, progress_bar=False)
     assert result.params["x_0_beta"].shape == (5,)
-    _, table = diffusion.bind(result.params)
+    table = diffusion.bind(result.params).steps
     assert np.asarray(table.beta)[0].tobytes() == np.float32(start[0]).tobytes()
     assert np.all((table.beta > 0) & (table.beta < 1))
     assert np.all(np.abs(table.beta[1:] - start[1:]) > 1e-3)

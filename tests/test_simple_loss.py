@@ -21,6 +21,7 @@ from probdiff import (
     readouts,
     schedules,
 )
+from probdiff.trajectories import ForwardTrajectory
 
 T = 6
 BETA = schedules.log_snr_linear(T, beta_1=0.01, alpha_bar_T=0.02)
@@ -58,11 +59,12 @@ def test_step_loss_is_the_squared_error_of_the_noise(x64, readout):
     diffusion = make(readout)
     key_0, key_t = jax.random.split(jax.random.key(0))
     x_0 = jax.random.normal(key_0, (8, 3))
-    reverse, steps = diffusion.bind({})
-    forward = diffusion.forward_trajectory(steps, x_0)
+    reverse = diffusion.bind({})
+    forward = ForwardTrajectory.of(reverse, x_0)
     t = jnp.array([2, 3, 4, 5, 6, 6, 2, 4])
     x_t = forward.sample_at(key_t, t)
-    a, n = (np.asarray(c)[:, None] for c in (steps.alpha_bar_t[t - 1], steps.noise_t[t - 1]))
+    step = reverse.coefficients(t)
+    a, n = np.asarray(step.alpha_bar_t), np.asarray(step.noise_t)
     noise = (x_t - np.sqrt(a) * x_0) / np.sqrt(n)
     read = (x_t - np.sqrt(a) * reverse.x_0_hat(x_t, t)) / np.sqrt(n)
     expected = ((read - noise) ** 2).sum(-1) / T
@@ -72,10 +74,10 @@ def test_step_loss_is_the_squared_error_of_the_noise(x64, readout):
 def test_step_loss_of_epsilon_is_that_of_the_network_itself(x64):
     diffusion = make(readouts.Epsilon())
     x_0, noise = jax.random.normal(jax.random.key(0), (2, 5, 3))
-    reverse, steps = diffusion.bind({})
-    forward = diffusion.forward_trajectory(steps, x_0)
+    reverse = diffusion.bind({})
+    forward = ForwardTrajectory.of(reverse, x_0)
     t = jnp.array([2, 3, 4, 5, 6])
-    step = steps.at(t, 1)
+    step = reverse.steps.at(t, 1)
     x_t = jnp.sqrt(step.alpha_bar_t) * x_0 + jnp.sqrt(step.noise_t) * noise
     expected = ((jnp.sin(x_t + 0.3 * t[:, None]) - noise) ** 2).sum(-1) / T
     np.testing.assert_allclose(SimpleLoss().step_loss(forward, reverse, x_t, t), expected, 1e-9)
@@ -84,19 +86,19 @@ def test_step_loss_of_epsilon_is_that_of_the_network_itself(x64):
 def test_first_step_counts_as_the_others_do(x64):
     diffusion = make(readouts.Epsilon(), readouts.Learned())
     x_0, noise = jax.random.normal(jax.random.key(0), (2, 5, 3))
-    reverse, steps = diffusion.bind({})
-    step = steps.at(1, 0)
+    reverse = diffusion.bind({})
+    step = reverse.steps.at(1, 0)
     x_1 = jnp.sqrt(step.alpha_bar_t) * x_0 + jnp.sqrt(step.noise_t) * noise
-    law = diffusion.data_given_first(reverse, x_1)
-    loss = SimpleLoss().data_loss(diffusion.forward_trajectory(steps, x_0), law, x_0)
+    law = reverse.data(x_1)
+    loss = SimpleLoss().data_loss(ForwardTrajectory.of(reverse, x_0), law, x_0)
     np.testing.assert_allclose(loss, ((jnp.sin(x_1 + 0.3) - noise) ** 2).sum(-1) / T, 1e-9)
 
 
 def test_missing_entries_have_no_loss(x64):
     diffusion = make(readouts.Epsilon(), readouts.Learned())
     x_0, mask = jnp.ones((2, 3)), jnp.array([[True, True, False], [False, False, False]])
-    reverse, steps = diffusion.bind({}, mask=mask)
-    forward = diffusion.forward_trajectory(steps, x_0, mask)
+    reverse = diffusion.bind({})
+    forward = ForwardTrajectory.of(reverse, x_0, mask)
     x_t = jax.random.normal(jax.random.key(0), (2, 3))
     t = jnp.array([3, 4])
     loss = SimpleLoss().step_loss(forward, reverse, x_t, t)
@@ -121,8 +123,7 @@ def trained_sites(objective, last_step):
         last_step=last_step,
     )
     x = jax.random.normal(jax.random.key(2), (16, 3))
-    svi = SVI(diffusion.model, diffusion.guide, optax.sgd(1.0), objective)
-    params = svi.get_params(jax.jit(svi.init)(jax.random.key(3), x))
+    params = {"x_0_network$params": nnx.to_pure_dict(nnx.state(network))}
     gradient = jax.jit(
         jax.grad(
             lambda p: objective.loss(jax.random.key(4), p, diffusion.model, diffusion.guide, x)

@@ -112,8 +112,9 @@ def test_network_of_the_log_snr_serves_any_schedule(x64):
             schedules.log_snr_linear(steps, beta_1=0.01, alpha_bar_T=0.01), network
         )
         params = {"x_0_network$params": nnx.to_pure_dict(nnx.state(network, nnx.Param))}
-        reverse, table = diffusion.bind(params)
+        reverse = diffusion.bind(params)
         outputs.append(jax.jit(reverse.outputs)(x_t, jnp.full(2, t))[0])
+        table = reverse.steps
         log_snr = np.log(table.alpha_bar_t[t - 1] / table.noise_t[t - 1])
         direct = jnp.split(run(network, x_t, jnp.full(2, log_snr)), 2, -1)[0]
         np.testing.assert_allclose(outputs[-1], direct, rtol=1e-7, atol=1e-9)

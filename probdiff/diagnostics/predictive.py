@@ -36,6 +36,7 @@ from probdiff.diffusion import Data, Diffusion
 from probdiff.infer.calibrate import p_values_of, pit, verdict
 from probdiff.sample import ancestral
 from probdiff.types import Params
+from probdiff.validation import check_context_rows
 
 _Statistics = Mapping[str, Callable[[Any], Any]]
 
@@ -124,7 +125,7 @@ def _check(
         )
     check_at_least(1, num_replicates=num_replicates)
     diffusion.check_data(x_0)
-    diffusion.check_context_rows(context, len(x_0))
+    check_context_rows(context, diffusion.context_shape, len(x_0))
     taken = {diffusion.name, "example", *_event_dims(diffusion.name, diffusion.event_shape)}
     if taken & set(statistics):
         raise ValueError(

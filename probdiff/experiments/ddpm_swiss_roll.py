@@ -58,6 +58,7 @@ from probdiff.experiments import ddpm_swiss_roll_figures as figures
 from probdiff.experiments.report import Row, mean_and_se, verdict_of, write_report
 from probdiff.experiments.swiss_roll_best import define_best
 from probdiff.experiments.two_sample import TwoSampleTest, energy, gaussian, two_sample_test
+from probdiff.trajectories import ForwardTrajectory
 from probdiff.types import Params
 
 SUMMARY = "a tutorial's Swiss roll: x_0 predicted by radial basis functions, bound and L_simple"
@@ -396,7 +397,8 @@ def _figures(
     """The report's pictures; the first model is the main one."""
     main = next(iter(models))
     model, x = models[main], held_out[: len(models[main].x_0)]
-    forward = model.diffusion.forward_trajectory(schedules.steps(rates()), x).sample(key)
+    reverse = model.diffusion.bind(model.fitted.params)
+    forward = ForwardTrajectory.of(reverse, x).sample(key)
     smallest = f"{min(size.others)} functions, {BOUND}"
     shown = [main, "best possible diffusion", smallest, "untrained"]
     p_values = {

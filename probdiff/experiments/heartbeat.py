@@ -62,6 +62,7 @@ from probdiff.experiments.heartbeat_models import (
     with_fewer_steps,
 )
 from probdiff.experiments.report import Row, mean_and_se, verdict_of, write_report
+from probdiff.trajectories import ForwardTrajectory
 from probdiff.types import Params
 
 SUMMARY = "sequences of bits: K beside what it can reach, as T grows to 2000, figure 2"
@@ -219,10 +220,10 @@ def last_step(
 def _log_p_last(
     key: Array, params: Params, x: Array, diffusion: Diffusion, num_draws: int
 ) -> Float[Array, " rows"]:
-    reverse, steps = diffusion.bind(params)
-    forward = diffusion.forward_trajectory(steps, x)
+    reverse = diffusion.bind(params)
+    forward = ForwardTrajectory.of(reverse, x)
     x_1 = forward.sample_at(key, jnp.ones((num_draws, len(x)), jnp.int32))
-    return diffusion.data_given_first(reverse, x_1).log_prob(x).mean(0)
+    return reverse.data(x_1).log_prob(x).mean(0)
 
 
 def _rows(
@@ -327,9 +328,9 @@ def _figure_2(keys: dict[str, Array], size: Size, diffusion: Diffusion, params: 
     x_0, levels = sample.ancestral(
         keys["draw"], diffusion, params, size.shown, keep_trajectory=True
     )
-    reverse, steps = diffusion.bind(params)
-    forward = diffusion.forward_trajectory(steps, examples()[2])
-    expected = reverse.x_0_hat(jnp.asarray(levels[1]), steps.t)
+    reverse = diffusion.bind(params)
+    forward = ForwardTrajectory.of(reverse, examples()[2])
+    expected = reverse.x_0_hat(jnp.asarray(levels[1]), reverse.steps.t)
     return figure_2(x_0, levels, forward.sample(keys["forward"]), expected)
 
 

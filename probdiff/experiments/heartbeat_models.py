@@ -67,7 +67,7 @@ def with_fewer_steps(diffusion: Diffusion, params: Params, T: int) -> Diffusion:
 
     Its parameters are bound: it has none of its own.
     """
-    stride, reverse = diffusion.T // T, diffusion.bind(params)[0]
+    stride, reverse = diffusion.T // T, diffusion.bind(params)
 
     def network(x_t: Int[Array, "B length"], t: Int[Array, " B"]) -> Float[Array, "B length"]:
         return reverse.network(x_t, stride * t, None)

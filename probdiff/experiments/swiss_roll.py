@@ -58,6 +58,7 @@ from probdiff.experiments.swiss_roll_ladder import (
     ladder_rows,
     ranking_rows,
 )
+from probdiff.trajectories import ForwardTrajectory
 from probdiff.types import Params
 
 SUMMARY = (
@@ -257,8 +258,8 @@ def drift_fields(
     """Points of a square grid, and the drift f_μ(x, t) − x there at each of the levels."""
     line = np.linspace(-2.2, 2.2, 15, dtype=np.float32)
     grid = np.stack(np.meshgrid(line, line), -1).reshape(-1, 2)
-    reverse, _ = diffusion.bind(params)
-    means = [reverse.reverse_step(jnp.asarray(grid), jnp.full(len(grid), t)).mean for t in levels]
+    reverse = diffusion.bind(params)
+    means = [reverse.step(jnp.asarray(grid), jnp.full(len(grid), t)).mean for t in levels]
     return grid, [np.asarray(mean) - grid for mean in means]
 
 
@@ -271,8 +272,7 @@ def figure_1(
     reverse step starts from 0, so the first drift is that of T/8.
     """
     T, shown = diffusion.T, 2000
-    _, steps = diffusion.bind(params)
-    forward = diffusion.forward_trajectory(steps, x[:shown]).sample(key)
+    forward = ForwardTrajectory.of(diffusion.bind(params), x[:shown]).sample(key)
     drift_levels = [T // 8, T // 4, T]
     grid, drifts = drift_fields(diffusion, params, drift_levels)
     axes = plots.figure_1(
