@@ -23,7 +23,7 @@ has to be agreed on, or the processes would wait for each other for ever.
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -32,6 +32,8 @@ import numpy as np
 from jax import random
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from probdiff.compilation import Programs
 
 
 def checked(mesh: Mesh | None) -> Mesh | None:
@@ -119,62 +121,55 @@ def check_block_size(block_size: int, count: int, of_what: str, mesh: Mesh | Non
 
 
 def blockwise(
+    programs: Programs,
     function: Callable[..., Any],
-    params: Any,
+    given: Any,
     blocks: Iterable[tuple[Any, ...]],
-    static: tuple[Any, ...],
     mesh: Mesh | None,
+    **static: Hashable,
 ) -> Iterator[Any]:
     """Apply a function to every block, on all devices at once where there is a mesh.
 
     Args:
-        function: `function(key, params, *rows, *static)`, compiled for each `static`.
-        params: Given to every block.
+        programs: Keeps what is compiled.
+        function: A module's `function(key, given, *rows, **static)`, which reads nothing else.
+        given: Pytree of arrays that every block gets.
         blocks: Tuples `(key, *rows)`, rows arrays or None.
-        static: Hashable.
         mesh: As `checked` returns it.
+        static: Options of the function.
 
     Returns:
         What the function returns for each block, in their order, as NumPy arrays.
     """
     if mesh is None:
         for key, *rows in blocks:
-            yield fetch(function(key, params, *rows, *static))
+            yield fetch(programs(function, key, given, *rows, **static))
         return
-    params = replicate(params, mesh)
+    given = replicate(given, mesh)
     divided = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     for group in _rounds(blocks, mesh.size):
         # A round that is not full does its last block again: what else would the others do?
         filled = group + group[-1:] * (mesh.size - len(group))
         own = place(jax.tree.map(_stack, *filled), divided)
-        out = fetch(on_each_device(params, own, function=function, static=static, mesh=mesh))
+        out = fetch(programs(_on_each_device, given, own, of=function, mesh=mesh, **static))
         for i in range(len(group)):
             yield jax.tree.map(lambda leaf, i=i: leaf[i], out)
 
 
-@functools.partial(jax.jit, static_argnames=("function", "static", "mesh"))
-def on_each_device(
-    params: Any, own: Any, *, function: Callable[..., Any], static: tuple[Any, ...], mesh: Mesh
+def _on_each_device(
+    given: Any, own: Any, *, of: Callable[..., Any], mesh: Mesh, **static: Hashable
 ) -> Any:
-    """One block on each device; `own` leads with an axis of devices, and so does what is returned.
+    """One block on each device; `own` and what is returned lead with an axis of devices."""
 
-    Args:
-        params: Given to every block.
-        own: `(key, *rows)` of D blocks, stacked.
-        function: As in `blockwise`.
-        static: As in `blockwise`.
-        mesh: As in `blockwise`.
-    """
-
-    def on_one(params: Any, own: Any) -> Any:
+    def on_one(given: Any, own: Any) -> Any:
         key, *rows = jax.tree.map(lambda leaf: leaf[0], own)
-        return jax.tree.map(lambda leaf: leaf[None], function(key, params, *rows, *static))
+        return jax.tree.map(lambda leaf: leaf[None], of(key, given, *rows, **static))
 
     divided = PartitionSpec(mesh.axis_names)
     # Unchecked: what a program's loops start from is the same everywhere, and then it is not.
     return jax.shard_map(
         on_one, mesh=mesh, in_specs=(PartitionSpec(), divided), out_specs=divided, check_vma=False
-    )(params, own)
+    )(given, own)
 
 
 def _place_shares(leaf: Any, sharding: NamedSharding) -> jax.Array:

@@ -34,6 +34,7 @@ from numpyro.distributions import constraints
 
 from probdiff import readouts, schedules, validation
 from probdiff.arguments import check_shape, shape_text
+from probdiff.compilation import Programs
 from probdiff.kernels import BernoulliKernel, DiscreteKernel, GaussianKernel
 from probdiff.networks.binding import bind, example_inputs
 from probdiff.networks.shapes import output_shape
@@ -139,6 +140,7 @@ class Diffusion:
         self._binding = bind(network, self.event_shape, self.context_shape, kernel.dtype)
         # made once, for what is compiled is kept by the identity of the function
         self._apply_at_log_snr = functools.partial(_at_log_snr, self._binding.apply)
+        self.programs = Programs()
         self._check_network()
 
     def __repr__(self) -> str:

@@ -9,7 +9,6 @@ of their own, so several devices draw one each at the same time and never exchan
 Source: Sohl-Dickstein et al. (2015), section 2.2.
 """
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -83,8 +82,10 @@ def ancestral(
     devices.check_block_size(block_size, num_samples, "draws", mesh)
     progress = progress and devices.is_first(mesh)
     blocks = _blocks(key, num_samples, context, block_size, progress)
-    static = diffusion, steps, keep_trajectory
-    drawn = list(devices.blockwise(_draw_block, params, blocks, static, mesh))
+    options = {"diffusion": diffusion, "steps": steps, "keep_trajectory": keep_trajectory}
+    drawn = list(
+        devices.blockwise(diffusion.programs, _draw_block, params, blocks, mesh, **options)
+    )
     x_0 = np.concatenate([block[0] for block in drawn])
     return (x_0, np.concatenate([block[1] for block in drawn])) if keep_trajectory else x_0
 
@@ -100,12 +101,12 @@ def _blocks(
         yield jax.random.fold_in(key, block), numbers, given
 
 
-@functools.partial(jax.jit, static_argnames=("diffusion", "steps", "keep_trajectory"))
 def _draw_block(
     key: Array,
     params: Params,
     numbers: Array,
     context: Any,
+    *,
     diffusion: Diffusion,
     steps: int | None,
     keep_trajectory: bool,

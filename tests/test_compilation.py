@@ -64,7 +64,8 @@ def test_numbers_inside_a_compiled_function_are_seen():
     """Constants of an inner `jit` are part of its jaxpr, not arguments."""
     programs = Programs()
     for value in (1.0, 2.0):
-        inner = jax.jit(lambda x, v=jnp.full(3, value): x + v)
+        array = jnp.full(3, value)
+        inner = jax.jit(lambda x, v=array: x + v)
         assert run(programs, lambda x, f=inner: f(x), X).tolist() == [value, 1 + value, 2 + value]
 
 

@@ -79,9 +79,10 @@ def test_no_two_rows_are_the_same_draw(key):
 def test_a_second_call_compiles_nothing(key):
     diffusion = standard_normal()
     sample.ancestral(key, diffusion, {}, 100, block_size=30)
-    compiled = sample._draw_block._cache_size()
+    compiled = set(diffusion.programs._kept)
     sample.ancestral(jax.random.key(1), diffusion, {}, 70, block_size=30)
-    assert sample._draw_block._cache_size() == compiled
+    assert set(diffusion.programs._kept) == compiled
+    assert [jitted._cache_size() for jitted in diffusion.programs._kept.values()] == [1] * 2
 
 
 @pytest.mark.parametrize("keep_trajectory", [False, True])

@@ -40,6 +40,7 @@ def plane():
 
 COMMON = f"""
     import re, sys
+    from functools import partial
     import jax, numpy as np, optax
     import jax.numpy as jnp
     from flax import nnx
@@ -75,12 +76,10 @@ COMMON = f"""
         )
         return collectives(lowered.compile().as_text())
 
-    def in_a_round(function, params, block, static):
+    def in_a_round(function, params, block, **static):
         own = jax.tree.map(lambda leaf: jnp.stack([leaf] * mesh.size), block)
-        lowered = devices.on_each_device.lower(
-            params, own, function=function, static=static, mesh=mesh
-        )
-        return collectives(lowered.compile().as_text())
+        on_each = jax.jit(partial(devices._on_each_device, of=function, mesh=mesh, **static))
+        return collectives(on_each.lower(params, own).compile().as_text())
 
     def close(ours, theirs, **tolerance):
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
@@ -197,10 +196,13 @@ def test_diagnostics_on_four_devices_give_the_figures_of_one_and_exchange_nothin
         params = diffusion.params_template
         params = jax.tree.map(lambda a: 0.3 * random.normal(random.key(3), a.shape), params)
         block = random.key(0), x[:4], None, None
-        assert in_a_round(bounds._bound_block, params, block, (diffusion, 2)) == []
-        assert in_a_round(bounds._sampled_block, params, block, (diffusion, 2)) == []
+        static = {"diffusion": diffusion, "num_draws": 2}
+        assert in_a_round(bounds._bound_block, params, block, **static) == []
+        static = {"diffusion": diffusion, "num_times": 2}
+        assert in_a_round(bounds._sampled_block, params, block, **static) == []
         block = random.key(0), np.arange(4), np.arange(4), x[:4], None, None
-        assert in_a_round(weights._weigh_block, params, block, (diffusion, 10, 0.5)) == []
+        static = {"diffusion": diffusion, "size": 10, "threshold": 0.5}
+        assert in_a_round(weights._weigh_block, params, block, **static) == []
 
         def alike(one, four):
             assert list(one.dataset) == list(four.dataset)
@@ -233,13 +235,36 @@ def test_diagnostics_on_four_devices_give_the_figures_of_one_and_exchange_nothin
 
 
 @pytest.mark.long
+def test_blocks_of_a_traced_function_on_four_devices_are_those_of_one_and_see_its_data():
+    check(start("""
+        from probdiff.compilation import Programs, trace
+
+        def draw(key, given, x):
+            function, w = given
+            return function(w, random.normal(key, x.shape) + x)
+
+        programs = Programs()
+        blocks = [(random.fold_in(random.key(0), b), np.full(3, b, float)) for b in range(6)]
+        for data in (np.ones(3), np.arange(3.0)):
+            function = trace(lambda w, x: jnp.tanh(w * x) + data, jnp.ones(3), jnp.ones(3))
+            one, four = (
+                list(devices.blockwise(programs, draw, (function, 2 * jnp.ones(3)), blocks, m))
+                for m in (None, mesh)
+            )
+            equal(one, four)
+        assert len(programs._kept) == 2
+    """))  # fmt: skip
+
+
+@pytest.mark.long
 def test_draws_on_four_devices_are_those_of_one_and_exchange_nothing():
     check(start("""
         diffusion = plane()
         params = diffusion.params_template
         params = jax.tree.map(lambda a: 0.3 * random.normal(random.key(3), a.shape), params)
         block = random.key(0), np.arange(4), None
-        assert in_a_round(sample._draw_block, params, block, (diffusion, None, False)) == []
+        static = {"diffusion": diffusion, "steps": None, "keep_trajectory": False}
+        assert in_a_round(sample._draw_block, params, block, **static) == []
         options = {"num_samples": 23, "block_size": 4}
         one, four = (
             sample.ancestral(random.key(1), diffusion, params, mesh=m, **options)

@@ -19,7 +19,6 @@ many entries.
 Source: Sohl-Dickstein et al. (2015), eqs. 10 to 14 and appendix B.
 """
 
-import functools
 import hashlib
 import math
 from collections.abc import Iterator
@@ -113,7 +112,10 @@ def bound(
     mesh = devices.checked(mesh)
     devices.check_block_size(block_size, len(x_0), "examples", mesh)
     blocks = _blocks(key, x_0, context, mask, block_size, mesh, progress)
-    parts = devices.blockwise(_bound_block, params, blocks, (diffusion, num_draws), mesh)
+    parts = devices.blockwise(
+        diffusion.programs, _bound_block, params, blocks, mesh,
+        diffusion=diffusion, num_draws=num_draws,
+    )  # fmt: skip
     reconstruction, kl, prior, se = (np.concatenate(part) for part in zip(*parts, strict=True))
     tree = _tree(reconstruction - kl.sum(1) - prior, reconstruction, prior)
     tree["bound"].attrs |= _measure(diffusion, mask) | {"data": digest(x_0, mask)}
@@ -186,7 +188,10 @@ def sampled_bound(
     mesh = devices.checked(mesh)
     devices.check_block_size(block_size, len(x_0), "examples", mesh)
     blocks = _blocks(key, x_0, context, mask, block_size, mesh, progress)
-    parts = devices.blockwise(_sampled_block, params, blocks, (diffusion, num_times), mesh)
+    parts = devices.blockwise(
+        diffusion.programs, _sampled_block, params, blocks, mesh,
+        diffusion=diffusion, num_times=num_times,
+    )  # fmt: skip
     reconstruction, kl, prior = (np.concatenate(part) for part in zip(*parts, strict=True))
     tree = _tree(reconstruction - kl - prior, reconstruction, prior)
     tree["bound"].attrs |= _measure(diffusion, mask) | {"data": digest(x_0, mask)}
@@ -227,13 +232,13 @@ def _blocks(
         yield jax.random.fold_in(key, block), *given
 
 
-@functools.partial(jax.jit, static_argnames=("diffusion", "num_draws"))
 def _bound_block(
     key: Array,
     params: Params,
     x_0: Any,
     context: Any,
     mask: Any,
+    *,
     diffusion: Diffusion,
     num_draws: int,
 ) -> tuple[Any, Any, Any, Any]:
@@ -263,13 +268,13 @@ def _mean_and_variance(draws: Float[Array, "draws N"]) -> tuple[Any, Any]:
     return jnp.mean(draws, 0), jnp.var(draws, 0, ddof=1) / count
 
 
-@functools.partial(jax.jit, static_argnames=("diffusion", "num_times"))
 def _sampled_block(
     key: Array,
     params: Params,
     x_0: Any,
     context: Any,
     mask: Any,
+    *,
     diffusion: Diffusion,
     num_times: int,
 ) -> tuple[Any, Any, Any]:

@@ -123,13 +123,14 @@ def weigh(
         example, repeat = np.divmod(population, num_repeats)
         return key, example, repeat, *(None if a is None else a[example] for a in given)
 
-    static = diffusion, size, threshold
-    blocks = devices.blockwise(_weigh_block, params, map(block, starts), static, mesh)
+    blocks = devices.blockwise(
+        diffusion.programs, _weigh_block, params, map(block, starts), mesh,
+        diffusion=diffusion, size=size, threshold=threshold,
+    )  # fmt: skip
     joined = jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *blocks)
     return jax.tree.map(lambda a: a.reshape(len(x_0), num_repeats, *a.shape[1:]), joined)
 
 
-@functools.partial(jax.jit, static_argnames=("diffusion", "size", "threshold"))
 def _weigh_block(
     key: Array,
     params: Params,
@@ -138,6 +139,7 @@ def _weigh_block(
     x_0: Any,
     context: Any,
     mask: Any,
+    *,
     diffusion: Diffusion,
     size: int,
     threshold: float,
