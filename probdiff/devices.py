@@ -163,7 +163,9 @@ def _on_each_device(
 
     def on_one(given: Any, own: Any) -> Any:
         key, *rows = jax.tree.map(lambda leaf: leaf[0], own)
-        return jax.tree.map(lambda leaf: leaf[None], of(key, given, *rows, **static))
+        # A unit of its own, to be rounded as it is without a mesh.
+        out = jax.jit(functools.partial(of, **static))(key, given, *rows)
+        return jax.tree.map(lambda leaf: leaf[None], out)
 
     divided = PartitionSpec(mesh.axis_names)
     # Unchecked: what a program's loops start from is the same everywhere, and then it is not.
