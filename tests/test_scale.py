@@ -48,10 +48,11 @@ COMMON = f"""
     from jax.sharding import Mesh
     from numpyro.infer import SVI, Trace_ELBO
     from probdiff import (
-        Diffusion, GaussianKernel, SampledTimeELBO, batches, devices, diagnostics, fit, networks,
-        readouts, sample, schedules,
+        Diffusion, GaussianKernel, SampledTimeELBO, devices, diagnostics, fit, networks, readouts,
+        sample, schedules,
     )
-    from probdiff.compiled import compiled_of
+    from probdiff.train.data import from_data
+    from probdiff.train.step import TracedSVI, _chunk
 
     T = {T}
     beta = schedules.log_snr_linear(T=T, beta_1=1e-2, alpha_bar_T=1e-2)
@@ -67,13 +68,12 @@ COMMON = f"""
         return re.findall(rf" ({{kinds}})(?:-start)?\\(", text)
 
     def in_a_step(svi, data, batch_size):
-        source = batches.from_data(random.key(2), data, batch_size, mesh)
-        compiled = compiled_of(svi)
-        carry = compiled.start(compiled.init(random.key(0), source.first), averaged=True)
+        source = from_data(random.key(2), data, batch_size, mesh)
+        svi = TracedSVI(svi, random.key(0), source.first, mesh)
+        functions, carry = (svi._update, svi._get_params), svi.start(averaged=True)
         options = np.int32(0), np.int32(1), 0.9, np.zeros(source.capacity, np.float32)
-        lowered = compiled.chunk.lower(
-            devices.replicate(carry, mesh), *source.take(0, 1), *options, mesh=mesh
-        )
+        chunk = jax.jit(partial(_chunk, mesh=mesh))
+        lowered = chunk.lower(*functions, carry, *source.take(0, 1), *options)
         return collectives(lowered.compile().as_text())
 
     def in_a_round(function, params, block, **static):
