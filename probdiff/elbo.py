@@ -143,9 +143,9 @@ class SampledTimeLoss(ELBO, abc.ABC):
 
     @abc.abstractmethod
     def step_loss(
-        self, forward: ForwardTrajectory, law: dist.Distribution, x_t: Any, t: Int[Array, "*lead"]
+        self, forward: ForwardTrajectory, reverse: ReverseTrajectory, x_t: Any, t: Array
     ) -> Float[Array, "*lead"]:
-        """What step t adds to the loss of an example, t in 2..T; `law` is p(x_s | x_t)."""
+        """What step t adds to the loss of an example, t in 2..T."""
 
     @abc.abstractmethod
     def end_loss(self, forward: ForwardTrajectory) -> Float[Array, "*batch"]:
@@ -235,8 +235,7 @@ class SampledTimeLoss(ELBO, abc.ABC):
             )
         if guide_mask is not None:
             mask = guide_mask if mask is None else mask & guide_mask
-        law = reverse.reverse_step(levels.x_t, levels.t)
-        loss = self.step_loss(forward, law, levels.x_t, levels.t)
+        loss = self.step_loss(forward, reverse, levels.x_t, levels.t)
         total = jnp.sum(levels.weight * loss, 0) + self.end_loss(forward)
         term = jnp.sum(scale_and_mask(total, guide_site["scale"], mask))
         name = guide_site["name"] + _MEMORY_SUFFIX
@@ -281,10 +280,10 @@ class SampledTimeELBO(SampledTimeLoss):
     """
 
     def step_loss(
-        self, forward: ForwardTrajectory, law: dist.Distribution, x_t: Any, t: Int[Array, "*lead"]
+        self, forward: ForwardTrajectory, reverse: ReverseTrajectory, x_t: Any, t: Array
     ) -> Float[Array, "*lead"]:
         """KL( q(x_s | x_t, x_0) ‖ p(x_s | x_t) )."""
-        return step_kl(forward, law, x_t, t)
+        return step_kl(forward, reverse.reverse_step(x_t, t), x_t, t)
 
     def end_loss(self, forward: ForwardTrajectory) -> Float[Array, "*batch"]:
         """KL( q(x_T | x_0) ‖ π )."""

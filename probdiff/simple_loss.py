@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from probdiff.elbo import SampledTimeLoss, bridge_at, prior_kl, step_kl
 from probdiff.kernels import GaussianKernel, bridge_weights
-from probdiff.trajectories import DataGivenFirst, ForwardTrajectory
+from probdiff.trajectories import DataGivenFirst, ForwardTrajectory, ReverseTrajectory
 
 
 class SimpleLoss(SampledTimeLoss):
@@ -54,10 +54,10 @@ class SimpleLoss(SampledTimeLoss):
     """
 
     def step_loss(
-        self, forward: ForwardTrajectory, law: dist.Distribution, x_t: Any, t: Int[Array, "*lead"]
+        self, forward: ForwardTrajectory, reverse: ReverseTrajectory, x_t: Any, t: Array
     ) -> Float[Array, "*lead"]:
         """|ε̂ − ε|² / T at t."""
-        return _noise_error(forward, law, x_t, t)
+        return _noise_error(forward, reverse.reverse_step(x_t, t), x_t, t)
 
     def end_loss(self, forward: ForwardTrajectory) -> Float[Array, "*batch"]:
         """0."""
@@ -101,9 +101,10 @@ class CombinedLoss(SampledTimeLoss):
         super().__init__(**options)
 
     def step_loss(
-        self, forward: ForwardTrajectory, law: dist.Distribution, x_t: Any, t: Int[Array, "*lead"]
+        self, forward: ForwardTrajectory, reverse: ReverseTrajectory, x_t: Any, t: Array
     ) -> Float[Array, "*lead"]:
         """|ε̂ − ε|² / T, and `weight` times the KL of the step."""
+        law = reverse.reverse_step(x_t, t)
         kl = step_kl(forward, _mean_held(law), x_t, t)
         return _noise_error(forward, law, x_t, t) + self.weight * kl
 

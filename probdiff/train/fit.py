@@ -105,8 +105,8 @@ def fit(
             `num_steps` may then be larger than before, all other arguments that change the
             result must be the same.
         checkpoint_every: Seconds between checkpoints; there is one more at the end or interrupt.
-        log: File that gets a line of JSON with step, seconds and losses; see `journal`. A run that
-            goes on adds to it, a new one starts it afresh.
+        log: File that gets lines of JSON with step, seconds and losses; see `train.log`. A run
+            that goes on adds to it, a new one starts it afresh.
         callback: Called with the run's `Progress`, to draw samples or a picture as it goes, such as
             `plots.LiveLosses`.
         mesh: Devices to divide each batch among, on one axis. Data and weights are on all of them.
