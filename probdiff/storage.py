@@ -7,6 +7,7 @@ Each file is written beside its place and renamed into it, the configuration las
 """
 
 import dataclasses
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -26,26 +27,9 @@ _FORMAT = 1
 NETWORKS = {n: c for n in networks.__all__ if isinstance(c := getattr(networks, n), type)}
 _PARTS = {
     cls.__name__: cls
-    for cls in (
-        kernels.AbsorbingKernel,
-        kernels.BernoulliKernel,
-        kernels.CategoricalKernel,
-        kernels.GaussianKernel,
-        readouts.Perturbation,
-        readouts.Epsilon,
-        readouts.Data,
-        readouts.DataLogits,
-        readouts.Logits,
-        readouts.Mixture,
-        readouts.Velocity,
-        readouts.Score,
-        readouts.LearnedVariance,
-        readouts.ForwardVariance,
-        readouts.BridgeVariance,
-        readouts.Tied,
-        readouts.Learned,
-        readouts.Discretised,
-    )
+    for module in (kernels, readouts)
+    for name in module.__all__
+    if dataclasses.is_dataclass(cls := getattr(module, name)) and not inspect.isabstract(cls)
 }
 
 
@@ -117,12 +101,11 @@ def load(path: str | Path, *, network: Network | None = None) -> tuple[Diffusion
     if checkpoint.sha256(data) != config["params_sha256"]:
         raise ValueError(f"{file} must be as it was saved; its checksum is another")
     tensors = checkpoint.unpacked(data)
-    tree = jax.tree_util.tree_structure(diffusion.params_template)
+    tree = jax.tree.structure(diffusion.params_template)
     names = list(validation.leaves_by_path(diffusion.params_template))
     if sorted(names) != sorted(tensors):
         raise ValueError(f"{file} must hold the parameters {sorted(names)}; got {sorted(tensors)}")
-    leaves = [jnp.asarray(tensors[name]) for name in names]
-    params = jax.tree_util.tree_unflatten(tree, leaves)
+    params = jax.tree.unflatten(tree, [jnp.asarray(tensors[name]) for name in names])
     diffusion.check_params(params)
     return diffusion, params
 

@@ -27,7 +27,7 @@ from numpyro.distributions import constraints
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
-from probdiff import Diffusion, GaussianKernel, SampledTimeELBO, fit, networks, schedules
+from probdiff import SampledTimeELBO, fit, standard_diffusion
 from probdiff.train import checkpoint as checkpoints
 from probdiff.train import data as batches
 from probdiff.train import loop as chunks
@@ -651,12 +651,7 @@ def test_a_latent_site_outside_every_plate_is_refused_in_minibatches(key):
     ],
 )
 def test_data_that_a_diffusion_cannot_take_are_refused_before_training(spoil, message):
-    diffusion = Diffusion(
-        GaussianKernel(),
-        schedules.linear(5, beta_1=0.1, beta_T=0.5),
-        networks.Perceptron((2,), 4, 1, 5, rngs=nnx.Rngs(0)),
-        event_shape=(2,),
-    )
+    diffusion = standard_diffusion((2,), T=5)
     svi = SVI(diffusion.model, diffusion.guide, optax.adam(1e-3), SampledTimeELBO())
     x = random.normal(random.key(0), (80, 2))
     with pytest.raises(ValueError, match=message):
