@@ -23,6 +23,7 @@ has to be agreed on, or the processes would wait for each other for ever.
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
@@ -37,16 +38,10 @@ from probdiff.compilation import Programs
 
 
 def checked(mesh: Mesh | None) -> Mesh | None:
-    """The mesh with an axis that the compiler may use as it sees fit.
-
-    Args:
-        mesh: Devices on one axis, of this process alone or of all processes; or None.
-
-    Returns:
-        A mesh of the same devices, or None.
+    """The same devices on an axis that the compiler may use as it sees fit.
 
     Raises:
-        ValueError: It has several axes, or leaves a process out.
+        ValueError: The mesh has several axes, or leaves a process out.
     """
     if mesh is None:
         return None
@@ -163,7 +158,9 @@ def _on_each_device(
 
     def on_one(given: Any, own: Any) -> Any:
         key, *rows = jax.tree.map(lambda leaf: leaf[0], own)
-        return jax.tree.map(lambda leaf: leaf[None], of(key, given, *rows, **static))
+        # A unit of its own, to be rounded as it is without a mesh.
+        out = jax.jit(functools.partial(of, **static))(key, given, *rows)
+        return jax.tree.map(lambda leaf: leaf[None], out)
 
     divided = PartitionSpec(mesh.axis_names)
     # Unchecked: what a program's loops start from is the same everywhere, and then it is not.
@@ -186,18 +183,13 @@ def _place_shares(leaf: Any, sharding: NamedSharding) -> jax.Array:
 
 def _rounds(blocks: Iterable[tuple[Any, ...]], size: int) -> Iterator[list[tuple[Any, ...]]]:
     """Blocks in groups of one shape, at most `size` in each."""
-    group: list[tuple[Any, ...]] = []
-    for block in blocks:
-        if group and (len(group) == size or _shapes(block) != _shapes(group[0])):
+
+    def shapes(block: tuple[Any, ...]) -> list[tuple[int, ...]]:
+        return [np.shape(leaf) for leaf in jax.tree.leaves(block)]
+
+    for _, same in itertools.groupby(blocks, shapes):
+        while group := list(itertools.islice(same, size)):
             yield group
-            group = []
-        group.append(block)
-    if group:
-        yield group
-
-
-def _shapes(block: tuple[Any, ...]) -> list[tuple[int, ...]]:
-    return [np.shape(leaf) for leaf in jax.tree.leaves(block)]
 
 
 def _stack(*leaves: Any) -> Any:

@@ -44,9 +44,9 @@ from probdiff.trajectories import (
 )
 from probdiff.types import Params
 
-MEMORY = 0.99
+_MEMORY = 0.99
 """Weight of the past in the running mean square of KL_t."""
-MEMORY_SUFFIX = "_mean_square_kl"
+_MEMORY_SUFFIX = "_mean_square_kl"
 
 
 class _TrackKL(Messenger):
@@ -54,7 +54,7 @@ class _TrackKL(Messenger):
 
     def process_message(self, msg: dict[str, Any]) -> None:
         if (forward := _forward(msg)) is not None:
-            mutable(_memory_name(msg["name"]), jnp.zeros(forward.steps.T - 1))
+            mutable(msg["name"] + _MEMORY_SUFFIX, jnp.zeros(forward.steps.T - 1))
 
 
 def track_kl(guide: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,18 +71,9 @@ def track_kl(guide: Callable[..., Any]) -> Callable[..., Any]:
         A guide to hand to `SVI` in its place.
 
     Example:
-        >>> import jax
-        >>> import jax.numpy as jnp
-        >>> from numpyro.infer import SVI
-        >>> from optax import adam
-        >>> from probdiff import Diffusion, GaussianKernel, ImportanceTimes, SampledTimeELBO
-        >>> from probdiff import schedules, track_kl
-        >>> diffusion = Diffusion(
-        ...     GaussianKernel(), schedules.linear(5, beta_1=0.1, beta_T=0.5),
-        ...     lambda x_t, t: jnp.zeros((*x_t.shape, 2)), event_shape=(),
-        ... )
+        >>> diffusion = standard_diffusion((), T=5)
         >>> loss = SampledTimeELBO(times=ImportanceTimes())
-        >>> svi = SVI(diffusion.model, track_kl(diffusion.guide), adam(1e-3), loss)
+        >>> svi = SVI(diffusion.model, track_kl(diffusion.guide), optax.adam(1e-3), loss)
         >>> state = svi.init(jax.random.key(0), jnp.ones(8))
         >>> state.mutable_state["x_0_trajectory_mean_square_kl"].shape  # t = 2..5
         (4,)
@@ -107,7 +98,7 @@ class _PlaceTimes(Messenger):
         forward = _forward(msg)
         if forward is None or msg["value"] is not None:
             return
-        memory = self.memory.get(_memory_name(msg["name"]))
+        memory = self.memory.get(msg["name"] + _MEMORY_SUFFIX)
         if memory is None:
             if self.times.tracks_kl:
                 raise ValueError(
@@ -115,9 +106,12 @@ class _PlaceTimes(Messenger):
                     "pass track_kl(guide) to SVI in place of the guide"
                 )
             memory = jnp.zeros(forward.steps.T - 1)
-        msg["value"] = _draw_levels(
-            msg["kwargs"]["rng_key"], forward, self.times, self.num_times, memory
-        )
+        # x_1 and x_t at `num_times` times are independent given x_0, as each term allows.
+        key_t, key_1, key_x = jax.random.split(msg["kwargs"]["rng_key"], 3)
+        t, probability = self.times.draw(key_t, (self.num_times, *forward.batch_shape), memory)
+        x_1 = forward.sample_at(key_1, jnp.ones(forward.batch_shape, jnp.int32))
+        x_t, weight = forward.sample_at(key_x, t), 1 / (self.num_times * probability)
+        msg["value"] = SampledTimes(x_1, x_t, t, weight)
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "mutable":
@@ -127,7 +121,7 @@ class _PlaceTimes(Messenger):
 class SampledTimeLoss(ELBO, abc.ABC):
     """Objective of a program with diffusion trajectories, each estimated at random times.
 
-    Works with any `SVI`, at a cost that does not grow with T.
+    Its arguments are those of `SampledTimeELBO`.
     """
 
     def __init__(
@@ -138,14 +132,6 @@ class SampledTimeLoss(ELBO, abc.ABC):
         times: Times | None = None,
         vectorize_particles: Any = True,
     ):
-        """Set how often to draw.
-
-        Args:
-            num_particles: Independent draws of the whole program, averaged.
-            num_times: Times t per example and draw; x_1 is drawn once.
-            times: Law of t: `StratifiedTimes()` by default, `UniformTimes()`, `ImportanceTimes()`.
-            vectorize_particles: As in `numpyro.infer.elbo.ELBO`.
-        """
         for argument, value in {"num_particles": num_particles, "num_times": num_times}.items():
             if value != int(value) or value < 1:
                 raise ValueError(f"{argument} must be an integer of at least 1; got {value}")
@@ -157,11 +143,7 @@ class SampledTimeLoss(ELBO, abc.ABC):
 
     @abc.abstractmethod
     def step_loss(
-        self,
-        forward: ForwardTrajectory,
-        reverse: Reverse,
-        x_t: Any,
-        t: Int[Array, "*lead"],
+        self, forward: ForwardTrajectory, reverse: Reverse, x_t: Any, t: Array
     ) -> Float[Array, "*lead"]:
         """What step t adds to the loss of an example, t in 2..T."""
 
@@ -195,7 +177,12 @@ class SampledTimeLoss(ELBO, abc.ABC):
             keys = jax.random.split(rng_key, self.num_particles)
             losses, states = self.vectorize_particles_fn(particle, keys)
             loss = jnp.mean(losses)
-            state = {name: _over_particles(name, value) for name, value in states.items()}
+            state = {  # the mean of a running KL, the last particle's of any other
+                name: jnp.mean(value, 0)
+                if name.endswith(_MEMORY_SUFFIX)
+                else jax.tree.map(lambda leaf: leaf[-1], value)
+                for name, value in states.items()
+            }
         return {"loss": loss, "mutable_state": state or None}
 
     def _particle(self, key, param_map, model, guide, args, kwargs):
@@ -224,9 +211,14 @@ class SampledTimeLoss(ELBO, abc.ABC):
                 is_mean_field = _is_mean_field(name, model_sites, guide_sites)
                 term = _latent_loss(site, guide_sites[name], closed_form=is_mean_field)
             else:
-                raise ValueError(_UNMATCHED.format(name=name))
+                raise ValueError(
+                    f"site {name!r} of the model is latent and has no counterpart in the guide; "
+                    "a trajectory's is diffusion.forward(x_0)"
+                )
             terms.append(term)
-        terms += [_log_prob(site) for site in _auxiliary(guide_sites, model_sites)]
+        for name, site in guide_sites.items():
+            if site["type"] == "sample" and name not in model_sites:  # auxiliary
+                terms.append(_log_prob(site))
         return sum(terms, start=jnp.zeros(())), state
 
     def _trajectory_term(
@@ -246,7 +238,7 @@ class SampledTimeLoss(ELBO, abc.ABC):
         loss = self.step_loss(forward, law.reverse, levels.x_t, levels.t)
         total = jnp.sum(levels.weight * loss, 0) + self.end_loss(forward)
         term = jnp.sum(scale_and_mask(total, guide_site["scale"], mask))
-        name = _memory_name(guide_site["name"])
+        name = guide_site["name"] + _MEMORY_SUFFIX
         if name not in state:
             return term, {}
         return term, {name: _remember(state[name], levels.t, jax.lax.stop_gradient(loss), mask)}
@@ -277,17 +269,8 @@ class SampledTimeELBO(SampledTimeLoss):
         ValueError: if a number is no integer of at least 1, or `times` is no law of t.
 
     Example:
-        >>> import jax
-        >>> import jax.numpy as jnp
-        >>> import numpyro.distributions as dist
-        >>> from numpyro.infer import SVI
-        >>> from optax import adam
-        >>> from probdiff import Diffusion, GaussianKernel, SampledTimeELBO, schedules
-        >>> diffusion = Diffusion(
-        ...     GaussianKernel(), schedules.linear(5, beta_1=0.1, beta_T=0.5),
-        ...     lambda x_t, t: jnp.zeros((*x_t.shape, 2)), event_shape=(),  # it is N(0, 1)
-        ... )
-        >>> svi = SVI(diffusion.model, diffusion.guide, adam(1e-3), SampledTimeELBO())
+        >>> diffusion = standard_diffusion()  # it is N(0, 1)
+        >>> svi = SVI(diffusion.model, diffusion.guide, optax.adam(1e-3), SampledTimeELBO())
         >>> x_0 = jnp.ones(20_000)  # one example many times, to average over the noise
         >>> loss = jax.jit(svi.evaluate)(svi.init(jax.random.key(0), x_0), x_0) / 20_000
         >>> bool(abs(loss + dist.Normal(0, 1).log_prob(1.0)) < 0.1)
@@ -297,11 +280,7 @@ class SampledTimeELBO(SampledTimeLoss):
     """
 
     def step_loss(
-        self,
-        forward: ForwardTrajectory,
-        reverse: Reverse,
-        x_t: Any,
-        t: Int[Array, "*lead"],
+        self, forward: ForwardTrajectory, reverse: Reverse, x_t: Any, t: Array
     ) -> Float[Array, "*lead"]:
         """KL( q(x_s | x_t, x_0) ‖ p(x_s | x_t) )."""
         return step_kl(forward, reverse.step(x_t, t, examples_first=True), x_t, t)
@@ -315,16 +294,6 @@ class SampledTimeELBO(SampledTimeLoss):
     ) -> Float[Array, "*batch"]:
         """−log p(x_0 | x_1)."""
         return -x_0_given_x_1.log_prob(x_0)
-
-
-_UNMATCHED = (
-    "site {name!r} of the model is latent and has no counterpart in the guide; a trajectory's is "
-    "diffusion.forward(x_0)"
-)
-
-
-def _memory_name(site: str) -> str:
-    return site + MEMORY_SUFFIX
 
 
 def _unwrap(fn: Any) -> tuple[Any, Any]:
@@ -348,17 +317,6 @@ def _forward(msg: dict[str, Any]) -> ForwardTrajectory | None:
     if not isinstance(fn, ForwardTrajectory):
         return None
     return fn.broadcast_to(msg["fn"].batch_shape)
-
-
-def _draw_levels(
-    key: Array, forward: ForwardTrajectory, times: Times, num_times: int, memory: Any
-) -> SampledTimes:
-    """x_1 and x_t at `num_times` times per example; independent given x_0, as each term allows."""
-    key_t, key_1, key_x = jax.random.split(key, 3)
-    shape = (num_times, *forward.batch_shape)
-    t, probability = times.draw(key_t, shape, memory)
-    x_1 = forward.sample_at(key_1, jnp.ones(forward.batch_shape, jnp.int32))
-    return SampledTimes(x_1, forward.sample_at(key_x, t), t, 1 / (num_times * probability))
 
 
 def bridge_at(forward: ForwardTrajectory, x_t: Any, t: Int[Array, "*lead"]) -> dist.Distribution:
@@ -397,7 +355,7 @@ def _remember(memory: Any, t: Any, kl: Any, mask: Any) -> Float[Array, " steps"]
     count = jnp.zeros_like(memory).at[index].add(kept.reshape(-1).astype(memory.dtype))
     square = jnp.where(kept, kl, 0.0).reshape(-1) ** 2
     mean = jnp.zeros_like(memory).at[index].add(square) / jnp.maximum(count, 1)
-    blended = jnp.where(memory > 0, MEMORY * memory + (1 - MEMORY) * mean, mean)
+    blended = jnp.where(memory > 0, _MEMORY * memory + (1 - _MEMORY) * mean, mean)
     return jnp.where(count > 0, blended, memory)
 
 
@@ -427,13 +385,6 @@ def _check_order(name: str, model_sites: Any, guide_sites: Any) -> None:
         )
 
 
-def _over_particles(name: str, values: Any) -> Any:
-    """One value of a mutable site: the mean of a running KL, the last particle's of any other."""
-    if name.endswith(MEMORY_SUFFIX):
-        return jnp.mean(values, 0)
-    return jax.tree.map(lambda leaf: leaf[-1], values)
-
-
 def _latent_loss(
     model_site: dict[str, Any], guide_site: dict[str, Any], *, closed_form: bool
 ) -> Float[Array, ""]:
@@ -445,12 +396,3 @@ def _latent_loss(
     except NotImplementedError:
         return _log_prob(guide_site) - _log_prob(model_site)
     return jnp.sum(scale_and_mask(kl, guide_site["scale"]))
-
-
-def _auxiliary(guide_sites: Any, model_sites: Any) -> list[dict[str, Any]]:
-    """Sample sites of the guide that the model does not have; `infer={"is_auxiliary": True}`."""
-    return [
-        site
-        for name, site in guide_sites.items()
-        if site["type"] == "sample" and name not in model_sites
-    ]

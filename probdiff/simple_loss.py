@@ -40,27 +40,12 @@ class SimpleLoss(SampledTimeLoss):
     An objective of `SVI` that pays for samples rather than for nats: it is no bound, and says
     nothing of the variance of a reverse step. For `GaussianKernel` alone.
 
-    Args:
-        num_particles: Independent draws of the whole program, averaged.
-        num_times: Times t per example and draw; x_1 is drawn once.
-        times: Law of t: `StratifiedTimes()` by default, `UniformTimes()`, `ImportanceTimes()`.
-        vectorize_particles: As in `numpyro.infer.elbo.ELBO`.
-
-    Raises:
-        ValueError: if a number is no integer of at least 1, or `times` is no law of t.
+    Its arguments are those of `SampledTimeELBO`.
 
     Example:
-        >>> import jax
-        >>> import jax.numpy as jnp
-        >>> from numpyro.infer import SVI
-        >>> from optax import adam
-        >>> from probdiff import Diffusion, GaussianKernel, SimpleLoss, readouts, schedules
-        >>> diffusion = Diffusion(
-        ...     GaussianKernel(), schedules.linear(5, beta_1=0.1, beta_T=0.5),
-        ...     lambda x_t, t: 0 * x_t, event_shape=(),  # ε̂ = 0
-        ...     readout=readouts.Epsilon(readouts.ForwardVariance()), last_step=readouts.Learned(),
-        ... )
-        >>> svi = SVI(diffusion.model, diffusion.guide, adam(1e-3), SimpleLoss())
+        >>> epsilon = readouts.Epsilon(readouts.ForwardVariance())
+        >>> diffusion = standard_diffusion(readout=epsilon, last_step=readouts.Learned())  # ε̂ = 0
+        >>> svi = SVI(diffusion.model, diffusion.guide, optax.adam(1e-3), SimpleLoss())
         >>> x_0 = jnp.ones(20_000)
         >>> loss = jax.jit(svi.evaluate)(svi.init(jax.random.key(0), x_0), x_0) / 20_000
         >>> bool(abs(loss - 1) < 0.1)  # E ε² = 1
@@ -70,11 +55,7 @@ class SimpleLoss(SampledTimeLoss):
     """
 
     def step_loss(
-        self,
-        forward: ForwardTrajectory,
-        reverse: Reverse,
-        x_t: Any,
-        t: Int[Array, "*lead"],
+        self, forward: ForwardTrajectory, reverse: Reverse, x_t: Any, t: Array
     ) -> Float[Array, "*lead"]:
         """|ε̂ − ε|² / T at t."""
         return _noise_error(forward, reverse.step(x_t, t, examples_first=True), x_t, t)
@@ -103,17 +84,8 @@ class CombinedLoss(SampledTimeLoss):
         ValueError: if the weight is not above 0.
 
     Example:
-        >>> import jax
-        >>> import jax.numpy as jnp
-        >>> import numpy as np
-        >>> from numpyro.infer import SVI
-        >>> from optax import adam
-        >>> from probdiff import CombinedLoss, Diffusion, GaussianKernel, schedules
-        >>> diffusion = Diffusion(
-        ...     GaussianKernel(), schedules.linear(5, beta_1=0.1, beta_T=0.5),
-        ...     lambda x_t, t: jnp.zeros((*x_t.shape, 2)), event_shape=(),  # it is N(0, 1)
-        ... )
-        >>> svi = SVI(diffusion.model, diffusion.guide, adam(1e-3), CombinedLoss(weight=1.0))
+        >>> diffusion = standard_diffusion()  # it is N(0, 1)
+        >>> svi = SVI(diffusion.model, diffusion.guide, optax.adam(1e-3), CombinedLoss(weight=1.0))
         >>> x_0 = jnp.ones(20_000)
         >>> loss = jax.jit(svi.evaluate)(svi.init(jax.random.key(0), x_0), x_0) / 20_000
         >>> simple = np.cumprod(1 - diffusion.rates).mean()  # L_simple is the mean of ᾱ_t here
@@ -130,16 +102,12 @@ class CombinedLoss(SampledTimeLoss):
         super().__init__(**options)
 
     def step_loss(
-        self,
-        forward: ForwardTrajectory,
-        reverse: Reverse,
-        x_t: Any,
-        t: Int[Array, "*lead"],
+        self, forward: ForwardTrajectory, reverse: Reverse, x_t: Any, t: Array
     ) -> Float[Array, "*lead"]:
         """|ε̂ − ε|² / T, and `weight` times the KL of the step."""
-        step = reverse.step(x_t, t, examples_first=True)
-        kl = step_kl(forward, _mean_held(step), x_t, t)
-        return _noise_error(forward, step, x_t, t) + self.weight * kl
+        law = reverse.step(x_t, t, examples_first=True)
+        kl = step_kl(forward, _mean_held(law), x_t, t)
+        return _noise_error(forward, law, x_t, t) + self.weight * kl
 
     def end_loss(self, forward: ForwardTrajectory) -> Float[Array, "*batch"]:
         """`weight` times KL( q(x_T | x_0) ‖ π )."""
@@ -158,14 +126,12 @@ def _mean_held(step: dist.Distribution) -> dist.Distribution:
 
 
 def _noise_error(
-    forward: ForwardTrajectory, reverse_step: dist.Distribution, x_t: Any, t: Int[Array, "*lead"]
+    forward: ForwardTrajectory, law: dist.Distribution, x_t: Any, t: Int[Array, "*lead"]
 ) -> Float[Array, "*lead"]:
     """|ε̂ − ε|² / T at given levels."""
     _check(forward)
-    step = forward.step_at(t)
-    weight_0, _ = bridge_weights(step)
-    error = (reverse_step.mean - bridge_at(forward, x_t, t).mean) / weight_0
-    return _scaled(forward, error, t)
+    weight_0, _ = bridge_weights(forward.step_at(t))
+    return _scaled(forward, (law.mean - bridge_at(forward, x_t, t).mean) / weight_0, t)
 
 
 def _first_noise_error(
@@ -187,7 +153,6 @@ def _scaled(forward: ForwardTrajectory, error: Any, t: Int[Array, "*lead"]) -> A
 def _check(forward: ForwardTrajectory) -> None:
     if not isinstance(forward.kernel, GaussianKernel):
         raise ValueError(
-            f"kernel must be GaussianKernel() for L_simple, whose noise is Gaussian; got "
-            f"{forward.kernel}. "
-            "Use SampledTimeELBO"
+            "kernel must be GaussianKernel() for L_simple, whose noise is Gaussian; got "
+            f"{forward.kernel}. Use SampledTimeELBO"
         )

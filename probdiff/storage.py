@@ -7,7 +7,7 @@ Each file is written beside its place and renamed into it, the configuration las
 """
 
 import dataclasses
-import hashlib
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -16,38 +16,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.flax import load as read_tensors
-from safetensors.flax import save as write_tensors
 
-from probdiff import checkpoint, kernels, networks, readouts, schedules, validation
+from probdiff import kernels, networks, readouts, schedules, validation
 from probdiff.diffusion import Diffusion
 from probdiff.networks.binding import built_in_config
+from probdiff.train import checkpoint
 from probdiff.types import Network, Params
 
-FORMAT = 1
+_FORMAT = 1
 NETWORKS = {n: c for n in networks.__all__ if isinstance(c := getattr(networks, n), type)}
-PARTS = {
+_PARTS = {
     cls.__name__: cls
-    for cls in (
-        kernels.AbsorbingKernel,
-        kernels.BernoulliKernel,
-        kernels.CategoricalKernel,
-        kernels.GaussianKernel,
-        readouts.Perturbation,
-        readouts.Epsilon,
-        readouts.Data,
-        readouts.DataLogits,
-        readouts.Logits,
-        readouts.Mixture,
-        readouts.Velocity,
-        readouts.Score,
-        readouts.LearnedVariance,
-        readouts.ForwardVariance,
-        readouts.BridgeVariance,
-        readouts.Tied,
-        readouts.Learned,
-        readouts.Discretised,
-    )
+    for module in (kernels, readouts)
+    for name in module.__all__
+    if dataclasses.is_dataclass(cls := getattr(module, name)) and not inspect.isabstract(cls)
 }
 
 
@@ -65,23 +47,16 @@ def save(path: str | Path, diffusion: Diffusion, params: Params) -> None:
     Example:
         See `load`, the way back:
 
-        >>> import tempfile
-        >>> from pathlib import Path
-        >>> import jax.numpy as jnp
-        >>> from probdiff import Diffusion, GaussianKernel, save, schedules
-        >>> def network(x_t, t):
-        ...     return jnp.zeros((*x_t.shape, 2))
-        >>> diffusion = Diffusion(GaussianKernel(), schedules.harmonic(4), network, event_shape=())
+        >>> import os, tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save(folder, diffusion, {})
-        ...     sorted(path.name for path in Path(folder).iterdir())
+        ...     save(folder, standard_diffusion(), {})
+        ...     sorted(os.listdir(folder))
         ['config.json', 'params.safetensors']
     """
     diffusion.check_params(params)
     leaves = validation.leaves_by_path(params)
-    tensors = {name: jnp.asarray(leaf) for name, leaf in leaves.items()}
-    data = write_tensors(tensors)
-    config = _config(diffusion) | {"params_sha256": hashlib.sha256(data).hexdigest()}
+    data = checkpoint.packed({name: np.asarray(a, order="C") for name, a in leaves.items()})
+    config = _config(diffusion) | {"params_sha256": checkpoint.sha256(data)}
     config |= {"config_sha256": _digest(config)}
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,9 +79,6 @@ def load(path: str | Path, *, network: Network | None = None) -> tuple[Diffusion
 
     Example:
         >>> import tempfile
-        >>> import jax
-        >>> from flax import nnx
-        >>> from probdiff import Diffusion, GaussianKernel, load, networks, save, schedules
         >>> network = networks.RadialBasis((), width=4, T=5, rngs=nnx.Rngs(0))
         >>> diffusion = Diffusion(GaussianKernel(), schedules.harmonic(5), network, event_shape=())
         >>> params = {"x_0_network$params": nnx.to_pure_dict(nnx.state(network))}
@@ -126,15 +98,14 @@ def load(path: str | Path, *, network: Network | None = None) -> tuple[Diffusion
     if not file.is_file():
         raise ValueError(f"path must be a saved model; {file} is not there")
     data = file.read_bytes()
-    if hashlib.sha256(data).hexdigest() != config["params_sha256"]:
+    if checkpoint.sha256(data) != config["params_sha256"]:
         raise ValueError(f"{file} must be as it was saved; its checksum is another")
-    tensors = read_tensors(data)
-    tree = jax.tree_util.tree_structure(diffusion.params_template)
+    tensors = checkpoint.unpacked(data)
+    tree = jax.tree.structure(diffusion.params_template)
     names = list(validation.leaves_by_path(diffusion.params_template))
     if sorted(names) != sorted(tensors):
         raise ValueError(f"{file} must hold the parameters {sorted(names)}; got {sorted(tensors)}")
-    leaves = [tensors[name] for name in names]
-    params = jax.tree_util.tree_unflatten(tree, leaves)
+    params = jax.tree.unflatten(tree, [jnp.asarray(tensors[name]) for name in names])
     diffusion.check_params(params)
     return diffusion, params
 
@@ -144,7 +115,7 @@ def _config(diffusion: Diffusion) -> dict[str, Any]:
     built_in = NETWORKS.get(kind) is type(diffusion.network)
     settings = built_in_config(diffusion.network) if built_in else None
     return {
-        "format": FORMAT,
+        "format": _FORMAT,
         "kernel": _describe(diffusion.kernel),
         "beta": diffusion.rates.tolist(),
         "beta_learned": isinstance(diffusion.schedule, schedules.LearnedRates),
@@ -165,7 +136,7 @@ def _as_list(value: Any, default: float) -> Any:
 
 def _describe(part: Any) -> dict[str, Any]:
     """Type and fields of a kernel, readout, variance or last step."""
-    if PARTS.get(type(part).__name__) is not type(part):
+    if _PARTS.get(type(part).__name__) is not type(part):
         raise ValueError(
             f"diffusion must be made of built-in parts to be saved; got {type(part).__name__}"
         )
@@ -177,11 +148,11 @@ def _describe(part: Any) -> dict[str, Any]:
 def _revive(described: dict[str, Any]) -> Any:
     values = {k: v for k, v in described.items() if k != "type"}
     values = {k: _revive(v) if isinstance(v, dict) else v for k, v in values.items()}
-    if described["type"] not in PARTS:
+    if described["type"] not in _PARTS:
         raise ValueError(
-            f"config.json must name built-in parts {sorted(PARTS)}; got {described['type']!r}"
+            f"config.json must name built-in parts {sorted(_PARTS)}; got {described['type']!r}"
         )
-    return PARTS[described["type"]](**values)
+    return _PARTS[described["type"]](**values)
 
 
 def _rebuild(config: dict[str, Any], network: Network | None) -> Diffusion:
@@ -220,12 +191,12 @@ def _read_config(file: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} must be JSON as saved; {error}") from None
     found = config.get("format") if isinstance(config, dict) else None
-    if found != FORMAT:
-        raise ValueError(f"{file} must have format {FORMAT}; got {found}")
+    if found != _FORMAT:
+        raise ValueError(f"{file} must have format {_FORMAT}; got {found}")
     if config.pop("config_sha256", None) != _digest(config):
         raise ValueError(f"{file} must be as it was saved; its checksum is another")
     return config
 
 
 def _digest(config: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    return checkpoint.sha256(json.dumps(config, sort_keys=True).encode())

@@ -9,7 +9,7 @@ from jax import random
 from numpyro.distributions import constraints
 from numpyro.infer import SVI, Trace_ELBO
 
-from probdiff.batches import Minibatches
+from probdiff.train.data import Minibatches
 
 
 def data(seed=0):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from probdiff.batches import Minibatches, Stream, Whole, arguments, from_data
+from probdiff.train.data import Minibatches, Stream, Whole, arguments, from_data
 
 
 def minibatches(N, batch_size, seed=0):
@@ -65,17 +65,16 @@ def test_a_stream_keeps_its_order_from_where_it_starts(start):
     for n in (1, 4, 2, 8):
         data, indices = stream.take(start + len(seen), n)
         seen += [int(data[row, 0, 0]) for row in indices[:n]]
-    stream.close()
     assert seen == list(range(start, start + 15))
 
 
-def test_closing_a_stream_ends_its_thread():
-    stream = Stream(numbered(100_000), None)
+def test_no_batch_is_drawn_that_no_step_sees():
+    batches, threads = numbered(100), threading.active_count()
+    stream = Stream(batches, None)
     stream.take(0, 1)
-    thread = stream._thread
-    assert thread in threading.enumerate()
-    stream.close()
-    assert thread not in threading.enumerate()
+    stream.take(1, 3)
+    assert next(batches)[0, 0] == 4
+    assert threading.active_count() == threads
 
 
 def test_a_stream_that_ends_says_after_how_many_batches():

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
-from probdiff import checkpoint
+from probdiff.train import checkpoint
 
 
 def tree():
@@ -73,10 +74,21 @@ def test_a_byte_changed_anywhere_is_refused_by_name(path):
 
 
 def test_a_file_without_a_seal_is_refused(path):
-    import safetensors.numpy
-
     safetensors.numpy.save_file({"x": np.zeros(3)}, path)
     with pytest.raises(ValueError, match="must hold the seal"):
+        checkpoint.read(path)
+
+
+def test_a_file_of_another_format_is_refused_by_its_name(path, monkeypatch):
+    old = {"format": "probdiff.fit 1", "dtypes": "{}", "sha256": "0"}
+    safetensors.numpy.save_file({"losses": np.zeros(3)}, path, metadata=old)
+    ours = r"run\.safetensors must have the format 'probdiff.fit 2'"
+    with pytest.raises(ValueError, match=f"{ours}; got 'probdiff.fit 1'"):
+        checkpoint.read(path)
+    with monkeypatch.context() as later:
+        later.setattr(checkpoint, "_FORMAT", "probdiff.fit 3")
+        checkpoint.write(path, {}, {})
+    with pytest.raises(ValueError, match=f"{ours}; got 'probdiff.fit 3'"):
         checkpoint.read(path)
 
 

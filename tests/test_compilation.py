@@ -42,6 +42,13 @@ def test_data_that_change_in_place_are_seen():
     assert count(programs) == [1]
 
 
+def test_what_was_traced_keeps_its_data():
+    data = np.ones(3, np.float32)
+    traced = trace(lambda x: x + data, X)
+    data[:] = 5
+    assert traced(X).tolist() == [1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("one", "other"), [(1, 2), (0.0, -0.0), (1, True), (1.0, 1), (jnp.float32(1), jnp.float32(2))]
 )
@@ -64,8 +71,8 @@ def test_numbers_inside_a_compiled_function_are_seen():
     """Constants of an inner `jit` are part of its jaxpr, not arguments."""
     programs = Programs()
     for value in (1.0, 2.0):
-        v = jnp.full(3, value)
-        inner = jax.jit(lambda x, v=v: x + v)
+        array = jnp.full(3, value)
+        inner = jax.jit(lambda x, v=array: x + v)
         assert run(programs, lambda x, f=inner: f(x), X).tolist() == [value, 1 + value, 2 + value]
 
 

@@ -12,8 +12,7 @@ import xarray as xr
 from matplotlib.colors import to_rgba
 
 from probdiff import plots
-from probdiff.journal import Progress
-from probdiff.train import HeldOutLosses
+from probdiff.train import HeldOutLosses, Progress
 
 
 @pytest.fixture(autouse=True)

@@ -39,7 +39,8 @@ def plane():
 
 
 COMMON = f"""
-    import functools, re, sys
+    import re, sys
+    from functools import partial
     import jax, numpy as np, optax
     import jax.numpy as jnp
     from flax import nnx
@@ -47,10 +48,11 @@ COMMON = f"""
     from jax.sharding import Mesh
     from numpyro.infer import SVI, Trace_ELBO
     from probdiff import (
-        Diffusion, GaussianKernel, SampledTimeELBO, batches, devices, diagnostics, fit, networks,
-        readouts, sample, schedules,
+        Diffusion, GaussianKernel, SampledTimeELBO, devices, diagnostics, fit, networks, readouts,
+        sample, schedules,
     )
-    from probdiff.compiled import compiled_of
+    from probdiff.train.data import from_data
+    from probdiff.train.step import TracedSVI, _chunk
 
     T = {T}
     beta = schedules.log_snr_linear(T=T, beta_1=1e-2, alpha_bar_T=1e-2)
@@ -66,18 +68,17 @@ COMMON = f"""
         return re.findall(rf" ({{kinds}})(?:-start)?\\(", text)
 
     def in_a_step(svi, data, batch_size):
-        source = batches.from_data(random.key(2), data, batch_size, mesh)
-        compiled = compiled_of(svi)
-        carry = compiled.start(compiled.init(random.key(0), source.first), averaged=True)
+        source = from_data(random.key(2), data, batch_size, mesh)
+        svi = TracedSVI(svi, random.key(0), source.first, mesh)
+        functions, carry = (svi._update, svi._get_params), svi.start(averaged=True)
         options = np.int32(0), np.int32(1), 0.9, np.zeros(source.capacity, np.float32)
-        lowered = compiled.chunk.lower(
-            devices.replicate(carry, mesh), *source.take(0, 1), *options, mesh=mesh
-        )
+        chunk = jax.jit(partial(_chunk, mesh=mesh))
+        lowered = chunk.lower(*functions, carry, *source.take(0, 1), *options)
         return collectives(lowered.compile().as_text())
 
     def in_a_round(function, reverse, block, **static):
         own = jax.tree.map(lambda leaf: jnp.stack([leaf] * mesh.size), block)
-        on_each = functools.partial(devices._on_each_device, of=function, mesh=mesh, **static)
+        on_each = partial(devices._on_each_device, of=function, mesh=mesh, **static)
         lowered = jax.jit(on_each).lower(reverse, own)
         return collectives(lowered.compile().as_text())
 
@@ -228,6 +229,28 @@ def test_diagnostics_on_four_devices_give_the_figures_of_one_and_exchange_nothin
             for m in (None, mesh)
         )
         alike(one["sandwich"], four["sandwich"])
+    """))  # fmt: skip
+
+
+@pytest.mark.long
+def test_blocks_of_a_traced_function_on_four_devices_are_those_of_one_and_see_its_data():
+    check(start("""
+        from probdiff.compilation import Programs, trace
+
+        def draw(key, given, x):
+            function, w = given
+            return function(w, random.normal(key, x.shape) + x)
+
+        programs = Programs()
+        blocks = [(random.fold_in(random.key(0), b), np.full(3, b, float)) for b in range(6)]
+        for data in (np.ones(3), np.arange(3.0)):
+            function = trace(lambda w, x: jnp.tanh(w * x) + data, jnp.ones(3), jnp.ones(3))
+            one, four = (
+                list(devices.blockwise(programs, draw, (function, 2 * jnp.ones(3)), blocks, m))
+                for m in (None, mesh)
+            )
+            equal(one, four)
+        assert len(programs._kept) == 2
     """))  # fmt: skip
 
 

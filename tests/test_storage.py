@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.flax
 from flax import nnx
 
 import probdiff
@@ -87,7 +88,7 @@ def assert_same(one, other):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize("precision", ["bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("make", [plain, with_everything, of_the_users_own])
 def test_a_model_comes_back_bit_for_bit(tmp_path, make, precision):
     with jax.enable_x64(precision == "float64"):
@@ -111,6 +112,18 @@ def test_a_model_comes_back_bit_for_bit(tmp_path, make, precision):
 
 def context_of(diffusion):
     return None if diffusion.context_shape is None else jnp.zeros(diffusion.context_shape)
+
+
+def test_parameters_lie_in_the_file_as_safetensors_writes_them(tmp_path):
+    """So do those of models that were saved by its own routine."""
+    diffusion = with_everything()
+    params = random_params(diffusion)
+    probdiff.save(tmp_path, diffusion, params)
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    theirs = safetensors.flax.save({jax.tree_util.keystr(path): leaf for path, leaf in leaves})
+    assert (tmp_path / "params.safetensors").read_bytes() == theirs
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["params_sha256"] == hashlib.sha256(theirs).hexdigest()
 
 
 def test_rates_stay_the_same_doubles(tmp_path):

@@ -27,17 +27,10 @@ from numpyro.distributions import constraints
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
-from probdiff import (
-    Diffusion,
-    GaussianKernel,
-    SampledTimeELBO,
-    batches,
-    chunks,
-    networks,
-    schedules,
-    train,
-)
-from probdiff.train import fit
+from probdiff import SampledTimeELBO, fit, standard_diffusion
+from probdiff.train import checkpoint as checkpoints
+from probdiff.train import data as batches
+from probdiff.train import loop as chunks
 from regression import data, loop, make_svi
 
 
@@ -246,6 +239,24 @@ def test_a_later_fit_starts_from_the_numbers_the_program_has_then(key):
         assert abs(quiet(key, svi, (), num_steps=1).params["w"] - w) < 1e-5
 
 
+def test_a_later_fit_sees_data_that_the_program_closes_over_and_compiles_nothing(key, caplog):
+    seen = {}
+
+    def model():
+        with numpyro.plate("data", 10):
+            numpyro.sample("y", dist.Normal(numpyro.param("w", 0.0), 1.0), obs=seen["y"])
+
+    svi = SVI(model, lambda: None, optax.sgd(0.05), Trace_ELBO())
+    with jax.log_compiles():
+        for value in (1.0, -3.0):
+            seen["y"] = jnp.full(10, value)
+            caplog.clear()
+            fitted = quiet(key, svi, (), num_steps=50, held_out=(), ema_decay=0.5)
+            assert abs(fitted.params["w"] - value) < 1e-4
+            np.testing.assert_allclose(fitted.held_out_losses.loss, 5 * np.log(2 * np.pi), 1e-5)
+        assert compiled(caplog.records) == []
+
+
 # Compiled once, and let go.
 
 
@@ -379,14 +390,15 @@ KILLED = """
     import sys
     import jax
     from regression import data, make_svi
-    from probdiff import chunks, train
+    from probdiff import fit
+    from probdiff.train import loop
 
     length, path = int(sys.argv[1]), sys.argv[2]
     if length:
-        chunks._chunk_length = lambda n, seconds: length
-    train.fit(jax.random.key(0), make_svi(), data(), num_steps=10**8, batch_size=32, ema_decay=0.9,
-              held_out=data(), evaluate_every=70, patience=10**6, checkpoint=path,
-              checkpoint_every=0.0, progress=False)
+        loop._chunk_length = lambda n, seconds: length
+    fit(jax.random.key(0), make_svi(), data(), num_steps=10**8, batch_size=32, ema_decay=0.9,
+        held_out=data(), evaluate_every=70, patience=10**6, checkpoint=path,
+        checkpoint_every=0.0, progress=False)
 """
 
 
@@ -401,7 +413,7 @@ def test_a_run_killed_at_any_moment_resumes_bit_for_bit(key, svi, tmp_path, leng
     time.sleep(np.random.default_rng().uniform(0, 0.5))
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    done = len(train.checkpoints.read(path)[0]["losses"])
+    done = len(checkpoints.read(path)[0]["losses"])
     assert done > 0
     options = {"batch_size": 32, "ema_decay": 0.9, "held_out": data(), "evaluate_every": 70}
     options |= {"num_steps": done + 100, "patience": 10**6}
@@ -413,15 +425,15 @@ def test_an_interrupt_saves_the_steps_done(key, svi, tmp_path, monkeypatch):
     path = tmp_path / "run"
     chunks_of(monkeypatch, 4)
 
-    def interrupt(bar, run, start, stop):
+    def interrupt(run, bar, start, stop):
         if stop > 20:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(chunks, "_show", interrupt)
+        patch.setattr(chunks.Run, "_show", interrupt)
         with pytest.raises(KeyboardInterrupt):
             quiet(key, svi, data(), num_steps=60, batch_size=32, checkpoint=path)
-    assert 10 < len(train.checkpoints.read(path)[0]["losses"]) <= 20
+    assert 10 < len(checkpoints.read(path)[0]["losses"]) <= 20
     resumed = quiet(key, svi, data(), num_steps=60, batch_size=32, checkpoint=path)
     assert_equal(resumed, quiet(key, svi, data(), num_steps=60, batch_size=32))
 
@@ -449,13 +461,13 @@ def test_a_stream_that_ends_too_soon_leaves_a_checkpoint(key, svi, tmp_path, mon
     stream = ((x[None], y[None]) for x, y in zip(*data(), strict=True))
     with pytest.raises(ValueError, match="ended after 100"):
         quiet(key, svi, stream, num_steps=101, checkpoint=tmp_path / "run")
-    assert len(train.checkpoints.read(tmp_path / "run")[0]["losses"]) > 90
+    assert len(checkpoints.read(tmp_path / "run")[0]["losses"]) > 90
 
 
 def test_checkpoints_follow_the_clock(key, svi, tmp_path, monkeypatch):
     saved = []
     chunks_of(monkeypatch, 5)
-    monkeypatch.setattr(train._File, "save", lambda self, run, record: saved.append(record.step))
+    monkeypatch.setattr(chunks.Run, "_save", lambda self, record: saved.append(record.step))
     run = functools.partial(quiet, key, svi, data(), num_steps=20, batch_size=32)
     run(checkpoint=tmp_path / "a", checkpoint_every=1e6)
     assert saved == [20]
@@ -639,12 +651,7 @@ def test_a_latent_site_outside_every_plate_is_refused_in_minibatches(key):
     ],
 )
 def test_data_that_a_diffusion_cannot_take_are_refused_before_training(spoil, message):
-    diffusion = Diffusion(
-        GaussianKernel(),
-        schedules.linear(5, beta_1=0.1, beta_T=0.5),
-        networks.Perceptron((2,), 4, 1, 5, rngs=nnx.Rngs(0)),
-        event_shape=(2,),
-    )
+    diffusion = standard_diffusion((2,), T=5)
     svi = SVI(diffusion.model, diffusion.guide, optax.adam(1e-3), SampledTimeELBO())
     x = random.normal(random.key(0), (80, 2))
     with pytest.raises(ValueError, match=message):

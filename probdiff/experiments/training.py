@@ -33,7 +33,7 @@ from numpyro.infer import SVI
 from probdiff import Diffusion, Fit, diagnostics, fit, networks, plots, sample, save
 from probdiff.elbo import SampledTimeELBO, SampledTimeLoss
 from probdiff.experiments.report import Row, mean_and_se
-from probdiff.journal import Progress
+from probdiff.train import Progress
 
 CALLS = 50
 """Network calls for a draw that is to be looked at."""

@@ -23,7 +23,7 @@ from numpyro.contrib.module import nnx_module
 from numpyro.infer import SVI, Trace_ELBO
 
 from probdiff import fit
-from probdiff.batches import Minibatches
+from probdiff.train.data import Minibatches
 
 N, BATCH, DECAY = 10_000, 1024, 0.999
 

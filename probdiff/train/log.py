@@ -48,49 +48,46 @@ class Progress(NamedTuple):
     held_out_losses: HeldOutLosses
 
 
-class Journal:
+class Log:
     """The reports of a run, to a file or to a function or to both."""
 
     def __init__(self, path: Path | None, callback: Callable[[Progress], Any] | None):
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"log must lie in a folder that exists; got {path}")
-        self.path, self.callback = path, callback
-        self.last_step, self.seconds, self.began = 0, 0.0, time.monotonic()
+        self._path, self._callback = path, callback
+        self._step, self._seconds, self._began = 0, 0.0, time.monotonic()
 
     def __bool__(self) -> bool:
-        return self.path is not None or self.callback is not None
+        return self._path is not None or self._callback is not None
 
     def resume(self, step: int) -> None:
         """Keep the lines up to this step, and start the clock."""
-        self.last_step = step
-        if self.path is not None:
-            lines = self.path.read_text().splitlines() if step and self.path.exists() else []
+        self._step = step
+        if self._path is not None:
+            lines = self._path.read_text().splitlines() if step and self._path.exists() else []
             kept = [line for line in lines if json.loads(line)["step"] <= step]
-            self.path.write_text("".join(line + "\n" for line in kept))
+            self._path.write_text("".join(line + "\n" for line in kept))
             if kept:
                 last = json.loads(kept[-1])
-                self.last_step, self.seconds = last["step"], last["seconds"]
-        self.began = time.monotonic()
+                self._step, self._seconds = last["step"], last["seconds"]
+        self._began = time.monotonic()
 
     def report(self, progress: Progress, examples: int) -> None:
         """Append a line, and call the callback, whose time does not count."""
-        if self.path is not None:
-            self._write(progress, examples)
-        if self.callback is not None:
-            before = time.monotonic()
-            self.callback(progress)
-            self.began += time.monotonic() - before
-        self.last_step = progress.step
-
-    def _write(self, progress: Progress, examples: int) -> None:
-        losses = progress.losses[self.last_step :]
-        steps, held_out = progress.held_out_losses
-        line = {
-            "step": progress.step,
-            "seconds": round(self.seconds + time.monotonic() - self.began, 1),
-            "loss": float(losses.mean()) / examples if len(losses) else None,
-        }
-        if len(steps) and steps[-1] == progress.step:
-            line["held_out"] = float(held_out[-1])
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        now = time.monotonic()
+        if self._path is not None:
+            losses = progress.losses[self._step :]
+            steps, held_out = progress.held_out_losses
+            line = {
+                "step": progress.step,
+                "seconds": round(self._seconds + now - self._began, 1),
+                "loss": float(losses.mean()) / examples if len(losses) else None,
+            }
+            if len(steps) and steps[-1] == progress.step:
+                line["held_out"] = float(held_out[-1])
+            with self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        if self._callback is not None:
+            self._callback(progress)
+        self._step = progress.step
+        self._began += time.monotonic() - now

@@ -10,21 +10,16 @@ on whether it was interrupted. Three sources give the loop its data, n steps fro
   and step i takes elements iB, …, (i+1)B − 1 of that stream. Within an epoch nothing is drawn
   twice; a batch may end one epoch and begin the next, so that no example is left over.
 - `Whole`: all of the data at every step; a program with a subsampling plate draws its batch itself.
-- `Stream`: an iterator's batches in its order, fetched ahead on a thread and stacked, so that many
-  steps share a transfer.
+- `Stream`: an iterator's batches in its order, stacked, so that many steps share a transfer.
 
-`take` returns `(data, indices)`: the batch of the chunk's i-th step is `data[indices[i]]`, or
-`data` where `indices` is None. `indices` always has `capacity` rows, of which the first n are
-meant: its shape does not depend on n, and neither does what is compiled.
-
-The permutations are NumPy's, drawn on the host while the device is busy; a device would sort.
+The permutations are NumPy's: they are drawn, as an iterator's batches are fetched, on the host
+while the device is busy with the chunk before.
 """
 
+import abc
 import functools
 import itertools
 import json
-import queue
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,8 +29,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int32, PRNGKeyArray
 
-from probdiff import checkpoint, devices
+from probdiff import devices
 from probdiff.arguments import check_at_least
+from probdiff.train import checkpoint
 
 _MAX_STEPS = 1024  # of a chunk: their losses and indices are kept
 _MAX_INDICES = 2**20  # 4 MiB of indices a chunk
@@ -51,18 +47,7 @@ def arguments(batch: Any) -> tuple[tuple, dict]:
 
 
 def as_arrays(data: Any, name: str = "data") -> Any:
-    """`data` with JAX arrays for leaves.
-
-    Args:
-        data: An array, or a tuple or dict of arrays.
-        name: What an error calls it.
-
-    Returns:
-        A tree of the same structure.
-
-    Raises:
-        ValueError: It is something else.
-    """
+    """`data` with JAX arrays for leaves; a `ValueError` unless it is an array, tuple or dict."""
     if not isinstance(data, (np.ndarray, jax.Array, tuple, dict)):
         raise ValueError(
             f"{name} must be an array, or a tuple or dict of arrays; got {type(data).__name__}"
@@ -70,71 +55,54 @@ def as_arrays(data: Any, name: str = "data") -> Any:
     return jax.tree.map(jnp.asarray, data)
 
 
-def from_data(
-    key: PRNGKeyArray, data: Any, batch_size: int | None, mesh: Mesh | None
-) -> "Whole | Minibatches | Stream":
-    """The source that a user's `data` and `batch_size` ask for.
+class Source(abc.ABC):
+    """Where a run's batches come from."""
 
-    Args:
-        key: Orders the minibatches.
-        data: An array, a tuple or dict of arrays, or an iterator of these.
-        batch_size: Examples a step, or None for all of them.
-        mesh: Devices to divide each batch among, or None.
+    known: Any
+    """What can be seen of the data before training: all of them, or a stream's first batch."""
+    first: Any
+    """The batch of step 0."""
+    examples: int
+    """Examples a step."""
+    capacity: int = _MAX_STEPS
+    """Most steps of a chunk."""
 
-    Returns:
-        A source.
+    @abc.abstractmethod
+    def take(self, start: int, n: int) -> tuple[Any, Int32[jax.Array, "capacity *B"] | None]:
+        """`(data, indices)` for steps start, …, start + n − 1: see `at`.
 
-    Raises:
-        ValueError: `batch_size` does not fit the data or the mesh.
-    """
-    if isinstance(data, Iterator):
-        if batch_size is not None:
-            raise ValueError(
-                f"batch_size must be None where data is an iterator of batches; got {batch_size}"
-            )
-        return Stream(data, mesh)
-    data = as_arrays(data)
-    if batch_size is not None:
-        return Minibatches(key, data, batch_size, mesh)
-    if mesh is not None:
-        raise ValueError("batch_size must be given with a mesh, which divides batches; got None")
-    return Whole(data)
-
-
-class Whole:
-    """All of the data, every step."""
-
-    capacity = _MAX_STEPS
-
-    def __init__(self, data: Any):
-        leaves = jax.tree.leaves(data)
-        self.first = self.known = self._data = data
-        self.examples = leaves[0].shape[0] if leaves and leaves[0].ndim else 1
-
-    def take(self, start: int, n: int) -> tuple[Any, None]:
-        """Data of steps start, …, start + n − 1."""
-        return self._data, None
+        `indices` always has `capacity` rows, of which the first n are meant: its shape does not
+        depend on n, and neither does what is compiled.
+        """
 
     def identity(self) -> dict[str, str]:
         """What tells these data from others."""
-        return identity(self._data, "data")
-
-    def close(self) -> None:
-        """Nothing is held open."""
+        return identity(self.known, "data")
 
 
-class Minibatches:
-    """Batches without replacement, in an order that depends on the key alone.
+def at(data: Any, indices: Int32[jax.Array, "capacity *B"] | None, i: Any) -> Any:
+    """Batch of the i-th step of a chunk: `data[indices[i]]`, or `data` without indices."""
+    if indices is None:
+        return data
+    rows = indices[i]
+    return jax.tree.map(lambda leaf: leaf.at[rows].get(mode="promise_in_bounds"), data)
 
-    Args:
-        key: Orders the rows.
-        data: Tree of arrays that share the length N of axis 0.
-        batch_size: Examples a step, B in 1..N.
-        mesh: Devices to divide each batch among, or None.
 
-    Raises:
-        ValueError: Lengths differ, or B does not fit N or the mesh.
-    """
+class Whole(Source):
+    """All of the data, every step."""
+
+    def __init__(self, data: Any):
+        leaves = jax.tree.leaves(data)
+        self.first = self.known = data
+        self.examples = leaves[0].shape[0] if leaves and leaves[0].ndim else 1
+
+    def take(self, start: int, n: int) -> tuple[Any, None]:
+        """The data."""
+        return self.known, None
+
+
+class Minibatches(Source):
+    """Batches of B examples without replacement, in an order that depends on the key alone."""
 
     def __init__(self, key: PRNGKeyArray, data: Any, batch_size: int, mesh: Mesh | None):
         self._N = _shared_length(data, "data")
@@ -146,11 +114,10 @@ class Minibatches:
         self.examples = batch_size
         self.capacity = max(1, min(_MAX_STEPS, _MAX_INDICES // batch_size))
         self._sharding = _divided(batch_size, mesh)
-        self._data = devices.replicate(data, mesh)
         words = np.asarray(jax.random.key_data(key)).ravel().tolist()
         # Two blocks: a chunk may end one and begin the next.
         self._block = functools.lru_cache(maxsize=2)(functools.partial(_block, words, self._N))
-        self.known = data
+        self.known, self._data = data, devices.replicate(data, mesh)
         self.first = jax.tree.map(lambda leaf: leaf[self.rows(0, 1)[0]], data)
 
     def rows(self, start: int, n: int) -> Int32[np.ndarray, "n B"]:
@@ -165,30 +132,14 @@ class Minibatches:
         return rows.reshape(n, self.examples)
 
     def take(self, start: int, n: int) -> tuple[Any, Int32[jax.Array, "capacity B"]]:
-        """Data, and the rows of steps start, …, start + n − 1."""
+        """All of the data, and the rows of each step."""
         indices = np.zeros((self.capacity, self.examples), np.int32)
         indices[:n] = self.rows(start, n)
         return self._data, devices.place(indices, self._sharding)
 
-    def identity(self) -> dict[str, str]:
-        """What tells these data from others."""
-        return identity(self._data, "data")
 
-    def close(self) -> None:
-        """Nothing is held open."""
-
-
-class Stream:
-    """An iterator's batches, fetched ahead on a thread.
-
-    Args:
-        iterator: Yields arrays, or tuples or dicts of arrays, of one shape throughout. More
-            is drawn from it than is used.
-        mesh: Devices to divide each batch among, or None.
-
-    Raises:
-        ValueError: There is no first batch, or its length does not fit the mesh.
-    """
+class Stream(Source):
+    """An iterator's batches: arrays, or tuples or dicts of arrays, of one shape throughout."""
 
     def __init__(self, iterator: Iterator, mesh: Mesh | None):
         first = next(iterator, None)
@@ -202,63 +153,57 @@ class Stream:
         self.capacity = max(1, min(_MAX_STEPS, _MAX_STREAM_BYTES // max(size, 1)))
         self._sharding = _divided(self.examples, mesh)
         self._indices = devices.replicate(jnp.arange(self.capacity, dtype=np.int32), mesh)
-        self._batches = itertools.chain([first], iterator)
-        self._ready: queue.Queue = queue.Queue(self.capacity)
-        self._closed = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._batches, self._taken = itertools.chain([first], iterator), 0
 
     def take(self, start: int, n: int) -> tuple[Any, Int32[jax.Array, "capacity"]]:
-        """Stacked batches of steps start, …, start + n − 1, which follow those taken before."""
-        if self._thread is None:
-            # The first call says how many batches an interrupted run has used up.
-            self._thread = threading.Thread(target=self._fetch, args=(start,), daemon=True)
-            self._thread.start()
+        """Stacked batches, and their numbers; those before `start` are skipped."""
         stacked = jax.tree.map(
             lambda leaf: np.zeros((self.capacity, *leaf.shape), leaf.dtype), self.first
         )
+        while self._taken < start:  # an interrupted run has used them up
+            self._next()
         for i in range(n):
-            batch = self._ready.get()
-            if isinstance(batch, BaseException):
-                raise batch
-            for into, leaf in zip(jax.tree.leaves(stacked), batch, strict=True):
+            batch = self._next()
+            if (there := _shapes(batch)) != (first := _shapes(self.first)):
+                raise ValueError(
+                    f"batch {self._taken} of data must be like the first, {first}; got {there}"
+                )
+            for into, leaf in zip(*map(jax.tree.leaves, (stacked, batch)), strict=True):
                 into[i] = leaf
         return devices.place(stacked, self._sharding), self._indices
 
     def identity(self) -> dict[str, str]:
-        """What tells these batches from others: their shapes, for their values pass by once."""
+        """Shapes alone, for the values pass by once."""
         return {"data": _shapes(self.first)}
 
-    def close(self) -> None:
-        """Stop the thread."""
-        self._closed.set()
-        if self._thread is not None:
-            self._thread.join(timeout=1.0)
+    def _next(self) -> Any:
+        for batch in self._batches:
+            self._taken += 1
+            return batch
+        raise ValueError(f"data must yield a batch for every step; it ended after {self._taken}")
 
-    def _fetch(self, skip: int) -> None:
-        step = 0
-        try:
-            for step, batch in enumerate(self._batches, start=1):
-                if step <= skip:
-                    continue
-                self._check(step, batch)
-                if not self._put([np.asarray(leaf) for leaf in jax.tree.leaves(batch)]):
-                    return
-            self._put(ValueError(f"data must yield a batch for every step; it ended after {step}"))
-        except BaseException as error:
-            self._put(error)
 
-    def _check(self, step: int, batch: Any) -> None:
-        if (there := _shapes(batch)) != (first := _shapes(self.first)):
-            raise ValueError(f"batch {step} of data must be like the first, {first}; got {there}")
+def from_data(key: PRNGKeyArray, data: Any, batch_size: int | None, mesh: Mesh | None) -> Source:
+    """The source that a user's `data` and `batch_size` ask for, or a `ValueError`.
 
-    def _put(self, item: Any) -> bool:
-        while not self._closed.is_set():
-            try:
-                self._ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
+    Args:
+        key: Orders the minibatches.
+        data: An array, a tuple or dict of arrays, or an iterator of these.
+        batch_size: Examples a step, or None for all of them.
+        mesh: Devices to divide each batch among, or None.
+    """
+    if isinstance(data, Iterator):
+        if batch_size is not None:
+            raise ValueError(
+                f"batch_size must be None where data is an iterator of batches; got {batch_size}"
+            )
+        return Stream(data, mesh)
+    data = as_arrays(data)
+    if batch_size is not None:
+        return Minibatches(key, data, batch_size, mesh)
+    if mesh is not None:
+        raise ValueError("batch_size must be given with a mesh, which divides batches; got None")
+    return Whole(data)
 
 
 def identity(data: Any, name: str) -> dict[str, str]:

@@ -1,0 +1,162 @@
+"""A tree of arrays in one file that is whole or refused.
+
+The file is safetensors: a JSON header (names, dtypes, shapes, text metadata), then the tensors'
+bytes. Reading it runs no code. Two things are added to the format.
+
+1. *All or nothing.* The bytes go to a neighbour file, are flushed to the disk, and the neighbour
+   takes the name in one step (`os.replace`). Whatever the moment of a crash, the name holds the old
+   file or the new one, never a part.
+2. *A seal.* The metadata hold the SHA-256 of the file as it would be without it: damaged or edited
+   files are told from good ones before any number of theirs is used.
+
+A tree is stored leaf by leaf under its path (`.optim_state[1].mu['w']`) and put back into a
+template, a tree of the same structure. Paths are never parsed back into a tree: they do not tell a
+list's index from a dict's key. PRNG keys travel as their words.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+_FORMAT = "probdiff.fit 2"
+_DTYPES = {"BOOL": "bool", "C64": "complex64", "BF16": "bfloat16"} | {
+    f"{kind[0].upper()}{bits}": f"{kind}{bits}"
+    for kind in ("int", "uint", "float")
+    for bits in (8, 16, 32, 64)
+}
+"""What safetensors' own reader for NumPy knows, and bfloat16, which it does not."""
+
+
+def flatten(tree: Any) -> dict[str, np.ndarray]:
+    """Leaves of a tree of arrays and PRNG keys by path, in C order."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    # safetensors writes memory as it lies, whatever the strides.
+    return {
+        jax.tree_util.keystr(path): np.asarray(
+            jax.random.key_data(leaf) if _is_key(leaf) else leaf, order="C"
+        )
+        for path, leaf in leaves
+    }
+
+
+def unflatten(template: Any, arrays: dict[str, np.ndarray]) -> Any:
+    """The tree that has the structure of `template` and the values `arrays`.
+
+    Args:
+        template: Tree whose leaves say name, shape and dtype; its values are not used.
+        arrays: What `flatten` returned for a tree of this structure.
+
+    Returns:
+        A tree of JAX arrays.
+
+    Raises:
+        ValueError: The first leaf whose name, shape or dtype differs.
+    """
+    wanted = flatten(template)
+    for name, array in wanted.items():
+        if name not in arrays:
+            raise ValueError(f"it has no {name}")
+        if (there := _spec(arrays[name])) != (here := _spec(array)):
+            raise ValueError(f"{name} is {there} there and {here} here")
+    if extra := [name for name in arrays if name not in wanted]:
+        raise ValueError(f"{extra[0]} is there and not here")
+    leaves, tree = jax.tree.flatten(template)
+    # `jnp.asarray` would compile a copy for every shape.
+    values = [jax.device_put(arrays[name]) for name in wanted]
+    return jax.tree.unflatten(
+        tree,
+        [
+            jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf))
+            if _is_key(leaf)
+            else value
+            for leaf, value in zip(leaves, values, strict=True)
+        ],
+    )
+
+
+def write(path: Path, arrays: dict[str, np.ndarray], about: dict[str, str]) -> None:
+    """Put arrays and text, both by name, at `path`, all or nothing; its folder must exist."""
+    # One entry, for the order of several differs from process to process.
+    metadata = {"about": json.dumps({**about, "format": _FORMAT}, sort_keys=True)}
+    sealed = metadata | {"sha256": sha256(packed(arrays, metadata))}
+    replace(path, packed(arrays, sealed))
+
+
+def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Arrays and text that `write` put at `path`.
+
+    Raises:
+        ValueError: The file is truncated, altered, or was written by something else.
+    """
+    raw = path.read_bytes()
+    try:
+        arrays = unpacked(raw)
+        length = int.from_bytes(raw[:8], "little")
+        metadata = json.loads(raw[8 : 8 + length]).get("__metadata__", {})
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    if metadata.get("format"):  # before 2 it stood there
+        raise ValueError(f"{path} must have the format {_FORMAT!r}; got {metadata['format']!r}")
+    if (seal := metadata.pop("sha256", None)) is None:
+        raise ValueError(f"{path} must hold the seal that a checkpoint is written with; got none")
+    if sha256(packed(arrays, metadata)) != seal:
+        raise ValueError(f"{path} was altered: its contents do not have the SHA-256 it names")
+    about = json.loads(metadata["about"])
+    if (found := about.pop("format")) != _FORMAT:
+        raise ValueError(f"{path} must have the format {_FORMAT!r}; got {found!r}")
+    return arrays, about
+
+
+def digest(tree: Any) -> str:
+    """SHA-256 of a tree's values, names, shapes and dtypes."""
+    return sha256(packed(flatten(tree)))
+
+
+def sha256(data: bytes) -> str:
+    """The checksum of bytes, as hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def packed(arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> bytes:
+    """Arrays in C order, and text, in the format of safetensors."""
+    return safetensors.numpy.save(arrays, metadata)
+
+
+def unpacked(data: bytes) -> dict[str, np.ndarray]:
+    """The arrays, bfloat16 included."""
+    try:
+        return {
+            name: np.frombuffer(tensor["data"], jnp.dtype(_DTYPES[tensor["dtype"]])).reshape(
+                tensor["shape"]
+            )
+            for name, tensor in safetensors.deserialize(data)
+        }
+    except KeyError as error:
+        raise ValueError(f"dtype {error} is unknown") from error
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Put bytes at `path`, all or nothing."""
+    # One fixed name, so that what a killed process left behind is overwritten and never piles up.
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
+
+
+def _spec(array: np.ndarray) -> str:
+    return f"{array.dtype.name}[{','.join(map(str, array.shape))}]"

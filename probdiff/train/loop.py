@@ -1,0 +1,243 @@
+"""The loop on the host: chunks of steps, and what is done between them.
+
+A chunk is one call of a compiled loop (see `step`), whose length follows the clock: about two
+seconds. Between chunks the host checks that all is finite, evaluates on held-out data, moves the
+bar and writes the checkpoint, by one rule:
+
+    keyed to a step's number    what changes the result: batches, averages, evaluations, early stop
+    may follow the clock        what does not: length of chunks, bar, checkpoints
+
+The record of a run is never changed in place: an interrupt finds the one of the last whole chunk,
+and a checkpoint holds that, with what tells the run from others.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import random
+from jax.sharding import Mesh
+from jaxtyping import PRNGKeyArray
+from tqdm import tqdm
+
+from probdiff import bars, devices
+from probdiff.train import checkpoint
+from probdiff.train import data as batches
+from probdiff.train.log import HeldOutLosses, Log, Progress
+from probdiff.train.step import Carry, TracedSVI, Weights, is_finite
+
+_CHUNK_SECONDS = 2.0
+"""Of steps between two looks at how things go. A call of a compiled function begins in fresh
+memory, which on a CPU costs a U-Net a quarter of a step: at 0.3 s it was a tenth of the time."""
+
+
+class Record(NamedTuple):
+    """All that changes from step to step, but for the losses."""
+
+    step: int
+    carry: Carry
+    best: Weights | None
+    evaluations: tuple[tuple[int, float], ...]
+
+    @property
+    def held_out_losses(self) -> HeldOutLosses:
+        """The evaluations as two arrays."""
+        table = np.array(self.evaluations, np.float64).reshape(-1, 2)
+        return HeldOutLosses(table[:, 0].astype(np.int64), table[:, 1])
+
+
+class Run(NamedTuple):
+    """All that stays the same from step to step; of `losses` the first `record.step` are meant."""
+
+    svi: TracedSVI
+    source: batches.Source
+    num_steps: int
+    ema_decay: float | None
+    held_out: Any
+    key_held_out: PRNGKeyArray
+    evaluate_every: int
+    patience: int | None
+    checkpoint: Path | None
+    checkpoint_every: float
+    identity: dict[str, str]
+    """All arguments that change the result, but for the program and the number of steps."""
+    log: Log
+    mesh: Mesh | None
+    progress: bool
+    losses: np.ndarray
+
+    def first_record(self) -> Record:
+        """The record to begin with: the checkpoint's if there is one."""
+        carry = self.svi.start(averaged=self.ema_decay is not None)
+        # A stand-in until the first evaluation, so that a checkpoint's tree is always the same.
+        best = None if self.patience is None else self.svi.weights(carry)
+        record = Record(0, carry, best, ())
+        return record if self.checkpoint is None else self._resumed(record, self.checkpoint)
+
+    def last_record(self, record: Record) -> Record:
+        """The record after the last step; saved by the clock, at the end, and when interrupted."""
+        saved_step, saved_time = record.step, time.monotonic()
+        with bars.bar(
+            total=self.num_steps, initial=record.step, unit="step",
+            disable=not (self.progress and devices.is_first(self.mesh)),
+            postfix="compiling" if self._room(record, 1) else None,
+        ) as bar:  # fmt: skip
+            try:
+                for newer in self._records(record):
+                    self._show(bar, record.step, newer.step)
+                    record = newer
+                    if time.monotonic() - saved_time >= self.checkpoint_every:
+                        self._save(record)
+                        saved_step, saved_time = record.step, time.monotonic()
+            except FloatingPointError:
+                saved_step = record.step  # what was saved before is further from the fault
+                raise
+            finally:
+                if record.step > saved_step:
+                    self._save(record)
+        return record
+
+    def evaluated(self, record: Record) -> Record:
+        """The record with one more evaluation."""
+        weights = self.svi.weights(record.carry)
+        judged = (self.key_held_out, weights.params, record.carry.state.mutable_state)
+        loss = float(self.svi.loss(*judged, self.held_out))
+        if not np.isfinite(loss):
+            faults = self.svi.faults(*judged, self.held_out)
+            raise FloatingPointError(
+                f"the loss on held_out is {loss} after step {record.step}; not finite: {faults}"
+            )
+        if self.patience is not None and all(loss < other for _, other in record.evaluations):
+            record = record._replace(best=weights)
+        return record._replace(evaluations=(*record.evaluations, (record.step, loss)))
+
+    def _records(self, record: Record) -> Iterator[Record]:
+        """The record after each chunk."""
+        length = 1  # the first chunk may compile: its time says nothing about a step's
+        n = self._room(record, length)
+        feed = self.source.take(record.step, n) if n else None
+        while n:
+            began = time.monotonic()
+            output = self._chunk(record, feed, n)
+            # The device works; meanwhile the next chunk's batches are made ready.
+            following = self._steps_after(record.step + n, length)
+            ahead = self.source.take(record.step + n, following) if following else None
+            record = self._checked(record, feed, n, output)
+            length = devices.agreed(_chunk_length(n, time.monotonic() - began), self.mesh)
+            if self.held_out is not None and record.step % self.evaluate_every == 0:
+                record = self.evaluated(record)
+            is_due = record.step % self.evaluate_every == 0 or record.step == self.num_steps
+            if self.log and is_due:
+                params = self.svi.weights(record.carry).params
+                losses = self.losses[: record.step]
+                progress = Progress(record.step, params, losses, record.held_out_losses)
+                self.log.report(progress, self.source.examples)
+            yield record
+            if self._is_stale(record):
+                return
+            n, feed = following, ahead
+
+    def _chunk(self, record: Record, feed: Any, n: int) -> tuple[Carry, Any, Any]:
+        """n steps from the record on, under way: (carry, losses, whether weights are finite)."""
+        losses = np.zeros(self.source.capacity, self.losses.dtype)
+        numbers = np.int32(record.step), np.int32(n), self.ema_decay or 0.0
+        return self.svi.chunk(record.carry, feed, *numbers, losses)
+
+    def _room(self, record: Record, n: int) -> int:
+        """Steps that may follow the record in one chunk, at most n; none of a run that is done."""
+        return 0 if self._is_stale(record) else self._steps_after(record.step, n)
+
+    def _steps_after(self, step: int, n: int) -> int:
+        n = min(n, self.source.capacity, self.num_steps - step)
+        if self.held_out is not None or self.log:
+            n = min(n, self.evaluate_every - step % self.evaluate_every)
+        return n
+
+    def _is_stale(self, record: Record) -> bool:
+        """Whether the last `patience` evaluations brought no improvement."""
+        losses = [loss for _, loss in record.evaluations]
+        if self.patience is None or not losses:
+            return False
+        return len(losses) - 1 - losses.index(min(losses)) >= self.patience
+
+    def _show(self, bar: tqdm, start: int, stop: int) -> None:
+        loss = self.losses[start:stop].mean() / self.source.examples
+        bar.set_postfix_str(f"loss per example {loss:.4g}", refresh=False)
+        bar.update(stop - start)
+
+    def _checked(self, record: Record, feed: Any, n: int, output: tuple) -> Record:
+        """The record after a chunk, all of it finite."""
+        carry, losses, finite = output
+        losses = np.asarray(losses)[:n]
+        if not (finite and np.isfinite(losses).all()):
+            raise FloatingPointError(self._explain(record, feed, losses))
+        self.losses[record.step : record.step + n] = losses
+        return record._replace(step=record.step + n, carry=carry)
+
+    def _explain(self, record: Record, feed: Any, losses: np.ndarray) -> str:
+        """What was not finite first, found by doing the chunk again up to there."""
+        bad = np.flatnonzero(~np.isfinite(losses))
+        n = int(bad[0]) if bad.size else len(losses)
+        carry, step = self._chunk(record, feed, n)[0], record.step + n
+        params = self.svi.weights(carry).raw_params
+        names = [
+            name
+            for name, value in params.items()
+            if not all(is_finite(leaf) for leaf in jax.tree.leaves(value))
+        ]
+        if names and step == 0:
+            return f"the initial values of the parameters {names} are not finite"
+        if names:
+            return (
+                f"the gradient is not finite at step {step}, whose loss is {losses[n - 1]:.6g}: "
+                f"it spoiled the parameters {names}"
+            )
+        _, key = random.split(carry.state.rng_key)  # as `svi.update` does
+        batch = batches.at(*feed, n)
+        faults = self.svi.faults(key, params, carry.state.mutable_state, batch)
+        return f"the loss is {losses[n]} at step {step + 1}; not finite: {faults}"
+
+    def _save(self, record: Record) -> None:
+        """Write the checkpoint, in one process if several share the devices."""
+        if self.checkpoint is None or not devices.is_first(self.mesh):
+            return
+        arrays = checkpoint.flatten({"best": record.best, "carry": record.carry})
+        arrays["losses"] = self.losses[: record.step]
+        arrays["evaluations"] = np.array(record.evaluations, np.float64).reshape(-1, 2)
+        checkpoint.write(self.checkpoint, arrays, self.identity)
+
+    def _resumed(self, record: Record, path: Path) -> Record:
+        """The record in the file; the one given if there is no file."""
+        if not path.parent.is_dir():
+            raise ValueError(f"checkpoint must lie in a folder that exists; got {path}")
+        if not path.exists():
+            return record
+        arrays, found = checkpoint.read(path)
+        for name in self.identity | found:
+            if (there := found.get(name)) != (here := self.identity.get(name)):
+                raise ValueError(
+                    f"checkpoint must be of this run; {path} has {name} {there}, not {here}"
+                )
+        losses, evaluations = arrays.pop("losses"), arrays.pop("evaluations")
+        if losses.size > self.num_steps:
+            raise ValueError(
+                f"num_steps must be at least the {losses.size} steps in {path}; "
+                f"got {self.num_steps}"
+            )
+        template = {"best": record.best, "carry": record.carry}
+        try:
+            tree = checkpoint.unflatten(template, arrays)
+        except ValueError as error:
+            raise ValueError(f"checkpoint must be of this run; {path} is not: {error}") from error
+        self.losses[: losses.size] = losses
+        done = tuple((int(step), float(loss)) for step, loss in evaluations)
+        return Record(losses.size, **devices.replicate(tree, self.mesh), evaluations=done)
+
+
+def _chunk_length(n: int, seconds: float) -> int:
+    """Steps of a chunk that would take two seconds, given how long n steps took."""
+    # At most fourfold growth: the time of a short chunk is overhead and noise.
+    return max(1, min(4 * n, int(n * _CHUNK_SECONDS / seconds)))

@@ -1,0 +1,250 @@
+"""What `fit` computes with an `SVI`: its steps, and what looks at them.
+
+One step is `svi.update` on the batch x_i of step i, and, where an average of the weights is kept,
+
+    θ_{i+1} = update(θ_i, x_i),    θ̄_{i+1} = d_i θ̄_i + (1 − d_i) θ_{i+1},
+
+    d_i = min(ema_decay, (1 + i) / (10 + i)).
+
+The second argument of the minimum is a warm-up: it makes the average forget the initial weights,
+which a fixed decay d carries along for about 1 / (1 − d) steps, longer than a short run.
+
+The user's code is traced once for each call of `fit`, and compiled only where it has changed (see
+`compilation`). Steps run n at a time in one compiled loop, a chunk, where n is a run-time argument:
+one program serves all lengths, so a result does not depend on them, bit for bit. The state is not
+donated: the state before a chunk is what a non-finite loss is traced back from.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax, random
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from numpyro import handlers
+from numpyro.infer import SVI
+from numpyro.infer.autoguide import AutoGuide
+from numpyro.infer.svi import SVIState
+from numpyro.primitives import Messenger
+
+from probdiff import devices
+from probdiff.compilation import Programs, Traced, call, trace
+from probdiff.train import data as batches
+
+_kept: weakref.WeakKeyDictionary[SVI, Programs] = weakref.WeakKeyDictionary()
+
+
+class Weights(NamedTuple):
+    """Values at the parameter sites: the average where one is kept, and the optimiser's."""
+
+    params: Any
+    raw_params: Any
+
+
+class Carry(NamedTuple):
+    """What one step hands to the next: SVI's state, and the average of the weights or None."""
+
+    state: SVIState
+    ema: Any
+
+
+class TracedSVI:
+    """The functions of an SVI as they are at one call of `fit`.
+
+    Args:
+        svi: The SVI; what is compiled for it is kept as long as it lives.
+        key: Seeds the first state.
+        first: The first batch.
+        mesh: Devices to divide each batch among, or None.
+    """
+
+    def __init__(self, svi: SVI, key: PRNGKeyArray, first: Any, mesh: Mesh | None):
+        self._svi, self._mesh = svi, mesh
+        self._programs = _kept.setdefault(svi, Programs())
+        self.first_state = self._init(key, first)
+        self._get_params = self._trace(svi.get_params, self.first_state)
+        self._update = self._trace(self._update_on, self.first_state, first)
+        self._loss: Traced | None = None
+
+    def start(self, *, averaged: bool) -> Carry:
+        """The carry before the first step."""
+        carry = Carry(self.first_state, None)
+        if averaged:
+            carry = carry._replace(ema=jax.tree.map(_widened, self.weights(carry).raw_params))
+        return devices.replicate(carry, self._mesh)
+
+    def chunk(
+        self, carry: Carry, feed: tuple[Any, Any], start: Any, n: Any, ema_decay: float, losses: Any
+    ) -> tuple[Carry, Float[Array, "capacity"], Bool[Array, ""]]:
+        """n steps from step `start` on; their losses; whether the weights are finite after them."""
+        traced, numbers = (self._update, self._get_params), (start, n, ema_decay)
+        return self._programs(_chunk, *traced, carry, *feed, *numbers, losses, mesh=self._mesh)
+
+    def weights(self, carry: Carry) -> Weights:
+        """What the carry says of the weights."""
+        return self._programs(_weights, self._get_params, carry)
+
+    def loss(
+        self, key: PRNGKeyArray, params: dict, mutable_state: dict | None, batch: Any
+    ) -> Float[Array, ""]:
+        """What `svi.evaluate` computes, but for the mutable state, which that leaves out."""
+        args = key, params, mutable_state, batch
+        if self._loss is None:
+            self._loss = self._trace(self._loss_on, *args)
+        return self._programs(call, self._loss, *args)
+
+    def faults(
+        self, key: PRNGKeyArray, params: dict, mutable_state: dict | None, batch: Any
+    ) -> str:
+        """Sites of guide and model whose value or log density is not finite, named."""
+        svi, params = self._svi, {**params, **(mutable_state or {})}
+
+        def look(key, params, batch):
+            model_key, guide_key = random.split(key)  # as NumPyro's objectives do
+            guide = _sites(svi, svi.guide, guide_key, params, batch)
+            model = _sites(svi, handlers.replay(svi.model, guide), model_key, params, batch)
+            return {"guide": _finiteness(guide), "model": _finiteness(model)}
+
+        # Compiled, because run op by op a distribution's own checks end the search at the first.
+        found = jax.jit(look)(key, params, batch)
+        faults = [
+            f"{what} of site {name!r} in the {program}"
+            for program, sites in found.items()
+            for name, site in sites.items()
+            for what, finite in site.items()
+            if not finite
+        ]
+        return ", ".join(faults) or "no site by itself at this draw"
+
+    def global_latents(self, data: Any) -> list[str]:
+        """Names of the guide's latent sites outside every plate; nothing is computed.
+
+        Data stay concrete, so that a program's own checks of their values run here, on all of them:
+        under `jit`, later, they cannot.
+        """
+        svi, found = self._svi, []
+
+        def look(state):
+            params = {**svi.get_params(state), **(state.mutable_state or {})}
+            sites = _sites(svi, svi.guide, state.rng_key, params, data).values()
+            latent = [s for s in sites if s["type"] == "sample" and not s["is_observed"]]
+            found.extend(site["name"] for site in latent if not site["cond_indep_stack"])
+
+        jax.eval_shape(look, self.first_state)
+        return found
+
+    def _init(self, key: PRNGKeyArray, first: Any) -> SVIState:
+        """`svi.init`, compiled as a whole: op by op it is ten times slower."""
+        svi, (args, kwargs) = self._svi, batches.arguments(first)
+        guide = svi.guide
+        while isinstance(guide, Messenger):
+            guide = guide.fn
+        if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
+            svi.init(key, *args, **kwargs)  # it keeps arrays of its first call: none of a trace
+
+        def init(key, args, kwargs):
+            return jax.tree.map(_strongly_typed, svi.init(key, *args, **kwargs))
+
+        traced = trace(init, key, args, kwargs)
+        if any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(svi.constrain_fn.args)):
+            # The program computes a bound, which `svi.update` needs and which died with the trace.
+            svi.init(key, *args, **kwargs)
+        return self._programs(call, traced, key, args, kwargs)
+
+    def _trace(self, function: Callable[..., Any], *args: Any) -> Traced:
+        return devices.replicate(trace(function, *args), self._mesh)
+
+    def _update_on(self, state: SVIState, batch: Any) -> tuple[SVIState, Array]:
+        args, kwargs = batches.arguments(batch)
+        return self._svi.update(state, *args, **kwargs)
+
+    def _loss_on(self, key: PRNGKeyArray, params: dict, mutable: dict | None, batch: Any) -> Array:
+        svi, (args, kwargs) = self._svi, batches.arguments(batch)
+        params, kwargs = {**params, **(mutable or {})}, {**kwargs, **svi.static_kwargs}
+        return svi.loss.loss(key, params, svi.model, svi.guide, *args, **kwargs)
+
+
+def is_finite(leaf: Array) -> Bool[Array, ""]:
+    """Whether all of an array is finite."""
+    return jnp.all(jnp.isfinite(leaf))
+
+
+def _chunk(
+    update: Traced,
+    get_params: Traced,
+    carry: Carry,
+    data: Any,
+    indices: Int[Array, "capacity *B"] | None,
+    start: Int[Array, ""],
+    n: Int[Array, ""],
+    ema_decay: Float[Array, ""],
+    losses: Float[Array, "capacity"],
+    *,
+    mesh: Mesh | None,
+) -> tuple[Carry, Float[Array, "capacity"], Bool[Array, ""]]:
+    def step(i, loop):
+        (state, ema), losses = loop
+        batch = _shard(batches.at(data, indices, i), mesh, divided=True)
+        state, loss = update(state, batch)
+        if ema is not None:
+            ema = _averaged(ema, get_params(state), start + i, ema_decay)
+        return Carry(state, ema), losses.at[i].set(loss)
+
+    carry, losses = lax.fori_loop(0, n, step, (carry, losses))
+    leaves = jax.tree.leaves(get_params(carry.state))
+    finite = jnp.all(jnp.array([is_finite(leaf) for leaf in leaves]))
+    return _shard((carry, losses, finite), mesh, divided=False)
+
+
+def _weights(get_params: Traced, carry: Carry) -> Weights:
+    raw_params = get_params(carry.state)
+    if carry.ema is None:
+        return Weights(raw_params, raw_params)
+    params = jax.tree.map(lambda mean, raw: mean.astype(raw.dtype), carry.ema, raw_params)
+    return Weights(params, raw_params)
+
+
+def _shard(tree: Any, mesh: Mesh | None, *, divided: bool) -> Any:
+    """The tree divided along axis 0 among the devices, or whole on each of them."""
+    if mesh is None:
+        return tree
+    spec = PartitionSpec(mesh.axis_names[0]) if divided else PartitionSpec()
+    return lax.with_sharding_constraint(tree, NamedSharding(mesh, spec))
+
+
+def _averaged(ema: Any, params: Any, i: Int[Array, ""], ema_decay: Float[Array, ""]) -> Any:
+    """θ̄_{i+1} from θ̄_i and θ_{i+1}."""
+    d = jnp.minimum(ema_decay, (1.0 + i) / (10.0 + i))
+    return jax.tree.map(
+        lambda mean, new: (d * mean + (1 - d) * new).astype(mean.dtype), ema, params
+    )
+
+
+def _widened(leaf: Array) -> Array:
+    # In 16 bits a move by 1 − d is less than the spacing of numbers: the average would stand still.
+    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+
+
+def _strongly_typed(leaf: Array) -> Array:
+    # A weakly typed leaf would be strong after one chunk, and the loop would compile again.
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return leaf if is_key else lax.convert_element_type(leaf, leaf.dtype)
+
+
+def _sites(svi: SVI, program: Callable, key: PRNGKeyArray, params: dict, batch: Any) -> dict:
+    args, kwargs = batches.arguments(batch)
+    program = handlers.substitute(handlers.seed(program, key), data=params)
+    return handlers.trace(program).get_trace(*args, **kwargs, **svi.static_kwargs)
+
+
+def _finiteness(sites: dict[str, dict]) -> dict[str, dict[str, Bool[Array, ""]]]:
+    found = {}
+    for name, site in sites.items():
+        if site["type"] == "sample":
+            found[name] = {"log density": is_finite(site["fn"].log_prob(site["value"]))}
+            if not site["is_observed"]:  # data may hold NaN under a mask
+                found[name]["value"] = is_finite(site["value"])
+    return found
