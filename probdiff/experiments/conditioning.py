@@ -22,12 +22,15 @@ Beside it stands the Gaussian with the training images' mean m and covariance C,
 Source: Cook, Gelman and Rubin (2006) and Talts et al. (2018) for ranks.
 """
 
+import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -37,13 +40,15 @@ from matplotlib.figure import Figure
 from scipy.stats import multivariate_normal
 
 from probdiff import Diffusion, Prior, infer, plots
-from probdiff.experiments.report import Row, mean_and_se
+from probdiff.experiments import TABLE, find
+from probdiff.experiments.report import Row, Run, mean_and_se, root_mean_square
 from probdiff.types import Params
 
 SHOWN, SHOWN_DRAWS = 8, 6
 DEQUANTISED = 1 / 12
 """Variance of U: what a pixel has whose level never changes."""
 INSIDE = 0.9
+NAMES = {"digits": "held-out digits", "draws": "draws of the model"}
 COVERAGE = "inside 90 % intervals"
 LEVELS, NATS = "grey levels", "nats per image"
 
@@ -240,13 +245,6 @@ def coverage(
     return mean_and_se(is_inside[:, is_counted].mean(1))
 
 
-def root_mean_square(errors: Float[np.ndarray, "images numbers"]) -> tuple[float, float]:
-    """Root of the mean square over images, and its standard error."""
-    mean, se = mean_and_se(np.mean(errors**2, 1))
-    root = float(np.sqrt(mean))
-    return root, se / (2 * root)
-
-
 def rows(name: str, task: Task, found: Posterior, gaussian: Gaussian) -> list[Row]:
     """Lines of a table: coverage, errors, evidence, and what the sampler says of itself.
 
@@ -272,8 +270,7 @@ def short_rows(name: str, task: Task, found: Posterior, gaussian: Gaussian) -> l
 
 def _coverage_rows(task: Task, found: Posterior, gaussian: Gaussian) -> list[Row]:
     constant = task.unseen & gaussian.is_constant
-    varying = task.unseen & ~constant
-    counted = {"": varying, f", {constant.sum()} constant pixels": constant}
+    counted = {"": task.unseen & ~constant, f", {constant.sum()} constant pixels": constant}
     return [
         Row(f"{COVERAGE}{text}", *coverage(found.rank, pixels), "share", INSIDE)
         for text, pixels in counted.items()
@@ -306,6 +303,51 @@ def _sampler_rows(health: Any) -> list[Row]:
         Row(f"{ess}, median", np.median(health.least_ess), None, "share"),
         Row(f"{ess}, worst", health.least_ess.min(), None, "share"),
     ]
+
+
+def infer_all(
+    run: Run, keys: Any, smc: infer.SMC, task: Task, truths: dict[str, Images], gaussian: Gaussian
+) -> tuple[dict[str, Posterior], list[Row], str]:
+    """Posteriors of every kind of truth, lines of the table, and what the samplers warned of."""
+    found = {}
+    for key, (name, x) in zip(keys, truths.items(), strict=True):
+        run.say(f"infer {len(x)} {NAMES[name]}")
+        began = time.monotonic()
+        found[name] = posterior(key, smc, task, x)
+        run.say(f"{(time.monotonic() - began) / len(x):.1f} s per image")
+    lines = [row for kind, p in found.items() for row in rows(NAMES[kind], task, p, gaussian)]
+    texts = [f"- {NAMES[kind]}: {text}" for kind, p in found.items() for text in p.complaints]
+    return found, lines, "\n".join(texts) or "None."
+
+
+def trained(run: Run, name: str) -> Path:
+    """Folder of the trained model of an experiment, which is run now where there is none."""
+    if run.model is not None:
+        return run.model
+    default = Path("runs") / name
+    if (default / "config.json").is_file():
+        return default
+    # what a quick run trains must not stand where a trained model is looked for
+    folder = run.out_dir / name if run.quick else default
+    run.say(f"no model in {default}: train one first, in {folder} ({TABLE[name].duration})")
+    options = {"recipe": run.recipe} if TABLE[name].has_gpu else {}
+    find(name).run(
+        folder, seed=run.seed, quick=run.quick, progress=run.progress, say=run.say, **options
+    )
+    return folder
+
+
+def few(found: Posterior, count: int) -> xr.DataTree:
+    """The first posteriors as a DataTree of a size to keep."""
+    return found.tree.isel(image=slice(count), missing_dims="ignore")
+
+
+def trust(found: Posterior) -> Figure:
+    """Effective number at each level, and log evidence of each run."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    plots.ess_trace(found.tree, ax=left)
+    plots.evidence(few(found, 20), ax=right)
+    return figure
 
 
 def sheet(found: Posterior, *, vmax: float = 17.0) -> Figure:
