@@ -28,16 +28,8 @@ from flax import nnx
 from jaxtyping import Array
 from matplotlib.figure import Figure
 
-from probdiff import (
-    AbsorbingKernel,
-    Diffusion,
-    datasets,
-    diagnostics,
-    networks,
-    plots,
-    sample,
-    schedules,
-)
+import probdiff
+from probdiff import Diffusion, datasets, diagnostics, networks, plots, sample, schedules
 from probdiff.experiments.report import Experiment, Found, Row, Run
 from probdiff.experiments.training import sheets, train
 from probdiff.journal import Progress
@@ -74,7 +66,7 @@ def _conduct(run: Run) -> Found:
         rngs=nnx.Rngs(jax.random.bits(keys["init"]).item()),
     )  # fmt: skip
     beta = schedules.harmonic(size.T)
-    diffusion = Diffusion(AbsorbingKernel(2), beta, network, event_shape=(28, 28))
+    diffusion = Diffusion(probdiff.AbsorbingKernel(2), beta, network, event_shape=(28, 28))
     run.say("train the diffusion")
     rate = optax.warmup_cosine_decay_schedule(
         0, size.learning_rate, size.num_steps // 60, size.num_steps

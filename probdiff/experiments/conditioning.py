@@ -82,13 +82,20 @@ class Task(NamedTuple):
 
 def denoising(prior: Prior, sigma: float) -> Task:
     """Noise of sd σ on every pixel."""
+    return _under_noise(prior, lambda x: x, sigma)
 
+
+def super_resolution(prior: Prior, sigma: float) -> Task:
+    """Means of blocks of 2 × 2 pixels, with noise of sd σ."""
+    return _under_noise(prior, block_means, sigma)
+
+
+def _under_noise(prior: Prior, measure: Callable[[Any], Any], sigma: float) -> Task:
     def program(y: Any) -> None:
         with numpyro.plate("image", len(y)):
-            x = prior()
-            numpyro.sample("y", dist.Normal(x, sigma).to_event(2), obs=y)
+            numpyro.sample("y", dist.Normal(measure(prior()), sigma).to_event(2), obs=y)
 
-    return Task(lambda x: x, sigma, program, np.ones(prior.diffusion.event_shape, bool))
+    return Task(measure, sigma, program, np.ones(prior.diffusion.event_shape, bool))
 
 
 def inpainting(prior: Prior) -> Task:
@@ -103,17 +110,6 @@ def inpainting(prior: Prior) -> Task:
             prior(known=known, mask=np.broadcast_to(is_known, known.shape))
 
     return Task(lambda x: x[..., :half, :], 0.0, program, ~is_known)
-
-
-def super_resolution(prior: Prior, sigma: float) -> Task:
-    """Means of blocks of 2 × 2 pixels, with noise of sd σ."""
-
-    def program(y: Any) -> None:
-        with numpyro.plate("image", len(y)):
-            x = prior()
-            numpyro.sample("y", dist.Normal(block_means(x), sigma).to_event(2), obs=y)
-
-    return Task(block_means, sigma, program, np.ones(prior.diffusion.event_shape, bool))
 
 
 def block_means(x: Any) -> Any:
@@ -254,11 +250,29 @@ def rows(name: str, task: Task, found: Posterior, gaussian: Gaussian) -> list[Ro
         found: What was inferred.
         gaussian: Of the training images.
     """
+    constant, health = task.unseen & gaussian.is_constant, found.health
+    counted = {"": task.unseen & ~constant, f", {constant.sum()} constant pixels": constant}
+    guess, log_p = gaussian.given(task, found.y)
+    wrong, of_guess = ((m - found.truth)[:, task.unseen] for m in (found.mean, guess))
+    gain = np.mean(wrong**2, 1) - np.mean(of_guess**2, 1)
+    log_z = found.tree["smc"]["log_evidence"].values.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # −inf where all weights are zero
+        evidence, advantage = mean_and_se(log_z), mean_and_se(log_z - log_p)
+    spread, ess = "spread of log evidence over runs", "least effective number"
     lines = [
-        *_coverage_rows(task, found, gaussian),
-        *_error_rows(task, found, gaussian),
-        *_sampler_rows(found.health),
-    ]
+        *(Row(f"{COVERAGE}{text}", *coverage(found.rank, pixels), "share", INSIDE)
+          for text, pixels in counted.items() if pixels.any()),
+        Row("RMSE of the posterior mean", *root_mean_square(wrong), LEVELS),
+        Row("RMSE of the Gaussian's posterior mean", *root_mean_square(of_guess), LEVELS),
+        Row("mean square, posterior − Gaussian, paired", *mean_and_se(gain), f"{LEVELS}²"),
+        Row("log evidence", *evidence, NATS),
+        Row("log evidence of the Gaussian", *mean_and_se(log_p), NATS),
+        Row("log evidence − the Gaussian's, paired", *advantage, NATS),
+        Row(f"{spread}, median", np.median(health.spread), None, "nats"),
+        Row(f"{spread}, worst", health.spread.max(), None, "nats"),
+        Row(f"{ess}, median", np.median(health.least_ess), None, "share"),
+        Row(f"{ess}, worst", health.least_ess.min(), None, "share"),
+    ]  # fmt: skip
     return [row._replace(row=f"{name}: {row.row}") for row in lines]
 
 
@@ -266,43 +280,6 @@ def short_rows(name: str, task: Task, found: Posterior, gaussian: Gaussian) -> l
     """Of `rows` the coverage of pixels that vary, and both errors."""
     lines = rows(name, task, found, gaussian)
     return [row for row in lines if row.unit == LEVELS or row.row == f"{name}: {COVERAGE}"]
-
-
-def _coverage_rows(task: Task, found: Posterior, gaussian: Gaussian) -> list[Row]:
-    constant = task.unseen & gaussian.is_constant
-    counted = {"": task.unseen & ~constant, f", {constant.sum()} constant pixels": constant}
-    return [
-        Row(f"{COVERAGE}{text}", *coverage(found.rank, pixels), "share", INSIDE)
-        for text, pixels in counted.items()
-        if pixels.any()
-    ]
-
-
-def _error_rows(task: Task, found: Posterior, gaussian: Gaussian) -> list[Row]:
-    guess, log_p = gaussian.given(task, found.y)
-    wrong, of_guess = ((m - found.truth)[:, task.unseen] for m in (found.mean, guess))
-    gain = mean_and_se(np.mean(wrong**2, 1) - np.mean(of_guess**2, 1))
-    log_z = found.tree["smc"]["log_evidence"].values.astype(np.float64)
-    with np.errstate(invalid="ignore"):  # −inf where all weights are zero
-        evidence, advantage = mean_and_se(log_z), mean_and_se(log_z - log_p)
-    return [
-        Row("RMSE of the posterior mean", *root_mean_square(wrong), LEVELS),
-        Row("RMSE of the Gaussian's posterior mean", *root_mean_square(of_guess), LEVELS),
-        Row("mean square, posterior − Gaussian, paired", *gain, f"{LEVELS}²"),
-        Row("log evidence", *evidence, NATS),
-        Row("log evidence of the Gaussian", *mean_and_se(log_p), NATS),
-        Row("log evidence − the Gaussian's, paired", *advantage, NATS),
-    ]
-
-
-def _sampler_rows(health: Any) -> list[Row]:
-    spread, ess = "spread of log evidence over runs", "least effective number"
-    return [
-        Row(f"{spread}, median", np.median(health.spread), None, "nats"),
-        Row(f"{spread}, worst", health.spread.max(), None, "nats"),
-        Row(f"{ess}, median", np.median(health.least_ess), None, "share"),
-        Row(f"{ess}, worst", health.least_ess.min(), None, "share"),
-    ]
 
 
 def infer_all(

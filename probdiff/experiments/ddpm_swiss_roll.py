@@ -59,24 +59,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from matplotlib.figure import Figure
 
-from probdiff import (
-    CombinedLoss,
-    Diffusion,
-    Fit,
-    GaussianKernel,
-    SampledTimeELBO,
-    SimpleLoss,
-    datasets,
-    diagnostics,
-    networks,
-    plots,
-    readouts,
-    sample,
-    schedules,
-)
+import probdiff
+from probdiff import Diffusion, datasets, diagnostics, networks, plots, readouts, sample, schedules
 from probdiff.experiments.judging import TwoSampleTest, energy, gaussian, two_sample_test
-from probdiff.experiments.report import Experiment, Found, Row, Run, mean_and_se, verdict_of
-from probdiff.experiments.training import cosine_adam, train
+from probdiff.experiments.report import Experiment, Found, Row, Run, mean_and_se, verdict
+from probdiff.experiments.training import Trained, train_and_bound
 from probdiff.kernels import bridge_weights
 from probdiff.types import Params, Step
 
@@ -84,7 +71,11 @@ T, BETA_1, BETA_T, NOISE = 40, 1e-3, 0.05, 0.25
 INITIAL_WIDTH = 0.4
 UNIT = "bits per point"
 BOUND, SIMPLE, COMBINED = "trained by the bound", "by L_simple", "by L_simple − 0.001 K"
-OBJECTIVES = {BOUND: SampledTimeELBO, SIMPLE: SimpleLoss, COMBINED: CombinedLoss}
+OBJECTIVES = {
+    BOUND: probdiff.SampledTimeELBO,
+    SIMPLE: probdiff.SimpleLoss,
+    COMBINED: probdiff.CombinedLoss,
+}
 TESTS = {"energy": energy, "MMD 0.3": gaussian(0.3), "MMD 0.1": gaussian(0.1)}
 BEST = "best possible diffusion"
 
@@ -117,12 +108,10 @@ SMALL = Size(
 )
 
 
-class _Trained(NamedTuple):
-    """A trained model, its bound on the held-out points, and its draws beside them."""
+class _Roll(NamedTuple):
+    """A trained model, and its draws."""
 
-    diffusion: Diffusion
-    fitted: Fit
-    tree: xr.DataTree
+    trained: Trained
     x_0: np.ndarray
     trajectory: np.ndarray
 
@@ -134,43 +123,31 @@ def _conduct(run: Run) -> Found:
         datasets.swiss_roll(keys[name], size.points, noise=NOISE) for name in ("train", "held_out")
     )
 
-    def bound(diffusion: Diffusion, params: Params) -> xr.DataTree:
-        return diagnostics.bound(
-            keys["bound"], diffusion, params, held_out, num_draws=size.num_draws
-        )
-
     models, tests = {}, {}
     for name, (functions, objective) in _plan(size).items():
         run.say(f"train, bound and draw: {name}")
-        diffusion = define(functions)
-        fitted = train(
-            keys["fit"], diffusion, x, cosine_adam(size.learning_rate, size.num_steps),
-            objective=objective, num_steps=size.num_steps,
-            batch_size=min(size.batch_size, len(x)), ema_decay=0.999, progress=run.progress,
-        )  # fmt: skip
-        draws = sample.ancestral(
-            keys["draw"], diffusion, fitted.params, size.compared, keep_trajectory=True
+        trained = train_and_bound(
+            run, keys, define(functions), x, held_out, num_draws=size.num_draws, objective=objective
         )
-        models[name] = _Trained(diffusion, fitted, bound(diffusion, fitted.params), *draws)
+        draws = sample.ancestral(keys["draw"], *trained.model, size.compared, keep_trajectory=True)
+        models[name] = _Roll(trained, *draws)
         tests[name] = compare(run.seed, models[name].x_0, held_out, size.num_permutations)
 
     run.say(BEST)
     best = define_best(rates(), NOISE)
-    best_tree = bound(best, {})
+    best_tree = diagnostics.bound(keys["bound"], best, {}, held_out, num_draws=size.num_draws)
     run.say("other draws and figures")
     main = next(iter(models.values()))
+    diffusion, trees = main.trained.diffusion, {n: m.trained.tree for n, m in models.items()}
     others = {
         BEST: sample.ancestral(keys["draw"], best, {}, size.compared),
-        "untrained": sample.ancestral(
-            keys["draw"], main.diffusion, untrained(main.diffusion), size.compared
-        ),
+        "untrained": sample.ancestral(keys["draw"], diffusion, untrained(diffusion), size.compared),
         "N(0, I)": np.asarray(jax.random.normal(keys["noise"], (size.compared, 2))),
     }
     for name, x_0 in others.items():
         tests[name] = compare(run.seed, x_0, held_out, size.num_permutations)
-    differences = paired_with_best({name: m.tree for name, m in models.items()}, best_tree)
     rows = [
-        *_bound_rows(models, differences, best_tree, densities(keys["noise"], held_out)),
+        *_bound_rows(trees, best_tree, densities(keys["noise"], held_out)),
         *(
             Row(f"p by {test}, {size.compared} draws: {name}", found[test].p_value)
             for test in TESTS
@@ -180,16 +157,15 @@ def _conduct(run: Run) -> Found:
     figures = {
         "trajectories": _trajectories(keys["forward"], main, held_out[: size.compared]),
         "samples": _samples(held_out, models, others, tests, size),
-        "kl_per_step": _kl_per_step(models, best_tree),
+        "kl_per_step": _kl_per_step(trees, best_tree),
         "losses": _losses(models, size.batch_size),
     }
     told = "\n".join(f"- by {t}: {'; '.join(failing(tests, t)) or 'none'}" for t in TESTS)
     sections = {
-        "Reading": verdict_of(above_best(differences), "the best possible"),
+        "Verdict": verdict(rows),
         "Draws": f"Told from the data at the level 0.01:\n\n{told}",
     }
-    model = main.diffusion, main.fitted.params
-    return Found(rows, figures, {"bounds": main.tree}, sections, model)
+    return Found(rows, figures, {"bounds": main.trained.tree}, sections, main.trained.model)
 
 
 EXPERIMENT = Experiment("DDPM Swiss roll", __doc__, _conduct, {"cpu": Size(), "quick": SMALL})
@@ -224,7 +200,9 @@ def define_best(beta: Float[np.ndarray, " T"], noise: float) -> Diffusion:
 
 
 def _define(beta: Float[np.ndarray, " T"], network: Any) -> Diffusion:
-    return Diffusion(GaussianKernel(), beta, network, event_shape=(2,), readout=readouts.Data())
+    return Diffusion(
+        probdiff.GaussianKernel(), beta, network, event_shape=(2,), readout=readouts.Data()
+    )
 
 
 def untrained(diffusion: Diffusion) -> Params:
@@ -346,19 +324,11 @@ def paired_with_best(
     return {name: mean_and_se(_bits(tree) - _bits(best)) for name, tree in trees.items()}
 
 
-def above_best(differences: dict[str, tuple[float, float]]) -> list[str]:
-    """Names of the models above the best possible one by more than three standard errors."""
-    return [name for name, (mean, se) in differences.items() if mean > 3 * se]
-
-
-def _bound_rows(
-    models: dict[str, _Trained], differences: dict[str, tuple[float, float]], best: xr.DataTree,
-    limits: Densities,
-) -> list[Row]:  # fmt: skip
+def _bound_rows(trees: dict[str, xr.DataTree], best: xr.DataTree, limits: Densities) -> list[Row]:
     k_best, hard = mean_and_se(_bits(best)), mean_and_se(limits.x_1)
-    first = next(iter(models.values())).tree
+    first, differences = next(iter(trees.values())), paired_with_best(trees, best)
     return [
-        *[Row(f"K, {n}", *mean_and_se(_bits(m.tree)), UNIT, k_best[0]) for n, m in models.items()],
+        *[Row(f"K, {n}", *mean_and_se(_bits(t)), UNIT, k_best[0]) for n, t in trees.items()],
         *[Row(f"K − best, paired: {n}", *found, UNIT, 0.0) for n, found in differences.items()],
         Row("best K of Gaussian steps with these rates", *k_best, UNIT, hard[0]),
         Row("ceiling of a tied last step, −h(X⁽¹⁾)", *hard, UNIT),
@@ -369,9 +339,9 @@ def _bound_rows(
     ]  # fmt: skip
 
 
-def _trajectories(key: Array, model: _Trained, x: Array) -> Figure:
+def _trajectories(key: Array, model: _Roll, x: Array) -> Figure:
     """The forward trajectory from data and the reverse one from noise, at the same levels."""
-    forward = model.diffusion.forward_trajectory(schedules.steps(rates()), x).sample(key)
+    forward = model.trained.diffusion.forward_trajectory(schedules.steps(rates()), x).sample(key)
     levels = [0, 5, 10, 20, T]
     figure, axes = plt.subplots(2, 5, figsize=(15, 6.4), layout="constrained")
     for row, name, color, start, trajectory in (
@@ -385,7 +355,7 @@ def _trajectories(key: Array, model: _Trained, x: Array) -> Figure:
 
 
 def _samples(
-    held_out: Array, models: dict[str, _Trained], others: dict[str, np.ndarray], tests: Tests,
+    held_out: Array, models: dict[str, _Roll], others: dict[str, np.ndarray], tests: Tests,
     size: Size,
 ) -> Figure:  # fmt: skip
     """Data beside draws of several models, with the p-values of their tests against data."""
@@ -400,10 +370,10 @@ def _samples(
     return figure
 
 
-def _kl_per_step(models: dict[str, _Trained], best: xr.DataTree) -> Figure:
+def _kl_per_step(trees: dict[str, xr.DataTree], best: xr.DataTree) -> Figure:
     """What each step costs at best, bits, and what each model pays on top, at the same draws."""
     steps, least = best["bound"]["step"].values, _bits(best, "kl").mean(0)
-    kl = {name: _bits(model.tree, "kl").mean(0) for name, model in models.items()}
+    kl = {name: _bits(tree, "kl").mean(0) for name, tree in trees.items()}
     main = next(iter(kl))
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     left.plot(steps, least, color="black", label="best possible")
@@ -419,12 +389,12 @@ def _kl_per_step(models: dict[str, _Trained], best: xr.DataTree) -> Figure:
     return figure
 
 
-def _losses(models: dict[str, _Trained], batch_size: int) -> Figure:
+def _losses(models: dict[str, _Roll], batch_size: int) -> Figure:
     """Losses of the three objectives, which are not of one scale."""
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     labels = ("−K (nats per point)", "L_simple (per point)", "L_simple − 0.001 K (per point)")
     for ax, (name, model), label in zip(axes, models.items(), labels, strict=False):
-        plots.losses(model.fitted.losses, batch_size=batch_size, ax=ax)
+        plots.losses(model.trained.fitted.losses, batch_size=batch_size, ax=ax)
         ax.set_title(name, fontsize="medium")
         ax.set_ylabel(label)
         ax.xaxis.get_major_locator().set_params(nbins=4)

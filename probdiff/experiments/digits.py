@@ -36,18 +36,8 @@ from matplotlib.figure import Figure
 from sklearn.linear_model import LogisticRegression
 from sklearn.mixture import GaussianMixture
 
-from probdiff import (
-    Diffusion,
-    Fit,
-    GaussianKernel,
-    datasets,
-    diagnostics,
-    networks,
-    plots,
-    readouts,
-    sample,
-    schedules,
-)
+import probdiff
+from probdiff import Diffusion, datasets, diagnostics, networks, plots, readouts, sample, schedules
 from probdiff.experiments import conditioning
 from probdiff.experiments.judging import best_mixture, classifier_rows, flat
 from probdiff.experiments.report import Experiment, Found, Row, Run, mean_and_se
@@ -162,7 +152,7 @@ def copies(key: Array, images: Array, n: int) -> Array:
 def _define(images: Array, rngs: nnx.Rngs) -> Diffusion:
     """The diffusion; one shift and one scale for all pixels, from the training images."""
     return Diffusion(
-        GaussianKernel(),
+        probdiff.GaussianKernel(),
         schedules.log_snr_linear(T, beta_1=BETA_1, alpha_bar_T=ALPHA_BAR_T),
         networks.SharedHead((8, 8), width=256, depth=2, T=T, channels=6, head_width=24, rngs=rngs),
         event_shape=(8, 8),
@@ -207,7 +197,7 @@ def _density_rows(scores: dict[str, np.ndarray]) -> list[Row]:
 
 
 def _restore(
-    key: Array, diffusion: Diffusion, fitted: Fit, images: Array, test: Array, size: Size
+    key: Array, diffusion: Diffusion, fitted: probdiff.Fit, images: Array, test: Array, size: Size
 ) -> tuple[list[Row], dict[str, Figure]]:
     """Denoise and inpaint a few test images: lines of the table, and sheets."""
     gaussian = conditioning.gaussian_of(images)

@@ -9,17 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from probdiff import (
-    Diffusion,
-    GaussianKernel,
-    SimpleLoss,
-    datasets,
-    diagnostics,
-    plots,
-    readouts,
-    sample,
-    schedules,
-)
+import probdiff
+from probdiff import Diffusion, datasets, diagnostics, plots, readouts, sample, schedules
 from probdiff.experiments.judging import bytes_of, classifier_of_bytes, classifier_rows
 from probdiff.experiments.report import Experiment, Found, Row, Run, mean_and_se
 from probdiff.experiments.training import CALLS, Recipe, bits_rows, curve, learn, sheets
@@ -111,7 +102,7 @@ def define(images: np.ndarray, recipe: Recipe, rngs: nnx.Rngs) -> Diffusion:
     """The diffusion of images of bytes, one shift and one scale for all their numbers."""
     loc, scale = float(images.mean(dtype=np.float64)), float(images.std(dtype=np.float64))
     return Diffusion(
-        GaussianKernel(),
+        probdiff.GaussianKernel(),
         schedules.log_snr_linear(T, beta_1=scale**-2, alpha_bar_T=ALPHA_BAR_T),
         recipe.network(images.shape[1:], rngs, outputs=3 * COMPONENTS),
         event_shape=images.shape[1:],
@@ -125,7 +116,7 @@ def define(images: np.ndarray, recipe: Recipe, rngs: nnx.Rngs) -> Diffusion:
 def define_ddpm(recipe: Recipe, rngs: nnx.Rngs) -> Diffusion:
     """The diffusion of the tutorials, grey levels scaled to [−1, 1]."""
     return Diffusion(
-        GaussianKernel(),
+        probdiff.GaussianKernel(),
         schedules.linear(T, beta_1=1e-4, beta_T=0.02),
         recipe.network((28, 28), rngs, outputs=1, T=T),
         event_shape=(28, 28),
@@ -154,9 +145,9 @@ def _conduct_mnist(is_ddpm: bool, run: Run) -> Found:
         if is_ddpm
         else functools.partial(define, images, size.recipe)
     )
-    diffusion, fitted, tree, key_draw = learn(
+    (diffusion, fitted, tree), key_draw = learn(
         run, define_it, images, data.train[-size.held_out :].astype(np.float32), test,
-        shades=SHADES, objective=SimpleLoss() if is_ddpm else None,
+        shades=SHADES, objective=probdiff.SimpleLoss() if is_ddpm else None,
     )  # fmt: skip
     run.say("draw, and ask a classifier of real digits")
     walk: dict[str, Any] = {"block_size": 100} if is_ddpm else {"steps": CALLS}
@@ -203,7 +194,7 @@ def _parzen_rows(centres: dict[str, np.ndarray], data: datasets.Mnist) -> list[R
 def _conduct_cifar10(run: Run) -> Found:
     size, data = run.size, datasets.cifar10()
     images = datasets.with_mirrored(data.train[: size.train_images]).astype(np.float32)
-    diffusion, fitted, tree, key_draw = learn(
+    (diffusion, fitted, tree), key_draw = learn(
         run, functools.partial(define, images, size.recipe), images,
         data.train[-size.held_out :].astype(np.float32),
         data.test[: size.test_images].astype(np.float32), shades=SHADES,

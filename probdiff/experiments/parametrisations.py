@@ -35,20 +35,8 @@ import optax
 from flax import nnx
 from matplotlib.figure import Figure
 
-from probdiff import (
-    CombinedLoss,
-    Diffusion,
-    GaussianKernel,
-    SampledTimeELBO,
-    SimpleLoss,
-    datasets,
-    diagnostics,
-    networks,
-    plots,
-    readouts,
-    sample,
-    schedules,
-)
+import probdiff
+from probdiff import Diffusion, datasets, diagnostics, networks, plots, readouts, sample, schedules
 from probdiff.experiments.judging import energy_distance
 from probdiff.experiments.report import Experiment, Found, Row, Run, mean_and_se
 from probdiff.experiments.training import train
@@ -77,7 +65,11 @@ READOUTS = {
     "2015": readouts.Perturbation(),
     "mixture": readouts.Mixture(4, -1.0, 2.0),
 }
-LOSSES = {"bound": SampledTimeELBO, "L_simple": SimpleLoss, "combined": CombinedLoss}
+LOSSES = {
+    "bound": probdiff.SampledTimeELBO,
+    "L_simple": probdiff.SimpleLoss,
+    "combined": probdiff.CombinedLoss,
+}
 CELLS = [(readout, "bound") for readout in READOUTS] + [
     (readout, loss) for loss in ("L_simple", "combined") for readout in ("x_0", "ε", "v")
 ]
@@ -126,10 +118,10 @@ def _define(readout: readouts.GaussianReadout, images: np.ndarray, rngs: nnx.Rng
     scale = float(images.std())
     network = networks.SharedHead(
         (8, 8), width=256, depth=2, T=T, channels=6, head_width=24,
-        outputs=readout.num_outputs(GaussianKernel()), rngs=rngs,
+        outputs=readout.num_outputs(probdiff.GaussianKernel()), rngs=rngs,
     )  # fmt: skip
     return Diffusion(
-        GaussianKernel(),
+        probdiff.GaussianKernel(),
         schedules.log_snr_linear(T, beta_1=(FIRST_NOISE / scale) ** 2, alpha_bar_T=ALPHA_BAR_T),
         network,
         event_shape=(8, 8),

@@ -41,17 +41,8 @@ from flax import nnx
 from jaxtyping import Array
 from matplotlib.figure import Figure
 
-from probdiff import (
-    Diffusion,
-    GaussianKernel,
-    datasets,
-    diagnostics,
-    infer,
-    plots,
-    readouts,
-    sample,
-    schedules,
-)
+import probdiff
+from probdiff import Diffusion, datasets, diagnostics, infer, plots, readouts, sample, schedules
 from probdiff.experiments.judging import best_mixture, flat
 from probdiff.experiments.report import Experiment, Found, Row, Run, mean_and_se
 from probdiff.experiments.training import CALLS, Recipe, sheets, train_at_length
@@ -206,7 +197,7 @@ def _define(
     """The diffusion of images of any such shape: the weights do not depend on it."""
     lowest, highest = (float(v) for v in np.quantile(patches.train, (0.01, 0.99)))
     return Diffusion(
-        GaussianKernel(),
+        probdiff.GaussianKernel(),
         schedules.log_snr_linear(T, beta_1=patches.level**2, alpha_bar_T=ALPHA_BAR_T),
         recipe.network(shape, nnx.Rngs(jax.random.bits(key).item()), outputs=3 * COMPONENTS),
         event_shape=shape,

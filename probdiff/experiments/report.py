@@ -34,6 +34,7 @@ from probdiff.types import Params
 QUICK = "This was a quick run of a few steps, to see that all works: its numbers mean nothing."
 
 _ABSENT = "–"
+_BOUNDS = ("K,", "K (", "K − best", "ladder,")
 
 
 class Row(NamedTuple):
@@ -130,10 +131,13 @@ class Experiment:
             The rows of the table.
 
         Raises:
-            ValueError: If there is no such recipe, or the model is one of other data.
+            ValueError: If there is no such recipe, or the model is one of other data, or none is
+                taken.
         """
         if recipe not in self.sizes:
             raise ValueError(f"recipe must be one of {', '.join(self.sizes)}; got {recipe!r}")
+        if model is not None and self.load is None:
+            raise ValueError(f"model must be absent, {self.title} trains its own; got {model}")
         size, out_dir = self.sizes["quick" if quick else recipe], Path(out_dir)
         out_dir.mkdir(parents=True, exist_ok=True)
         model = None if model is None else Path(model)
@@ -289,11 +293,27 @@ def _write(path: Path, text: str) -> Path:
     return path
 
 
-def verdict_of(too_high: Sequence[str], limit: str = "the ceiling") -> str:
-    """No bound passes its limit; or which do, in bold."""
+def above_ceiling(rows: Sequence[Row], ceiling_se: SupportsFloat = 0.0) -> list[str]:
+    """Names of the bounds (K, and rungs of a ladder) above their ceiling by three standard errors.
+
+    Args:
+        rows: Lines of a table.
+        ceiling_se: Standard error of the ceilings.
+    """
+    bounds = [row for row in rows if row.row.startswith(_BOUNDS) and row.ceiling is not None]
+    return [
+        row.row
+        for row in bounds
+        if row.value - row.ceiling > 3 * math.hypot(row.se or 0.0, ceiling_se) + 1e-4
+    ]
+
+
+def verdict(rows: Sequence[Row], ceiling_se: SupportsFloat = 0.0) -> str:
+    """No bound passes its ceiling; or which do, in bold. See `above_ceiling`."""
+    too_high = ", ".join(above_ceiling(rows, ceiling_se))
     if not too_high:
-        return f"No bound is above {limit} by more than three standard errors."
+        return "No bound is above its ceiling by more than three standard errors."
     return (
-        f"**Above {limit} by more than three standard errors: {', '.join(too_high)}. "
+        f"**Above the ceiling by more than three standard errors: {too_high}. "
         "This is a bug: no correct bound can be there.**"
     )

@@ -53,18 +53,8 @@ from flax import nnx
 from jaxtyping import Array
 from matplotlib.figure import Figure
 
-from probdiff import (
-    Diffusion,
-    Fit,
-    GaussianKernel,
-    datasets,
-    diagnostics,
-    infer,
-    networks,
-    plots,
-    sample,
-    schedules,
-)
+import probdiff
+from probdiff import Diffusion, datasets, diagnostics, infer, networks, plots, sample, schedules
 from probdiff.diagnostics import BITS_PER_NAT
 from probdiff.experiments.report import (
     Experiment,
@@ -73,9 +63,9 @@ from probdiff.experiments.report import (
     Run,
     mean_and_se,
     root_mean_square,
-    verdict_of,
+    verdict,
 )
-from probdiff.experiments.training import cosine_adam, train
+from probdiff.experiments.training import Trained, train_and_bound
 from probdiff.types import Params
 
 NOISE, BETA_1, ALPHA_BAR_T = 0.1, 1e-4, 1e-3
@@ -112,17 +102,6 @@ SMALL = Size(
 )  # fmt: skip
 
 
-class _Trained(NamedTuple):
-    diffusion: Diffusion
-    fitted: Fit
-    tree: xr.DataTree
-
-    @property
-    def bits(self) -> np.ndarray:
-        """Bound per held-out point, bits."""
-        return self.tree["bound"]["bound"].values * BITS_PER_NAT
-
-
 def _conduct(run: Run) -> Found:
     size = run.size
     keys = run.keys("train", "held_out", "fit", "bound", "draw", "forward", "ceiling")
@@ -133,20 +112,12 @@ def _conduct(run: Run) -> Found:
     models = {}
     for name, diffusion in _define_all(size).items():
         run.say(f"train and bound: {name}")
-        fitted = train(
-            keys["fit"], diffusion, x, cosine_adam(size.learning_rate, size.num_steps),
-            num_steps=size.num_steps, batch_size=min(size.batch_size, len(x)), ema_decay=0.999,
-            progress=run.progress,
-        )  # fmt: skip
         num_draws = size.num_draws if diffusion.T == 40 else 1
-        tree = diagnostics.bound(
-            keys["bound"], diffusion, fitted.params, held_out, num_draws=num_draws
-        )
-        models[name] = _Trained(diffusion, fitted, tree)
+        models[name] = train_and_bound(run, keys, diffusion, x, held_out, num_draws=num_draws)
 
     run.say("ceilings, draws and figures")
     main = models["perceptron, T = 40"]
-    model = main.diffusion, main.fitted.params
+    model = main.model
     ceilings = [ceiling(keys["ceiling"], size.ceiling_points, beta) for beta in (BETA_1, 0.0)]
     x_0, trajectory = sample.ancestral(
         keys["draw"], *model, min(size.points, 4000), keep_trajectory=True
@@ -157,11 +128,10 @@ def _conduct(run: Run) -> Found:
     run.say("rank by few points")
     few = {
         name: diagnostics.bound(
-            keys["bound"], m.diffusion, m.fitted.params, held_out[: size.few],
-            num_draws=size.draws_of_few,
+            keys["bound"], *m.model, held_out[: size.few], num_draws=size.draws_of_few
         )
         for name, m in models.items()
-    }  # fmt: skip
+    }
     run.say("climb from K to the log density")
     climbed = _climb(key_ladder, *model, held_out[: size.climbed], size.sizes)
     rows = [
@@ -179,8 +149,8 @@ def _conduct(run: Run) -> Found:
         "denoising": _denoising_figure(denoised),
         "ladder": _ladder_figure(climbed),
     }
-    verdict = verdict_of(above_ceiling(rows, ceilings[0][1]))
-    return Found(rows, figures, {"bounds": main.tree}, {"Reading": verdict}, model)
+    sections = {"Verdict": verdict(rows, ceilings[0][1])}
+    return Found(rows, figures, {"bounds": main.tree}, sections, model)
 
 
 EXPERIMENT = Experiment("Swiss roll", __doc__, _conduct, {"cpu": Size(), "quick": SMALL})
@@ -194,7 +164,7 @@ def define(T: int, *, learned: bool = False, radial_basis: bool = False) -> Diff
     else:
         network = networks.Perceptron((2,), width=96, depth=4, T=T, rngs=nnx.Rngs(0))
     rates = schedules.learned(beta) if learned else beta
-    return Diffusion(GaussianKernel(), rates, network, event_shape=(2,))
+    return Diffusion(probdiff.GaussianKernel(), rates, network, event_shape=(2,))
 
 
 def _define_all(size: Size) -> dict[str, Diffusion]:
@@ -232,11 +202,12 @@ def share_off_roll(key: Array, x_0: Any, held_out: Array) -> tuple[float, float]
     return mean_and_se(100 * is_off)
 
 
-def _bound_rows(models: dict[str, _Trained], held_out: Array, ceilings: list[Any]) -> list[Row]:
+def _bound_rows(models: dict[str, Trained], held_out: Array, ceilings: list[Any]) -> list[Row]:
     hard = ceilings[0][0]
-    fixed, learned = [m.bits for m in models.values()][:2]
+    bits = {n: m.tree["bound"]["bound"].values * BITS_PER_NAT for n, m in models.items()}
+    fixed, learned = list(bits.values())[:2]
     l_null = -(np.log(2 * np.pi) + 0.5 * np.sum(np.asarray(held_out) ** 2, -1)) / np.log(2)
-    first, *rest = [Row(f"K, {n}", *mean_and_se(m.bits), UNIT, hard) for n, m in models.items()]
+    first, *rest = [Row(f"K, {n}", *mean_and_se(k), UNIT, hard) for n, k in bits.items()]
     return [
         first._replace(published=2.35),
         *rest,
@@ -249,16 +220,6 @@ def _bound_rows(models: dict[str, _Trained], held_out: Array, ceilings: list[Any
         Row("ceiling of a tied last step, −h(X⁽¹⁾)", *ceilings[0], UNIT),
         Row("ceiling of any density, −h(X⁽⁰⁾)", *ceilings[1], UNIT),
     ]  # fmt: skip
-
-
-def above_ceiling(rows: list[Row], ceiling_se: float) -> list[str]:
-    """Names of the rows above their ceiling by more than three standard errors."""
-    return [
-        row.row
-        for row in rows
-        if row.ceiling is not None
-        and row.value - row.ceiling > 3 * np.hypot(row.se or 0.0, ceiling_se)
-    ]
 
 
 def _ranking_rows(*trees: Mapping[str, xr.DataTree]) -> list[Row]:

@@ -33,6 +33,7 @@ from numpyro.infer import SVI
 from probdiff import Diffusion, Fit, SampledTimeELBO, diagnostics, fit, networks, plots, sample
 from probdiff.experiments.report import Row, Run, mean_and_se
 from probdiff.journal import Progress
+from probdiff.types import Params
 
 CALLS = 50
 """Network calls for a draw that is to be looked at."""
@@ -51,6 +52,34 @@ def train(
 def cosine_adam(rate: float, num_steps: int) -> optax.GradientTransformation:
     """Adam, its learning rate falling to 0 along a cosine."""
     return optax.adam(optax.cosine_decay_schedule(rate, num_steps))
+
+
+class Trained(NamedTuple):
+    """A model that was trained, and its bound on data that it has not seen."""
+
+    diffusion: Diffusion
+    fitted: Fit
+    tree: xr.DataTree
+
+    @property
+    def model(self) -> tuple[Diffusion, Params]:
+        """What is saved, drawn from and conditioned."""
+        return self.diffusion, self.fitted.params
+
+
+def train_and_bound(
+    run: Run, keys: dict[str, Array], diffusion: Diffusion, x: Any, held_out: Any, *,
+    num_draws: int, objective: Any = None,
+) -> Trained:  # fmt: skip
+    """Train by Adam, its rate falling to 0 along a cosine, average the weights, and bound."""
+    size = run.size
+    fitted = train(
+        keys["fit"], diffusion, x, cosine_adam(size.learning_rate, size.num_steps),
+        objective=objective, num_steps=size.num_steps, batch_size=min(size.batch_size, len(x)),
+        ema_decay=0.999, progress=run.progress,
+    )  # fmt: skip
+    tree = diagnostics.bound(keys["bound"], diffusion, fitted.params, held_out, num_draws=num_draws)
+    return Trained(diffusion, fitted, tree)
 
 
 class Recipe(NamedTuple):
@@ -120,21 +149,11 @@ def train_at_length(
     )  # fmt: skip
 
 
-class Learned(NamedTuple):
-    """A model that was trained, and its bound on test images."""
-
-    diffusion: Diffusion
-    fitted: Fit
-    tree: xr.DataTree
-    key: Array
-    """Randomness that is left, for draws."""
-
-
 def learn(
     run: Run, define: Callable[[nnx.Rngs], Diffusion], images: np.ndarray, held_out: np.ndarray,
     test: np.ndarray, *, shades: tuple[float, float], objective: Any = None,
-) -> Learned:  # fmt: skip
-    """Train by the recipe of the run's size, and bound test images; see `train_at_length`."""
+) -> tuple[Trained, Array]:  # fmt: skip
+    """Train by the recipe of the run's size, and bound test images; and a key that is left."""
     keys = run.keys("init", "fit", "bound", "draw")
     diffusion = define(nnx.Rngs(jax.random.bits(keys["init"]).item()))
     run.say("train the diffusion")
@@ -147,7 +166,7 @@ def learn(
         keys["bound"], diffusion, fitted.params, test, num_times=run.size.test_times,
         progress=run.progress,
     )  # fmt: skip
-    return Learned(diffusion, fitted, tree, keys["draw"])
+    return Trained(diffusion, fitted, tree), keys["draw"]
 
 
 class _Painter(NamedTuple):

@@ -48,19 +48,8 @@ from matplotlib.figure import Figure
 from numpyro.infer import SVI
 from scipy.stats import chisquare
 
-from probdiff import (
-    Diffusion,
-    Fit,
-    ImportanceTimes,
-    SampledTimeELBO,
-    diagnostics,
-    fit,
-    infer,
-    plots,
-    sample,
-    schedules,
-    track_kl,
-)
+import probdiff
+from probdiff import Diffusion, diagnostics, infer, plots, sample, schedules
 from probdiff.experiments.heartbeat.exact import (
     LENGTH,
     PERIOD,
@@ -76,7 +65,7 @@ from probdiff.experiments.heartbeat.exact import (
     tied,
     with_fewer_steps,
 )
-from probdiff.experiments.report import Experiment, Found, Row, Run, mean_and_se, verdict_of
+from probdiff.experiments.report import Experiment, Found, Row, Run, mean_and_se, verdict
 from probdiff.experiments.training import cosine_adam
 from probdiff.types import Params
 
@@ -168,12 +157,12 @@ def _conduct(run: Run) -> Found:
     }
     limit = limits[size.T].tied_limit
     place = "above" if by_itself[0] > limit else "below"
-    verdict = (
-        f"{verdict_of(above_ceiling(rows))} Measured by itself, K at T = {size.T} is "
+    text = (
+        f"{verdict(rows)} Measured by itself, K at T = {size.T} is "
         f"{abs(by_itself[0] - limit):.4f} bits {place} the hard limit {limit:.4f} of any tied "
         "last step."
     )
-    return Found(rows, figures, {"bounds": tree}, {"Reading": verdict}, (model, fitted.params))
+    return Found(rows, figures, {"bounds": tree}, {"Verdict": text}, (model, fitted.params))
 
 
 EXPERIMENT = Experiment("Binary heartbeat", __doc__, _conduct, {"cpu": Size(), "quick": SMALL})
@@ -182,12 +171,12 @@ EXPERIMENT = Experiment("Binary heartbeat", __doc__, _conduct, {"cpu": Size(), "
 def _train(
     key: Array, diffusion: Diffusion, x: Int[np.ndarray, "rows length"], num_steps: int,
     learning_rate: float, progress: bool,
-) -> Fit:  # fmt: skip
+) -> probdiff.Fit:  # fmt: skip
     """Fit on all of x, with averaged weights."""
-    objective = SampledTimeELBO(num_times=4, times=ImportanceTimes())
+    objective = probdiff.SampledTimeELBO(num_times=4, times=probdiff.ImportanceTimes())
     adam = cosine_adam(learning_rate, num_steps)
-    svi = SVI(diffusion.model, track_kl(diffusion.guide), adam, objective)
-    return fit(key, svi, x, num_steps=num_steps, ema_decay=0.999, progress=progress)
+    svi = SVI(diffusion.model, probdiff.track_kl(diffusion.guide), adam, objective)
+    return probdiff.fit(key, svi, x, num_steps=num_steps, ema_decay=0.999, progress=progress)
 
 
 def in_bits(tree: xr.DataTree, name: str = "bound") -> Float[np.ndarray, " rows"]:
@@ -268,15 +257,6 @@ def _draw_rows(T: int, phases: Int[np.ndarray, " draws"]) -> list[Row]:
 def null_bits() -> float:
     """log2-likelihood of a sequence under the law the diffusion ends in: −20 h2(0.2)."""
     return LENGTH * float(RATE * np.log2(RATE) + (1 - RATE) * np.log2(1 - RATE))
-
-
-def above_ceiling(rows: list[Row]) -> list[str]:
-    """Names of the bounds above their ceiling by more than three standard errors."""
-    return [
-        row.row
-        for row in rows
-        if row.row.startswith("K (") and row.value - row.ceiling > 3 * (row.se or 0.0) + 1e-4
-    ]
 
 
 class Completions(NamedTuple):
