@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from probdiff.experiments import TABLE, find
 
 EXAMPLES = """\
@@ -50,7 +52,6 @@ MEANINGS = {
     ".nc": "open with xarray.open_datatree",
     ".png": "figure",
 }
-"""What a file that a run leaves is, by its name or its ending."""
 FROM_PYTHON = """\
 DATA.npy is an array of examples along axis 0, in the units the model was trained on:
   >>> numpy.save("x.npy", probdiff.datasets.digits().test)
@@ -85,23 +86,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     as_written = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(
-        prog="probdiff",
+        "probdiff", epilog=EXAMPLES, **as_written,
         description="Diffusion probabilistic models: run experiments, bound data.",
-        epilog=EXAMPLES,
-        **as_written,
-    )
+    )  # fmt: skip
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    listing = commands.add_parser("list", help="say which experiments there are")
-    listing.set_defaults(command=_list)
-
+    commands.add_parser("list", help="say which experiments there are").set_defaults(command=_list)
+    afterwards = AFTERWARDS.format(resumed=_those("resumes"))
     run = commands.add_parser(
-        "run",
-        help="run an experiment",
-        description=RUN,
-        epilog="\n  ".join(["experiments:", *_summaries()])
-        + AFTERWARDS.format(resumed=_those("resumes")),
-        **as_written,
-    )
+        "run", help="run an experiment", description=RUN, **as_written,
+        epilog="\n  ".join(["experiments:", *_summaries()]) + afterwards,
+    )  # fmt: skip
     add = run.add_argument
     add("name", metavar="NAME", help="name of the experiment, see `probdiff list`")
     add("--out", metavar="DIR", help="folder for the results (default: runs/NAME)")
@@ -110,17 +104,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--recipe", choices=("cpu", "gpu"),
         help=f"how much to train and measure, for {_those('has_gpu')} (default: cpu)")  # fmt: skip
     add("--seed", type=_seed, default=0, help="same seed, same table (default: 0)")
-    add("--quick", action="store_true", help="a few steps, to see that it runs; numbers mean "
-        "nothing")  # fmt: skip
+    add("--quick", action="store_true", help="a few steps only; numbers mean nothing")
     run.set_defaults(command=_run)
 
     bound = commands.add_parser(
-        "bound",
-        help="bound the log density of data under a trained model",
-        description=BOUND,
-        epilog=FROM_PYTHON,
-        **as_written,
-    )
+        "bound", help="bound the log density of data under a trained model", description=BOUND,
+        epilog=FROM_PYTHON, **as_written,
+    )  # fmt: skip
     add = bound.add_argument
     add("model", metavar="MODEL_DIR", help="folder of a run or of probdiff.save")
     add("data", metavar="DATA.npy", help="examples along axis 0, the data's units")
@@ -138,8 +128,7 @@ def _those(field: str) -> str:
 
 
 def _seed(text: str) -> int:
-    seed = int(text)
-    if not 0 <= seed < 2**32:
+    if not 0 <= (seed := int(text)) < 2**32:
         raise argparse.ArgumentTypeError(f"must lie in 0..2**32 - 1; got {seed}")
     return seed
 
@@ -224,9 +213,8 @@ def _bound(args: argparse.Namespace) -> None:
         raise UsageError(f"{args.data}: {error}") from error
     tree.to_netcdf(out, engine="h5netcdf")
     k = tree["bound"].attrs
-    print(
-        f"K = {k['mean']:.6g} ± {k['se']:.2g} nats = {k['mean_bits']:.6g} ± {k['se_bits']:.2g} bits"
-    )
+    nats, bits = (f"{k['mean' + u]:.6g} ± {k['se' + u]:.2g}" for u in ("", "_bits"))
+    print(f"K = {nats} nats = {bits} bits")
     if args.ladder is not None:
         _print_ladder(tree["ladder"], args.ladder)
     print(f"per example, mean and standard error over {len(x_0)} examples; each example in {out}")
@@ -245,9 +233,7 @@ def _print_ladder(group: Any, size: int) -> None:
         print(f"{text}: {mean:.6g} ± {se:.2g} nats")
 
 
-def _read_array(path: Path) -> Any:
-    import numpy as np
-
+def _read_array(path: Path) -> np.ndarray:
     if not path.is_file():
         raise UsageError(f"no such file: {path}")
     try:
@@ -261,8 +247,7 @@ def _read_array(path: Path) -> Any:
         ) from error
     if not isinstance(array, np.ndarray):
         raise UsageError(f"{path} must hold one array; it is an archive of several")
-    is_number = np.issubdtype(array.dtype, np.number) or array.dtype == bool
-    if not (is_number and np.isrealobj(array)):
+    if array.dtype.kind not in "biuf":
         raise UsageError(f"{path} must hold real numbers; got dtype {array.dtype}")
     return array
 
