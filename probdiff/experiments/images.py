@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -140,13 +139,9 @@ def _conduct_mnist(is_ddpm: bool, run: Run) -> Found:
     size, data = run.size, datasets.mnist()
     images = data.train[: size.train_images].astype(np.float32)
     test = data.test[: size.test_images].astype(np.float32)
-    define_it: Callable[[nnx.Rngs], Diffusion] = (
-        functools.partial(define_ddpm, size.recipe)
-        if is_ddpm
-        else functools.partial(define, images, size.recipe)
-    )
+    make = functools.partial(*((define_ddpm,) if is_ddpm else (define, images)), size.recipe)
     (diffusion, fitted, tree), key_draw = learn(
-        run, define_it, images, data.train[-size.held_out :].astype(np.float32), test,
+        run, make, images, data.train[-size.held_out :].astype(np.float32), test,
         shades=SHADES, objective=probdiff.SimpleLoss() if is_ddpm else None,
     )  # fmt: skip
     run.say("draw, and ask a classifier of real digits")

@@ -49,15 +49,12 @@ _GROUPS = 20
 
 
 class TwoSampleTest(NamedTuple):
-    """What a test found.
-
-    Attributes:
-        distance: D² of the two sets, not negative but for rounding.
-        p_value: Share of divisions with at least this D², in [1/(1 + B), 1].
-    """
+    """What a test found."""
 
     distance: float
+    """D² of the two sets, not negative but for rounding."""
     p_value: float
+    """Share of divisions with at least this D², in [1/(1 + B), 1]."""
 
 
 def energy(distances: Distances) -> Distances:

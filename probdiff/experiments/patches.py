@@ -240,13 +240,9 @@ def _density_rows(scores: dict[str, np.ndarray], patches: Patches) -> list[Row]:
 
 
 def _figure_5(
-    key: Array,
-    diffusion: Diffusion,
-    params: Params,
-    patches: Patches,
-    size: Size,
+    key: Array, diffusion: Diffusion, params: Params, patches: Patches, size: Size,
     shades: tuple[float, float],
-) -> Figure:
+) -> Figure:  # fmt: skip
     """Figure 5 of the paper: a hole in a held-out picture painted in, by two approximate draws."""
     picture, side = patches.picture, patches.picture.shape[0]
     inside = slice((side - size.hole) // 2, (side + size.hole) // 2)

@@ -71,7 +71,7 @@ def train_and_bound(
     run: Run, keys: dict[str, Array], diffusion: Diffusion, x: Any, held_out: Any, *,
     num_draws: int, objective: Any = None,
 ) -> Trained:  # fmt: skip
-    """Train by Adam, its rate falling to 0 along a cosine, average the weights, and bound."""
+    """Train by Adam as the run's size says, average the weights, and bound held-out data."""
     size = run.size
     fitted = train(
         keys["fit"], diffusion, x, cosine_adam(size.learning_rate, size.num_steps),
