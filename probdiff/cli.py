@@ -1,7 +1,8 @@
 """Command line: `probdiff list`, `probdiff run NAME`, `probdiff bound MODEL_DIR DATA.npy`.
 
 A run prints its table to standard output and what it is doing to standard error. What a user got
-wrong (an unknown name, a file that is not there) is said in one line, with exit status 2.
+wrong (an unknown name, a file that is not there) is said in one line, with exit status 2. What a
+command needs is imported when it runs: to list experiments is quick.
 """
 
 import argparse
@@ -12,56 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from probdiff import GaussianKernel, diagnostics, load
-from probdiff.experiments import (
-    binary_mnist,
-    cifar10,
-    ddpm_mnist,
-    ddpm_swiss_roll,
-    digits,
-    heartbeat,
-    mnist,
-    mnist_inpainting,
-    parametrisations,
-    patches,
-    restoration,
-    swiss_roll,
-    toy_language,
-)
-from probdiff.experiments.report import format_table
-
-RESTORATIONS = {
-    "denoise": restoration.DENOISE,
-    "inpaint": restoration.INPAINT,
-    "super-resolution": restoration.SUPER_RESOLUTION,
-}
-EXPERIMENTS = {
-    "digits": digits,
-    "swiss-roll": swiss_roll,
-    "ddpm-swiss-roll": ddpm_swiss_roll,
-    "heartbeat": heartbeat,
-    "toy-language": toy_language,
-    "binary-mnist": binary_mnist,
-    "mnist": mnist,
-    "mnist-inpaint": mnist_inpainting,
-    "cifar10": cifar10,
-    "ddpm-mnist": ddpm_mnist,
-    "readouts": parametrisations,
-    "dead-leaves": patches.DEAD_LEAVES,
-    "bark": patches.BARK,
-} | RESTORATIONS
-LOADERS = dict.fromkeys(RESTORATIONS, restoration.load_digits) | {
-    "mnist-inpaint": mnist_inpainting.load_mnist
-}
-"""What reads, and checks, the trained model of an experiment that takes one."""
-WITH_RECIPES = ("mnist", "mnist-inpaint", "cifar10", "ddpm-mnist", "dead-leaves", "bark")
-"""Experiments that have a recipe for a CPU and one for a GPU."""
-RESUMED = ("binary-mnist", "mnist", "cifar10", "ddpm-mnist", "dead-leaves", "bark")
-"""Experiments that go on from a checkpoint."""
-
+from probdiff.experiments import TABLE, find
 
 EXAMPLES = """\
 examples:
@@ -98,7 +52,6 @@ MEANINGS = {
     ".nc": "open with xarray.open_datatree",
     ".png": "figure",
 }
-"""What a file that a run leaves is, by its name or its ending."""
 FROM_PYTHON = """\
 DATA.npy is an array of examples along axis 0, in the units the model was trained on:
   >>> numpy.save("x.npy", probdiff.datasets.digits().test)
@@ -133,97 +86,89 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     as_written = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(
-        prog="probdiff",
+        "probdiff", epilog=EXAMPLES, **as_written,
         description="Diffusion probabilistic models: run experiments, bound data.",
-        epilog=EXAMPLES,
-        **as_written,
-    )
+    )  # fmt: skip
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    listing = commands.add_parser("list", help="say which experiments there are")
-    listing.set_defaults(command=_list)
-
+    commands.add_parser("list", help="say which experiments there are").set_defaults(command=_list)
+    afterwards = AFTERWARDS.format(resumed=_those("resumes"))
     run = commands.add_parser(
-        "run",
-        help="run an experiment",
-        description=RUN,
-        epilog="\n  ".join(["experiments:", *_summaries()])
-        + AFTERWARDS.format(resumed=", ".join(RESUMED)),
-        **as_written,
-    )
-    run.add_argument("name", metavar="NAME", help="name of the experiment, see `probdiff list`")
-    run.add_argument("--out", metavar="DIR", help="folder for the results (default: runs/NAME)")
-    run.add_argument(
-        "--model",
-        metavar="DIR",
-        help=f"trained model, for {', '.join(LOADERS)} (default: what `probdiff run digits`, or "
-        "mnist, leaves, trained first if it is not there)",
-    )
-    run.add_argument(
-        "--recipe",
-        choices=("cpu", "gpu"),
-        help=f"how much to train and measure, for {', '.join(WITH_RECIPES)} (default: cpu)",
-    )
-    run.add_argument("--seed", type=_seed, default=0, help="same seed, same table (default: 0)")
-    run.add_argument(
-        "--quick",
-        action="store_true",
-        help="a few steps, to see that it runs; numbers mean nothing",
-    )
+        "run", help="run an experiment", description=RUN, **as_written,
+        epilog="\n  ".join(["experiments:", *_summaries()]) + afterwards,
+    )  # fmt: skip
+    add = run.add_argument
+    add("name", metavar="NAME", help="name of the experiment, see `probdiff list`")
+    add("--out", metavar="DIR", help="folder for the results (default: runs/NAME)")
+    add("--model", metavar="DIR", help=f"trained model, for {_those('model')} (default: what "
+        "`probdiff run digits`, or mnist, leaves, trained first if it is not there)")  # fmt: skip
+    add("--recipe", choices=("cpu", "gpu"),
+        help=f"how much to train and measure, for {_those('has_gpu')} (default: cpu)")  # fmt: skip
+    add("--seed", type=_seed, default=0, help="same seed, same table (default: 0)")
+    add("--quick", action="store_true", help="a few steps only; numbers mean nothing")
     run.set_defaults(command=_run)
 
     bound = commands.add_parser(
-        "bound",
-        help="bound the log density of data under a trained model",
-        description=BOUND,
-        epilog=FROM_PYTHON,
-        **as_written,
-    )
-    bound.add_argument("model", metavar="MODEL_DIR", help="folder of a run or of probdiff.save")
-    bound.add_argument("data", metavar="DATA.npy", help="examples along axis 0, the data's units")
-    bound.add_argument("--out", metavar="FILE", help="bounds (default: MODEL_DIR/bounds-DATA.nc)")
-    bound.add_argument("--seed", type=_seed, default=0, help="seeds the noise (default: 0)")
-    bound.add_argument(
-        "--ladder",
-        type=int,
-        metavar="S",
-        help="also say how loose K is: importance-weighted bounds and SMC with S trajectories for "
-        "each example, four times",
-    )
+        "bound", help="bound the log density of data under a trained model", description=BOUND,
+        epilog=FROM_PYTHON, **as_written,
+    )  # fmt: skip
+    add = bound.add_argument
+    add("model", metavar="MODEL_DIR", help="folder of a run or of probdiff.save")
+    add("data", metavar="DATA.npy", help="examples along axis 0, the data's units")
+    add("--out", metavar="FILE", help="bounds (default: MODEL_DIR/bounds-DATA.nc)")
+    add("--seed", type=_seed, default=0, help="seeds the noise (default: 0)")
+    add("--ladder", type=int, metavar="S", help="also say how loose K is: importance-weighted "
+        "bounds and SMC with S trajectories for each example, four times")  # fmt: skip
     bound.set_defaults(command=_bound)
     return parser
 
 
+def _those(field: str) -> str:
+    """Names of the experiments that have something."""
+    return ", ".join(name for name, entry in TABLE.items() if getattr(entry, field))
+
+
 def _seed(text: str) -> int:
-    seed = int(text)
-    if not 0 <= seed < 2**32:
+    if not 0 <= (seed := int(text)) < 2**32:
         raise argparse.ArgumentTypeError(f"must lie in 0..2**32 - 1; got {seed}")
     return seed
 
 
 def _list(args: argparse.Namespace) -> None:
-    durations = [experiment.DURATION for experiment in EXPERIMENTS.values()]
-    for line, duration in zip(_summaries(), durations, strict=True):
-        print(f"{line} ({duration})")
+    for line, entry in zip(_summaries(), TABLE.values(), strict=True):
+        print(f"{line} ({entry.duration})")
 
 
 def _summaries() -> list[str]:
-    width = max(map(len, EXPERIMENTS))
-    return [f"{name:{width}}  {experiment.SUMMARY}" for name, experiment in EXPERIMENTS.items()]
+    width = max(map(len, TABLE))
+    return [f"{name:{width}}  {entry.summary}" for name, entry in TABLE.items()]
 
 
 def _run(args: argparse.Namespace) -> None:
-    if args.name not in EXPERIMENTS:
-        raise UsageError(f"no experiment {args.name!r}; there are {', '.join(EXPERIMENTS)}")
-    experiment = EXPERIMENTS[args.name]
-    options = _model_option(args) | _recipe_option(args)
+    if args.name not in TABLE:
+        raise UsageError(f"no experiment {args.name!r}; there are {', '.join(TABLE)}")
+    entry = TABLE[args.name]
+    if args.model is not None and not entry.model:
+        raise UsageError(f"--model is for {_those('model')}; {args.name} trains its own")
+    if args.recipe is not None and not entry.has_gpu:
+        raise UsageError(f"--recipe is for {_those('has_gpu')}; {args.name} has one")
     out = Path(args.out or Path("runs") / args.name)
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out must be a folder; {out} is a file")
-    _say(f"{args.name}: {experiment.SUMMARY}")
-    _say("quick run, numbers mean nothing" if args.quick else f"takes {experiment.DURATION}")
+    from probdiff.experiments.report import format_table
+
+    experiment = find(args.name)
+    if args.model is not None:
+        try:
+            experiment.load(args.model)
+        except ValueError as error:
+            raise UsageError(f"--model: {error}") from error
+    _say(f"{args.name}: {entry.summary}")
+    _say("quick run, numbers mean nothing" if args.quick else f"takes {entry.duration}")
     began = time.monotonic()
-    rows = experiment.run(out, seed=args.seed, quick=args.quick, progress=True, say=_say, **options)
+    rows = experiment.run(
+        out, seed=args.seed, quick=args.quick, recipe=args.recipe or "cpu", progress=True,
+        say=_say, model=args.model,
+    )  # fmt: skip
     print(format_table(rows))
     _say(f"done in {time.monotonic() - began:.0f} s; {out} holds:")
     files = sorted(out.iterdir())
@@ -239,77 +184,53 @@ def _meaning(file: Path, out: Path) -> str:
     return MEANINGS.get(file.name, MEANINGS.get(file.suffix, ""))
 
 
-def _model_option(args: argparse.Namespace) -> dict[str, Path]:
-    """`--model` as an option of the experiment, looked at before anything is run."""
-    if args.model is None:
-        return {}
-    if args.name not in LOADERS:
-        raise UsageError(f"--model is for {', '.join(LOADERS)}; {args.name} trains its own")
-    try:
-        LOADERS[args.name](args.model)
-    except ValueError as error:
-        raise UsageError(f"--model: {error}") from error
-    return {"model": Path(args.model)}
-
-
-def _recipe_option(args: argparse.Namespace) -> dict[str, str]:
-    """`--recipe` as an option of the experiment."""
-    if args.recipe is None:
-        return {}
-    if args.name not in WITH_RECIPES:
-        raise UsageError(f"--recipe is for {', '.join(WITH_RECIPES)}; {args.name} has one")
-    return {"recipe": args.recipe}
-
-
 def _bound(args: argparse.Namespace) -> None:
     if args.ladder is not None and args.ladder < 2:
         raise UsageError(f"--ladder must be at least 2 trajectories; got {args.ladder}")
     x_0 = _read_array(Path(args.data))
+    import jax
+
+    from probdiff import GaussianKernel, diagnostics, load
+
     try:
         diffusion, params = load(args.model)
     except ValueError as error:
         raise UsageError(error) from error
     if isinstance(diffusion.kernel, GaussianKernel):
-        x_0 = x_0.astype(np.float32)
+        x_0 = x_0.astype("float32")
     out = Path(args.out or Path(args.model) / f"bounds-{Path(args.data).stem}.nc")
     if not out.parent.is_dir():
         raise UsageError(f"--out must lie in a folder that exists; got {out}")
-    key = jax.random.key(args.seed)
+    problem = (jax.random.key(args.seed), diffusion, params, x_0)
     try:
-        tree = diagnostics.bound(key, diffusion, params, x_0, progress=True)
+        tree = diagnostics.bound(*problem, progress=True)
         if args.ladder is not None:
-            tree["ladder"] = _ladder(key, diffusion, params, x_0, args.ladder)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", diagnostics.LadderWarning)  # said below, as a line
+                rungs = diagnostics.ladder(*problem, sizes=(1, args.ladder), progress=True)
+            tree["ladder"] = rungs["ladder"]
     except ValueError as error:
         raise UsageError(f"{args.data}: {error}") from error
     tree.to_netcdf(out, engine="h5netcdf")
     k = tree["bound"].attrs
-    print(
-        f"K = {k['mean']:.6g} ± {k['se']:.2g} nats = {k['mean_bits']:.6g} ± {k['se_bits']:.2g} bits"
-    )
+    nats, bits = (f"{k['mean' + u]:.6g} ± {k['se' + u]:.2g}" for u in ("", "_bits"))
+    print(f"K = {nats} nats = {bits} bits")
     if args.ladder is not None:
-        group = tree["ladder"]
-        texts = {
-            "bound": f"K, {group.attrs['num_draws']} draws a step",
-            "importance": f"importance weighted, S = {args.ladder}",
-            "smc": f"SMC, S = {args.ladder}",
-        }
-        for name, text in texts.items():
-            mean, se = (
-                float(group[v].values.flat[-1]) for v in (f"{name}_mean", f"{name}_mean_se")
-            )
-            print(f"{text}: {mean:.6g} ± {se:.2g} nats")
+        _print_ladder(tree["ladder"], args.ladder)
     print(f"per example, mean and standard error over {len(x_0)} examples; each example in {out}")
 
 
-def _ladder(key: Any, diffusion: Any, params: Any, x_0: np.ndarray, size: int) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", diagnostics.LadderWarning)  # said below, as a line
-        tree = diagnostics.ladder(
-            key, diffusion, params, x_0, sizes=(1, size), progress=True
-        )["ladder"]  # fmt: skip
-    if tree.attrs["warnings"]:
-        _say(tree.attrs["warnings"])
-    return tree
+def _print_ladder(group: Any, size: int) -> None:
+    if group.attrs["warnings"]:
+        _say(group.attrs["warnings"])
+    texts = {
+        "bound": f"K, {group.attrs['num_draws']} draws a step",
+        "importance": f"importance weighted, S = {size}",
+        "smc": f"SMC, S = {size}",
+    }
+    for name, text in texts.items():
+        mean, se = (float(group[v].values.flat[-1]) for v in (f"{name}_mean", f"{name}_mean_se"))
+        print(f"{text}: {mean:.6g} ± {se:.2g} nats")
 
 
 def _read_array(path: Path) -> np.ndarray:
@@ -326,8 +247,7 @@ def _read_array(path: Path) -> np.ndarray:
         ) from error
     if not isinstance(array, np.ndarray):
         raise UsageError(f"{path} must hold one array; it is an archive of several")
-    is_number = np.issubdtype(array.dtype, np.number) or array.dtype == bool
-    if not (is_number and np.isrealobj(array)):
+    if array.dtype.kind not in "biuf":
         raise UsageError(f"{path} must hold real numbers; got dtype {array.dtype}")
     return array
 

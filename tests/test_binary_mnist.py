@@ -27,7 +27,7 @@ def made_up(monkeypatch):
 
 @pytest.mark.long
 def test_run_leaves_its_files_and_goes_on_from_them(made_up, tmp_path):
-    rows = binary_mnist.run(tmp_path / "a", quick=True, progress=False)
+    rows = binary_mnist.EXPERIMENT.run(tmp_path / "a", quick=True, progress=False)
     files = {p.name for p in (tmp_path / "a").iterdir()}
     assert {"report.md", "table.json", "curve.png", "samples.png", "bounds.nc"} <= files
     tree = xr.open_datatree(tmp_path / "a" / "bounds.nc", engine="h5netcdf")
@@ -42,5 +42,5 @@ def test_run_leaves_its_files_and_goes_on_from_them(made_up, tmp_path):
     assert rows[1].value == pytest.approx(-curve[-1]["mean"])
     assert curve[-1]["mean"] > curve[0]["mean"]  # it learns
     # a second run in the same folder goes on from the finished training
-    again = binary_mnist.run(tmp_path / "a", quick=True, progress=False)
+    again = binary_mnist.EXPERIMENT.run(tmp_path / "a", quick=True, progress=False)
     assert [tuple(r) for r in again] == [tuple(r) for r in rows]

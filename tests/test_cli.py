@@ -1,6 +1,9 @@
 """The command line: exit status, and what is said where."""
 
 import re
+import subprocess
+import sys
+import types
 import warnings
 
 import jax
@@ -11,7 +14,19 @@ import xarray as xr
 from flax import nnx
 
 from probdiff import Diffusion, GaussianKernel, cli, diagnostics, networks, save, schedules
+from probdiff.experiments import TABLE, Entry
 from probdiff.experiments.report import Row
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Puts an experiment into the table whose run is the given function."""
+
+    def put(run):
+        monkeypatch.setitem(TABLE, "fake", Entry("fake", "about a second", "a summary"))
+        monkeypatch.setattr(cli, "find", lambda name: types.SimpleNamespace(run=run))
+
+    return put
 
 
 @pytest.fixture
@@ -35,29 +50,26 @@ def data(tmp_path):
 def test_list_names_every_experiment_on_a_line(capsys):
     assert cli.main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(cli.EXPERIMENTS)
+    assert [line.split()[0] for line in lines] == list(TABLE)
     assert all("minutes" in line for line in lines)
 
 
-def test_run_hands_over_its_options_and_prints_the_table(tmp_path, monkeypatch, capsys):
+def test_run_hands_over_its_options_and_prints_the_table(tmp_path, fake, monkeypatch, capsys):
     calls = []
 
-    class Experiment:
-        SUMMARY, DURATION = "a summary", "about a second"
+    def run(out, **options):
+        calls.append((out, options))
+        out.mkdir(parents=True)
+        (out / "report.md").write_text("")
+        return [Row("some row", 1.5, 0.25)]
 
-        @staticmethod
-        def run(out, **options):
-            calls.append((out, options))
-            out.mkdir(parents=True)
-            (out / "report.md").write_text("")
-            return [Row("some row", 1.5, 0.25)]
-
-    monkeypatch.setitem(cli.EXPERIMENTS, "fake", Experiment)
+    fake(run)
     monkeypatch.chdir(tmp_path)
     assert cli.main(["run", "fake", "--seed", "7"]) == 0
     out, options = calls[0]
     assert out.as_posix() == "runs/fake"
     assert (options["seed"], options["quick"], options["progress"]) == (7, False, True)
+    assert (options["recipe"], options["model"]) == ("cpu", None)
     said = capsys.readouterr()
     assert "| some row | 1.50 ± 0.25 |" in said.out
     assert "a summary" in said.err and "about a second" in said.err and "report.md" in said.err
@@ -67,7 +79,7 @@ def test_run_hands_over_its_options_and_prints_the_table(tmp_path, monkeypatch, 
     assert "numbers mean nothing" in capsys.readouterr().err
 
 
-def test_a_run_says_what_each_file_is(tmp_path, monkeypatch, capsys):
+def test_a_run_says_what_each_file_is(tmp_path, fake, monkeypatch, capsys):
     meanings = {
         "bounds.nc": "open with xarray.open_datatree",
         "config.json": "the model: probdiff.load('out')",
@@ -78,17 +90,13 @@ def test_a_run_says_what_each_file_is(tmp_path, monkeypatch, capsys):
         "table.json": "the table",
     }
 
-    class Experiment:
-        SUMMARY, DURATION = "a summary", "about a second"
+    def run(out, **options):
+        out.mkdir()
+        for name in meanings:
+            (out / name).touch()
+        return [Row("some row", 1.5)]
 
-        @staticmethod
-        def run(out, **options):
-            out.mkdir()
-            for name in meanings:
-                (out / name).touch()
-            return [Row("some row", 1.5)]
-
-    monkeypatch.setitem(cli.EXPERIMENTS, "fake", Experiment)
+    fake(run)
     monkeypatch.chdir(tmp_path)
     assert cli.main(["run", "fake", "--out", "out"]) == 0
     said = capsys.readouterr().err.splitlines()[-len(meanings) :]
@@ -154,6 +162,7 @@ def wrong(tmp_path, model, data):
             "no experiment 'rolls'; there are digits, swiss-roll",
         ),
         "out is a file": (["run", "digits", "--out", str(data)], "is a file"),
+        "one recipe": (["run", "digits", "--recipe", "gpu"], "digits has one"),
         "no model": (["bound", str(tmp_path / "none"), str(data)], "config.json is not there"),
         "no data": (["bound", folder, "none.npy"], "no such file: none.npy"),
         "text": (
@@ -174,7 +183,7 @@ def wrong(tmp_path, model, data):
 
 
 @pytest.mark.parametrize("case", [
-    "unknown experiment", "out is a file", "no model", "no data", "text", "no array",
+    "unknown experiment", "out is a file", "one recipe", "no model", "no data", "text", "no array",
     "two arrays", "no numbers", "other shape", "no ladder", "no folder",
 ])  # fmt: skip
 def test_what_is_wrong_is_said_in_one_line_with_status_2(case, tmp_path, model, data, capsys):
@@ -202,22 +211,38 @@ def test_help_teaches_by_commands_that_exist(capsys):
         assert left.value.code == 0
     said = capsys.readouterr().out
     assert "default: runs/NAME" in said
-    for name, experiment in cli.EXPERIMENTS.items():
-        assert f"{name} " in said and experiment.SUMMARY in said
+    for name, entry in TABLE.items():
+        assert f"{name} " in said and entry.summary in said
     commands = re.findall(r"^  (?:\$ )?probdiff (\w+) ?(\S*)", said, re.MULTILINE)
     assert {command for command, _ in commands} == {"list", "run", "bound"}
-    assert {name for command, name in commands if command == "run"} <= set(cli.EXPERIMENTS)
-    assert set(cli.RESUMED) <= set(cli.EXPERIMENTS)
+    assert {name for command, name in commands if command == "run"} <= set(TABLE)
 
 
-def test_an_interrupted_run_says_so_in_a_line(tmp_path, monkeypatch, capsys):
-    class Experiment:
-        SUMMARY, DURATION = "a summary", "about a second"
+def test_an_interrupted_run_says_so_in_a_line(tmp_path, fake, capsys):
+    def run(out, **options):
+        raise KeyboardInterrupt
 
-        @staticmethod
-        def run(out, **options):
-            raise KeyboardInterrupt
-
-    monkeypatch.setitem(cli.EXPERIMENTS, "fake", Experiment)
+    fake(run)
     assert cli.main(["run", "fake", "--out", str(tmp_path / "out")]) == 130
     assert capsys.readouterr().err.splitlines()[-1].startswith("probdiff: interrupted")
+
+
+def test_what_runs_no_experiment_imports_none():
+    """In a fresh process: listing, help and a typo are quick."""
+    program = """
+import sys
+from probdiff import cli
+
+before = set(sys.modules)  # what the package itself needs
+for argv in (["list"], ["run", "diggits"], ["--help"]):
+    try:
+        cli.main(argv)
+    except SystemExit:
+        pass
+new = {name.split(".")[0] for name in set(sys.modules) - before}
+assert not new & {"sklearn", "scipy", "matplotlib", "arviz_base", "jax", "xarray"}, new
+ours = [name for name in sys.modules if name.startswith("probdiff.experiments.")]
+assert not ours, ours
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,6 +1,7 @@
 """Posteriors of images: tasks, ranks and coverage, and runs from end to end against an oracle."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,9 @@ from scipy import stats
 
 from oracles import exact_gaussian
 from probdiff import Diffusion, GaussianKernel, cli, datasets, networks, save, schedules
-from probdiff.experiments import conditioning, digits, restoration
+from probdiff.experiments import TABLE, conditioning, digits, find, restoration
 from probdiff.experiments.conditioning import Gaussian
-from probdiff.experiments.report import QUICK
+from probdiff.experiments.report import QUICK, Experiment, Run, root_mean_square
 
 TASKS = {
     "denoise": lambda prior: conditioning.denoising(prior, 3.0),
@@ -139,7 +140,7 @@ def test_coverage_counts_what_it_is_told_and_errs_by_image():
 
 def test_a_root_mean_square_has_the_error_of_its_square():
     values = np.random.default_rng(6).normal(size=(3000, 50, 4)) * 2
-    found = [conditioning.root_mean_square(v.T) for v in np.moveaxis(values, 1, 0)]
+    found = [root_mean_square(v.T) for v in np.moveaxis(values, 1, 0)]
     root, se = np.array(found).T
     assert root.mean() == pytest.approx(2, rel=0.01)
     assert np.median(se) < 4 * root.std() / np.sqrt(1) and np.median(se) > 0
@@ -216,12 +217,10 @@ def model(tmp_path_factory):
     return nothing_learned(tmp_path_factory.mktemp("model"), (8, 8), loc=LOC, scale=SCALE)
 
 
-@pytest.fixture(scope="module", params=list(cli.RESTORATIONS))
+@pytest.fixture(scope="module", params=[name for name in TABLE if TABLE[name].model == "digits"])
 def finished(request, model, tmp_path_factory):
     folder, said = tmp_path_factory.mktemp("run"), []
-    rows = cli.RESTORATIONS[request.param].run(
-        folder, quick=True, progress=False, say=said.append, model=model
-    )
+    rows = find(request.param).run(folder, quick=True, progress=False, say=said.append, model=model)
     return folder, rows, said
 
 
@@ -284,12 +283,10 @@ def test_a_model_of_something_else_is_refused(tmp_path, capsys):
 def test_a_model_is_trained_where_none_is_there(tmp_path, monkeypatch):
     """In the folder of the run if it is a quick one, else where it will be found."""
     trained, said = [], []
-    monkeypatch.setattr(digits, "run", lambda folder, **options: trained.append(folder))
+    monkeypatch.setattr(Experiment, "run", lambda self, folder, **options: trained.append(folder))
     monkeypatch.chdir(tmp_path)
     for quick in (True, False):
-        restoration.trained(
-            digits, restoration.TRAINED, None, tmp_path / "out", quick=quick,
-            say=said.append, seed=0, progress=False,
-        )  # fmt: skip
-    assert trained == [tmp_path / "out" / "digits", restoration.TRAINED]
+        run = Run(tmp_path / "out", None, 0, quick, "cpu", False, said.append, None)
+        assert conditioning.trained(run, "digits") == trained[-1]
+    assert trained == [tmp_path / "out" / "digits", Path("runs/digits")]
     assert len(said) == 2 and all("train one first" in text for text in said)

@@ -9,8 +9,9 @@ import xarray as xr
 
 from probdiff import Diffusion, GaussianKernel, datasets, diagnostics, readouts, sample, schedules
 from probdiff.experiments import ddpm_swiss_roll as experiment
-from probdiff.experiments.swiss_roll_best import best_network, curve_and_noise, define_best
-from probdiff.experiments.two_sample import TwoSampleTest, energy, gaussian, two_sample_test
+from probdiff.experiments.ddpm_swiss_roll import best_network, curve_and_noise, define_best
+from probdiff.experiments.judging import TwoSampleTest, energy, gaussian, two_sample_test
+from probdiff.experiments.report import Row, above_ceiling
 
 BETA, NOISE = experiment.rates(), experiment.NOISE
 
@@ -108,7 +109,8 @@ def test_a_model_above_the_best_is_named():
     models = {"better": tree([-0.5, -1.6, 1.1]), "worse": tree([-2.0, -2.5, 0.0])}
     found = experiment.paired_with_best(models, best)
     assert found["better"] == pytest.approx((0.5, 0.1 / np.sqrt(3)))
-    assert experiment.above_best(found) == ["better"]
+    rows = [Row(f"K − best, paired: {name}", *k, "bits", 0.0) for name, k in found.items()]
+    assert above_ceiling(rows) == ["K − best, paired: better"]
 
 
 def test_energy_distance_of_numbers_is_that_of_scipy():

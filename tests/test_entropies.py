@@ -19,7 +19,7 @@ from probdiff import (
     readouts,
     schedules,
 )
-from probdiff.experiments import heartbeat_models
+from probdiff.experiments.heartbeat import exact as heartbeat_models
 
 KEY = jax.random.key(0)
 

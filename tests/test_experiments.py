@@ -10,14 +10,15 @@ import xarray as xr
 
 from probdiff import datasets, diagnostics, load
 from probdiff.experiments import (
+    TABLE,
     conditioning,
     ddpm_swiss_roll,
     digits,
+    find,
     restoration,
     swiss_roll,
-    swiss_roll_denoising,
 )
-from probdiff.experiments.report import QUICK, Row, mean_and_se
+from probdiff.experiments.report import QUICK, Row, above_ceiling, mean_and_se, verdict
 
 FILES = {"report.md", "table.json", "bounds.nc", "params.safetensors", "config.json"}
 FIGURES = {
@@ -36,7 +37,7 @@ FIGURES = {
 def finished(request, tmp_path_factory):
     """An experiment, the folder it filled, its rows and what it said."""
     folder, said = tmp_path_factory.mktemp("run"), []
-    rows = request.param.run(folder, seed=3, quick=True, progress=False, say=said.append)
+    rows = request.param.EXPERIMENT.run(folder, seed=3, quick=True, progress=False, say=said.append)
     return request.param, folder, rows, said
 
 
@@ -89,7 +90,7 @@ def test_figures_are_closed(finished):
 @pytest.mark.parametrize("finished", [digits], ids=["digits"], indirect=True)
 def test_the_same_seed_gives_the_same_table(finished, tmp_path):
     experiment, folder, _, _ = finished
-    experiment.run(tmp_path, seed=3, quick=True, progress=False)
+    experiment.EXPERIMENT.run(tmp_path, seed=3, quick=True, progress=False)
     for name in ("table.json", "report.md"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
@@ -101,7 +102,7 @@ def test_coverage_has_a_ceiling_and_the_report_says_where_more_particles_are(fin
     assert ceilings == [0.9, 0.9]
     text = (folder / "report.md").read_text(encoding="utf-8")
     assert "`probdiff run inpaint` takes more of them" in text
-    assert restoration.INPAINT.size.num_particles > digits.Size().particles
+    assert restoration.INPAINT.sizes["cpu"].num_particles > digits.Size().particles
 
 
 def test_ceilings_of_the_roll():
@@ -113,12 +114,20 @@ def test_ceilings_of_the_roll():
 
 def test_a_row_above_its_ceiling_is_named():
     rows = [
-        Row("fine", 0.12, 0.01, "bits", 0.1),
-        Row("too high", 0.16, 0.01, "bits", 0.1),
-        Row("no ceiling", 9.0, 0.01),
+        Row("K, fine", 0.12, 0.01, "bits", 0.1),
+        Row("K, too high", 0.16, 0.01, "bits", 0.1),
+        Row("K, no ceiling", 9.0, 0.01),
+        Row("no bound", 9.0, 0.01, "bits", 0.1),
+        Row("ladder, 4 points: K", 0.11, 0.0, "bits", 0.1),
+        Row("K (tied), T = 20", -4.84, 0.001, "bits", -4.8426),
+        Row("K (tied), T = 100", -2.90, 0.01, "bits", -2.9737),
+        Row("K − best, paired: a", 0.5, 0.1, "bits", 0.0),
     ]
-    assert swiss_roll.above_ceiling(rows, 0.001) == ["too high"]
-    assert swiss_roll.above_ceiling(rows, 0.02) == []
+    known = ["K, too high", "ladder, 4 points: K", "K (tied), T = 100", "K − best, paired: a"]
+    assert above_ceiling(rows, 0.001) == known
+    assert above_ceiling(rows, 0.02) == known[2:]
+    assert "K (tied), T = 100, K − best, paired: a. This is a bug" in verdict(rows, 0.02)
+    assert verdict(rows[:1]).startswith("No bound is above")
 
 
 def test_data_are_as_often_off_the_roll_as_they_should_be():
@@ -136,8 +145,8 @@ def test_brute_force_finds_a_gaussian_posterior():
     """x ~ N(0, I), y = x + ε with sd σ: p(y) = N(0, 1 + σ²), E[x | y] = y / (1 + σ²)."""
     x = np.asarray(jax.random.normal(jax.random.key(2), (100_000, 2)))
     y = np.array([[0.0, 0.5], [1.0, -1.5]])
-    log_p, se, mean = swiss_roll_denoising.force(y, x)
-    variance = 1 + swiss_roll_denoising.SIGMA**2
+    log_p, se, mean = swiss_roll.by_force(y, x)
+    variance = 1 + swiss_roll.SIGMA**2
     exact = np.sum(-0.5 * y**2 / variance - 0.5 * np.log(2 * np.pi * variance), 1)
     assert (np.abs(log_p - exact) < 4 * se).all() and (se < 0.02).all()
     np.testing.assert_allclose(mean, y / variance, atol=0.02)
@@ -179,6 +188,21 @@ def test_densities_of_digits_are_turned_into_bits():
     gain = "diffusion − mixture, paired"
     assert by_name[gain, digits.BITS].value == pytest.approx(-1.5)
     assert by_name[gain, digits.NATS].value == pytest.approx(96 * np.log(2))
+
+
+def test_the_table_says_what_each_experiment_takes():
+    for name, entry in TABLE.items():
+        experiment = find(name)
+        assert set(experiment.sizes) == {"cpu", "quick"} | ({"gpu"} if entry.has_gpu else set())
+        assert (experiment.load is not None) == bool(entry.model)
+        assert not entry.model or entry.model in TABLE
+
+
+def test_what_an_experiment_does_not_take_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="recipe must be one of cpu, quick; got 'gpu'"):
+        swiss_roll.EXPERIMENT.run(tmp_path, recipe="gpu")
+    with pytest.raises(ValueError, match="model must be absent, Swiss roll trains its own"):
+        swiss_roll.EXPERIMENT.run(tmp_path, model=tmp_path)
 
 
 def test_standard_error_of_a_mean():

@@ -11,10 +11,11 @@ import pytest
 import xarray as xr
 
 from probdiff import Diffusion, datasets, diagnostics, load, readouts, schedules
-from probdiff.experiments import heartbeat, heartbeat_models, toy_language
-from probdiff.experiments.heartbeat_ceilings import ceilings
-from probdiff.experiments.report import QUICK, Row, mean_and_se
-from probdiff.experiments.toy_language_ceilings import Language, ceiling
+from probdiff.experiments import heartbeat, toy_language
+from probdiff.experiments.heartbeat import exact
+from probdiff.experiments.heartbeat.exact import ceilings
+from probdiff.experiments.report import QUICK, Row, above_ceiling, mean_and_se
+from probdiff.experiments.toy_language import Language, ceiling
 
 FILES = {
     "report.md", "table.json", "bounds.nc", "params.safetensors", "config.json", "losses.png",
@@ -100,10 +101,10 @@ def test_two_enumerations_agree_on_bits():
 
 def test_bound_of_the_exact_diffusion_is_its_ceiling():
     """The library's own K, with the posterior over phases for a network."""
-    x, exact = heartbeat_models.examples(), heartbeat_models.define_exact(20)
-    tree = diagnostics.bound(jax.random.key(0), exact, {}, x, num_draws=50)
+    x, best = exact.examples(), exact.define_exact(20)
+    tree = diagnostics.bound(jax.random.key(0), best, {}, x, num_draws=50)
     k, se = mean_and_se(heartbeat.in_bits(tree))
-    assert abs(k - ceilings(exact.schedule).tied) < 4 * se
+    assert abs(k - ceilings(best.schedule).tied) < 4 * se
     assert se < 0.02
 
 
@@ -111,7 +112,7 @@ def test_exact_network_is_bayes_rule(x64):
     sequences = datasets.heartbeat_sequences(length=6, period=3)
     states = np.array(list(itertools.product((0, 1), repeat=6)), np.int32)
     beta = schedules.harmonic(4)
-    network = heartbeat_models.exact_network(schedules.steps(beta), sequences, rate=0.3)
+    network = exact.exact_network(schedules.steps(beta), sequences, rate=0.3)
     for t in range(1, 5):
         a = 1 - t / 4
         one = a * sequences + 0.3 * (1 - a)
@@ -126,7 +127,7 @@ def test_phases_of_draws():
     wrong = sequences[3].copy()
     wrong[0] ^= 1
     draws = np.stack([sequences[2], wrong, sequences[0], np.zeros(20, np.int32)])
-    np.testing.assert_array_equal(heartbeat_models.phases_of(draws), [2, -1, 0, -1])
+    np.testing.assert_array_equal(exact.phases_of(draws), [2, -1, 0, -1])
 
 
 def test_gain_over_the_null_model_is_that_of_the_paper_at_its_bound():
@@ -136,11 +137,11 @@ def test_gain_over_the_null_model_is_that_of_the_paper_at_its_bound():
 
 def test_last_step_is_measured_without_bias():
     """A tied one, whose mean is known: p(x_0 = 1 | x_1) is 1 − 0.8 β after a 1, 0.2 β after a 0."""
-    exact = heartbeat_models.define_exact(20)
+    best = exact.define_exact(20)
     one, zero = 1 - 0.8 / 20, 0.2 / 20
     per_one = one * np.log2(one) + (1 - one) * np.log2(zero)
     per_zero = zero * np.log2(1 - one) + (1 - zero) * np.log2(1 - zero)
-    found = heartbeat.last_step(jax.random.key(2), exact, {}, heartbeat_models.examples())
+    found = heartbeat.last_step(jax.random.key(2), best, {}, exact.examples())
     k, se = mean_and_se(found)
     assert abs(k - 4 * per_one - 16 * per_zero) < 4 * se
     assert se < 0.02
@@ -152,9 +153,9 @@ def test_a_bound_above_its_ceiling_is_named():
         Row("K (tied), T = 100", -2.90, 0.01, "bits", -2.9737),
         Row("draws", 120.0, 0.0, "%", 100.0),
     ]
-    assert heartbeat.above_ceiling(rows) == ["K (tied), T = 100"]
+    assert above_ceiling(rows) == ["K (tied), T = 100"]
     rows = [Row("K, uniform", -0.9, 0.001, "bits", -0.9084), Row("best K", 2.0, 0.1, "", 1.0)]
-    assert toy_language.above_ceiling(rows) == ["K, uniform"]
+    assert above_ceiling(rows) == ["K, uniform"]
 
 
 # The toy language
@@ -239,7 +240,11 @@ def test_bound_of_the_exact_letters_is_their_ceiling(name):
 def finished(request, tmp_path_factory):
     """An experiment, the folder it filled and its rows."""
     folder = tmp_path_factory.mktemp("run")
-    return request.param, folder, request.param.run(folder, seed=3, quick=True, progress=False)
+    return (
+        request.param,
+        folder,
+        request.param.EXPERIMENT.run(folder, seed=3, quick=True, progress=False),
+    )
 
 
 def test_a_run_leaves_its_files(finished):
@@ -257,8 +262,8 @@ def test_the_table_holds_the_rows(finished):
 
 
 def test_an_untrained_bound_is_below_its_ceiling(finished):
-    experiment, _, rows = finished
-    assert experiment.above_ceiling(rows) == []
+    _, _, rows = finished
+    assert above_ceiling(rows) == []
     bounds = [row for row in rows if row.row.startswith("K") and row.ceiling is not None]
     assert len(bounds) >= 3
 
@@ -268,7 +273,7 @@ def test_the_saved_model_is_bounded_as_reported(finished):
     diffusion, params = load(folder)
     with xr.open_datatree(folder / "bounds.nc", engine="h5netcdf") as tree:
         if experiment is heartbeat:
-            saved, x = mean_and_se(heartbeat.in_bits(tree)), heartbeat_models.examples()
+            saved, x = mean_and_se(heartbeat.in_bits(tree)), exact.examples()
         else:
             words = toy_language.language()
             saved, x = tree["bound"].attrs["mean_bits"] / 6, words.strings
@@ -288,28 +293,28 @@ def test_the_saved_model_is_bounded_as_reported(finished):
 @pytest.mark.parametrize("finished", [heartbeat], ids=["heartbeat"], indirect=True)
 def test_the_same_seed_gives_the_same_table(finished, tmp_path):
     experiment, folder, _ = finished
-    experiment.run(tmp_path, seed=3, quick=True, progress=False)
+    experiment.EXPERIMENT.run(tmp_path, seed=3, quick=True, progress=False)
     for name in ("table.json", "report.md"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_fewer_steps_ask_the_same_network_at_the_same_level():
     """p(x_0 | x_t) of the diffusion of 4 steps at t is that of the diffusion of 12 at 3 t."""
-    diffusion = heartbeat_models.define(12)
+    diffusion = exact.define(12)
     noise = jax.random.normal(jax.random.key(1), (10_000,))
     params = jax.tree.map(
         lambda p: 0.3 * noise[: p.size].reshape(p.shape), diffusion.params_template
     )
-    shorter = heartbeat_models.with_fewer_steps(diffusion, params, 4)
+    shorter = exact.with_fewer_steps(diffusion, params, 4)
     few, many = shorter.bind({}), diffusion.bind(params)
     np.testing.assert_allclose(few.steps.alpha_bar_t, many.steps.alpha_bar_t[2::3], rtol=1e-6)
-    x_t, t = jnp.asarray(heartbeat_models.examples()[:4]), jnp.arange(1, 5)
+    x_t, t = jnp.asarray(exact.examples()[:4]), jnp.arange(1, 5)
     np.testing.assert_allclose(few.x_0_hat(x_t, t), many.x_0_hat(x_t, 3 * t), rtol=1e-6)
 
 
 @pytest.mark.slow
 def test_the_heartbeat_reaches_its_ceiling(tmp_path):
-    rows = {row.row: row for row in heartbeat.run(tmp_path, progress=False)}
+    rows = {row.row: row for row in heartbeat.EXPERIMENT.run(tmp_path, progress=False)}
     main = rows["K (tied), T = 2000"]
     assert main.value >= -2.375 and main.se <= 0.002
     alone = rows["K (tied), measured by itself, T = 2000"]
@@ -323,7 +328,7 @@ def test_the_heartbeat_reaches_its_ceiling(tmp_path):
 
 @pytest.mark.slow
 def test_the_language_reaches_its_ceilings(tmp_path):
-    rows = {row.row: row for row in toy_language.run(tmp_path, progress=False)}
+    rows = {row.row: row for row in toy_language.EXPERIMENT.run(tmp_path, progress=False)}
     for name in toy_language.KERNELS:
         row = rows[f"best possible K − K, {name}"]
         assert -3 * row.se < row.value < 0.02

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from probdiff import datasets, sample
-from probdiff.experiments.heartbeat_completions import among, complete, completion_rows
-from probdiff.experiments.heartbeat_models import define_exact
+from probdiff.experiments.heartbeat import among, complete, completion_rows
+from probdiff.experiments.heartbeat.exact import define_exact
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from probdiff.experiments import TABLE
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -43,3 +45,14 @@ def test_commands_are_those_of_the_package():
 def test_readme_is_short():
     prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
     assert len(prose.split()) < 700
+
+
+def test_experiments_are_those_of_the_package():
+    """Rows of the README are rows of the whole table, whose runs and commands exist."""
+    whole = (ROOT / "notebooks" / "experiments.md").read_text()
+    rows = re.findall(r"^\|.*\|$", README.split("## Experiments")[1], re.MULTILINE)
+    assert len(rows) == 7 and set(rows) <= set(whole.splitlines())
+    names = set(re.findall(r"^\| `([\w-]+)` \|", whole, re.MULTILINE))
+    (loop,) = re.findall(r"for name in (.*?); do", whole, re.DOTALL)
+    assert set(loop.replace("\\", "").split()) == names
+    assert names | set(re.findall(r"`([\w-]+)`", whole.split("The others")[1])) == set(TABLE)

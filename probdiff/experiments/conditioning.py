@@ -22,12 +22,15 @@ Beside it stands the Gaussian with the training images' mean m and covariance C,
 Source: Cook, Gelman and Rubin (2006) and Talts et al. (2018) for ranks.
 """
 
+import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -37,13 +40,15 @@ from matplotlib.figure import Figure
 from scipy.stats import multivariate_normal
 
 from probdiff import Diffusion, Prior, infer, plots
-from probdiff.experiments.report import Row, mean_and_se
+from probdiff.experiments import TABLE, find
+from probdiff.experiments.report import Row, Run, mean_and_se, root_mean_square
 from probdiff.types import Params
 
 SHOWN, SHOWN_DRAWS = 8, 6
 DEQUANTISED = 1 / 12
 """Variance of U: what a pixel has whose level never changes."""
 INSIDE = 0.9
+NAMES = {"digits": "held-out digits", "draws": "draws of the model"}
 COVERAGE = "inside 90 % intervals"
 LEVELS, NATS = "grey levels", "nats per image"
 
@@ -77,13 +82,20 @@ class Task(NamedTuple):
 
 def denoising(prior: Prior, sigma: float) -> Task:
     """Noise of sd σ on every pixel."""
+    return _under_noise(prior, lambda x: x, sigma)
 
+
+def super_resolution(prior: Prior, sigma: float) -> Task:
+    """Means of blocks of 2 × 2 pixels, with noise of sd σ."""
+    return _under_noise(prior, block_means, sigma)
+
+
+def _under_noise(prior: Prior, measure: Callable[[Any], Any], sigma: float) -> Task:
     def program(y: Any) -> None:
         with numpyro.plate("image", len(y)):
-            x = prior()
-            numpyro.sample("y", dist.Normal(x, sigma).to_event(2), obs=y)
+            numpyro.sample("y", dist.Normal(measure(prior()), sigma).to_event(2), obs=y)
 
-    return Task(lambda x: x, sigma, program, np.ones(prior.reverse.event_shape, bool))
+    return Task(measure, sigma, program, np.ones(prior.reverse.event_shape, bool))
 
 
 def inpainting(prior: Prior) -> Task:
@@ -98,17 +110,6 @@ def inpainting(prior: Prior) -> Task:
             prior(known=known, mask=np.broadcast_to(is_known, known.shape))
 
     return Task(lambda x: x[..., :half, :], 0.0, program, ~is_known)
-
-
-def super_resolution(prior: Prior, sigma: float) -> Task:
-    """Means of blocks of 2 × 2 pixels, with noise of sd σ."""
-
-    def program(y: Any) -> None:
-        with numpyro.plate("image", len(y)):
-            x = prior()
-            numpyro.sample("y", dist.Normal(block_means(x), sigma).to_event(2), obs=y)
-
-    return Task(block_means, sigma, program, np.ones(prior.reverse.event_shape, bool))
 
 
 def block_means(x: Any) -> Any:
@@ -158,11 +159,12 @@ def prior_of(diffusion: Diffusion, params: Params, gaussian: Gaussian) -> Prior:
 
 
 def sampler(task: Task, *, num_particles: int, num_runs: int, progress: bool = False) -> infer.SMC:
-    """SMC of a task, its twist the exact integral where measurements mix pixels."""
+    """SMC of a task, its twist with a direction for each measurement where these mix pixels."""
     is_mixed = 0 < len(task.matrix) < task.unseen.size and task.noise > 0
+    twist = infer.LaplaceTwist(rank=len(task.matrix)) if is_mixed else infer.LaplaceTwist()
     return infer.SMC(
         task.program, num_particles=num_particles, num_runs=num_runs, progress=progress,
-        twist=infer.GaussianTwist(task.matrix, task.noise) if is_mixed else infer.LaplaceTwist(),
+        twist=twist,
     )  # fmt: skip
 
 
@@ -240,13 +242,6 @@ def coverage(
     return mean_and_se(is_inside[:, is_counted].mean(1))
 
 
-def root_mean_square(errors: Float[np.ndarray, "images numbers"]) -> tuple[float, float]:
-    """Root of the mean square over images, and its standard error."""
-    mean, se = mean_and_se(np.mean(errors**2, 1))
-    root = float(np.sqrt(mean))
-    return root, se / (2 * root)
-
-
 def rows(name: str, task: Task, found: Posterior, gaussian: Gaussian) -> list[Row]:
     """Lines of a table: coverage, errors, evidence, and what the sampler says of itself.
 
@@ -256,11 +251,29 @@ def rows(name: str, task: Task, found: Posterior, gaussian: Gaussian) -> list[Ro
         found: What was inferred.
         gaussian: Of the training images.
     """
+    constant, health = task.unseen & gaussian.is_constant, found.health
+    counted = {"": task.unseen & ~constant, f", {constant.sum()} constant pixels": constant}
+    guess, log_p = gaussian.given(task, found.y)
+    wrong, of_guess = ((m - found.truth)[:, task.unseen] for m in (found.mean, guess))
+    gain = np.mean(wrong**2, 1) - np.mean(of_guess**2, 1)
+    log_z = found.tree["smc"]["log_evidence"].values.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # −inf where all weights are zero
+        evidence, advantage = mean_and_se(log_z), mean_and_se(log_z - log_p)
+    spread, ess = "spread of log evidence over runs", "least effective number"
     lines = [
-        *_coverage_rows(task, found, gaussian),
-        *_error_rows(task, found, gaussian),
-        *_sampler_rows(found.health),
-    ]
+        *(Row(f"{COVERAGE}{text}", *coverage(found.rank, pixels), "share", INSIDE)
+          for text, pixels in counted.items() if pixels.any()),
+        Row("RMSE of the posterior mean", *root_mean_square(wrong), LEVELS),
+        Row("RMSE of the Gaussian's posterior mean", *root_mean_square(of_guess), LEVELS),
+        Row("mean square, posterior − Gaussian, paired", *mean_and_se(gain), f"{LEVELS}²"),
+        Row("log evidence", *evidence, NATS),
+        Row("log evidence of the Gaussian", *mean_and_se(log_p), NATS),
+        Row("log evidence − the Gaussian's, paired", *advantage, NATS),
+        Row(f"{spread}, median", np.median(health.spread), None, "nats"),
+        Row(f"{spread}, worst", health.spread.max(), None, "nats"),
+        Row(f"{ess}, median", np.median(health.least_ess), None, "share"),
+        Row(f"{ess}, worst", health.least_ess.min(), None, "share"),
+    ]  # fmt: skip
     return [row._replace(row=f"{name}: {row.row}") for row in lines]
 
 
@@ -270,42 +283,49 @@ def short_rows(name: str, task: Task, found: Posterior, gaussian: Gaussian) -> l
     return [row for row in lines if row.unit == LEVELS or row.row == f"{name}: {COVERAGE}"]
 
 
-def _coverage_rows(task: Task, found: Posterior, gaussian: Gaussian) -> list[Row]:
-    constant = task.unseen & gaussian.is_constant
-    varying = task.unseen & ~constant
-    counted = {"": varying, f", {constant.sum()} constant pixels": constant}
-    return [
-        Row(f"{COVERAGE}{text}", *coverage(found.rank, pixels), "share", INSIDE)
-        for text, pixels in counted.items()
-        if pixels.any()
-    ]
+def infer_all(
+    run: Run, keys: Any, smc: infer.SMC, task: Task, truths: dict[str, Images], gaussian: Gaussian
+) -> tuple[dict[str, Posterior], list[Row], str]:
+    """Posteriors of every kind of truth, lines of the table, and what the samplers warned of."""
+    found = {}
+    for key, (name, x) in zip(keys, truths.items(), strict=True):
+        run.say(f"infer {len(x)} {NAMES[name]}")
+        began = time.monotonic()
+        found[name] = posterior(key, smc, task, x)
+        run.say(f"{(time.monotonic() - began) / len(x):.1f} s per image")
+    lines = [row for kind, p in found.items() for row in rows(NAMES[kind], task, p, gaussian)]
+    texts = [f"- {NAMES[kind]}: {text}" for kind, p in found.items() for text in p.complaints]
+    return found, lines, "\n".join(texts) or "None."
 
 
-def _error_rows(task: Task, found: Posterior, gaussian: Gaussian) -> list[Row]:
-    guess, log_p = gaussian.given(task, found.y)
-    wrong, of_guess = ((m - found.truth)[:, task.unseen] for m in (found.mean, guess))
-    gain = mean_and_se(np.mean(wrong**2, 1) - np.mean(of_guess**2, 1))
-    log_z = found.tree["smc"]["log_evidence"].values.astype(np.float64)
-    with np.errstate(invalid="ignore"):  # −inf where all weights are zero
-        evidence, advantage = mean_and_se(log_z), mean_and_se(log_z - log_p)
-    return [
-        Row("RMSE of the posterior mean", *root_mean_square(wrong), LEVELS),
-        Row("RMSE of the Gaussian's posterior mean", *root_mean_square(of_guess), LEVELS),
-        Row("mean square, posterior − Gaussian, paired", *gain, f"{LEVELS}²"),
-        Row("log evidence", *evidence, NATS),
-        Row("log evidence of the Gaussian", *mean_and_se(log_p), NATS),
-        Row("log evidence − the Gaussian's, paired", *advantage, NATS),
-    ]
+def trained(run: Run, name: str) -> Path:
+    """Folder of the trained model of an experiment, which is run now where there is none."""
+    if run.model is not None:
+        return run.model
+    default = Path("runs") / name
+    if (default / "config.json").is_file():
+        return default
+    # what a quick run trains must not stand where a trained model is looked for
+    folder = run.out_dir / name if run.quick else default
+    run.say(f"no model in {default}: train one first, in {folder} ({TABLE[name].duration})")
+    options = {"recipe": run.recipe} if TABLE[name].has_gpu else {}
+    find(name).run(
+        folder, seed=run.seed, quick=run.quick, progress=run.progress, say=run.say, **options
+    )
+    return folder
 
 
-def _sampler_rows(health: Any) -> list[Row]:
-    spread, ess = "spread of log evidence over runs", "least effective number"
-    return [
-        Row(f"{spread}, median", np.median(health.spread), None, "nats"),
-        Row(f"{spread}, worst", health.spread.max(), None, "nats"),
-        Row(f"{ess}, median", np.median(health.least_ess), None, "share"),
-        Row(f"{ess}, worst", health.least_ess.min(), None, "share"),
-    ]
+def few(found: Posterior, count: int) -> xr.DataTree:
+    """The first posteriors as a DataTree of a size to keep."""
+    return found.tree.isel(image=slice(count), missing_dims="ignore")
+
+
+def trust(found: Posterior) -> Figure:
+    """Effective number at each level, and log evidence of each run."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    plots.ess_trace(found.tree, ax=left)
+    plots.evidence(few(found, 20), ax=right)
+    return figure
 
 
 def sheet(found: Posterior, *, vmax: float = 17.0) -> Figure:

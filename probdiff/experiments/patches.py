@@ -10,17 +10,22 @@ and so are the log densities of the baselines, in closed form,
     a Gaussian with the patches' mean and full covariance,
     a mixture of Gaussians with full covariances, of the best size on validation patches,
 
-whose figures are exact where K is a bound. A model of independent unit Gaussians has −2.0471. How
-far up one can get hangs on the noise that dequantises: a pixel known to its level has log2 of
-scale/level bits, the ceiling that is printed; no picture allows it for all pixels.
+whose figures are exact where K is a bound; higher is better. Errors are standard errors over
+patches, paired ones of the difference patch by patch. A model of independent unit Gaussians has
+−2.0471. How far up one can get hangs on the noise that dequantises: a pixel known to its level has
+log2 of scale/level bits, the ceiling that is printed; no picture allows it for all pixels.
 
-The figures of 2015 are of other files (dead leaves) and another crop and split (bark): they stand
-in the text, not beside ours.
+The diffusion: log signal-to-noise linear from noise of one level to ᾱ_T = 1e-4; a U-Net of the
+log-SNR; a mixture of 4 Gaussians per pixel; last step learned.
+
+The figures of 2015 are not comparable. Dead leaves: 1.489 on files of Theis et al. (2012), another
+law of discs, where a mixture of conditional Gaussians has 1.244. Bark: −0.55 on photographs, crops
+and a split that are not known.
 
 Source: Sohl-Dickstein et al. (2015), table 1, figures 4 and 5.
 """
 
-import dataclasses
+import functools
 import math
 import os
 import warnings
@@ -35,23 +40,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 from matplotlib.figure import Figure
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.mixture import GaussianMixture
 
-from probdiff import (
-    Diffusion,
-    GaussianKernel,
-    datasets,
-    diagnostics,
-    infer,
-    plots,
-    readouts,
-    sample,
-    save,
-    schedules,
-)
-from probdiff.experiments.report import Row, mean_and_se, write_report
-from probdiff.experiments.training import CALLS, Recipe, sheets, train
+import probdiff
+from probdiff import Diffusion, datasets, diagnostics, infer, plots, readouts, sample, schedules
+from probdiff.experiments.judging import best_mixture, flat
+from probdiff.experiments.report import Experiment, Found, Row, Run, mean_and_se
+from probdiff.experiments.training import CALLS, Recipe, sheets, train_at_length
 from probdiff.types import Params
 
 SIDE, COMPONENTS = 32, 4
@@ -62,24 +56,11 @@ UNIT = "bits per pixel, variance 1"
 WHITE = -0.5 * math.log2(2 * math.pi * math.e)
 """Mean log density of unit-variance data under N(0, 1), bits per pixel: L_null."""
 
-RECIPES = {
-    "cpu": Recipe(
-        widths=(32, 64), depth=1, patch=2, num_steps=2_000, batch_size=64, learning_rate=2e-3
-    ),
-    "gpu": Recipe(
-        widths=(96, 192, 256), depth=2, num_steps=10_000, batch_size=256, learning_rate=1e-3,
-        head_width=32, dtype="bfloat16", ema_decay=0.9995,
-    ),
-    "quick": Recipe(
-        widths=(8, 8), depth=1, patch=2, num_steps=10, batch_size=4, learning_rate=2e-3,
-        evaluations=2,
-    ),
-}  # fmt: skip
-
 
 class Size(NamedTuple):
-    """How much of everything a run does."""
+    """How it learns, and how much of everything a run does."""
 
+    recipe: Recipe
     train: int = 20_000
     validation: int = 500
     test: int = 1_000
@@ -98,7 +79,15 @@ FIGURE_5 = (
     "that is not weighed, so an approximate posterior draw; and by the rule of 2015. One draw of "
     "each is made, so no posterior standard deviation is known."
 )
-SMALL = Size(60, 20, 20, 2, 4, (2,), 1, 32, 8, 4)
+SIZES = {
+    "cpu": Size(Recipe((32, 64), 1, 2_000, 64, 2e-3, patch=2)),
+    "gpu": Size(Recipe(
+        (96, 192, 256), 2, 10_000, 256, 1e-3, head_width=32, dtype="bfloat16", ema_decay=0.9995
+    )),
+    "quick": Size(
+        Recipe((8, 8), 1, 10, 4, 2e-3, patch=2, evaluations=2), 60, 20, 20, 2, 4, (2,), 1, 32, 8, 4
+    ),
+}  # fmt: skip
 
 
 class Patches(NamedTuple):
@@ -112,6 +101,11 @@ class Patches(NamedTuple):
     picture: np.ndarray | None
     """A large held-out picture whose hole is to be painted in."""
 
+    @classmethod
+    def of(cls, x: np.ndarray, size: Size, level: float, picture: np.ndarray | None) -> "Patches":
+        """Patches divided into the three parts."""
+        return cls(*np.split(x, [size.train, size.train + size.validation]), level, picture)
+
 
 def dead_leaves(key: Array, size: Size) -> Patches:
     """Patches of the generator, discs of radius 2 to 100 in 256 greys."""
@@ -123,8 +117,7 @@ def dead_leaves(key: Array, size: Size) -> Patches:
     )
     loc, scale = greys.mean() + 0.5, math.sqrt(greys.var() + 1 / 12)
     x = (np.asarray(datasets.dequantise(key_noise, patches)) - loc) / scale
-    first, second = size.train, size.train + size.validation
-    return Patches(x[:first], x[first:second], x[second:], 1 / scale, None)
+    return Patches.of(x, size, 1 / scale, None)
 
 
 def bark(key: Array, size: Size) -> Patches:
@@ -157,141 +150,54 @@ def bark(key: Array, size: Size) -> Patches:
         )
     picture = jnp.asarray((wide[0][-side:, :side] - crops.loc) / crops.scale, jnp.float32)
     picture = np.asarray(datasets.dequantise(key_picture, picture, levels_width=level))
-    first, second = size.train, size.train + size.validation
-    return Patches(x[:first], x[first:second], x[second:], level, picture - level / 2)
+    return Patches.of(x, size, level, picture - level / 2)
 
 
-@dataclasses.dataclass(frozen=True)
-class Textured:
-    """An experiment on patches.
-
-    Args:
-        TITLE: Heading of the report.
-        SUMMARY: What it asks, for `probdiff list`.
-        DURATION: How long it takes.
-        data: What makes the patches.
-        T: Steps of the diffusion.
-        text_2015: What the paper of 2015 has, in words.
-    """
-
-    TITLE: str
-    SUMMARY: str
-    DURATION: str
-    data: Callable[[Array, Size], Patches]
-    T: int
-    text_2015: str
-
-    def run(
-        self,
-        out_dir: str | Path,
-        *,
-        seed: int = 0,
-        quick: bool = False,
-        recipe: str = "cpu",
-        progress: bool = True,
-        say: Callable[[str], None] = lambda text: None,
-    ) -> list[Row]:
-        """Train, bound, compare and draw; write report, table, figures, bounds and model.
-
-        Args:
-            out_dir: Folder of the run, made if absent; a checkpoint in it is gone on from.
-            seed: Seeds everything.
-            quick: A few steps only, to see that all runs; the numbers mean nothing.
-            recipe: "cpu" or "gpu".
-            progress: Show bars.
-            say: Told what is being done.
-
-        Returns:
-            The rows of the table.
-        """
-        size, chosen = SMALL if quick else Size(), RECIPES["quick" if quick else recipe]
-        out_dir = Path(out_dir)
-        out_dir.mkdir(parents=True, exist_ok=True)
-        keys = jax.random.split(jax.random.key(seed), 6)
-        key_data, key_init, key_fit, key_bound, key_draw, key_paint = keys
-        patches = self.data(key_data, size)
-        say("fit the baselines")
-        scores = baselines(patches, size, seed)
-        say("train the diffusion")
-        shades = tuple(np.quantile(patches.train, (0.001, 0.999)))
-        diffusion = define((SIDE, SIDE), self.T, patches, chosen, key_init)
-        fitted = train(
-            key_fit, diffusion, patches.train, patches.validation, chosen, out_dir,
-            shades=shades, progress=progress,
-        )  # fmt: skip
-        save(out_dir, diffusion, fitted.params)
-        say("bound the test patches")
-        tree = diagnostics.sampled_bound(
-            key_bound, diffusion, fitted.params, patches.test, num_times=size.test_times,
-            block_size=100, progress=progress,
-        )  # fmt: skip
-        draws = sample.ancestral(key_draw, diffusion, fitted.params, size.draws, steps=CALLS)
-        figures = {
-            "samples": sheets(patches.test, draws, shades, calls=CALLS),
-            "losses": plots.losses(fitted.losses, batch_size=chosen.batch_size).figure,
-        }
-        sections = self._sections(size, chosen)
-        if patches.picture is not None:
-            say("paint the hole in")
-            sections["Figures"] = FIGURE_5.format(hole=size.hole)
-            large = define(patches.picture.shape, self.T, patches, chosen, key_init)
-            figures["figure_5"] = figure_5(key_paint, large, fitted.params, patches, size, shades)
-        rows = density_rows({"diffusion, bound K": tree["bound"]["bound"].values} | scores, patches)
-        write_report(
-            out_dir,
-            self.TITLE,
-            rows,
-            sections=sections,
-            figures=figures,
-            trees={"bounds": tree},
-            quick=quick,
-        )
-        return rows
-
-    def _sections(self, size: Size, recipe: Recipe) -> dict[str, str]:
-        return {
-            "Reading": (
-                "Log densities of dequantised patches of variance 1, in bits per pixel; higher is "
-                "better. K is a lower bound, the baselines' figures are exact; errors are standard "
-                "errors over patches, paired ones of the difference patch by patch. The ceiling is "
-                f"what a pixel has that is known to its grey level. N(0, 1) has {WHITE:.4f}. "
-                + self.text_2015
-            ),
-            "Settings": (
-                f"{size.train} training, {size.validation} validation and {size.test} test patches "
-                f"of {SIDE} × {SIDE}. T = {self.T}, log signal-to-noise linear from noise of one "
-                f"level to ᾱ_T = {ALPHA_BAR_T}; readout: a mixture of {COMPONENTS} Gaussians per "
-                f"pixel; last step learned. {recipe.describe()} Baselines: full covariances."
-            ),
-        }
+def _conduct(make: Callable[[Array, Size], Patches], T: int, run: Run) -> Found:
+    size, recipe = run.size, run.size.recipe
+    keys = run.keys("data", "init", "fit", "bound", "draw", "paint")
+    patches = make(keys["data"], size)
+    run.say("fit the baselines")
+    scores = _baselines(patches, size, run.seed)
+    run.say("train the diffusion")
+    shades = tuple(np.quantile(patches.train, (0.001, 0.999)))
+    diffusion = _define((SIDE, SIDE), T, patches, recipe, keys["init"])
+    fitted = train_at_length(
+        keys["fit"], diffusion, patches.train, patches.validation, recipe, run, shades=shades
+    )
+    run.say("bound the test patches")
+    tree = diagnostics.sampled_bound(
+        keys["bound"], diffusion, fitted.params, patches.test, num_times=size.test_times,
+        block_size=100, progress=run.progress,
+    )  # fmt: skip
+    draws = sample.ancestral(keys["draw"], diffusion, fitted.params, size.draws, steps=CALLS)
+    figures = {
+        "samples": sheets(patches.test, draws, shades, title=f"draws, {CALLS} network calls each"),
+        "losses": plots.losses(fitted.losses, batch_size=recipe.batch_size).figure,
+    }
+    sections = {}
+    if patches.picture is not None:
+        run.say("paint the hole in")
+        sections["Figures"] = FIGURE_5.format(hole=size.hole)
+        large = _define(patches.picture.shape, T, patches, recipe, keys["init"])
+        figures["figure_5"] = _figure_5(keys["paint"], large, fitted.params, patches, size, shades)
+    rows = _density_rows({"diffusion, bound K": tree["bound"]["bound"].values} | scores, patches)
+    return Found(rows, figures, {"bounds": tree}, sections, (diffusion, fitted.params))
 
 
-DEAD_LEAVES = Textured(
-    "Dead leaves",
-    "discs that hide one another: bits per pixel beside Gaussians",
-    "about 20 minutes on two CPU cores",
-    dead_leaves,
-    1000,
-    "The paper has 1.489 on files of Theis et al. (2012), where a mixture of conditional Gaussians "
-    "has 1.244; another law of discs, so not comparable.",
+DEAD_LEAVES = Experiment(
+    "Dead leaves", __doc__, functools.partial(_conduct, dead_leaves, 1000), SIZES
 )
-BARK = Textured(
-    "Bark",
-    "photographs of bark: bits per pixel beside Gaussians, and a hole painted in",
-    "about 20 minutes on two CPU cores",
-    bark,
-    500,
-    "The paper has −0.55 on photographs, crops and a split that are not known.",
-)
+BARK = Experiment("Bark", __doc__, functools.partial(_conduct, bark, 500), SIZES)
 
 
-def define(
+def _define(
     shape: tuple[int, ...], T: int, patches: Patches, recipe: Recipe, key: Array
 ) -> Diffusion:
     """The diffusion of images of any such shape: the weights do not depend on it."""
     lowest, highest = (float(v) for v in np.quantile(patches.train, (0.01, 0.99)))
     return Diffusion(
-        GaussianKernel(),
+        probdiff.GaussianKernel(),
         schedules.log_snr_linear(T, beta_1=patches.level**2, alpha_bar_T=ALPHA_BAR_T),
         recipe.network(shape, nnx.Rngs(jax.random.bits(key).item()), outputs=3 * COMPONENTS),
         event_shape=shape,
@@ -300,30 +206,23 @@ def define(
     )
 
 
-def baselines(patches: Patches, size: Size, seed: int) -> dict[str, np.ndarray]:
+def _baselines(patches: Patches, size: Size, seed: int) -> dict[str, np.ndarray]:
     """Log density of each test patch under a Gaussian and the best mixture, nats."""
-
-    def fitted(components: int) -> GaussianMixture:
-        mixture = GaussianMixture(
-            components, reg_covar=patches.level**2, max_iter=size.iterations, random_state=seed,
-            init_params="random_from_data",
-        )  # fmt: skip
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # judged by validation, not by it
-            return mixture.fit(_flat(patches.train))
-
-    gaussian = fitted(1)
-    mixtures = [fitted(n) for n in size.components]
-    best = max(mixtures, key=lambda mixture: mixture.score(_flat(patches.validation)))
+    train, validation, test = (flat(x) for x in patches[:3])
+    gaussian, mixture = (
+        best_mixture(
+            train, validation, [(n, patches.level**2) for n in numbers],
+            max_iter=size.iterations, random_state=seed, init_params="random_from_data",
+        )
+        for numbers in ((1,), size.components)
+    )  # fmt: skip
     return {
-        f"Gaussian mixture, {best.n_components} components": (
-            best.score_samples(_flat(patches.test))
-        ),
-        "Gaussian, full covariance": gaussian.score_samples(_flat(patches.test)),
+        f"Gaussian mixture, {mixture.n_components} components": mixture.score_samples(test),
+        "Gaussian, full covariance": gaussian.score_samples(test),
     }
 
 
-def density_rows(scores: dict[str, np.ndarray], patches: Patches) -> list[Row]:
+def _density_rows(scores: dict[str, np.ndarray], patches: Patches) -> list[Row]:
     """Bits per pixel of each model, and how far the first is above the others."""
     to_bits = diagnostics.BITS_PER_NAT / SIDE**2
     ceiling = -math.log2(patches.level)
@@ -340,14 +239,10 @@ def density_rows(scores: dict[str, np.ndarray], patches: Patches) -> list[Row]:
     return [*rows, Row("K − L_null", *mean_and_se(k), UNIT, ceiling - WHITE)]
 
 
-def figure_5(
-    key: Array,
-    diffusion: Diffusion,
-    params: Params,
-    patches: Patches,
-    size: Size,
+def _figure_5(
+    key: Array, diffusion: Diffusion, params: Params, patches: Patches, size: Size,
     shades: tuple[float, float],
-) -> Figure:
+) -> Figure:  # fmt: skip
     """Figure 5 of the paper: a hole in a held-out picture painted in, by two approximate draws."""
     picture, side = patches.picture, patches.picture.shape[0]
     inside = slice((side - size.hole) // 2, (side + size.hole) // 2)
@@ -376,7 +271,3 @@ def figure_5(
     for (name, panel), ax in zip(panels.items(), axes, strict=True):
         plots.images(panel[None], columns=1, vmin=shades[0], vmax=shades[1], title=name, ax=ax)
     return figure
-
-
-def _flat(x: np.ndarray) -> np.ndarray:
-    return np.asarray(x, np.float64).reshape(len(x), -1)

@@ -1,4 +1,4 @@
-"""What a run reports: one table, the text around it, and its figures.
+"""What a run of an experiment is told, what it finds, and its report: a table, text and figures.
 
 A line of the table is a figure with its standard error, beside the ceiling that no correct program
 passes and the number that others published:
@@ -13,21 +13,28 @@ same lines go to `table.json` unrounded, with all fields. Times are no part of t
 rerun with the same seed leaves the same table.
 """
 
+import dataclasses
+import inspect
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, SupportsFloat
+from typing import Any, NamedTuple, SupportsFloat
 
+import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import xarray as xr
-from jaxtyping import Num
+from jaxtyping import Array, Num
 from matplotlib.figure import Figure
+
+from probdiff import Diffusion, save
+from probdiff.types import Params
 
 QUICK = "This was a quick run of a few steps, to see that all works: its numbers mean nothing."
 
 _ABSENT = "–"
+_BOUNDS = ("K,", "K (", "K − best", "ladder,")
 
 
 class Row(NamedTuple):
@@ -48,6 +55,114 @@ class Row(NamedTuple):
     unit: str | None = None
     ceiling: SupportsFloat | None = None
     published: SupportsFloat | None = None
+
+
+class Run(NamedTuple):
+    """What one run was told; `Experiment.run` says what each is."""
+
+    out_dir: Path
+    size: Any
+    """How much to do."""
+    seed: int
+    quick: bool
+    recipe: str
+    progress: bool
+    say: Callable[[str], None]
+    model: Path | None
+
+    def keys(self, *names: str) -> dict[str, Array]:
+        """A key for each of the names, all from the seed."""
+        keys = jax.random.split(jax.random.key(self.seed), len(names))
+        return dict(zip(names, keys, strict=True))
+
+
+class Found(NamedTuple):
+    """What one run found: lines of the table, and what is left in the folder."""
+
+    rows: list[Row]
+    figures: dict[str, Figure]
+    trees: dict[str, xr.DataTree] = {}  # noqa: RUF012
+    sections: dict[str, str] = {}  # noqa: RUF012
+    model: tuple[Diffusion, Params] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """An experiment: what is done, how much of it, and what is said of it.
+
+    Args:
+        title: Heading of the report.
+        text: What is done and how to read it, for the report; a docstring.
+        conduct: Does it.
+        sizes: How much is done, by recipe: "cpu", "gpu" if there is one, and "quick".
+        load: Reads, and checks, the trained model that `conduct` takes, if it takes one.
+    """
+
+    title: str
+    text: str
+    conduct: Callable[[Run], Found]
+    sizes: Mapping[str, Any]
+    load: Callable[[str | Path], tuple[Diffusion, Params]] | None = None
+
+    def run(
+        self,
+        out_dir: str | Path,
+        *,
+        seed: int = 0,
+        quick: bool = False,
+        recipe: str = "cpu",
+        progress: bool = True,
+        say: Callable[[str], None] = lambda text: None,
+        model: str | Path | None = None,
+    ) -> list[Row]:
+        """Do it; write report, table, figures, bounds or posteriors and model into `out_dir`.
+
+        Args:
+            out_dir: Folder of the run, made if absent; a checkpoint in it is gone on from.
+            seed: Seeds everything; data that are published, and their split, are fixed.
+            quick: A few steps only, to see that all runs; the numbers mean nothing.
+            recipe: "cpu" or "gpu".
+            progress: Show bars.
+            say: Told what is being done.
+            model: Folder of the trained model, for an experiment that takes one; if absent what
+                `probdiff run` leaves, which is trained first where it is not there.
+
+        Returns:
+            The rows of the table.
+
+        Raises:
+            ValueError: If there is no such recipe, or the model is one of other data, or none is
+                taken.
+        """
+        if recipe not in self.sizes:
+            raise ValueError(f"recipe must be one of {', '.join(self.sizes)}; got {recipe!r}")
+        if model is not None and self.load is None:
+            raise ValueError(f"model must be absent, {self.title} trains its own; got {model}")
+        size, out_dir = self.sizes["quick" if quick else recipe], Path(out_dir)
+        out_dir.mkdir(parents=True, exist_ok=True)
+        model = None if model is None else Path(model)
+        found = self.conduct(Run(out_dir, size, seed, quick, recipe, progress, say, model))
+        settings = [f"- {name}: {value}" for name, value in _settings(size)]
+        if found.model is not None:
+            save(out_dir, *found.model)
+            count = sum(leaf.size for leaf in jax.tree.leaves(found.model[1]))
+            settings.append(f"- parameters of the model: {count:,}")
+        texts = {"What was done": inspect.cleandoc(self.text)}
+        sections = texts | found.sections | {"Settings": "\n".join(settings)}
+        write_report(
+            out_dir, self.title, found.rows, sections=sections, figures=found.figures,
+            trees=found.trees, quick=quick,
+        )  # fmt: skip
+        return found.rows
+
+
+def _settings(size: Any) -> Iterator[tuple[str, Any]]:
+    """Names and values of a size, those of the tuples in it among them."""
+    for name, value in size._asdict().items():
+        if isinstance(value, tuple) and type(value) is not tuple:
+            yield from _settings(value)
+        else:
+            yield name, ", ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 def format_table(rows: Sequence[Row]) -> str:
@@ -81,6 +196,13 @@ def mean_and_se(values: Num[np.ndarray, " examples"]) -> tuple[float, float]:
     """Mean over independent examples and its standard error."""
     values = np.asarray(values, np.float64)
     return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def root_mean_square(errors: Num[np.ndarray, "examples numbers"]) -> tuple[float, float]:
+    """Root of the mean square over independent examples, and its standard error."""
+    mean, se = mean_and_se(np.mean(errors**2, 1))
+    root = float(np.sqrt(mean))
+    return root, se / (2 * root)
 
 
 def write_report(
@@ -171,11 +293,27 @@ def _write(path: Path, text: str) -> Path:
     return path
 
 
-def verdict_of(too_high: Sequence[str], limit: str = "the ceiling") -> str:
-    """No bound passes its limit; or which do, in bold."""
+def above_ceiling(rows: Sequence[Row], ceiling_se: SupportsFloat = 0.0) -> list[str]:
+    """Names of the bounds (K, and rungs of a ladder) above their ceiling by three standard errors.
+
+    Args:
+        rows: Lines of a table.
+        ceiling_se: Standard error of the ceilings.
+    """
+    bounds = [row for row in rows if row.row.startswith(_BOUNDS) and row.ceiling is not None]
+    return [
+        row.row
+        for row in bounds
+        if row.value - row.ceiling > 3 * math.hypot(row.se or 0.0, ceiling_se) + 1e-4
+    ]
+
+
+def verdict(rows: Sequence[Row], ceiling_se: SupportsFloat = 0.0) -> str:
+    """No bound passes its ceiling; or which do, in bold. See `above_ceiling`."""
+    too_high = ", ".join(above_ceiling(rows, ceiling_se))
     if not too_high:
-        return f"No bound is above {limit} by more than three standard errors."
+        return "No bound is above its ceiling by more than three standard errors."
     return (
-        f"**Above {limit} by more than three standard errors: {', '.join(too_high)}. "
+        f"**Above the ceiling by more than three standard errors: {too_high}. "
         "This is a bug: no correct bound can be there.**"
     )

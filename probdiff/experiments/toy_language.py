@@ -7,57 +7,53 @@ and an entropy of 0.866 bits per letter, computed exactly. Two diffusions of T =
     uniform     a letter is replaced by one of the three    `CategoricalKernel(3)`
     absorbing   a letter is erased and stays erased         `AbsorbingKernel(3)`
 
-both with the harmonic schedule and a learned last step. A reverse step treats the letters alone, so
-letters that change together cannot be told apart from independent ones; the best K under that limit
-is found by enumeration (`toy_language_ceilings`) and rises to −H as T grows.
+both with the harmonic schedule, a learned last step and a perceptron of 2 layers of 128 units that
+says p(x_0 | x_t). An erased letter says of itself that it carries nothing, a replaced one must
+be doubted: absorbing reaches more. It puts no mass on data at the end of the diffusion, so it has
+no L_null and no tied last step. The model and bounds of the uniform kernel are saved in the folder
+of the run, those of the absorbing one in the folder `absorbing` there.
 
 As p(x_0) is known, K is measured by K − log p(x_0) of held-out strings, whose spread is that of the
 model's faults and not of the strings, and the exact −H is added to the mean.
 
-Source: Austin et al. (2021) for the two kernels; Sohl-Dickstein et al. (2015) for the bound.
+**The ceiling** is exact. All strings x_0 and all levels x_t are listed, so posteriors and
+expectations are finite sums. With m_i(k | x_t) = P(x_0i = k | x_t) the posterior of one letter, the
+best reverse step that treats letters alone is the bridge averaged over it,
+r_i = Σ_k m_i(k) q(x_s,i | x_t,i, k), and the diffusion of best steps has
+
+    K = −Σ_i H(X_0i | X_1) − Σ_{t ≥ 2} E Σ_i Σ_k m_i(k) KL( q(· | x_t,i, k) ‖ r_i ) − E KL_T^prior.
+
+It is below −H(X_0), by what letters that change in the same step could have told each other, and
+approaches it as T grows. For the same reason draws may leave the language.
+
+Source: Austin et al. (2021) for the two kernels; Sohl-Dickstein et al. (2015), eqs. 10 to 14, for
+the bound.
 """
 
 import functools
-from collections.abc import Callable
-from pathlib import Path
+import itertools
+import math
 from typing import NamedTuple
 
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
-import optax
 import xarray as xr
 from flax import nnx
 from jaxtyping import Array, Float, Int
 from matplotlib.figure import Figure
-from numpyro.infer import SVI
 
-from probdiff import (
-    AbsorbingKernel,
-    CategoricalKernel,
-    Diffusion,
-    Fit,
-    SampledTimeELBO,
-    diagnostics,
-    fit,
-    networks,
-    plots,
-    readouts,
-    sample,
-    save,
-    schedules,
-)
-from probdiff.experiments.report import Row, mean_and_se, verdict_of, write_report
-from probdiff.experiments.toy_language_ceilings import Ceiling, Language, ceiling, markov_language
-
-SUMMARY = "strings of three letters: uniform and absorbing diffusion beside the best possible K"
-DURATION = "about 3 minutes on two CPU cores"
+import probdiff
+from probdiff import Diffusion, diagnostics, networks, plots, readouts, sample, schedules
+from probdiff.experiments.report import Experiment, Found, Row, Run, mean_and_se, verdict
+from probdiff.experiments.training import Trained, train_and_bound
 
 LETTERS = "abc"
 LENGTH, STAY = 6, 0.2
-BATCH_SIZE, LEARNING_RATE, EMA_DECAY = 512, 3e-3, 0.999
 UNIT = "bits per letter"
-KERNELS = {"uniform": CategoricalKernel(3), "absorbing": AbsorbingKernel(3)}
+KERNELS = {"uniform": probdiff.CategoricalKernel(3), "absorbing": probdiff.AbsorbingKernel(3)}
+COLORS = {"uniform": plots.BLUE, "absorbing": plots.ORANGE}
+LN_2 = math.log(2)
 
 
 class Size(NamedTuple):
@@ -70,6 +66,8 @@ class Size(NamedTuple):
     num_draws: int = 16
     draws: int = 10_000
     longer: tuple[int, ...] = (2, 5, 10, 20, 40, 80)
+    batch_size: int = 512
+    learning_rate: float = 3e-3
 
 
 SMALL = Size(
@@ -77,88 +75,85 @@ SMALL = Size(
 )  # fmt: skip
 
 
-class Trained(NamedTuple):
-    """A trained model, its bound on the held-out strings, its draws and the best K."""
+class Language(NamedTuple):
+    """Strings and their probabilities."""
 
-    diffusion: Diffusion
-    fitted: Fit
-    tree: xr.DataTree
+    strings: Int[np.ndarray, "strings length"]
+    probs: Float[np.ndarray, " strings"]
+    num_letters: int
+
+    @property
+    def entropy(self) -> float:
+        """H(X_0), bits."""
+        return float(-self.probs @ np.log2(self.probs))
+
+
+class Ceiling(NamedTuple):
+    """The best factorised diffusion, bits per string."""
+
+    bound: float
+    """K."""
+    kl: Float[np.ndarray, " steps"]
+    """KL_t for t = 2..T."""
+    prior_kl: float
+
+
+class _Letters(NamedTuple):
+    """A trained model, its draws and the best K."""
+
+    trained: Trained
     draws: Int[np.ndarray, "draws length"]
     best: Ceiling
     k: tuple[float, float]
     """K and its standard error, bits per letter."""
 
 
-def run(
-    out_dir: str | Path,
-    *,
-    seed: int = 0,
-    quick: bool = False,
-    progress: bool = True,
-    say: Callable[[str], None] = lambda text: None,
-) -> list[Row]:
-    """Train, bound and draw; write report, table, figures, bounds and models into `out_dir`.
-
-    The model in `out_dir` itself is that of the uniform kernel; that of the absorbing one, and its
-    bounds, are in the folder `absorbing` there.
-
-    Args:
-        out_dir: Folder of the run, made if absent.
-        seed: Seeds everything.
-        quick: A few steps only, to see that all runs; the numbers mean nothing.
-        progress: Show bars.
-        say: Told what is being done.
-
-    Returns:
-        The rows of the table.
-    """
-    size, words = SMALL if quick else Size(), language()
-    names = ("train", "held_out", "fit", "bound", "draw")
-    keys = dict(zip(names, jax.random.split(jax.random.key(seed), len(names)), strict=True))
-    x, held_out = (
-        draw_strings(keys[name], words, n)
-        for name, n in (("train", size.strings), ("held_out", size.held_out))
-    )
+def _conduct(run: Run) -> Found:
+    size, words = run.size, language()
+    keys = run.keys("train", "held_out", "fit", "bound", "draw")
+    x = draw_strings(keys["train"], words, size.strings)
+    held_out = draw_strings(keys["held_out"], words, size.held_out)
     models = {}
     for name, kernel in KERNELS.items():
-        say(f"train, bound and draw: {name}")
-        diffusion = define(kernel, size.T)
-        fitted = train(keys["fit"], diffusion, x, num_steps=size.num_steps, progress=progress)
-        tree = diagnostics.bound(
-            keys["bound"], diffusion, fitted.params, held_out, num_draws=size.num_draws
-        )
-        draws = sample.ancestral(keys["draw"], diffusion, fitted.params, size.draws)
+        run.say(f"train, bound and draw: {name}")
+        diffusion = _define(kernel, size.T)
+        trained = train_and_bound(run, keys, diffusion, x, held_out, num_draws=size.num_draws)
+        draws = sample.ancestral(keys["draw"], *trained.model, size.draws)
         best = ceiling(words, diffusion.schedule, stationary(kernel))
-        models[name] = Trained(
-            diffusion, fitted, tree, draws, best, k_per_letter(tree, held_out, words)
-        )
+        k = k_per_letter(trained.tree, held_out, words)
+        models[name] = _Letters(trained, draws, best, k)
 
-    say("ceilings and figures")
+    run.say("ceilings and figures")
     rows = _rows(models, words)
     figures = {
         "k_against_T": _k_against_T(models, words, size.longer),
         "kl_per_step": _kl_per_step(models),
-        "losses": _losses(models),
+        "losses": _losses(models, size.batch_size),
     }
-    write_report(
-        out_dir,
-        "Toy language",
-        rows,
-        sections=_sections(size, models, words, rows),
-        figures=figures,
-        quick=quick,
-    )
-    folders = {"uniform": Path(out_dir), "absorbing": Path(out_dir) / "absorbing"}
-    for name, model in models.items():
-        save(folders[name], model.diffusion, model.fitted.params)
-        model.tree.to_netcdf(folders[name] / "bounds.nc", engine="h5netcdf")
-    return rows
+    shown = {
+        name: " ".join("".join(LETTERS[i] for i in x) for x in m.draws[:12])
+        for name, m in models.items()
+    }
+    sections = {
+        "Verdict": verdict(rows),
+        "Draws": "\n".join(f"- {name}: `{text}`" for name, text in shown.items()),
+    }
+    uniform, absorbing = (m.trained for m in models.values())
+    folder = run.out_dir / "absorbing"
+    probdiff.save(folder, *absorbing.model)
+    absorbing.tree.to_netcdf(folder / "bounds.nc", engine="h5netcdf")
+    return Found(rows, figures, {"bounds": uniform.tree}, sections, uniform.model)
+
+
+EXPERIMENT = Experiment("Toy language", __doc__, _conduct, {"cpu": Size(), "quick": SMALL})
 
 
 def language(length: int = LENGTH) -> Language:
     """The language: a letter is followed by itself or by its successor in the cycle."""
-    step = np.roll(np.eye(3), 1, axis=1)
-    return markov_language(np.full(3, 1 / 3), STAY * np.eye(3) + (1 - STAY) * step, length)
+    then = STAY * np.eye(3) + (1 - STAY) * np.roll(np.eye(3), 1, axis=1)
+    strings = np.array(list(itertools.product(range(3), repeat=length)))
+    probs = 1 / 3 * np.prod(then[strings[:, :-1], strings[:, 1:]], axis=1)
+    return Language(strings[probs > 0], probs[probs > 0], 3)
 
 
 def draw_strings(key: Array, words: Language, n: int) -> Int[np.ndarray, "n length"]:
@@ -175,35 +170,24 @@ def log2_prob(words: Language, strings: Int[np.ndarray, "n length"]) -> Float[np
     return table[np.asarray(strings) @ size]
 
 
-def stationary(kernel: CategoricalKernel | AbsorbingKernel) -> Float[np.ndarray, " states"]:
+def stationary(
+    kernel: probdiff.CategoricalKernel | probdiff.AbsorbingKernel,
+) -> Float[np.ndarray, " states"]:
     """Law that a kernel replaces letters by."""
     pi = np.exp(np.asarray(kernel.log_pi, np.float64))
     return pi / pi.sum()  # the kernel's logs may be float32
 
 
 @functools.cache  # what is compiled for a diffusion is kept with it
-def define(kernel: CategoricalKernel | AbsorbingKernel, T: int, length: int = LENGTH) -> Diffusion:
+def _define(kernel: probdiff.CategoricalKernel | probdiff.AbsorbingKernel, T: int) -> Diffusion:
     """A diffusion of letters that predicts x_0, its last step learned."""
     network = networks.Perceptron(
-        (length,), width=128, depth=2, T=T, outputs=kernel.num_data_states,
+        (LENGTH,), width=128, depth=2, T=T, outputs=kernel.num_data_states,
         states=kernel.num_states, rngs=nnx.Rngs(0),
     )  # fmt: skip
     return Diffusion(
-        kernel, schedules.harmonic(T), network, event_shape=(length,),
+        kernel, schedules.harmonic(T), network, event_shape=(LENGTH,),
         readout=readouts.DataLogits(), last_step=readouts.Learned(),
-    )  # fmt: skip
-
-
-def train(
-    key: Array, diffusion: Diffusion, x: Int[np.ndarray, "n length"], *,
-    num_steps: int, progress: bool = True,
-) -> Fit:  # fmt: skip
-    """Fit with Adam, its learning rate falling to 0 along a cosine, and averaged weights."""
-    adam = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, num_steps))
-    svi = SVI(diffusion.model, diffusion.guide, adam, SampledTimeELBO())
-    return fit(
-        key, svi, x, num_steps=num_steps, batch_size=min(BATCH_SIZE, len(x)),
-        ema_decay=EMA_DECAY, progress=progress,
     )  # fmt: skip
 
 
@@ -216,95 +200,108 @@ def k_per_letter(
     return (gap - words.entropy) / x.shape[1], se / x.shape[1]
 
 
-def _rows(models: dict[str, Trained], words: Language) -> list[Row]:
-    length = words.strings.shape[1]
-    best = {name: model.best.bound / length for name, model in models.items()}
-    entropy, l_null = words.entropy / length, -float(np.log2(words.num_letters))
-    rows = [
-        Row(f"K, {name}, T = {m.diffusion.T}", *m.k, UNIT, best[name]) for name, m in models.items()
-    ]
-    rows += [
-        Row(f"best possible K − K, {name}", best[name] - m.k[0], m.k[1], UNIT, 0.0)
-        for name, m in models.items()
-    ]
+def ceiling(
+    language: Language, beta: Float[np.ndarray, " T"], pi: Float[np.ndarray, " states"]
+) -> Ceiling:
+    """What K can reach with a learned last step, exactly (float64 sums over all levels).
+
+    Args:
+        language: Law of the data, over letters 0..K−1.
+        beta: Rates β_1..β_T.
+        pi: Law that replaces a letter: K probabilities, or K zeros and a one (absorbing).
+    """
+    alpha_bar = np.concatenate([[1.0], np.cumprod(1 - beta)])
+    steps = range(2, len(beta) + 1)
+    kl = np.array([_step(language, alpha_bar[t - 1 : t + 1], beta[t - 1], pi) for t in steps])
+    law, posteriors = _posteriors(language, alpha_bar[1], pi)
+    last = sum(float(law @ _xlogx(m).sum(1)) for m in posteriors)
+    prior = _prior_kl(language, alpha_bar[-1], pi)
+    terms = np.array([last, *-kl, -prior]) / LN_2
+    return Ceiling(float(terms.sum()), kl / LN_2, prior / LN_2)
+
+
+def _replace(K: int, alpha_bar: float, pi: np.ndarray) -> np.ndarray:
+    """q(x_t | x_0) of one letter, rows x_0 among the letters, columns x_t among the states."""
+    return alpha_bar * np.eye(len(pi))[:K] + (1 - alpha_bar) * pi
+
+
+def _posteriors(
+    language: Language, alpha_bar: float, pi: np.ndarray
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """q(x_t) over all levels in the order of `itertools.product`, and m_i for every letter i."""
+    letter = _replace(language.num_letters, alpha_bar, pi)
+    rows = [letter[column] for column in language.strings.T]
+    joint = language.probs[:, None] * functools.reduce(
+        lambda left, right: (left[:, :, None] * right[:, None, :]).reshape(len(left), -1), rows
+    )
+    law = joint.sum(0)
+    one_hot = np.eye(language.num_letters)[language.strings]
+    scale = np.where(law > 0, law, 1.0)[:, None]
+    return law, [joint.T @ one_hot[:, i] / scale for i in range(one_hot.shape[1])]
+
+
+def _step(language: Language, alpha_bar: np.ndarray, beta: float, pi: np.ndarray) -> float:
+    """E Σ_i Σ_k m_i(k) KL(q(· | x_t,i, k) ‖ r_i) at one step, nats."""
+    law, posteriors = _posteriors(language, alpha_bar[1], pi)
+    bridges = _bridges(language.num_letters, alpha_bar[0], beta, pi)  # (x_t, k, x_s)
+    states = np.array(list(itertools.product(range(len(pi)), repeat=len(posteriors)))).T
+    own, total = _xlogx(bridges).sum(-1), 0.0
+    for x_t, m in zip(states, posteriors, strict=True):
+        mixed = np.einsum("nk,nks->ns", m, bridges[x_t])
+        total += float(law @ ((m * own[x_t]).sum(1) - _xlogx(mixed).sum(1)))
+    return total
+
+
+def _bridges(K: int, alpha_bar_s: float, beta: float, pi: np.ndarray) -> np.ndarray:
+    """q(x_s | x_t, x_0 = k), axes (x_t, k, x_s); zero where x_t cannot come from k."""
+    step = (1 - beta) * np.eye(len(pi)) + beta * pi  # rows x_s, columns x_t
+    joint = _replace(K, alpha_bar_s, pi)[None] * step.T[:, None]
+    norm = joint.sum(-1, keepdims=True)
+    return joint / np.where(norm > 0, norm, 1.0)
+
+
+def _xlogx(p: np.ndarray) -> np.ndarray:
+    """p log p with 0 log 0 = 0."""
+    return p * np.log(np.where(p > 0, p, 1.0))
+
+
+def _prior_kl(language: Language, alpha_bar_T: float, pi: np.ndarray) -> float:
+    """E KL(q(x_T | x_0) ‖ π), nats."""
+    q = _replace(language.num_letters, alpha_bar_T, pi)
+    ratio = np.where(q > 0, q, 1.0) / np.where(q > 0, pi, 1.0)
+    per_letter = (q * np.log(ratio)).sum(1)
+    return float(language.probs @ per_letter[language.strings].sum(1))
+
+
+def _rows(models: dict[str, _Letters], words: Language) -> list[Row]:
+    best = {name: model.best.bound / LENGTH for name, model in models.items()}
+    entropy, l_null = words.entropy / LENGTH, -float(np.log2(words.num_letters))
     k, se = models["uniform"].k
-    rows += [
+    valid = {name: np.isfinite(log2_prob(words, m.draws)) for name, m in models.items()}
+    return [
+        *(Row(f"K, {name}, T = {m.trained.diffusion.T}", *m.k, UNIT, best[name])
+          for name, m in models.items()),
+        *(Row(f"best possible K − K, {name}", best[name] - m.k[0], m.k[1], UNIT, 0.0)
+          for name, m in models.items()),
         Row("K − L_null, uniform", k - l_null, se, UNIT, best["uniform"] - l_null),
         Row("ceiling of any model and T, −H", -entropy, None, UNIT),
         Row("L_null, uniform letters", l_null, None, UNIT),
-    ]
-    rows += [
-        Row(
-            f"draws that are strings of the language, {name}",
-            *mean_and_se(100 * np.isfinite(log2_prob(words, m.draws))), "%",
-        )
-        for name, m in models.items()
+        *(Row(f"draws that are strings of the language, {name}", *mean_and_se(100 * is_valid), "%")
+          for name, is_valid in valid.items()),
     ]  # fmt: skip
-    return rows
 
 
-def above_ceiling(rows: list[Row]) -> list[str]:
-    """Names of the bounds above their ceiling by more than three standard errors."""
-    return [
-        row.row for row in rows if row.row.startswith("K,") and row.value > row.ceiling + 3 * row.se
-    ]
-
-
-def _sections(
-    size: Size, models: dict[str, Trained], words: Language, rows: list[Row]
-) -> dict[str, str]:
-    too_high = above_ceiling(rows)
-    verdict = verdict_of(too_high)
-    length = words.strings.shape[1]
-    share = 100 * len(words.strings) / words.num_letters**length
-    shown = {
-        name: " ".join("".join(LETTERS[i] for i in x) for x in m.draws[:12])
-        for name, m in models.items()
-    }
-    return {
-        "Reading": (
-            "K is the bound on the log-likelihood of a string, in bits per letter. Its ceiling is "
-            "exact: what K becomes when every reverse step is the best of those that treat letters "
-            f"alone, found by enumeration. {verdict} Errors are standard errors over held-out "
-            "strings of K - log p(x_0), whose spread is the model's and not the language's. "
-            f"Of all strings of {length} letters {share:.0f} % belong to the language. A draw may "
-            "leave it where letters change in the same step, which cannot know of each other."
-        ),
-        "Two kernels": (
-            "Both are held to the same T and schedule. An erased letter says of itself that it "
-            "carries nothing, where a replaced one must be doubted: absorbing reaches more. It "
-            "puts no mass on data at the end of the diffusion, so it has no L_null and no tied "
-            "last step."
-        ),
-        "Draws": "\n".join(f"- {name}: `{text}`" for name, text in shown.items()),
-        "Settings": (
-            f"{size.strings} strings to train, {size.held_out} fresh ones to bound, with "
-            f"{size.num_draws} draws of the forward noise each. Perceptron of 2 layers of 128 "
-            "units that says p(x_0 | x_t); a reverse step is the bridge averaged over it. "
-            f"{size.num_steps} steps of Adam, batches of {BATCH_SIZE}, learning rate "
-            f"{LEARNING_RATE} falling to 0 along a cosine, averaged weights (decay {EMA_DECAY}). "
-            "The uniform model and its bounds are saved here, the absorbing ones in the folder "
-            "`absorbing`."
-        ),
-    }
-
-
-COLORS = {"uniform": plots.BLUE, "absorbing": plots.ORANGE}
-
-
-def _k_against_T(models: dict[str, Trained], words: Language, times: tuple[int, ...]) -> Figure:
-    length = words.strings.shape[1]
-    figure = plt.figure(figsize=(7, 4.5), layout="constrained")
-    ax = figure.subplots()
+def _k_against_T(models: dict[str, _Letters], words: Language, times: tuple[int, ...]) -> Figure:
+    figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, model in models.items():
-        pi, color = stationary(model.diffusion.kernel), COLORS[name]
-        best = [ceiling(words, schedules.harmonic(T), pi).bound / length for T in times]
+        pi, color = stationary(model.trained.diffusion.kernel), COLORS[name]
+        best = [ceiling(words, schedules.harmonic(T), pi).bound / LENGTH for T in times]
         ax.plot(times, best, color=color, marker=".", label=f"best possible, {name}")
         ax.errorbar(
-            [model.diffusion.T], [model.k[0]], [2 * model.k[1]], fmt="D", color=color,
+            [model.trained.diffusion.T], [model.k[0]], [2 * model.k[1]], fmt="D", color=color,
             markerfacecolor="white", capsize=3, label=f"trained, {name}",
         )  # fmt: skip
-    ax.axhline(-words.entropy / length, color="black", linestyle="--", label="−H, any model")
+    ax.axhline(-words.entropy / LENGTH, color="black", linestyle="--", label="−H, any model")
     ax.set(xscale="log", xlabel="number of steps T", ylabel=f"K ({UNIT})")
     ax.set_xticks(times, map(str, times), minor=False)
     ax.minorticks_off()
@@ -312,13 +309,15 @@ def _k_against_T(models: dict[str, Trained], words: Language, times: tuple[int, 
     return figure
 
 
-def _kl_per_step(models: dict[str, Trained]) -> Figure:
+def _kl_per_step(models: dict[str, _Letters]) -> Figure:
     """What each step costs: trained, beside the best possible."""
-    figure = plt.figure(figsize=(7, 4.5), layout="constrained")
-    ax = figure.subplots()
+    figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, model in models.items():
-        kl = model.tree["bound"]["kl"].values * diagnostics.BITS_PER_NAT
-        steps, se = np.arange(2, model.diffusion.T + 1), kl.std(0, ddof=1) / np.sqrt(len(kl))
+        kl = model.trained.tree["bound"]["kl"].values * diagnostics.BITS_PER_NAT
+        steps, se = (
+            np.arange(2, model.trained.diffusion.T + 1),
+            kl.std(0, ddof=1) / np.sqrt(len(kl)),
+        )
         ax.plot(steps, model.best.kl, color=COLORS[name], label=f"best possible, {name}")
         ax.errorbar(
             steps, kl.mean(0), 2 * se, fmt="D", color=COLORS[name], markersize=4,
@@ -331,9 +330,9 @@ def _kl_per_step(models: dict[str, Trained]) -> Figure:
     return figure
 
 
-def _losses(models: dict[str, Trained]) -> Figure:
-    figure = plt.figure(figsize=(10, 4), layout="constrained")
-    for ax, (name, model) in zip(figure.subplots(1, 2), models.items(), strict=True):
-        plots.losses(model.fitted.losses, batch_size=BATCH_SIZE, ax=ax)
+def _losses(models: dict[str, _Letters], batch_size: int) -> Figure:
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for ax, (name, model) in zip(axes, models.items(), strict=True):
+        plots.losses(model.trained.fitted.losses, batch_size=batch_size, ax=ax)
         ax.set_title(name, fontsize="medium")
     return figure

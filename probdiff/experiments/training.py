@@ -1,7 +1,8 @@
-"""Training at length on images: one recipe for a CPU and one for a GPU, resumed where it was.
+"""Training: the line that every experiment shares, and a recipe for images at length.
 
-A recipe says how large the network is and how long it learns. The optimiser is Adam behind a limit
-on the gradient's norm, its rate warmed up along a line and brought to 0 along a cosine,
+A recipe says how large a network is and how long it learns, on a CPU or a GPU. The optimiser is
+Adam behind a limit on the gradient's norm, its rate warmed up along a line and brought to 0 along a
+cosine,
 
     rate(i) = r i/w  for i ≤ w,    r (1 + cos π (i−w)/(n−w))/2  after,
 
@@ -17,8 +18,7 @@ so that a run can be stopped at any time, watched while it goes, and cut into pi
 import json
 import math
 from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import matplotlib.pyplot as plt
@@ -30,14 +30,56 @@ from jaxtyping import Array
 from matplotlib.figure import Figure
 from numpyro.infer import SVI
 
-from probdiff import Diffusion, Fit, diagnostics, fit, networks, plots, sample, save
-from probdiff.elbo import SampledTimeELBO, SampledTimeLoss
-from probdiff.experiments.report import Row, mean_and_se
+from probdiff import Diffusion, Fit, SampledTimeELBO, diagnostics, fit, networks, plots, sample
+from probdiff.experiments.report import Row, Run, mean_and_se
 from probdiff.train import Progress
+from probdiff.types import Params
 
 CALLS = 50
 """Network calls for a draw that is to be looked at."""
-LOG = "metrics.jsonl"
+
+
+def train(
+    key: Array, diffusion: Diffusion, data: Any, optimiser: Any, *, objective: Any = None,
+    **options: Any,
+) -> Fit:  # fmt: skip
+    """Fit a diffusion to the bound, or to another objective; the options are those of `fit`."""
+    objective = SampledTimeELBO() if objective is None else objective
+    svi = SVI(diffusion.model, diffusion.guide, optimiser, objective)
+    return fit(key, svi, data, **options)
+
+
+def cosine_adam(rate: float, num_steps: int) -> optax.GradientTransformation:
+    """Adam, its learning rate falling to 0 along a cosine."""
+    return optax.adam(optax.cosine_decay_schedule(rate, num_steps))
+
+
+class Trained(NamedTuple):
+    """A model that was trained, and its bound on data that it has not seen."""
+
+    diffusion: Diffusion
+    fitted: Fit
+    tree: xr.DataTree
+
+    @property
+    def model(self) -> tuple[Diffusion, Params]:
+        """What is saved, drawn from and conditioned."""
+        return self.diffusion, self.fitted.params
+
+
+def train_and_bound(
+    run: Run, keys: dict[str, Array], diffusion: Diffusion, x: Any, held_out: Any, *,
+    num_draws: int, objective: Any = None,
+) -> Trained:  # fmt: skip
+    """Train by Adam as the run's size says, average the weights, and bound held-out data."""
+    size = run.size
+    fitted = train(
+        keys["fit"], diffusion, x, cosine_adam(size.learning_rate, size.num_steps),
+        objective=objective, num_steps=size.num_steps, batch_size=min(size.batch_size, len(x)),
+        ema_decay=0.999, progress=run.progress,
+    )  # fmt: skip
+    tree = diagnostics.bound(keys["bound"], diffusion, fitted.params, held_out, num_draws=num_draws)
+    return Trained(diffusion, fitted, tree)
 
 
 class Recipe(NamedTuple):
@@ -79,18 +121,78 @@ class Recipe(NamedTuple):
         clip = optax.clip_by_global_norm(self.clip * numbers * self.batch_size)
         return optax.chain(clip, optax.adam(rate))
 
-    def describe(self) -> str:
-        """What a report says of it."""
-        heads = f", {self.attention_heads} heads of attention" if self.attention_heads else ""
-        return (
-            f"U-Net, widths {', '.join(map(str, self.widths))}, depth {self.depth}, patches of "
-            f"{self.patch}, head {self.head_width}{heads}"
-            + (f", computed in {self.dtype}" if self.dtype else "")
-            + f". Training: Adam, {self.num_steps} steps of {self.batch_size} images, learning "
-            f"rate {self.learning_rate} after a warm-up of {self.warm_up:.0%}, falling to 0 along "
-            f"a cosine; gradient's norm at most {self.clip:g} nats per number; averaged weights "
-            f"(decay {self.ema_decay})."
-        )
+
+def train_at_length(
+    key: Array, diffusion: Diffusion, images: np.ndarray, held_out: np.ndarray, recipe: Recipe,
+    run: Run, *, shades: tuple[float, float], objective: Any = None,
+) -> Fit:  # fmt: skip
+    """Fit a diffusion by a recipe, on from what is in the folder of the run.
+
+    Args:
+        key: Randomness of the fit; the draws on the way use it too.
+        diffusion: The model.
+        images: To learn from, the user's units.
+        held_out: To bound on the way.
+        recipe: How.
+        run: Has the folder.
+        shades: Values of a pixel shown black and white.
+        objective: The loss; the bound if absent.
+    """
+    painter = _Painter(key, diffusion, recipe.batch_size, len(held_out), shades, run)
+    return train(
+        key, diffusion, images, recipe.optimiser(math.prod(diffusion.event_shape)),
+        objective=objective, num_steps=recipe.num_steps, batch_size=recipe.batch_size,
+        ema_decay=recipe.ema_decay, held_out=held_out,
+        evaluate_every=max(1, recipe.num_steps // recipe.evaluations),
+        checkpoint=run.out_dir / "training.safetensors", log=run.out_dir / "metrics.jsonl",
+        callback=painter, progress=run.progress,
+    )  # fmt: skip
+
+
+def learn(
+    run: Run, define: Callable[[nnx.Rngs], Diffusion], images: np.ndarray, held_out: np.ndarray,
+    test: np.ndarray, *, shades: tuple[float, float], objective: Any = None,
+) -> tuple[Trained, Array]:  # fmt: skip
+    """Train by the recipe of the run's size, and bound test images; and a key that is left."""
+    keys = run.keys("init", "fit", "bound", "draw")
+    diffusion = define(nnx.Rngs(jax.random.bits(keys["init"]).item()))
+    run.say("train the diffusion")
+    fitted = train_at_length(
+        keys["fit"], diffusion, images, held_out, run.size.recipe, run, shades=shades,
+        objective=objective,
+    )  # fmt: skip
+    run.say("bound the test images")
+    tree = diagnostics.sampled_bound(
+        keys["bound"], diffusion, fitted.params, test, num_times=run.size.test_times,
+        progress=run.progress,
+    )  # fmt: skip
+    return Trained(diffusion, fitted, tree), keys["draw"]
+
+
+class _Painter(NamedTuple):
+    """Draws of the model and the losses so far, as `progress.png`."""
+
+    key: Array
+    diffusion: Diffusion
+    batch_size: int
+    held_out: int
+    shades: tuple[float, float]
+    run: Run
+
+    def __call__(self, state: Progress) -> None:
+        steps = min(CALLS, self.diffusion.T)
+        # the same key every time, so that draws can be compared as the model learns
+        draws = sample.ancestral(self.key, self.diffusion, state.params, 16, steps=steps)
+        figure = plt.figure(figsize=(9, 4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        low, high = self.shades
+        title = f"draws after {state.step} steps"
+        plots.images(draws, columns=4, vmin=low, vmax=high, title=title, ax=left)
+        done, losses = state.held_out_losses
+        held_out = (done, losses / self.held_out) if len(done) else None
+        plots.losses(state.losses, batch_size=self.batch_size, held_out=held_out, ax=right)
+        figure.savefig(self.run.out_dir / "progress.png", dpi=120)
+        plt.close(figure)
 
 
 def bits_rows(tree: xr.DataTree, numbers: int, unit: str, published: float) -> list[Row]:
@@ -112,10 +214,10 @@ def bits_rows(tree: xr.DataTree, numbers: int, unit: str, published: float) -> l
     ]
 
 
-def curve(out_dir: Path, numbers: int, held_out: int, published: float) -> Figure:
+def curve(run: Run, numbers: int, held_out: int, published: float) -> Figure:
     """Bits of held-out images against minutes of training, from the log."""
-    lines = [json.loads(line) for line in (out_dir / LOG).read_text().splitlines()]
-    lines = [line for line in lines if "held_out" in line]
+    log = (run.out_dir / "metrics.jsonl").read_text()
+    lines = [line for line in map(json.loads, log.splitlines()) if "held_out" in line]
     figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     minutes = [line["seconds"] / 60 for line in lines]
     bits = [line["held_out"] / held_out * diagnostics.BITS_PER_NAT / numbers for line in lines]
@@ -127,145 +229,14 @@ def curve(out_dir: Path, numbers: int, held_out: int, published: float) -> Figur
 
 
 def sheets(
-    images: np.ndarray, draws: np.ndarray, shades: tuple[float, float], *, calls: int
-) -> Figure:
+    images: Any, draws: np.ndarray, shades: tuple[float, float] = (0.0, 1.0), *,
+    title: str = "draws of the model", columns: int = 8,
+) -> Figure:  # fmt: skip
     """Held-out images beside draws."""
-    figure = plt.figure(figsize=(9, 4.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4.8), layout="constrained")
     low, high = shades
-    texts = {"held-out images": images, f"draws, {calls} network calls each": draws}
-    for (title, x), ax in zip(texts.items(), (left, right), strict=True):
-        x = np.asarray(x[:64], float)
-        plots.images(x, columns=8, vmin=low, vmax=high, title=title, ax=ax)
+    texts = {"held-out images": images, title: draws}
+    for (text, x), ax in zip(texts.items(), axes, strict=True):
+        x = np.asarray(x[: columns**2], float)
+        plots.images(x, columns=columns, vmin=low, vmax=high, title=text, ax=ax)
     return figure
-
-
-class Learned(NamedTuple):
-    """A model that was trained, and its bound on test images."""
-
-    diffusion: Diffusion
-    fitted: Fit
-    tree: xr.DataTree
-    key: Array
-    """Randomness that is left, for draws."""
-
-
-def learn(
-    seed: int,
-    define: Callable[[nnx.Rngs], Diffusion],
-    images: np.ndarray,
-    held_out: np.ndarray,
-    test: np.ndarray,
-    recipe: Recipe,
-    out_dir: Path,
-    *,
-    num_times: int,
-    shades: tuple[float, float],
-    objective: SampledTimeLoss | None = None,
-    progress: bool,
-    say: Callable[[str], None],
-) -> Learned:
-    """Train by a recipe, save the model, and bound test images.
-
-    Args:
-        seed: Seeds everything.
-        define: Makes the diffusion.
-        images: To learn from, the user's units.
-        held_out: To bound on the way.
-        test: To bound at the end.
-        recipe: How.
-        out_dir: Folder of the run, made if absent; a checkpoint in it is gone on from.
-        num_times: Random steps at which K of a test image is estimated.
-        shades: Values of a pixel shown black and white.
-        objective: The loss; the bound if absent.
-        progress: Show bars.
-        say: Told what is being done.
-    """
-    out_dir.mkdir(parents=True, exist_ok=True)
-    key_init, key_fit, key_bound, key_draw = jax.random.split(jax.random.key(seed), 4)
-    diffusion = define(nnx.Rngs(jax.random.bits(key_init).item()))
-    say("train the diffusion")
-    fitted = train(
-        key_fit, diffusion, images, held_out, recipe, out_dir, shades=shades,
-        objective=objective, progress=progress,
-    )  # fmt: skip
-    save(out_dir, diffusion, fitted.params)
-    say("bound the test images")
-    tree = diagnostics.sampled_bound(
-        key_bound, diffusion, fitted.params, test, num_times=num_times, progress=progress
-    )
-    return Learned(diffusion, fitted, tree, key_draw)
-
-
-def train(
-    key: Array,
-    diffusion: Diffusion,
-    images: np.ndarray,
-    held_out: np.ndarray,
-    recipe: Recipe,
-    out_dir: Path,
-    *,
-    shades: tuple[float, float],
-    objective: SampledTimeLoss | None = None,
-    progress: bool,
-) -> Fit:
-    """Fit a diffusion by a recipe, on from what is in the folder.
-
-    Args:
-        key: Randomness of the fit; the draws on the way use it too.
-        diffusion: The model.
-        images: To learn from, the user's units.
-        held_out: To bound on the way.
-        recipe: How.
-        out_dir: Folder of the run.
-        shades: Values of a pixel shown black and white.
-        objective: The loss; the bound if absent.
-        progress: Show a bar.
-    """
-    numbers = math.prod(diffusion.event_shape)
-    svi = SVI(
-        diffusion.model,
-        diffusion.guide,
-        recipe.optimiser(numbers),
-        SampledTimeELBO() if objective is None else objective,
-    )
-    return fit(
-        key,
-        svi,
-        images,
-        num_steps=recipe.num_steps,
-        batch_size=recipe.batch_size,
-        ema_decay=recipe.ema_decay,
-        held_out=held_out,
-        evaluate_every=max(1, recipe.num_steps // recipe.evaluations),
-        checkpoint=out_dir / "training.safetensors",
-        log=out_dir / LOG,
-        callback=_Painter(key, diffusion, recipe.batch_size, len(held_out), shades, out_dir),
-        progress=progress,
-    )
-
-
-class _Painter(NamedTuple):
-    """Draws of the model and the losses so far, as `progress.png`."""
-
-    key: Array
-    diffusion: Diffusion
-    batch_size: int
-    held_out: int
-    shades: tuple[float, float]
-    out_dir: Path
-
-    def __call__(self, state: Progress) -> None:
-        steps = min(CALLS, self.diffusion.T)
-        # the same key every time, so that draws can be compared as the model learns
-        draws = sample.ancestral(self.key, self.diffusion, state.params, 16, steps=steps)
-        figure = plt.figure(figsize=(9, 4), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        low, high = self.shades
-        title = f"draws after {state.step} steps"
-        plots.images(draws, columns=4, vmin=low, vmax=high, title=title, ax=left)
-        done, losses = state.held_out_losses
-        held_out = (done, losses / self.held_out) if len(done) else None
-        plots.losses(state.losses, batch_size=self.batch_size, held_out=held_out, ax=right)
-        figure.savefig(self.out_dir / "progress.png", dpi=120)
-        plt.close(figure)

@@ -1,7 +1,7 @@
-"""Are two sets of points draws of one law? A permutation test, coarse or fine.
+"""How a model is judged from outside: tests of draws, a classifier, mixtures of Gaussians.
 
-For a function k of the distance between two points, X, X' of one law and Y, Y' of the other, all
-independent,
+**Are two sets of points draws of one law?** For a function k of the distance between two points,
+X, X' of one law and Y, Y' of the other, all independent,
 
     D² = E k(|X − X'|) + E k(|Y − Y'|) − 2 E k(|X − Y|) ≥ 0,
 
@@ -20,17 +20,27 @@ is one more draw beside those of B random divisions, and the share that is at le
 
 is at most α with probability at most α.
 
+**Draws of digits** are read by a classifier that has seen real digits only: does it find all ten
+classes, and is it as sure as with test digits? **Bounds** stand beside the exact log densities of
+Gaussians with full covariance fitted to the same images: one, and the best mixture.
+
 Sources: Székely & Rizzo (2004), Testing for equal distributions in high dimension; Gretton et al.
 (2012), A kernel two-sample test.
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int
 from scipy.spatial.distance import cdist
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.mixture import GaussianMixture
+from sklearn.neural_network import MLPClassifier
+
+from probdiff.experiments.report import Row, mean_and_se
 
 Points = Float[np.ndarray, "_ _"]
 Distances = Float[np.ndarray, "n n"]
@@ -39,15 +49,12 @@ _GROUPS = 20
 
 
 class TwoSampleTest(NamedTuple):
-    """What a test found.
-
-    Attributes:
-        distance: D² of the two sets, not negative but for rounding.
-        p_value: Share of divisions with at least this D², in [1/(1 + B), 1].
-    """
+    """What a test found."""
 
     distance: float
+    """D² of the two sets, not negative but for rounding."""
     p_value: float
+    """Share of divisions with at least this D², in [1/(1 + B), 1]."""
 
 
 def energy(distances: Distances) -> Distances:
@@ -100,7 +107,8 @@ def two_sample_test(
     signs = np.repeat([1 / len(x), -1 / len(y)], [len(x), len(y)])
     observed = _form(matrix, signs[:, None])[0]
     at_least = 0
-    for count in _block_sizes(num_permutations):
+    full, rest = divmod(num_permutations, _BLOCK)  # as many at a time as fit memory
+    for count in [_BLOCK] * full + [rest] * (rest > 0):
         divided = rng.permuted(np.tile(signs, (count, 1)), axis=1).T
         # a division may repeat the sets as they are, up to rounding
         at_least += np.sum(_form(matrix, divided) >= observed - 1e-12)
@@ -116,12 +124,6 @@ def _centred(matrix: Distances) -> Distances:
 def _form(matrix: Distances, signs: Float[np.ndarray, "n b"]) -> Float[np.ndarray, " b"]:
     """D² of every column of signs."""
     return np.sum(signs * (matrix @ signs), 0)
-
-
-def _block_sizes(total: int) -> list[int]:
-    """As many blocks of divisions as are needed to fit memory."""
-    full, rest = divmod(total, _BLOCK)
-    return [_BLOCK] * full + [rest] * (rest > 0)
 
 
 def energy_distance(
@@ -143,3 +145,59 @@ def energy_distance(
                 for g in range(groups)]  # fmt: skip
     se = math.sqrt((groups - 1) / groups * np.sum((left_out - np.mean(left_out)) ** 2))
     return distance(rows, columns), se
+
+
+def flat(images: Array | np.ndarray) -> Float[np.ndarray, "n numbers"]:
+    """Images as rows of numbers."""
+    return np.asarray(images, np.float64).reshape(len(images), -1)
+
+
+def classifier_of_bytes(images: np.ndarray, labels: np.ndarray, epochs: int, seed: int) -> Any:
+    """A perceptron of one layer that tells real digits of 256 grey levels apart."""
+    perceptron = MLPClassifier((256,), batch_size=128, max_iter=epochs, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # judged on test images, not by it
+        return perceptron.fit(bytes_of(images), labels)
+
+
+def bytes_of(images: np.ndarray) -> Float[np.ndarray, "n numbers"]:
+    """What `classifier_of_bytes` reads: grey levels as rows of numbers in [0, 1]."""
+    return np.asarray(images, np.float32).reshape(len(images), -1) / 255
+
+
+def classifier_rows(
+    classifier: Any, test: np.ndarray, labels: Any, draws: np.ndarray, name: str = "test digits"
+) -> tuple[list[Row], Int[np.ndarray, "10"]]:
+    """What a classifier of digits says of test images and of draws, and classes of the draws."""
+    correct = classifier.predict(test) == np.asarray(labels)
+    sure, sure_of_real = (classifier.predict_proba(x).max(1) for x in (draws, test))
+    counts = np.bincount(classifier.predict(draws), minlength=10)
+    share = counts[counts > 0] / counts.sum()
+    rows = [
+        Row(f"classifier: right on {name}", *mean_and_se(100 * correct), "%"),
+        Row("classifier: probability of its class, test digits", *mean_and_se(sure_of_real)),
+        Row("classifier: probability of its class, draws", *mean_and_se(sure)),
+        Row(
+            "entropy of the classes of the draws", -float(np.sum(share * np.log2(share))), None,
+            "bits", math.log2(10),
+        ),
+    ]  # fmt: skip
+    return rows, counts
+
+
+def best_mixture(
+    train: np.ndarray, validation: np.ndarray, sizes: Iterable[tuple[int, float]], **options: Any
+) -> GaussianMixture:
+    """The mixture of Gaussians with full covariances that is best on validation images.
+
+    Args:
+        train: Rows to fit to.
+        validation: Rows to choose by.
+        sizes: Number of components, and what is added to the variances, of each candidate.
+        **options: Of scikit-learn's `GaussianMixture`.
+    """
+    candidates = [GaussianMixture(n, reg_covar=added, **options) for n, added in sizes]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # judged by validation, not by it
+        fitted = [candidate.fit(train) for candidate in candidates]
+    return max(fitted, key=lambda mixture: mixture.score(validation))
