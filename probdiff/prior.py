@@ -21,11 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
-from jaxtyping import Array
 
 from probdiff import validation
 from probdiff.compilation import Programs
-from probdiff.reverse import Reverse
+from probdiff.reverse import Reverse, State
 from probdiff.trajectories import TRAJECTORY_SUFFIX, ReverseTrajectory, first
 
 FLOOR = 1e-5
@@ -116,7 +115,7 @@ class Prior:
             f"{variance if self.covariance is None else 'covariance'})"
         )
 
-    def __call__(self, *, context: Any = None, known: Any = None, mask: Any = None) -> Array:
+    def __call__(self, *, context: Any = None, known: Any = None, mask: Any = None) -> State:
         """Draw x_0: sites `name_trajectory` and `name`, no parameters.
 
         With `known` the sites are `name_trajectory`, `name_free` (what is drawn before the known

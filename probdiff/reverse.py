@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Shaped
 from numpyro.distributions import constraints
 
@@ -39,7 +40,8 @@ from probdiff.readouts.last_step import LastStep
 from probdiff.types import Step
 from probdiff.validation import check_context
 
-State = Shaped[Array, "..."]
+State = Shaped[Array | np.ndarray, "..."]
+Values = Shaped[ArrayLike, "..."]
 Outputs = tuple[Array, ...]
 
 
@@ -49,11 +51,11 @@ class Units(NamedTuple):
     loc: Any = None
     scale: Any = None
 
-    def to_state(self, x_0: State) -> State:
+    def to_state(self, x_0: Values) -> Values:
         """From the user's units to the scale of the diffusion."""
         return x_0 if self.scale is None else (x_0 - self.loc) / self.scale
 
-    def to_data(self, x: State) -> State:
+    def to_data(self, x: Values) -> Values:
         """The way back."""
         return x if self.scale is None else x * self.scale + self.loc
 
@@ -257,11 +259,11 @@ class Reverse:
         """p(x_0 | x_1) in the user's units; entries whose mask is False do not count."""
         return DataGivenFirst(self.last(x_1), self.support, self.event_dim, self.units, mask)
 
-    def to_state(self, x_0: State) -> State:
+    def to_state(self, x_0: Values) -> Values:
         """Data as the diffusion holds them: (x_0 − loc)/scale, or symbols as int32."""
         return self.kernel.to_state(self.units.to_state(x_0))
 
-    def to_data(self, x: State) -> State:
+    def to_data(self, x: Values) -> Values:
         """What the last step draws on the scale of the diffusion, as data: the way back."""
         return _on_grid(self.units.to_data(x), self.support)
 
@@ -273,7 +275,7 @@ class Reverse:
         return self.trained.at(self._time(t), self.event_dim)
 
 
-def _on_grid(x_0: State, support: Any) -> State:
+def _on_grid(x_0: Values, support: Any) -> Values:
     return support.nearest(x_0) if isinstance(support, Grid) else x_0
 
 

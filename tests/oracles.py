@@ -64,12 +64,12 @@ def log_normal(x, mean, sd):
 
 def gaussian_law(diffusion, params=None):
     """Mean and sd of p(x_0), entry by entry, where steps are Gaussian and affine in each entry."""
-    reverse, _ = diffusion.bind(params or {})
+    reverse = diffusion.bind(params or {})
     ends = jnp.stack([jnp.zeros(diffusion.event_shape), jnp.ones(diffusion.event_shape)])
     mean, variance = np.zeros(diffusion.event_shape), np.ones(diffusion.event_shape)
     for t in range(diffusion.T, 0, -1):
-        law = reverse.reverse_step(ends, jnp.full(2, t))
-        law = diffusion.data_given_first(reverse, ends).base if t == 1 else law
+        law = reverse.step(ends, jnp.full(2, t))
+        law = reverse.data(ends).base if t == 1 else law
         at_0, at_1 = np.asarray(law.loc, float)
         spread = np.broadcast_to(np.asarray(law.scale, float), ends.shape)[0]
         mean = at_0 + (at_1 - at_0) * mean
@@ -82,7 +82,7 @@ def enumerate_diffusion(diffusion, params=None):
     kernel, (length,) = diffusion.kernel, diffusion.event_shape
     levels = np.array(list(itertools.product(range(kernel.num_states), repeat=length)))
     data = np.array(list(itertools.product(range(kernel.num_data_states), repeat=length)))
-    reverse, _ = diffusion.bind(params or {})
+    reverse = diffusion.bind(params or {})
 
     def to(targets, law):
         logs = np.asarray(law.log_prob(jnp.asarray(targets)[:, None]), float)
@@ -90,13 +90,13 @@ def enumerate_diffusion(diffusion, params=None):
 
     p = to(levels, kernel.stationary((1, length)))[0]
     for t in range(diffusion.T, 1, -1):
-        p = p @ to(levels, reverse.reverse_step(jnp.asarray(levels), jnp.full(len(levels), t)))
-    return data, p @ to(data, diffusion.data_given_first(reverse, jnp.asarray(levels)))
+        p = p @ to(levels, reverse.step(jnp.asarray(levels), jnp.full(len(levels), t)))
+    return data, p @ to(data, reverse.data(jnp.asarray(levels)))
 
 
 def covariance_of_diffusion(diffusion, d):
     """Covariance of p(x_0) of a diffusion of mean 0 and linear steps, x_s = A x_t + noise."""
-    trajectory, steps = diffusion.bind({})
+    reverse = diffusion.bind({})
     ones = jnp.concatenate([jnp.zeros((1, d)), jnp.eye(d)])
 
     def matrices(law):
@@ -104,11 +104,11 @@ def covariance_of_diffusion(diffusion, d):
         return (loc[1:] - loc[0]).T, np.diag(scale[0] ** 2)
 
     cov = np.eye(d)
-    law_at = jax.jit(lambda t: trajectory.reverse_step(ones, jnp.full(1 + d, t)))
-    for t in range(steps.T, 1, -1):
+    law_at = jax.jit(lambda t: reverse.step(ones, jnp.full(1 + d, t)))
+    for t in range(reverse.T, 1, -1):
         a, noise = matrices(law_at(t))
         cov = a @ cov @ a.T + noise
-    a, noise = matrices(diffusion.data_given_first(trajectory, ones).base)
+    a, noise = matrices(reverse.data(ones).base)
     return a @ cov @ a.T + noise
 
 
