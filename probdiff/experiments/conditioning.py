@@ -83,12 +83,12 @@ def denoising(prior: Prior, sigma: float) -> Task:
             x = prior()
             numpyro.sample("y", dist.Normal(x, sigma).to_event(2), obs=y)
 
-    return Task(lambda x: x, sigma, program, np.ones(prior.diffusion.event_shape, bool))
+    return Task(lambda x: x, sigma, program, np.ones(prior.reverse.event_shape, bool))
 
 
 def inpainting(prior: Prior) -> Task:
     """The upper half as it is, nothing of the lower."""
-    shape = prior.diffusion.event_shape
+    shape = prior.reverse.event_shape
     half = shape[0] // 2
     is_known = np.broadcast_to(np.arange(shape[0])[:, None] < half, shape)
 
@@ -108,7 +108,7 @@ def super_resolution(prior: Prior, sigma: float) -> Task:
             x = prior()
             numpyro.sample("y", dist.Normal(block_means(x), sigma).to_event(2), obs=y)
 
-    return Task(block_means, sigma, program, np.ones(prior.diffusion.event_shape, bool))
+    return Task(block_means, sigma, program, np.ones(prior.reverse.event_shape, bool))
 
 
 def block_means(x: Any) -> Any:
@@ -162,7 +162,7 @@ def sampler(task: Task, *, num_particles: int, num_runs: int, progress: bool = F
     is_mixed = 0 < len(task.matrix) < task.unseen.size and task.noise > 0
     return infer.SMC(
         task.program, num_particles=num_particles, num_runs=num_runs, progress=progress,
-        twist=infer.GaussianTwist(task.matrix, task.noise) if is_mixed else infer.LaplaceTwist(),
+        twist=infer.LaplaceTwist(rank=len(task.matrix)) if is_mixed else infer.LaplaceTwist(),
     )  # fmt: skip
 
 
