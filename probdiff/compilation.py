@@ -21,6 +21,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
@@ -75,7 +76,9 @@ def trace(function: Callable[..., Any], *args: Any) -> Traced:
         return function(*args)
 
     jaxpr, shapes = jax.make_jaxpr(anew, return_shape=True)(*args)
-    return Traced(jaxpr.consts, Code(jaxpr.jaxpr, jax.tree.structure(shapes)))
+    # NumPy's are copied: they may change in place, and would travel to the device at every call.
+    consts = [jnp.array(c) if isinstance(c, np.ndarray) else c for c in jaxpr.consts]
+    return Traced(consts, Code(jaxpr.jaxpr, jax.tree.structure(shapes)))
 
 
 class Programs:
