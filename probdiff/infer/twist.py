@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from probdiff.arguments import check_at_least
 from probdiff.infer.covariance import Belief, Given, condition, hessian_of, narrowing
@@ -63,7 +63,7 @@ class Problem(NamedTuple):
     conditioned: Conditioned
     reverse: Reverse
     """The process that is walked."""
-    known: Float[Array, "B d"] | None
+    known: Shaped[Array, "B d"] | None
     """Known entries."""
     mask: Bool[Array, "*B d"] | None
     """True where an entry is known; `(d,)` where it is the same in all systems."""
@@ -92,7 +92,7 @@ class Problem(NamedTuple):
         """Whether sites other than known entries are observed."""
         return bool(self.conditioned.observed)
 
-    def shaped(self, x: Float[Array, "P B d"]) -> Array:
+    def shaped(self, x: Shaped[Array, "P B d"]) -> Array:
         """As network and program see particles, `(P, *plates, *event_shape)`."""
         shape = *self.conditioned.batch_shape, *self.reverse.event_shape
         return x.reshape(x.shape[0], *shape)
@@ -101,7 +101,7 @@ class Problem(NamedTuple):
         """The way back."""
         return x.reshape(x.shape[0], self.systems, self.size)
 
-    def log_r(self, x: Float[Array, "P B d"], *, on_grid: bool = False) -> Float[Array, "P B"]:
+    def log_r(self, x: Shaped[Array, "P B d"], *, on_grid: bool = False) -> Float[Array, "P B"]:
         """log r; between the values of a grid unless told to put x_0 on it."""
         to_data = self.reverse.to_data if on_grid else self.reverse.units.to_data
         log_r = jax.vmap(self.conditioned.log_r)(to_data(self.shaped(x)))
@@ -185,7 +185,7 @@ class View:
     def __init__(
         self,
         problem: Problem,
-        x_t: Float[Array, "P B d"],
+        x_t: Shaped[Array, "P B d"],
         t: Any,
         reading: Reading = PERFECT,
         common: Common | None = None,
@@ -275,7 +275,7 @@ class View:
         return self.spread.slope[self.t - 1 - down]
 
     @property
-    def known(self) -> Float[Array, "B d"] | None:
+    def known(self) -> Shaped[Array, "B d"] | None:
         """Known entries, or None."""
         return self.problem.known
 
