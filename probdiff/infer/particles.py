@@ -33,6 +33,7 @@ from probdiff import bars
 from probdiff.infer.program import Conditioned, Read, systems_are_coupled
 from probdiff.infer.quadratic import local
 from probdiff.infer.twist import (
+    PERFECT,
     Common,
     Look,
     Problem,
@@ -132,7 +133,7 @@ class Walk(NamedTuple):
     options: Options
     keys: Array
     """Of each population, `(S,)`."""
-    reading: Reading | None = None
+    reading: Reading = PERFECT
     hessian: Array | None = None
     """Of a quadratic log r, where the covariance of the data is used."""
 
@@ -427,7 +428,7 @@ def _curvature(problem: Problem, points: Array, key: Array) -> tuple[Array, Arra
     return jnp.all(off <= 1e-3 * on), is_same, ~jnp.any(is_finite)
 
 
-def _walk(inputs: Inputs, options: Options, shared: Any = (None, None)) -> Walk:
+def _walk(inputs: Inputs, options: Options, shared: Any = ()) -> Walk:
     return Walk(_problem(inputs, options), options, inputs[-1], *shared)
 
 
