@@ -69,6 +69,18 @@ class Options(NamedTuple):
     is_diagonal: bool = False
     """Of the likelihood, as in `Problem`: found before a run."""
     is_quadratic: bool = False
+    stand_in: Any = None
+    """Compared in place of a user's own twist, which may change: each sampler has another."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Options) and self._compared == other._compared
+
+    def __hash__(self) -> int:
+        return hash(self._compared)
+
+    @property
+    def _compared(self) -> tuple[Any, ...]:
+        return tuple(self) if self.stand_in is None else tuple(self)[1:]
 
 
 class Trace(NamedTuple):

@@ -292,7 +292,8 @@ class Twist(abc.ABC):
     particle of `view.x_t`; by how much the mean of p(x_s | x_t) moves; and the precision added to
     it, entry by entry and as rows of factors. `View` and `Tilt` say what they hold, in
     `probdiff.infer.twist`. Level 1 is done here, log r to second order. Any positive ψ_t is right
-    as particles grow; a poor one needs many.
+    as particles grow; a poor one needs many. Each sampler compiles it once: if it changes, make
+    another.
 
     Example:
         A twist that says nothing until level 1, ψ_t = 1:
