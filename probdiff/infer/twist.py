@@ -474,7 +474,7 @@ def measure(problem: Problem) -> Reading:
     return Reading(excess * jnp.mean(step.alpha_bar_t / step.noise_t), mean)
 
 
-def trust(tau2: Array, step: Step, error: Array) -> tuple[Array, Array]:
+def trust(tau2: Array, step: Step, error: Array | float) -> tuple[Array, Array]:
     """How far to trust x̂_0, and what its error adds to the variance of x_0.
 
     With s = τ² − w_t the variance of a perfect x̂_0 and E = e²(1−ᾱ_t)/ᾱ_t that of its error, x_0
