@@ -32,8 +32,8 @@ import numpyro
 import numpyro.distributions as dist
 
 from probdiff import Diffusion, GaussianKernel, readouts, schedules
-from probdiff.infer import SMC, Guided, Twist, twists
-from probdiff.infer.levels import Reading, widths
+from probdiff.infer import SMC, Guided, Twist
+from probdiff.infer.twist import PERFECT, Tilt, spread
 
 BETA = schedules.linear(1000, beta_1=1e-4, beta_T=0.02)
 STEPS, DRAWS = 100, 2000
@@ -202,24 +202,22 @@ class OptimalTwist(Twist):
     """
 
     def __call__(self, view):
-        draw = view.levels.draw
-        levels = view.levels._replace(draw=draw._replace(variance=np.ones(view.x_t.shape[-1])))
-        variance = widths(levels, Reading(0.0, 0.0)).variance[:, 0]
-        p = unpacked(draw.trajectory.context, view.x_t.shape[-1])
-        w_t, w_s = variance[view.i - 1], variance[view.i - 2]
-        log_psi = log_likelihood(p, view.x_t, levels.step(view.i), w_t)
-        gradient = jax.grad(lambda x: log_likelihood(p, x, levels.step(view.i - 1), w_s).sum())(
-            view.mean
-        )
-        v, step = view.variance.ravel()[0], levels.step(view.i)
+        reverse, d = view.problem.reverse, view.problem.size
+        variance = spread(view.problem, PERFECT, np.ones(d)).variance[:, 0]
+        p = unpacked(reverse.context, d)
+        w_t, w_s = variance[view.t - 1], variance[view.t - 2]
+        nearer = reverse.steps.at(view.t - 1, 1)
+        log_psi = log_likelihood(p, view.x_t, view.step, w_t)
+        gradient = jax.grad(lambda x: log_likelihood(p, x, nearer, w_s).sum())(view.mean)
+        v, step = view.variance.ravel()[0], view.step
         root = jnp.linalg.cholesky(covariance_of_y(p, w_s))
         rows = jnp.sqrt(step.alpha_bar_s) * jax.scipy.linalg.solve_triangular(
             root, p.matrix, lower=True
         )
         narrowed = jnp.linalg.inv(jnp.eye(rows.shape[1]) + v * rows.T @ rows)
-        factors = jnp.broadcast_to(rows[:, None], (len(rows), *view.x_t.shape))
+        factors = jnp.broadcast_to(rows[:, None, None], (len(rows), *view.x_t.shape))
         none = jnp.zeros_like(view.x_t)
-        return twists.Tilt(log_psi, v * gradient @ narrowed, none, factors)
+        return Tilt(log_psi, v * gradient @ narrowed, none, factors)
 
 
 def covariance_of_y(p, variance):
@@ -262,6 +260,6 @@ def run(seed, dx, dy, method, *, steps=STEPS):
     draws, error, ess = infer.get_samples()["x_0"].astype(np.float64), np.nan, np.nan
     if method.is_weighted:
         error = infer.log_evidence - q.log_z
-        ess = float(infer.result.outcome.ess.min()) / 1000
+        ess = float(infer.result.outcome.trace.ess.min()) / 1000
     reference = draw(np.random.default_rng(seed + 1000), q)
     return Score(sliced_distance(draws, reference), mode_distance(draws, q), float(error), ess)

@@ -19,9 +19,8 @@ from jax.sharding import AbstractMesh, Mesh
 from scipy import stats
 
 from probdiff import BernoulliKernel, Diffusion, GaussianKernel, infer, readouts, schedules
-from probdiff.infer import InferenceWarning, checks, results
-from probdiff.infer.layout import Layout, layout
-from probdiff.infer.walk import Outcome, Walk
+from probdiff.infer import InferenceWarning, health, results
+from probdiff.infer.particles import Options, Outcome, Trace
 
 T = 50
 QUIET = "ignore::probdiff.infer.InferenceWarning"
@@ -42,19 +41,25 @@ def standard_normal(event_shape=(), **options):
 
 
 PRIOR = standard_normal().prior({})
+ASIDE = standard_normal().prior({})  # for single runs: `PRIOR` keeps what the fixtures compiled
 PAIR = standard_normal((2,)).prior({})
 BITS = Diffusion(
     BernoulliKernel(0.5), schedules.harmonic(5), lambda x, t: 0.0 * x, event_shape=(2,)
 ).prior({})
 
 
-def measured(y, sigma, shift=None):
+def measured(y, sigma, shift=None, *, prior=PRIOR):
     """A number measured with noise, and a factor that does not depend on it."""
-    x = PRIOR()
+    x = prior()
     numpyro.deterministic("square", x**2)
     numpyro.sample("y", dist.Normal(x, sigma), obs=y)
     if shift is not None:
         numpyro.factor("shift", shift)
+
+
+def measured_aside(y, sigma):
+    """The same, of another diffusion."""
+    measured(y, sigma, prior=ASIDE)
 
 
 def in_plates(y):
@@ -66,23 +71,14 @@ def in_plates(y):
         numpyro.sample("y", dist.Normal(x[..., 0], 0.5), obs=y)
 
 
-def walk_of(program, *, twist=None, num_particles=1, num_runs=1, steps=None, mesh=None):
-    """A walk that is not walked."""
-    return Walk(
-        program,
-        twist or infer.LaplaceTwist(),
-        num_particles=num_particles,
-        num_runs=num_runs,
-        steps=steps,
-        is_weighted=True,
-        threshold=0.5,
-        block_size=1,
-        mesh=mesh,
-    )
-
-
 def array(value):
     return np.float32(value)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """A diffusion of two numbers."""
+    return standard_normal((2,))
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +133,7 @@ def test_weighted_draws_have_the_moments_of_the_oracle(smc):
 
 
 def test_a_likelihood_of_one_leaves_evidence_exactly_one(key):
-    sampler = infer.SMC(lambda: PRIOR(), num_particles=512, num_runs=1, steps=10)
+    sampler = infer.SMC(lambda: ASIDE(), num_particles=512, num_runs=1, steps=10)
     sampler.run(key)
     assert sampler.log_evidence == 0.0
     draws = sampler.get_samples()["x_0"]
@@ -240,9 +236,9 @@ def test_a_sampler_is_shown_on_a_line():
     assert repr(sampler) == (
         "SMC(measured, LaplaceTwist, num_particles=7, num_runs=3, not run yet)"
     )
-    many = infer.GaussianTwist(matrix=np.ones((50, 50)), noise=1.0)
+    many = infer.TweedieTwist(rank=50)
     assert repr(infer.Guided(measured, twist=many)) == (
-        "Guided(measured, GaussianTwist, num_samples=1000, not run yet)"
+        "Guided(measured, TweedieTwist, num_samples=1000, not run yet)"
     )
 
 
@@ -285,22 +281,6 @@ def test_a_bar_changes_nothing(smc, capfd):
         smc.progress = False
     assert "infer: 100%" in capfd.readouterr().err
     np.testing.assert_array_equal(smc.get_samples()["x_0"], draws)
-
-
-def test_numbers_that_compare_equal_are_not_taken_for_one_another(key):
-    seen = []
-
-    def program(flag):
-        seen.append(flag)
-        PRIOR()
-
-    def nothing(conditioned):
-        return jnp.zeros(())
-
-    walk = walk_of(program)
-    for flag in (1, True, 1.0):
-        walk.apply(nothing, (flag,), {})
-    assert [type(flag) for flag in seen] == [int, bool, float]
 
 
 # guided
@@ -359,35 +339,31 @@ def test_known_entries_need_finite_weights_or_none(key):
 def healthy(*, runs=2, size=200, **changes):
     """An outcome with nothing to complain of, but for what is changed."""
     rng = np.random.default_rng(0)
-    log_w = 0.1 * rng.normal(size=(runs, size))
-    log_w -= np.log(np.exp(log_w).sum(1, keepdims=True))
+    log_w = normalised(0.1 * rng.normal(size=(runs, size)))
     levels = np.full((T + 1, runs), 0.0)
+    trace = {"ess": levels + 0.9 * size, "resampled": levels > 0, "shift": levels, "bad": levels}
+    trace |= {name: changes.pop(name) for name in trace if name in changes}
     return Outcome(
         x_0=rng.normal(size=(runs, size)),
         log_weights=log_w,
         log_evidences=np.zeros(runs),
         log_r=rng.normal(size=(runs, size)),
         ancestors=np.broadcast_to(np.arange(size), (runs, size)),
-        ess=levels + 0.9 * size,
-        resampled=levels > 0,
-        shift=levels,
-        bad=levels,
         worst_log_weights=0.1 * rng.normal(size=(runs, size)),
+        trace=Trace(**trace),
     )._replace(**changes)
 
 
-def complaints_of(
-    outcome, *, left=0.0, twist=None, steps=None, is_discrete=False, has_covariance=False
-):
+def complaints_of(outcome, *, left=0.0):
+    """What is said of an outcome, with "Help yourself" as advice."""
     runs, size = outcome.log_weights.shape
-    walk = walk_of(measured, twist=twist, num_particles=size, num_runs=runs, steps=steps)
-    times = np.arange((steps or T) + 1)
-    names = Layout("x_0", T, times, is_discrete, (), {}, {}, 1, "", has_covariance)
+    options = Options(infer.LaplaceTwist(), size, runs, None, True, 0.5, 1)
     log_w = results.pooled_log_weights(outcome)
     keys = jax.random.split(jax.random.key(0), 1 + runs)[:, None]
     in_runs = np.stack([results.resample(keys[1 + r], outcome.log_weights[r]) for r in range(runs)])
     index = results.resample(keys[0], log_w)
-    return checks.complaints(walk, names, checks.health(outcome, log_w, index, in_runs, left))
+    measures = health.health(outcome, log_w, index, in_runs, left)
+    return health.complaints(options, measures, "Help yourself")
 
 
 def heavy(shape, power=2.0):
@@ -449,37 +425,46 @@ def test_a_diffusion_that_does_not_end_in_noise_is_warned_of():
     assert complaints_of(healthy(), left=0.09) == ()
 
 
+@pytest.mark.filterwarnings(QUIET)
 @pytest.mark.parametrize(
-    ("options", "advice"),
+    ("options", "variance", "advice"),
     [
-        ({}, "Raise num_particles; give Diffusion.prior the covariance"),
-        ({"steps": 10}, "Raise num_particles or steps; give Diffusion.prior the covariance"),
-        ({"twist": infer.KernelTwist()}, "Use LaplaceTwist, or raise num_particles"),
-        ({"twist": infer.TweedieTwist()}, "Raise num_particles, or the twist's rank"),
-        ({"is_discrete": True}, "Raise num_particles"),
+        ({}, None, "Raise num_particles; give Diffusion.prior the covariance"),
+        ({"steps": 10}, None, "Raise num_particles or steps; give Diffusion.prior the covariance"),
+        ({"steps": 10}, np.eye(2), "Raise num_particles or steps"),
+        ({"twist": infer.KernelTwist()}, None, "Use LaplaceTwist, or raise num_particles"),
+        ({"twist": infer.PointTwist()}, None, "Use LaplaceTwist, or raise num_particles"),
+        ({"twist": infer.TweedieTwist()}, None, "Raise num_particles, or the twist's rank"),
     ],
 )
-def test_advice_fits_the_sampler(options, advice):
-    steps = options.get("steps", T)
-    outcome = healthy(ess=np.full((steps + 1, 2), 1.0))
-    (complaint,) = complaints_of(outcome, **options)
-    assert advice in complaint
-    assert ("give Diffusion.prior the covariance" in complaint) == (
-        "give Diffusion.prior the covariance" in advice
-    )
+def test_advice_fits_the_sampler(pair, options, variance, advice, key):
+    """Two particles are too few for any."""
+    prior = pair.prior({}, variance=variance)
+    sampler = infer.SMC(lambda: prior(), num_particles=2, num_runs=1, **options)
+    sampler.run(key)
+    assert advice in sampler.result.complaints[-1]
+    asks = "give Diffusion.prior the covariance"
+    assert [asks in text for text in sampler.result.complaints][-1] == (asks in advice)
+
+
+@pytest.mark.filterwarnings(QUIET)
+def test_advice_for_symbols_asks_for_particles_alone(key):
+    sampler = infer.SMC(lambda: BITS(), num_particles=2, num_runs=1)
+    sampler.run(key)
+    assert sampler.result.complaints[-1].endswith("below 100. Raise num_particles")
 
 
 def test_equal_weights_have_no_tail():
-    assert np.isnan(checks.pareto_k(np.zeros(1000)))
-    assert np.isnan(checks.pareto_k(np.linspace(0, 1, 99)))  # too few for a fit
-    light = checks.pareto_k(np.random.default_rng(0).normal(size=1000) * 0.1)
-    assert light < 0.5 < checks.pareto_k(heavy(1000, 1.0))
+    assert np.isnan(health.pareto_k(np.zeros(1000)))
+    assert np.isnan(health.pareto_k(np.linspace(0, 1, 99)))  # too few for a fit
+    light = health.pareto_k(np.random.default_rng(0).normal(size=1000) * 0.1)
+    assert light < 0.5 < health.pareto_k(heavy(1000, 1.0))
 
 
 def test_a_collapse_is_warned_of_once_a_kind_and_listed_in_the_summary(capsys):
     def program(y):
         with numpyro.plate("row", 2):
-            measured(y, 0.01)
+            measured_aside(y, 0.01)
 
     sampler = infer.SMC(program, num_particles=32, num_runs=2, twist=infer.KernelTwist())
     with warnings.catch_warnings(record=True) as caught:
@@ -557,7 +542,7 @@ def test_the_tree_holds_the_numbers_of_the_run(done):
     noise = tree["posterior_predictive"]["y"].values[0] - draws["first"]
     assert stats.kstest(noise.ravel() / 0.5, "norm").pvalue > 1e-3
     np.testing.assert_array_equal(tree["smc"]["log_evidence"], done.log_evidence)
-    np.testing.assert_array_equal(tree["smc"]["ess"][0], done.result.outcome.ess[-1])
+    np.testing.assert_array_equal(tree["smc"]["ess"][0], done.result.outcome.trace.ess[-1])
 
 
 def test_the_tree_says_what_was_run(done):
@@ -590,22 +575,21 @@ def test_factors_are_likelihoods_and_not_data(smc):
     np.testing.assert_array_equal(tree["log_likelihood"]["shift"], np.full((1, 1024), 2.0))
 
 
-def test_a_shorter_diffusion_says_what_becomes_of_a_learned_variance():
+def test_a_shorter_diffusion_says_what_becomes_of_a_learned_variance(key, capsys):
     diffusion = Diffusion(
         GaussianKernel(),
         schedules.log_snr_linear(T, beta_1=1e-4, alpha_bar_T=1e-4),
-        lambda x, t: jnp.concatenate([x, x], -1),
+        lambda x, t: jnp.zeros((len(x), 2)),
         event_shape=(1,),
     )
     prior = diffusion.prior({})
-    notes = [
-        walk_of(lambda: prior(), steps=steps).look(
-            lambda c, n=steps: layout(c, n, infer.LaplaceTwist()).note, (), {}
-        )
-        for steps in (None, T, 10)
-    ]
-    assert notes[:2] == ["", ""]
-    assert "steps=10 has no learned variance" in notes[2]
+    text = "steps=10 has no learned variance"
+    for steps in (None, T, 10):
+        sampler = infer.Guided(lambda: prior(), num_samples=2, steps=steps, check=False)
+        sampler.run(key)
+        sampler.print_summary()
+        for note in (sampler.to_datatree().attrs["note"], capsys.readouterr().out):
+            assert (text in note) == (steps == 10)
 
 
 # refusals
@@ -632,7 +616,7 @@ def test_observations_that_are_nan_are_named_before_anything_is_walked(smc):
 
 def test_runs_that_devices_cannot_share_are_refused(unchecked):
     with pytest.raises(ValueError, match="num_runs must be a multiple of the 2 devices"):
-        walk_of(measured, num_particles=2, num_runs=3, mesh=AbstractMesh((2,), ("run",)))
+        infer.SMC(measured, num_runs=3, mesh=AbstractMesh((2,), ("run",)))
 
 
 def test_guided_refuses_no_draws():
@@ -653,7 +637,7 @@ def test_an_interval_needs_a_probability(smc):
 @pytest.mark.parametrize("steps", [1, T + 1])
 def test_steps_out_of_range_are_refused(steps, key):
     with pytest.raises(ValueError, match=rf"steps must lie in 2..T = {T}; got {steps}"):
-        infer.SMC(measured, steps=steps).run(key, array(1.0), array(0.5))
+        infer.SMC(measured_aside, steps=steps).run(key, array(1.0), array(0.5))
 
 
 def no_prior():
@@ -661,32 +645,32 @@ def no_prior():
 
 
 def two_priors():
-    PRIOR()
+    ASIDE()
     standard_normal(name="other").prior({})()
 
 
 def latent_site():
-    numpyro.sample("y", dist.Normal(PRIOR(), numpyro.sample("s", dist.HalfNormal(1.0))), obs=1.0)
+    numpyro.sample("y", dist.Normal(ASIDE(), numpyro.sample("s", dist.HalfNormal(1.0))), obs=1.0)
 
 
 def delta():
-    numpyro.sample("y", dist.Delta(PRIOR()), obs=1.0)
+    numpyro.sample("y", dist.Delta(ASIDE()), obs=1.0)
 
 
 def outside_the_plate():
     with numpyro.plate("row", 3):
-        x = PRIOR()
+        x = ASIDE()
     numpyro.sample("y", dist.Normal(x.sum(), 1.0), obs=1.0)
 
 
 def coupled():
     with numpyro.plate("row", 3):
-        x = PRIOR()
+        x = ASIDE()
         numpyro.sample("y", dist.Normal(x + x.sum(), 1.0), obs=1.0)
 
 
 def unbound():
-    numpyro.sample("y", dist.Normal(PRIOR(), numpyro.param("s", 1.0)), obs=1.0)
+    numpyro.sample("y", dist.Normal(ASIDE(), numpyro.param("s", 1.0)), obs=1.0)
 
 
 @pytest.mark.parametrize(
@@ -706,23 +690,20 @@ def test_a_program_that_is_not_one_prior_with_observations_is_refused(program, w
         infer.SMC(program).run(key)
 
 
-def test_arguments_that_cannot_be_compiled_for_are_refused(key):
-    class Unhashable:
-        __hash__ = None
-
-    with pytest.raises(ValueError, match="arguments of the program must be arrays or hashable"):
-        infer.SMC(lambda options: PRIOR()).run(key, Unhashable())
-
-
 def test_a_twist_for_numbers_is_refused_for_symbols(key):
     with pytest.raises(ValueError, match="twist must be left out for symbols"):
         infer.SMC(lambda: BITS(), twist=infer.PointTwist()).run(key)
 
 
-def test_a_twist_that_does_not_fit_the_prior_is_refused(key):
-    twist = infer.GaussianTwist(np.ones((1, 2)), 0.5)
-    with pytest.raises(ValueError, match="matrix must have 1 columns"):
-        infer.SMC(measured, twist=twist).run(key, array(1.0), array(0.5))
+def test_a_twist_for_symbols_is_refused_for_numbers(key):
+    with pytest.raises(ValueError, match="twist must be one of numbers for GaussianKernel"):
+        infer.SMC(measured_aside, twist=infer.SymbolTwist()).run(key, array(1.0), array(0.5))
+
+
+@pytest.mark.parametrize("twist", [infer.LaplaceTwist, infer.TweedieTwist, infer.ReadoutTwist])
+def test_a_rank_below_one_is_refused(twist):
+    with pytest.raises(ValueError, match="rank must be at least 1; got 0"):
+        twist(rank=0)
 
 
 # symbols
@@ -794,12 +775,6 @@ def test_a_known_entry_that_is_not_a_number_is_refused_at_once():
         infer.SMC(program, num_particles=4).run(jax.random.key(0), np.array([np.nan, 0.0], "f"))
 
 
-def test_advice_does_not_ask_for_a_covariance_that_was_given():
-    outcome = healthy(ess=np.full((T + 1, 2), 1.0))
-    (complaint,) = complaints_of(outcome, has_covariance=True)
-    assert complaint.endswith("Raise num_particles")
-
-
 def test_advice_is_given_once():
     texts = complaints_of(healthy(ess=np.full((T + 1, 2), 1.0), log_evidences=np.array([0.0, 9.0])))
-    assert [("Raise num_particles" in text) for text in texts] == [False, True]
+    assert [text.endswith("Help yourself") for text in texts] == [False, True]

@@ -140,11 +140,11 @@ def program_of(prior, known=None, mask=None):
 
 def centred(diffusion, noise, context):
     """Trajectory, x_0 and Σ log σ from noise, in a loop; rows in front."""
-    trajectory, _ = diffusion.bind({}, context=context)
+    reverse = diffusion.bind({}, context=context)
     x, volume = jnp.asarray(noise[:, T]), 0.0
     walked = [x]
     for t in range(T, 1, -1):
-        law = trajectory.reverse_step(x, jnp.full(3, t))
+        law = reverse.step(x, jnp.full(3, t))
         x = law.loc + law.scale * noise[:, t - 1]
         volume += np.log(law.scale).sum()
         walked.insert(0, x)
@@ -499,7 +499,7 @@ def test_draws_that_do_not_fit_are_refused(draws, message):
 def test_rates_of_longer_steps_keep_their_digits_where_nothing_of_the_data_is_left():
     beta = schedules.log_snr_linear(40, beta_1=1e-4, alpha_bar_T=1e-24)
     program = noncentered(standard(beta=beta).prior({}), steps=10)
-    trajectory = sites_of(program)["x_0_noise"]["infer"]["walk"].levels
-    jumps = itertools.pairwise([0, *trajectory.times])
+    reverse = sites_of(program)["x_0_noise"]["infer"]["walk"].reverse
+    jumps = itertools.pairwise([0, *reverse.times])
     by_hand = [1 - np.prod(1 - beta[start:stop]) for start, stop in jumps]
-    np.testing.assert_allclose(trajectory.table.beta, by_hand, rtol=1e-5)
+    np.testing.assert_allclose(reverse.steps.beta, by_hand, rtol=1e-5)

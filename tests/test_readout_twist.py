@@ -12,8 +12,9 @@ from scipy import stats
 
 from oracles import covariance_of_diffusion, moments
 from probdiff import Diffusion, GaussianKernel, infer, readouts, sample, schedules
-from probdiff.infer.program import condition
-from probdiff.infer.twists.readout import power
+from probdiff.infer.known import power
+from probdiff.infer.program import read
+from probdiff.infer.twist import Problem
 
 pytestmark = pytest.mark.filterwarnings("ignore::probdiff.infer.InferenceWarning")
 
@@ -65,7 +66,7 @@ def test_a_diffusion_of_independent_entries_has_weights_of_one():
     smc.run(jax.random.key(0))
     exact = stats.norm.logpdf(a, 0, math.sqrt(covariance_of_diffusion(diffusion, 2)[0, 0]))
     assert smc.log_evidence == pytest.approx(exact, abs=1e-3)
-    ess = smc.result.outcome.ess
+    ess = smc.result.outcome.trace.ess
     assert ess.min() > 0.995 * 4096  # what the start leaves, x_T ~ π
     # one call a level and particle: nothing is pulled back through the network
     assert smc.to_datatree().attrs["network_calls"] == diffusion.T * 4096 * 4
@@ -108,13 +109,12 @@ def test_evidence_of_a_level_of_a_grid_is_the_share_of_draws_at_it():
     diffusion = pair(rho, readouts.Discretised(0, 4, 5), loc=2.0, scale=1.0)
     prior = diffusion.prior({}, variance=covariance(rho))
     draws = sample.ancestral(jax.random.key(0), diffusion, {}, n)
+    smc = infer.SMC(
+        lambda known: prior(known=known, mask=MASK), num_particles=2048, num_runs=4,
+        twist=infer.ReadoutTwist(),
+    )  # fmt: skip
     for level in (1.0, 4.0):  # an inner one, and an end, whose cell is open
-        known = np.array([level, 0.0], np.float32)
-        smc = infer.SMC(
-            lambda known: prior(known=known, mask=MASK), num_particles=2048, num_runs=4,
-            twist=infer.ReadoutTwist(),
-        )  # fmt: skip
-        smc.run(jax.random.key(1), known)
+        smc.run(jax.random.key(1), np.array([level, 0.0], np.float32))
         is_level = draws[:, 0] == level
         share = is_level.mean()
         se = math.hypot(smc.log_evidence_se, math.sqrt((1 - share) / share / n))
@@ -126,9 +126,11 @@ def test_evidence_of_a_level_of_a_grid_is_the_share_of_draws_at_it():
         assert variance[1] == pytest.approx(sd**2, rel=0.15)
 
 
-def drawn(prior):
-    """What `infer` knows of one call of a prior."""
-    return condition(lambda: prior(), (), {}).draw
+def known_of(prior, mask):
+    """The problem of known entries and nothing else."""
+    conditioned = read(lambda: prior(), (), {}).conditioned
+    known = np.zeros((len(np.atleast_2d(mask)), 2))
+    return Problem(conditioned, conditioned.reverse, known, mask, True, True)
 
 
 def regression(C, mask, step, error):
@@ -148,17 +150,17 @@ def test_power_is_the_regression_on_the_known_entries(x64, i, error):
     rho, table = 0.7, schedules.steps(BETA)
     C = covariance(rho)
     masks = np.array([[True, True], [True, False]])
-    found = power(drawn(pair(rho).prior({}, variance=C)), masks, table.at(i, 0), error)
+    found = power(known_of(pair(rho).prior({}, variance=C), masks), table.at(i, 0), error)
     expected = [regression(C, mask, table.at(i, 0), error) for mask in masks]
     np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
 def test_power_counts_independent_entries_once_each_and_copies_once_together(x64):
     both, step, diffusion = np.array([True, True]), schedules.steps(BETA).at(15, 0), pair(0.0)
-    independent = drawn(diffusion.prior({}))
-    assert float(power(independent, both, step, 0.0)) == pytest.approx(1.0, abs=1e-12)
-    copies = drawn(diffusion.prior({}, variance=covariance(1 - 1e-9)))
-    assert float(power(copies, both, step, 0.0)) == pytest.approx(0.5, abs=1e-4)
+    independent = known_of(diffusion.prior({}), both)
+    assert float(power(independent, step, 0.0)) == pytest.approx(1.0, abs=1e-12)
+    copies = known_of(diffusion.prior({}, variance=covariance(1 - 1e-9)), both)
+    assert float(power(copies, step, 0.0)) == pytest.approx(0.5, abs=1e-4)
 
 
 def test_other_readouts_are_refused():

@@ -15,6 +15,7 @@ tends to p r² instead of p r.
 Sources: Sohl-Dickstein et al. (2015), section 2.5 and appendix C; Del Moral et al. (2006).
 """
 
+import functools
 import math
 
 import jax
@@ -71,19 +72,21 @@ def test_posterior_of_a_standard_normal_is_exact(on_a_long_diffusion, variance):
     assert abs(smc.log_evidence - exact) < max(3 * smc.log_evidence_se, 1e-4)
 
 
+@pytest.fixture(scope="module")
+def rule_of_2015():
+    """The same without weights, by the paper's own rule."""
+    prior, n = standard_normal(LONG).prior({}), 40_000
+    return infer.Guided(
+        measured(prior), twist=infer.KernelTwist(), num_samples=n, check=False, block_size=n
+    )
+
+
 @pytest.mark.parametrize(
     ("variance", "mean", "var"), [(1.0, 0.6665, 0.3337), (0.25, 0.8889, 0.1114)]
 )
-def test_the_rule_of_2015_has_its_own_column(variance, mean, var):
+def test_the_rule_of_2015_has_its_own_column(rule_of_2015, variance, mean, var):
     """p r², not p r: 2/3 and 1/3 where the posterior has 1/2 and 1/2."""
-    n = 40_000
-    guided = infer.Guided(
-        measured(standard_normal(LONG).prior({})),
-        twist=infer.KernelTwist(),
-        num_samples=n,
-        check=False,
-        block_size=n,
-    )
+    guided = rule_of_2015
     guided.run(jax.random.key(0), np.float32(1.0), np.float32(math.sqrt(variance)))
     draws = guided.get_samples()["x_0"]
     assert draws.mean() == pytest.approx(mean, abs=0.01)
@@ -119,10 +122,16 @@ def correlated(rho, beta):
     )  # fmt: skip
 
 
+@functools.cache
+def correlated_pair(rho):
+    """One for all tests of it."""
+    return correlated(rho, LONG)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("rho", [0.5, 0.9, 0.99])
 def test_known_entry_of_a_pair_is_conditioned_on_exactly(rho):
-    diffusion = correlated(rho, LONG)
+    diffusion = correlated_pair(rho)
     prior = diffusion.prior({})
     a = 1.5
     known, mask = np.array([a, 0.0], np.float32), np.array([True, False])
@@ -144,7 +153,7 @@ def test_known_entry_of_a_pair_is_conditioned_on_exactly(rho):
 @pytest.mark.parametrize(("rho", "mean"), [(0.5, 0.347), (0.9, 0.726), (0.99, 0.914)])
 def test_clamping_a_known_entry_has_its_own_column(rho, mean):
     """The rule of 2015 with r a point mass, constant in t."""
-    prior = correlated(rho, LONG).prior({})
+    prior = correlated_pair(rho).prior({})
     known, mask = np.array([1.0, 0.0], np.float32), np.array([True, False])
     n = 20_000
     guided = infer.Guided(
@@ -158,26 +167,30 @@ def test_clamping_a_known_entry_has_its_own_column(rho, mean):
     assert guided.get_samples()["x_0"][:, 1].mean() == pytest.approx(mean, abs=0.01)
 
 
+@pytest.fixture(scope="module")
+def short_pair():
+    """A pair of correlation 0.9, T = 20, and the covariance that its diffusion really has."""
+    diffusion = correlated(0.9, schedules.log_snr_linear(T=20, beta_1=1e-3, alpha_bar_T=1e-4))
+    return diffusion, covariance_of_diffusion(diffusion, 2)
+
+
 @pytest.mark.long
-def test_a_known_linear_map_uses_the_covariance_of_the_data_as_any_likelihood_does():
-    """Both twists are the same integral, under the data's covariance if the prior has it."""
-    beta = schedules.log_snr_linear(T=20, beta_1=1e-3, alpha_bar_T=1e-4)
-    diffusion = correlated(0.9, beta)
+@pytest.mark.parametrize("rows", [[[1.0, -1.0]], [[1.0, -1.0], [0.5, 1.0]]])
+def test_a_linear_map_has_its_exact_evidence(short_pair, rows):
+    """Of one measurement and of two, as many directions kept, under the data's covariance."""
+    diffusion, cov = short_pair
     prior = diffusion.prior({}, variance=np.array([[1.0, 0.9], [0.9, 1.0]]))
-    row, noise = np.array([[1.0, -1.0]], np.float32), 0.05
+    A, noise = np.array(rows, np.float32), 0.05
+    y = np.array([1.0, 0.2], np.float32)[: len(A)]
 
     def program(y):
-        numpyro.sample("y", dist.Normal(jnp.sum(prior() * row[0]), noise), obs=y)
+        numpyro.sample("y", dist.Normal(A @ prior(), noise).to_event(1), obs=y)
 
-    found = []
-    for twist in (infer.GaussianTwist(row, noise), infer.LaplaceTwist()):
-        smc = infer.SMC(program, num_particles=256, num_runs=4, twist=twist)
-        smc.run(jax.random.key(0), np.float32(1.0))
-        found.append(smc.log_evidence)
-    assert found[0] == pytest.approx(found[1], abs=1e-3)
-    variance = float((row @ covariance_of_diffusion(diffusion, 2) @ row.T)[0, 0]) + noise**2
-    exact = stats.norm.logpdf(1.0, 0, math.sqrt(variance))
-    assert abs(found[0] - exact) < 4 * smc.log_evidence_se
+    twist = infer.LaplaceTwist(rank=len(A))
+    smc = infer.SMC(program, num_particles=256, num_runs=4, twist=twist)
+    smc.run(jax.random.key(0), y)
+    law = stats.multivariate_normal(np.zeros(len(A)), A @ cov @ A.T + noise**2 * np.eye(len(A)))
+    assert abs(smc.log_evidence - law.logpdf(y)) < 4 * smc.log_evidence_se
 
 
 # r = 1, and r times a constant
@@ -206,6 +219,7 @@ SHARES = np.array([0.5, 0.3, 0.2], np.float32)
 SPREAD = 0.35
 
 
+@functools.cache
 def mixture_diffusion():
     """The exact denoiser of a mixture of three Gaussians; its mean is near 0, its variance 1."""
     beta = schedules.log_snr_linear(STEPS, beta_1=1e-3, alpha_bar_T=1e-4)
@@ -339,9 +353,15 @@ def test_an_entry_of_a_large_plate_is_the_run_without_it(x64):
         assert together.log_evidence[i] == pytest.approx(single.log_evidence, abs=1e-9)
 
 
+@functools.cache
+def narrow():
+    """One diffusion for all small runs: what differs in data or width is compiled once."""
+    return standard_normal(NARROW)
+
+
 def small_runs(size, num_particles, shift=0.0, *, width=0.3, seed=6):
     """Independent small runs at y = 1 under a twist whose width is wrong."""
-    prior = standard_normal(NARROW).prior({}, variance=width)
+    prior = narrow().prior({}, variance=width)
     smc = infer.SMC(in_a_plate(prior, size), num_particles=num_particles, num_runs=1)
     smc.run(jax.random.key(seed), np.ones(size, np.float32), np.float32(shift))
     return smc

@@ -33,7 +33,7 @@ from probdiff import (
     readouts,
     schedules,
 )
-from probdiff.infer.proposals import SymbolProposal
+from probdiff.infer.steps import SymbolProposal
 from probdiff.infer.symbols import inform
 
 T, L = 4, 3
@@ -179,49 +179,58 @@ def test_known_entries_alone_are_conditioned_on_exactly():
 
 # The twist by itself
 
+informed = jax.jit(inform, static_argnums=1)
 
-def law(seed, shape=(5, L, 3)):
+
+@jax.jit
+def draw(key, proposal):
+    """States, and the log ratios of p to what they were drawn from."""
+    return proposal.draw(key, None)
+
+
+def law(seed, shape=(5, 1, L, 3)):
     """log p_i(k) of five particles."""
     return jax.nn.log_softmax(jax.random.normal(jax.random.key(seed), shape), -1)
 
 
 def brute_force(log_p, log_r):
-    """log E[r] under a product of laws, by all states."""
+    """log E[r] under a product of laws, by all states, of particles of one system."""
     states = jnp.array(list(itertools.product(range(log_p.shape[-1]), repeat=L)))
-    log_joint = sum(log_p[:, i, states[:, i]] for i in range(L)) + log_r(states)
+    log_joint = sum(log_p[:, 0, i, states[:, i]] for i in range(L)) + log_r(states)
     return jax.nn.logsumexp(log_joint, -1), states, log_joint
 
 
 def test_twist_is_the_exact_integral_where_r_is_a_product(x64):
     log_p = law(0)
-    found = inform(log_p, noisy, None, None, 1)
+    found = informed(log_p, noisy, None, None)
     log_z, states, log_joint = brute_force(log_p, noisy)
-    np.testing.assert_allclose(found.log_psi, log_z, atol=1e-10)
+    np.testing.assert_allclose(found.log_psi[:, 0], log_z, atol=1e-10)
     for i, k in itertools.product(range(L), range(3)):
         mass = jax.nn.logsumexp(jnp.where(states[:, i] == k, log_joint, -jnp.inf), -1) - log_z
-        np.testing.assert_allclose(found.log_p_0[:, i, k], mass, atol=1e-10)
+        np.testing.assert_allclose(found.log_p_0[:, 0, i, k], mass, atol=1e-10)
 
 
 def test_twist_counts_the_mass_of_known_entries(x64):
     log_p, mask = law(1), jnp.array([True, False, True])
-    found = inform(log_p, None, jnp.broadcast_to(KNOWN, (5, L)), mask, 1)
-    np.testing.assert_allclose(found.log_psi, log_p[:, 0, 1] + log_p[:, 2, 2], atol=1e-12)
-    np.testing.assert_allclose(jnp.exp(found.log_p_0[:, 2]), [[0, 0, 1]] * 5)
-    np.testing.assert_allclose(found.log_p_0[:, 1], log_p[:, 1], atol=1e-12)
+    found = informed(log_p, None, jnp.array([KNOWN]), mask)
+    log_p, log_p_0 = log_p[:, 0], found.log_p_0[:, 0]
+    np.testing.assert_allclose(found.log_psi[:, 0], log_p[:, 0, 1] + log_p[:, 2, 2], atol=1e-12)
+    np.testing.assert_allclose(jnp.exp(log_p_0[:, 2]), [[0, 0, 1]] * 5)
+    np.testing.assert_allclose(log_p_0[:, 1], log_p[:, 1], atol=1e-12)
 
 
 @pytest.mark.parametrize("log_r", [total, even])
 def test_twist_stays_near_the_integral_where_r_joins_entries(x64, log_r):
     """One sweep at the most probable state may promise e^10000 times too much."""
-    log_p = law(2, (200, L, 3))
-    found = inform(log_p, log_r, None, None, 1)
+    log_p = law(2, (200, 1, L, 3))
+    found = informed(log_p, log_r, None, None)
     log_z, _, _ = brute_force(log_p, log_r)
-    assert np.abs(found.log_psi - log_z).max() < 2.5
+    assert np.abs(found.log_psi[:, 0] - log_z).max() < 2.5
 
 
 def test_proposal_that_is_p_leaves_weights_that_are_exactly_one(key):
     log_p = law(3, (1000, L, 3))
-    _, log_ratio = SymbolProposal(log_p, log_p, jnp.zeros(1000)).draw(key, None)
+    _, log_ratio = draw(key, SymbolProposal(log_p, log_p, jnp.zeros(1000)))
     assert (np.asarray(log_ratio) == 0).all()
 
 
@@ -231,7 +240,7 @@ def test_proposal_weighs_every_state_to_its_probability(key):
     log_p, log_q = (jnp.broadcast_to(law(s, (1, 2, 3)), (n, 2, 3)) for s in (4, 5))
     sure = jnp.where(jnp.arange(3) == 1, 0.0, -1e3) + jnp.zeros_like(log_q)
     for proposed in (log_q, sure):
-        x, log_ratio = SymbolProposal(log_p, proposed, jnp.zeros(n)).draw(key, None)
+        x, log_ratio = draw(key, SymbolProposal(log_p, proposed, jnp.zeros(n)))
         weight = np.exp(log_ratio)
         assert weight.max() < 10.01
         for state in itertools.product(range(3), repeat=2):
@@ -243,6 +252,6 @@ def test_proposal_weighs_every_state_to_its_probability(key):
 def test_proposal_never_takes_a_state_that_is_ruled_out(key):
     log_p = law(6, (5000, L, 3))
     log_q = jnp.where(jnp.arange(3) == 0, -1e4, log_p)
-    x, log_ratio = SymbolProposal(log_p, log_q, jnp.zeros(5000)).draw(key, None)
+    x, log_ratio = draw(key, SymbolProposal(log_p, log_q, jnp.zeros(5000)))
     assert (x > 0).all()
     assert np.isfinite(log_ratio).all()

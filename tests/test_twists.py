@@ -1,4 +1,4 @@
-"""Parts of inference by their own laws: expansion, eigenpairs, proposals, levels, twists.
+"""Parts of inference by their own laws: expansion, eigenpairs, proposals, covariances.
 
 Against dense linear algebra in NumPy: for a quadratic log r the integral over a Gaussian,
 
@@ -9,23 +9,20 @@ that covariance and report its own density.
 """
 
 import itertools
-import math
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
 import pytest
 
-from probdiff import Diffusion, GaussianKernel, infer, readouts, schedules
-from probdiff.infer import dense
-from probdiff.infer.expansion import diagonal, krylov, local, low_rank
-from probdiff.infer.jacobi import eigh
-from probdiff.infer.levels import levels
-from probdiff.infer.proposals import GaussianProposal
+from probdiff import infer, standard_diffusion
+from probdiff.infer import covariance
+from probdiff.infer.quadratic import diagonal, eigh, krylov, local, low_rank
+from probdiff.infer.steps import GaussianProposal
 
 D, LEAD = 5, 3
+place = jax.jit(GaussianProposal.place)
 
 
 def quadratic(seed, rank, dtype=np.float64):
@@ -74,10 +71,7 @@ def test_the_last_integral_keeps_as_many_directions_as_the_rank_says(x64, unchec
     log_r, by_hand = quadratic(0, D)
     rng = np.random.default_rng(1)
     points, sd = rng.normal(size=(LEAD, D)), rng.uniform(0.2, 2, size=(LEAD, D))
-    diffusion = SimpleNamespace(event_shape=(D,))
-    view = SimpleNamespace(
-        is_diagonal=False, levels=SimpleNamespace(draw=SimpleNamespace(diffusion=diffusion))
-    )
+    view = SimpleNamespace(problem=SimpleNamespace(is_diagonal=False, size=D))
     at = local(log_r, jnp.asarray(points))
     found = twist.expand(at, jnp.asarray(sd), view)
     for i in range(LEAD):
@@ -116,7 +110,7 @@ def test_where_r_is_zero_there_is_no_direction():
 def test_krylov_opens_a_space_that_its_start_closes(x64, last):
     values = jnp.array([4.0, 2.0, last])
     start = jnp.array([[1.0, 1.0, 0.0]])  # closed after two steps
-    found, vectors = krylov(start, lambda v: values * v, 3, 1)
+    found, vectors = krylov(start, lambda v: values * v, 3)
     np.testing.assert_allclose(np.sort(found[:, 0]), [last, 2, 4], atol=1e-10)
     lengths = np.sort((vectors**2).sum(-1)[:, 0])
     np.testing.assert_allclose(lengths, [float(last > 0), 1, 1], atol=1e-10)
@@ -126,7 +120,7 @@ def test_krylov_opens_a_space_that_its_start_closes(x64, last):
 def test_no_start_loses_an_eigenvalue(tilt):
     """In float32, where a start near an eigenvector leaves rounding for the next direction."""
     values = jnp.array([4.0, 3.9, 0.0])
-    found, _ = krylov(jnp.array([[1.0, tilt, 0.0]]), lambda v: values * v, 3, 1)
+    found, _ = krylov(jnp.array([[1.0, tilt, 0.0]]), lambda v: values * v, 3)
     np.testing.assert_allclose(np.sort(found[:, 0]), [0, 3.9, 4], atol=1e-4)
 
 
@@ -152,30 +146,27 @@ def proposal(seed, rank, *, pinned=False):
     factors = rng.normal(size=(rank, D))
     if pinned:
         precision[0], factors[:, 0] = np.inf, 0.0
-    made = GaussianProposal(
-        *(jnp.asarray(a)[None] for a in (mean, variance, shift, precision, factors)), jnp.zeros(1)
-    )
-    covariance = np.linalg.inv(np.diag(1 / variance + precision) + factors.T @ factors)
-    return made, mean, variance, mean + shift, covariance
+    made = GaussianProposal(*map(jnp.asarray, (mean, variance, shift, precision, factors, 0.0)))
+    cov = np.linalg.inv(np.diag(1 / variance + precision) + factors.T @ factors)
+    return made, mean, variance, mean + shift, cov
 
 
-def log_normal(x, mean, covariance):
+def log_normal(x, mean, cov):
     gap = np.asarray(x) - mean
-    _, log_det = np.linalg.slogdet(2 * np.pi * covariance)
-    return -0.5 * (gap @ np.linalg.solve(covariance, gap) + log_det)
+    _, log_det = np.linalg.slogdet(2 * np.pi * cov)
+    return -0.5 * (gap @ np.linalg.solve(cov, gap) + log_det)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 3])
 def test_gaussian_proposal_has_its_law_and_knows_its_density(x64, rank):
-    made, mean, variance, centre, covariance = proposal(3, rank)
-    base, _ = made.place(jnp.zeros((1, D)))
-    np.testing.assert_allclose(base[0], centre, atol=1e-10)
-    columns = np.stack([made.place(row[None])[0][0] - centre for row in jnp.eye(D)], 1)
-    np.testing.assert_allclose(columns @ columns.T, covariance, atol=1e-9)
-    z = jax.random.normal(jax.random.key(0), (1, D))
-    x, log_ratio = made.place(z)
-    exact = log_normal(x[0], mean, np.diag(variance)) - log_normal(x[0], centre, covariance)
-    assert log_ratio[0] == pytest.approx(exact, abs=1e-9)
+    made, mean, variance, centre, cov = proposal(3, rank)
+    base, _ = place(made, jnp.zeros(D))
+    np.testing.assert_allclose(base, centre, atol=1e-10)
+    columns = np.stack([place(made, row)[0] - centre for row in jnp.eye(D)], 1)
+    np.testing.assert_allclose(columns @ columns.T, cov, atol=1e-9)
+    x, log_ratio = place(made, jax.random.normal(jax.random.key(0), (D,)))
+    exact = log_normal(x, mean, np.diag(variance)) - log_normal(x, centre, cov)
+    assert log_ratio == pytest.approx(exact, abs=1e-9)
 
 
 def test_a_common_precision_adds_to_the_others(x64):
@@ -184,25 +175,39 @@ def test_a_common_precision_adds_to_the_others(x64):
     shift, factors, root = rng.normal(size=D), rng.normal(size=(2, D)), rng.normal(size=(D, D))
     precision = root @ root.T
     matrix = np.linalg.cholesky(np.linalg.inv(np.eye(D) + v * precision))
-    parts = np.zeros(D), np.full(D, v), shift, np.zeros(D), factors
-    made = GaussianProposal(*(jnp.asarray(a)[None] for a in parts), jnp.zeros(1))
+    parts = np.zeros(D), np.full(D, v), shift, np.zeros(D), factors, 0.0
+    made = GaussianProposal(*map(jnp.asarray, parts))
     common = jnp.asarray(matrix), jnp.log(jnp.abs(jnp.diag(jnp.asarray(matrix)))).sum()
-    covariance = np.linalg.inv(np.eye(D) / v + precision + factors.T @ factors)
-    columns = np.stack([made.place(row[None], common)[0][0] - shift for row in jnp.eye(D)], 1)
-    np.testing.assert_allclose(columns @ columns.T, covariance, atol=1e-9)
-    x, log_ratio = made.place(jax.random.normal(jax.random.key(0), (1, D)), common)
-    exact = log_normal(x[0], np.zeros(D), v * np.eye(D)) - log_normal(x[0], shift, covariance)
-    assert log_ratio[0] == pytest.approx(exact, abs=1e-9)
+    cov = np.linalg.inv(np.eye(D) / v + precision + factors.T @ factors)
+    columns = np.stack([place(made, row, common)[0] - shift for row in jnp.eye(D)], 1)
+    np.testing.assert_allclose(columns @ columns.T, cov, atol=1e-9)
+    x, log_ratio = place(made, jax.random.normal(jax.random.key(0), (D,)), common)
+    exact = log_normal(x, np.zeros(D), v * np.eye(D)) - log_normal(x, shift, cov)
+    assert log_ratio == pytest.approx(exact, abs=1e-9)
 
 
 def test_pinned_entries_are_set_exactly_and_do_not_count(x64):
     made, _, _, centre, _ = proposal(4, 2, pinned=True)
-    x, log_ratio = made.place(jax.random.normal(jax.random.key(1), (1, D)))
-    assert x[0, 0] == centre[0]
+    z = jax.random.normal(jax.random.key(1), (D,))
+    x, log_ratio = place(made, z)
+    assert x[0] == centre[0]
     free = GaussianProposal(*(a[..., 1:] for a in made[:5]), made.pinned)
-    y, other = free.place(jax.random.normal(jax.random.key(1), (1, D))[:, 1:])
-    np.testing.assert_allclose(x[:, 1:], y, atol=1e-12)
-    assert log_ratio[0] == pytest.approx(float(other[0]), abs=1e-12)
+    y, other = place(free, z[1:])
+    np.testing.assert_allclose(x[1:], y, atol=1e-12)
+    assert log_ratio == pytest.approx(float(other), abs=1e-12)
+
+
+def test_all_particles_are_placed_as_each_alone(x64, key):
+    """Drawn together, of one key, with and without what is common to them."""
+    alone = [proposal(seed, 2)[0] for seed in range(3)]
+    together = jax.tree.map(lambda *a: jnp.stack(a), *alone)
+    z = jax.random.normal(key, (3, D))
+    for common in (None, (0.5 * jnp.eye(D), D * jnp.log(0.5))):
+        found = together.draw(key, common)
+        for i, made in enumerate(alone):
+            x, log_ratio = place(made, z[i], common)
+            np.testing.assert_allclose(found[0][i], x, rtol=1e-12)
+            assert found[1][i] == pytest.approx(float(log_ratio), rel=1e-12)
 
 
 def test_proposal_of_a_twist_that_changes_nothing_weighs_exactly_one(key):
@@ -211,43 +216,15 @@ def test_proposal_of_a_twist_that_changes_nothing_weighs_exactly_one(key):
     assert (made.draw(key, None)[1] == 0).all()
 
 
-def standard_normal(T=40):
-    return Diffusion(
-        GaussianKernel(),
-        schedules.log_snr_linear(T, beta_1=1e-3, alpha_bar_T=1e-3),
-        lambda x, t: 0 * x,
-        event_shape=(2,),
-        readout=readouts.Perturbation(readouts.ForwardVariance()),
-    )
-
-
-def prior_draw():
-    with numpyro.handlers.trace() as sites, numpyro.handlers.seed(rng_seed=0):
-        standard_normal().prior({})()
-    return next(s["infer"]["prior"] for s in sites.values() if "prior" in s["infer"])
-
-
 @pytest.mark.parametrize("n", [2, 7, 39])
 def test_fewer_levels_are_longer_steps_of_the_same_diffusion(x64, n):
-    draw = prior_draw()
-    full, few = levels(draw), levels(draw, n)
+    full = standard_diffusion((2,), T=40).bind({})
+    few = full.respaced(n)
     assert few.times[0] == 1 and few.times[-1] == full.n and few.n == n
-    kept = 1 - np.asarray(full.table.beta)
-    ends = np.concatenate([[0], few.times])
-    products = [kept[a:b].prod() for a, b in itertools.pairwise(ends)]
-    np.testing.assert_allclose(1 - np.asarray(few.table.beta), products, atol=1e-10)
-    np.testing.assert_allclose(few.table.alpha_bar_t[:-1], few.table.alpha_bar_s[1:], atol=0)
-
-
-def test_all_levels_are_the_diffusion_itself():
-    draw = prior_draw()
-    full = levels(draw)
-    assert not full.is_respaced
-    x, i = jnp.array([[0.3, -1.0]]), 5
-    law = full.reverse(full.outputs(x, i), x, i)
-    beta = float(full.table.beta[i - 1])
-    np.testing.assert_allclose(law.loc, math.sqrt(1 - beta) * x, rtol=1e-6)
-    np.testing.assert_allclose(law.scale, math.sqrt(beta), rtol=1e-6)
+    kept = 1 - np.asarray(full.steps.beta)
+    products = [kept[a:b].prod() for a, b in itertools.pairwise([0, *few.times])]
+    np.testing.assert_allclose(1 - np.asarray(few.steps.beta), products, atol=1e-10)
+    np.testing.assert_allclose(few.steps.alpha_bar_t[:-1], few.steps.alpha_bar_s[1:], atol=0)
 
 
 def test_a_sharp_quadratic_keeps_its_digits():
@@ -258,10 +235,10 @@ def test_a_sharp_quadratic_keeps_its_digits():
     root = axes * np.sqrt(variance)
     a = root.T @ np.outer(row, row) @ root
     g = 30.0 * root.T @ row  # 30 standard deviations of the noise away
-    belief = dense.Belief(*(jnp.asarray(v, jnp.float32) for v in (axes, variance, np.ones(D))))
-    given = dense.condition(belief, jnp.asarray(np.outer(row, row), jnp.float32), None)
+    belief = covariance.Belief(*(jnp.asarray(v, jnp.float32) for v in (axes, variance, np.ones(D))))
+    given = covariance.condition(belief, jnp.asarray(np.outer(row, row), jnp.float32), None)
     exact = g / (1 + np.trace(a))
-    found = dense.pulled(given, jnp.asarray(g, jnp.float32))
+    found = covariance.pulled(given, jnp.asarray(g, jnp.float32))
     np.testing.assert_allclose(found, exact, atol=1e-4 * np.linalg.norm(exact))
     assert given.log_det == pytest.approx(np.log1p(np.trace(a)), abs=1e-4)
     precision = np.linalg.inv(root).T @ (a / (1 + np.trace(a))) @ np.linalg.inv(root)

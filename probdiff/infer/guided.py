@@ -224,7 +224,7 @@ class Guided(Sampler):
         if self._checks:
             small = options._replace(
                 twist=None, num_particles=CHECK_PARTICLES, num_runs=CHECK_RUNS, is_weighted=True,
-                threshold=0.5,
+                threshold=0.5, stand_in=None,
             )  # fmt: skip
             key = jax.random.fold_in(key, CHECK)
             beside = results.sample(self.program, small, key, *run, progress=False)

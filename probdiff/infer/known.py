@@ -141,7 +141,7 @@ def _log_law(view: View) -> Float[Array, "P B d"]:
     return jax.nn.logsumexp(logits + log_p, -1)
 
 
-def power(problem: Problem, step: Step, error: Array) -> Float[Array, "*B"]:
+def power(problem: Problem, step: Step, error: Array | float) -> Float[Array, "*B"]:
     """γ_t, one for all systems, or one for each where they differ in what is known.
 
     Args:

@@ -32,7 +32,7 @@ from jaxtyping import Array, Bool, Float, Int
 from probdiff import bars
 from probdiff.infer.program import Conditioned, Read, systems_are_coupled
 from probdiff.infer.quadratic import local
-from probdiff.infer.spread import Common, Problem, Reading, common, hessian, measure
+from probdiff.infer.spread import PERFECT, Common, Problem, Reading, common, hessian, measure
 from probdiff.infer.twist import Look, Twist, View
 from probdiff.prior import PriorDraw
 
@@ -59,6 +59,18 @@ class Options(NamedTuple):
     is_diagonal: bool = False
     """Of the likelihood, as in `Problem`: found before a run."""
     is_quadratic: bool = False
+    stand_in: Any = None
+    """Compared in place of a user's own twist, which may change: each sampler has another."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Options) and self._compared == other._compared
+
+    def __hash__(self) -> int:
+        return hash(self._compared)
+
+    @property
+    def _compared(self) -> tuple[Any, ...]:
+        return tuple(self) if self.stand_in is None else tuple(self)[1:]
 
 
 class Trace(NamedTuple):
@@ -123,7 +135,7 @@ class Walk(NamedTuple):
     options: Options
     keys: Array
     """Of each population, `(S,)`."""
-    reading: Reading | None = None
+    reading: Reading = PERFECT
     hessian: Array | None = None
     """Of a quadratic log r, where the covariance of the data is used."""
 
@@ -418,7 +430,7 @@ def _curvature(problem: Problem, points: Array, key: Array) -> tuple[Array, Arra
     return jnp.all(off <= 1e-3 * on), is_same, ~jnp.any(is_finite)
 
 
-def _walk(inputs: Inputs, options: Options, shared: Any = (None, None)) -> Walk:
+def _walk(inputs: Inputs, options: Options, shared: Any = ()) -> Walk:
     return Walk(_problem(inputs, options), options, inputs[-1], *shared)
 
 

@@ -52,7 +52,8 @@ class Sampler(abc.ABC):
                 f"out the runs; got {num_runs}"
             )
         self.program, self.progress = program, progress
-        self._options = Options(twist, **options)
+        is_ours = twist is None or type(twist).__module__.startswith("probdiff.")
+        self._options = Options(twist, **options, stand_in=None if is_ours else object())
         self._result: Result | None = None
 
     def __repr__(self) -> str:

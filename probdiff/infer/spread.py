@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from probdiff.infer.program import Conditioned
 from probdiff.infer.quadratic import eigh_each, local
@@ -60,7 +60,7 @@ class Problem(NamedTuple):
     conditioned: Conditioned
     reverse: Reverse
     """The process that is walked."""
-    known: Float[Array, "B d"] | None
+    known: Shaped[Array, "B d"] | None
     """Known entries."""
     mask: Bool[Array, "*B d"] | None
     """True where an entry is known; `(d,)` where it is the same in all systems."""
@@ -89,7 +89,7 @@ class Problem(NamedTuple):
         """Whether sites other than known entries are observed."""
         return bool(self.conditioned.observed)
 
-    def shaped(self, x: Float[Array, "P B d"]) -> Array:
+    def shaped(self, x: Shaped[Array, "P B d"]) -> Array:
         """As network and program see particles, `(P, *plates, *event_shape)`."""
         shape = *self.conditioned.batch_shape, *self.reverse.event_shape
         return x.reshape(x.shape[0], *shape)
@@ -98,7 +98,7 @@ class Problem(NamedTuple):
         """The way back."""
         return x.reshape(x.shape[0], self.systems, self.size)
 
-    def log_r(self, x: Float[Array, "P B d"], *, on_grid: bool = False) -> Float[Array, "P B"]:
+    def log_r(self, x: Shaped[Array, "P B d"], *, on_grid: bool = False) -> Float[Array, "P B"]:
         """log r; between the values of a grid unless told to put x_0 on it."""
         to_data = self.reverse.to_data if on_grid else self.reverse.units.to_data
         log_r = jax.vmap(self.conditioned.log_r)(to_data(self.shaped(x)))
@@ -166,7 +166,7 @@ def measure(problem: Problem) -> Reading:
     return Reading(excess * jnp.mean(step.alpha_bar_t / step.noise_t), mean)
 
 
-def trust(tau2: Array, step: Step, error: Array) -> tuple[Array, Array]:
+def trust(tau2: Array, step: Step, error: Array | float) -> tuple[Array, Array]:
     """How far to trust x̂_0, and what its error adds to the variance of x_0.
 
     With s = τ² − w_t the variance of a perfect x̂_0 and E = e²(1−ᾱ_t)/ᾱ_t that of its error, x_0

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from probdiff.arguments import check_at_least
 from probdiff.infer.quadratic import Expansion, Local, diagonal, local, low_rank, settle
@@ -88,7 +88,7 @@ class View:
     def __init__(
         self,
         problem: Problem,
-        x_t: Float[Array, "P B d"],
+        x_t: Shaped[Array, "P B d"],
         t: Any,
         reading: Reading = PERFECT,
         common: Common | None = None,
@@ -178,7 +178,7 @@ class View:
         return self.spread.slope[self.t - 1 - down]
 
     @property
-    def known(self) -> Float[Array, "B d"] | None:
+    def known(self) -> Shaped[Array, "B d"] | None:
         """Known entries, or None."""
         return self.problem.known
 
@@ -195,7 +195,8 @@ class Twist(abc.ABC):
     particle of `view.x_t`; by how much the mean of p(x_s | x_t) moves; and the precision added to
     it, entry by entry and as rows of factors. `View` and `Tilt` say what they hold, in
     `probdiff.infer.twist`. Level 1 is done here, log r to second order. Any positive ψ_t is right
-    as particles grow; a poor one needs many.
+    as particles grow; a poor one needs many. Each sampler compiles it once: if it changes, make
+    another.
 
     Example:
         A twist that says nothing until level 1, ψ_t = 1:

@@ -1,0 +1,265 @@
+"""A program is read anew at every run, and what it computes is compiled once.
+
+The oracle: two measurements of one x_0 ~ N(0, 1), y ~ N(0, σ² I + 1 1ᵀ).
+"""
+
+import dataclasses
+import gc
+import weakref
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from scipy import stats
+
+from probdiff import (
+    Diffusion,
+    GaussianKernel,
+    diagnostics,
+    infer,
+    sample,
+    schedules,
+    standard_diffusion,
+)
+from probdiff.infer.twist import Tilt
+
+pytestmark = pytest.mark.filterwarnings("ignore::probdiff.infer.InferenceWarning")
+
+SIGMA = 0.5
+ONE, OTHER = np.array([1.0, 0.4], np.float32), np.array([-3.0, -2.5], np.float32)
+
+
+@pytest.fixture(scope="module")
+def prior():
+    """x_0 ~ N(0, 1), exactly."""
+    return standard_diffusion(T=6).prior({})
+
+
+def compiled(prior):
+    """Compilations of what the prior's diffusion keeps."""
+    return sum(jitted._cache_size() for jitted in prior.programs._kept.values())
+
+
+def over(prior, data):
+    """A program that closes over its data."""
+
+    def program():
+        x = numpyro.deterministic("x", prior())
+        numpyro.sample("y", dist.Normal(x, SIGMA).expand([2]).to_event(1), obs=data)
+
+    return program
+
+
+def run(program, *args):
+    """A new sampler that has run; options and key are always the same."""
+    smc = infer.SMC(program, num_particles=64, num_runs=2)
+    smc.run(jax.random.key(0), *args)
+    return smc
+
+
+def check(smc, y):
+    """Evidence and mean are those of y, within 0.1 nats and four standard errors of 128 draws."""
+    law = stats.multivariate_normal(np.zeros(2), SIGMA**2 * np.eye(2) + 1)
+    assert smc.log_evidence == pytest.approx(law.logpdf(y), abs=0.1)
+    precision = 1 + 2 / SIGMA**2
+    mean = np.sum(y) / SIGMA**2 / precision
+    draws = smc.get_samples()["x"]
+    assert abs(draws.mean() - mean) < 4 / np.sqrt(100 * precision)
+
+
+def test_another_sampler_of_the_same_program_compiles_nothing(prior):
+    program = over(prior, ONE)
+    first = run(program)
+    check(first, ONE)
+    before = compiled(prior)
+    second = run(program)
+    np.testing.assert_array_equal(second.get_samples()["x"], first.get_samples()["x"])
+    assert compiled(prior) == before > 0
+
+
+@pytest.mark.parametrize("kind", [np.array, jnp.array])
+def test_the_same_code_over_other_data_compiles_nothing_and_has_their_numbers(prior, kind):
+    check(run(over(prior, kind(ONE))), ONE)
+    before = compiled(prior)
+    for y in (OTHER, ONE):
+        check(run(over(prior, kind(y))), y)
+    assert compiled(prior) == before
+
+
+def test_data_that_change_in_place_are_seen(prior):
+    data = ONE.copy()
+    smc = run(over(prior, data))
+    check(smc, ONE)
+    before = compiled(prior)
+    data[:] = OTHER
+    smc.run(jax.random.key(0))
+    check(smc, OTHER)
+    assert compiled(prior) == before
+
+
+def test_data_that_are_rebound_are_seen(prior):
+    data = ONE
+
+    def program():
+        over(prior, data)()
+
+    smc = run(program)
+    check(smc, ONE)
+    before = compiled(prior)
+    data = OTHER
+    smc.run(jax.random.key(0))
+    check(smc, OTHER)
+    assert compiled(prior) == before
+
+
+def test_numbers_that_are_rebound_are_seen(prior):
+    """A number is part of the code, and another one compiled for."""
+    y = 1.0
+
+    def program():
+        numpyro.sample("y", dist.Normal(prior(), SIGMA), obs=y)
+
+    smc = run(program)
+    for y in (1.0, -4.0):
+        smc.run(jax.random.key(0))
+        exact = stats.norm.logpdf(y, 0, np.hypot(1, SIGMA))
+        assert smc.log_evidence == pytest.approx(exact, abs=0.1)
+
+
+def test_other_arguments_of_the_same_shape_compile_nothing(prior):
+    def program(y):
+        over(prior, y)()
+
+    smc = run(program, ONE)
+    check(smc, ONE)
+    before = compiled(prior)
+    smc.run(jax.random.key(0), OTHER)
+    check(smc, OTHER)
+    assert compiled(prior) == before
+
+
+class Box:
+    """An argument that changes and has no hash."""
+
+    __hash__ = None
+
+    def __init__(self, y):
+        self.y = y
+
+    def __eq__(self, other):
+        return isinstance(other, Box)
+
+
+def test_an_argument_that_changes_is_seen(prior):
+    def program(box):
+        over(prior, box.y)()
+
+    box = Box(ONE)
+    smc = run(program, box)
+    check(smc, ONE)
+    box.y = OTHER
+    smc.run(jax.random.key(0), box)
+    check(smc, OTHER)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """Equal, and of one hash, for 1, True and 1.0."""
+
+    value: Any
+
+
+@pytest.mark.parametrize("wrap", [Flag, lambda value: value], ids=["in an object", "bare"])
+def test_arguments_that_compare_equal_are_not_taken_for_one_another(prior, wrap):
+    kinds = int, bool, float
+
+    def program(flag):
+        prior()
+        kind = type(flag.value if isinstance(flag, Flag) else flag)
+        numpyro.factor("kind", float(kinds.index(kind)))
+
+    smc = infer.SMC(program, num_particles=2, num_runs=1)
+    for i, value in enumerate((1, True, 1.0)):
+        smc.run(jax.random.key(0), wrap(value))
+        assert smc.log_evidence == pytest.approx(i, abs=1e-5)
+
+
+def test_zero_and_minus_zero_are_two_numbers(prior):
+    zero = 0.0
+
+    def program():
+        numpyro.factor("sign", jnp.copysign(1 + 0 * prior(), zero))
+
+    smc = infer.SMC(program, num_particles=2, num_runs=1)
+    for zero, sign in ((0.0, 1), (-0.0, -1), (0.0, 1)):  # noqa: B007, the program reads it
+        smc.run(jax.random.key(0))
+        assert smc.log_evidence == pytest.approx(sign, abs=1e-5)
+
+
+class Push(infer.Twist):
+    """Moves every step by as much; compared by identity."""
+
+    def __init__(self, by):
+        self.by = by
+
+    def __call__(self, view):
+        nothing = jnp.zeros_like(view.x_t)
+        return Tilt(nothing[..., 0], nothing + self.by, nothing, nothing[None][:0])
+
+
+@dataclasses.dataclass
+class EqualPush(infer.Twist):
+    """The same, without a hash and all equal."""
+
+    by: Any = dataclasses.field(compare=False)
+
+    __call__ = Push.__call__
+
+
+@pytest.mark.parametrize("make", [Push, EqualPush])
+def test_a_twist_of_the_users_own_is_what_it_is_when_the_sampler_is_made(prior, make):
+    """Every step moves by as much, which the mean of the draws shows."""
+    means, twist = [], make(0.0)
+    for by in (0.0, 1.0):
+        twist.by = by
+        guided = infer.Guided(lambda: prior(), twist=twist, num_samples=50, check=False)
+        guided.run(jax.random.key(0))
+        means.append(guided.get_samples()["x_0"].mean())
+    assert means[1] > means[0] + 0.5
+
+
+def test_calibration_compiles_once_for_all_simulations(prior):
+    def program(y=None):
+        numpyro.sample("y", dist.Normal(prior(), SIGMA).expand([2]).to_event(1), obs=y)
+
+    smc = infer.SMC(program, num_particles=8, num_runs=1)
+    counts = []
+    for n in (1, 3):
+        infer.calibrate(jax.random.key(0), program, smc, num_simulations=n)
+        counts.append(compiled(prior))
+    assert counts[0] == counts[1]
+
+
+def test_a_diffusion_goes_with_all_that_was_compiled_for_it(key):
+    def network(x_t, t):
+        return jnp.zeros((len(x_t), 4))
+
+    beta = schedules.cosine(4)
+    diffusion = Diffusion(GaussianKernel(), beta, network, event_shape=(2,))
+    prior = diffusion.prior({})
+
+    def program():
+        numpyro.sample("y", dist.Normal(prior(), SIGMA).to_event(1), obs=ONE)
+
+    smc = run(program)
+    smc.to_datatree()
+    diagnostics.bound(key, diffusion, {}, np.stack([ONE, OTHER]), num_draws=2)
+    sample.ancestral(key, diffusion, {}, 3)
+    gone = [weakref.ref(it) for it in (diffusion, prior, program, smc)]
+    del diffusion, prior, program, smc
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * len(gone)
