@@ -33,7 +33,8 @@ import numpyro.distributions as dist
 
 from probdiff import Diffusion, GaussianKernel, readouts, schedules
 from probdiff.infer import SMC, Guided, Twist
-from probdiff.infer.twist import PERFECT, Tilt, spread
+from probdiff.infer.spread import PERFECT, spread
+from probdiff.infer.twist import Tilt
 
 BETA = schedules.linear(1000, beta_1=1e-4, beta_T=0.02)
 STEPS, DRAWS = 100, 2000

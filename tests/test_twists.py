@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from probdiff import infer, standard_diffusion
-from probdiff.infer import covariance
+from probdiff.infer import spread
 from probdiff.infer.quadratic import diagonal, eigh, krylov, local, low_rank
 from probdiff.infer.steps import GaussianProposal
 
@@ -235,10 +235,10 @@ def test_a_sharp_quadratic_keeps_its_digits():
     root = axes * np.sqrt(variance)
     a = root.T @ np.outer(row, row) @ root
     g = 30.0 * root.T @ row  # 30 standard deviations of the noise away
-    belief = covariance.Belief(*(jnp.asarray(v, jnp.float32) for v in (axes, variance, np.ones(D))))
-    given = covariance.condition(belief, jnp.asarray(np.outer(row, row), jnp.float32), None)
+    belief = spread.Belief(*(jnp.asarray(v, jnp.float32) for v in (axes, variance, np.ones(D))))
+    given = spread.condition(belief, jnp.asarray(np.outer(row, row), jnp.float32), None)
     exact = g / (1 + np.trace(a))
-    found = covariance.pulled(given, jnp.asarray(g, jnp.float32))
+    found = spread.pulled(given, jnp.asarray(g, jnp.float32))
     np.testing.assert_allclose(found, exact, atol=1e-4 * np.linalg.norm(exact))
     assert given.log_det == pytest.approx(np.log1p(np.trace(a)), abs=1e-4)
     precision = np.linalg.inv(root).T @ (a / (1 + np.trace(a))) @ np.linalg.inv(root)
