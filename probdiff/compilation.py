@@ -65,6 +65,8 @@ class Traced:
 
     def fingerprint(self) -> Hashable:
         """Of the operations and the constants: equal where the function is the same."""
+        if any(isinstance(const, jax.core.Tracer) for const in self.consts):
+            return object()  # inside another trace values are not known
         return self.code, tuple(map(_value, self.consts))
 
     def __call__(self, *args: Any) -> Any:
