@@ -39,11 +39,7 @@ from probdiff.infer.program import numbered, plate_dims, unwrapped
 from probdiff.infer.smc import Sampler
 from probdiff.reverse import DataGivenFirst
 from probdiff.train import Fit
-from probdiff.trajectories import (
-    TRAJECTORY_SUFFIX,
-    ForwardTrajectory,
-    ReverseTrajectory,
-)
+from probdiff.trajectories import TRAJECTORY_SUFFIX, ForwardTrajectory, ReverseTrajectory
 
 _STATS = {
     "num_steps": "n_steps",

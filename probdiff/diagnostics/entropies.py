@@ -106,11 +106,7 @@ def entropies(diffusion: Diffusion, params: Params, x_0: Data, tree: xr.DataTree
             "model_se": (step, _se((forward + before - after).T + kl)),
         },
         {"step": np.arange(2, diffusion.T + 1)},
-        {
-            "units": "nats",
-            "condition": _condition(kernel),
-            "log_pi_change": miss,
-        },
+        {"units": "nats", "condition": _condition(kernel), "log_pi_change": miss},
     )
     return xr.DataTree.from_dict({"entropy": group})
 

@@ -20,12 +20,7 @@ from probdiff.kernels.discrete import (
     CategoricalKernel,
     DiscreteKernel,
 )
-from probdiff.kernels.gaussian import (
-    GaussianKernel,
-    bridge_mean,
-    bridge_variance,
-    bridge_weights,
-)
+from probdiff.kernels.gaussian import GaussianKernel, bridge_mean, bridge_variance, bridge_weights
 from probdiff.kernels.laws import Bits, States
 
 __all__ = [

@@ -228,8 +228,7 @@ class BernoulliKernel(DiscreteKernel):
         )
         up = jnp.logaddexp(z + jnp.log(one), jnp.log(zero))
         down = jnp.logaddexp(
-            z + jnp.log(step.noise_s * (1 - m)),
-            jnp.log(step.alpha_bar_s + step.noise_s * (1 - m)),
+            z + jnp.log(step.noise_s * (1 - m)), jnp.log(step.alpha_bar_s + step.noise_s * (1 - m))
         )
         return Bits(self._log_ratio(x_t, step) + up - down)
 
