@@ -116,13 +116,9 @@ def check_block_size(block_size: int, count: int, of_what: str, mesh: Mesh | Non
 
 
 def blockwise(
-    programs: Programs,
-    function: Callable[..., Any],
-    given: Any,
-    blocks: Iterable[tuple[Any, ...]],
-    mesh: Mesh | None,
-    **static: Hashable,
-) -> Iterator[Any]:
+    programs: Programs, function: Callable[..., Any], given: Any, blocks: Iterable[tuple[Any, ...]],
+    mesh: Mesh | None, **static: Hashable,
+) -> Iterator[Any]:  # fmt: skip
     """Apply a function to every block, on all devices at once where there is a mesh.
 
     Args:

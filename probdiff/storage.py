@@ -115,19 +115,13 @@ def _config(diffusion: Diffusion) -> dict[str, Any]:
     built_in = NETWORKS.get(kind) is type(diffusion.network)
     settings = built_in_config(diffusion.network) if built_in else None
     return {
-        "format": _FORMAT,
-        "kernel": _describe(diffusion.kernel),
-        "beta": diffusion.rates.tolist(),
+        "format": _FORMAT, "kernel": _describe(diffusion.kernel), "beta": diffusion.rates.tolist(),
         "beta_learned": isinstance(diffusion.schedule, schedules.LearnedRates),
-        "network": {"type": kind, "settings": settings},
-        "readout": _describe(diffusion.readout),
-        "last_step": _describe(diffusion.last_step),
-        "event_shape": diffusion.event_shape,
-        "context_shape": diffusion.context_shape,
-        "loc": _as_list(diffusion.loc, 0.0),
-        "scale": _as_list(diffusion.scale, 1.0),
-        "name": diffusion.name,
-    }
+        "network": {"type": kind, "settings": settings}, "readout": _describe(diffusion.readout),
+        "last_step": _describe(diffusion.last_step), "event_shape": diffusion.event_shape,
+        "context_shape": diffusion.context_shape, "loc": _as_list(diffusion.loc, 0.0),
+        "scale": _as_list(diffusion.scale, 1.0), "name": diffusion.name,
+    }  # fmt: skip
 
 
 def _as_list(value: Any, default: float) -> Any:
@@ -170,17 +164,12 @@ def _rebuild(config: dict[str, Any], network: Network | None) -> Diffusion:
     beta = np.asarray(config["beta"])
     context_shape = config["context_shape"]
     return Diffusion(
-        _revive(config["kernel"]),
-        schedules.learned(beta) if config["beta_learned"] else beta,
-        network,
-        event_shape=tuple(config["event_shape"]),
-        readout=_revive(config["readout"]),
-        last_step=_revive(config["last_step"]),
-        loc=np.asarray(config["loc"]),
+        _revive(config["kernel"]), schedules.learned(beta) if config["beta_learned"] else beta,
+        network, event_shape=tuple(config["event_shape"]), readout=_revive(config["readout"]),
+        last_step=_revive(config["last_step"]), loc=np.asarray(config["loc"]),
         scale=np.asarray(config["scale"]),
-        context_shape=None if context_shape is None else tuple(context_shape),
-        name=config["name"],
-    )
+        context_shape=None if context_shape is None else tuple(context_shape), name=config["name"],
+    )  # fmt: skip
 
 
 def _read_config(file: Path) -> dict[str, Any]:

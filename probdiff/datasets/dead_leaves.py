@@ -41,14 +41,9 @@ _Greys = Float[Array | np.ndarray, "k"] | None
 
 
 def dead_leaves(
-    key: PRNGKeyArray,
-    n: int,
-    *,
-    size: int,
-    r_min: float = 1.0,
-    r_max: float = 100.0,
+    key: PRNGKeyArray, n: int, *, size: int, r_min: float = 1.0, r_max: float = 100.0,
     greys: _Greys = None,
-) -> Float[Array, "{n} {size} {size}"]:
+) -> Float[Array, "{n} {size} {size}"]:  # fmt: skip
     """Pictures of dead leaves: discs with density of radii ∝ r^−3 on [r_min, r_max].
 
     A pixel shows the disc over its centre: edges are sharp. Time grows as n size⁴ / r_min²

@@ -9,12 +9,9 @@ from probdiff.arguments import check_at_least
 
 
 def gaussian(
-    key: PRNGKeyArray,
-    n: int,
-    *,
-    covariance: Float[Array | np.ndarray, "d d"],
+    key: PRNGKeyArray, n: int, *, covariance: Float[Array | np.ndarray, "d d"],
     mean: Float[Array | np.ndarray, "d"] | None = None,
-) -> Float[Array, "{n} d"]:
+) -> Float[Array, "{n} d"]:  # fmt: skip
     """Draws from N(mean, covariance), `(n, d)`.
 
     Args:
@@ -39,13 +36,10 @@ def gaussian(
 
 
 def gaussian_mixture(
-    key: PRNGKeyArray,
-    n: int,
-    *,
-    means: Float[Array | np.ndarray, "k d"],
+    key: PRNGKeyArray, n: int, *, means: Float[Array | np.ndarray, "k d"],
     covariances: Float[Array | np.ndarray, "k d d"],
     weights: Float[Array | np.ndarray, "k"] | None = None,
-) -> Float[Array, "{n} d"]:
+) -> Float[Array, "{n} d"]:  # fmt: skip
     """Draws from `gaussian_mixture_distribution(means=, covariances=, weights=)`, `(n, d)`.
 
     Raises:
@@ -65,11 +59,9 @@ def gaussian_mixture(
 
 
 def gaussian_mixture_distribution(
-    *,
-    means: Float[Array | np.ndarray, "k d"],
-    covariances: Float[Array | np.ndarray, "k d d"],
+    *, means: Float[Array | np.ndarray, "k d"], covariances: Float[Array | np.ndarray, "k d d"],
     weights: Float[Array | np.ndarray, "k"] | None = None,
-) -> dist.MixtureSameFamily:
+) -> dist.MixtureSameFamily:  # fmt: skip
     """The mixture Σ_k weights_k N(means_k, covariances_k), with its exact log density.
 
     Args:

@@ -60,15 +60,9 @@ class Textures(NamedTuple):
 
 
 def textures(
-    key: PRNGKeyArray,
-    n: int,
-    images: Sequence[_Image],
-    *,
-    size: int,
-    n_test: int = 1_000,
-    test_share: float = 0.25,
-    flip: bool = False,
-) -> Textures:
+    key: PRNGKeyArray, n: int, images: Sequence[_Image], *, size: int, n_test: int = 1_000,
+    test_share: float = 0.25, flip: bool = False,
+) -> Textures:  # fmt: skip
     """Random crops of grey images, `n` for training and `n_test` held out, at unit variance.
 
     Args:

@@ -49,18 +49,10 @@ BITS_PER_NAT = 1 / math.log(2)
 
 
 def bound(
-    key: Array,
-    diffusion: Diffusion,
-    params: Params,
-    x_0: Data,
-    *,
-    context: Any = None,
-    mask: Mask | None = None,
-    num_draws: int = 1,
-    block_size: int = 4096,
-    mesh: Mesh | None = None,
+    key: Array, diffusion: Diffusion, params: Params, x_0: Data, *, context: Any = None,
+    mask: Mask | None = None, num_draws: int = 1, block_size: int = 4096, mesh: Mesh | None = None,
     progress: bool = False,
-) -> xr.DataTree:
+) -> xr.DataTree:  # fmt: skip
     """Bound K on log p(x_0) for every example, with the term of every step.
 
     Args:
@@ -126,18 +118,10 @@ def bound(
 
 
 def sampled_bound(
-    key: Array,
-    diffusion: Diffusion,
-    params: Params,
-    x_0: Data,
-    *,
-    context: Any = None,
-    mask: Mask | None = None,
-    num_times: int = 10,
-    block_size: int = 500,
-    mesh: Mesh | None = None,
+    key: Array, diffusion: Diffusion, params: Params, x_0: Data, *, context: Any = None,
+    mask: Mask | None = None, num_times: int = 10, block_size: int = 500, mesh: Mesh | None = None,
     progress: bool = False,
-) -> xr.DataTree:
+) -> xr.DataTree:  # fmt: skip
     """Bound K for every example at a few random steps: unbiased, at a cost that T does not enter.
 
     The sum over t of KL_t is estimated at `num_times` steps per example, stratified over 2..T as in
@@ -197,14 +181,9 @@ def check_examples(
 
 
 def _blocks(
-    key: Array,
-    x_0: Any,
-    context: Any,
-    mask: Any,
-    block_size: int,
-    mesh: Mesh | None,
+    key: Array, x_0: Any, context: Any, mask: Any, block_size: int, mesh: Mesh | None,
     progress: bool,
-) -> Iterator[tuple[Any, ...]]:
+) -> Iterator[tuple[Any, ...]]:  # fmt: skip
     """A key and the rows of each block of examples."""
     starts = range(0, len(x_0), block_size)
     disable = not (progress and devices.is_first(mesh))

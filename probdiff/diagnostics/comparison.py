@@ -89,14 +89,11 @@ def _compared(bounds: np.ndarray, prob: float) -> dict[str, Any]:
     shift, shift_se = _mean_and_se(difference)
     half = stats.t.ppf((1 + prob) / 2, bounds.shape[1] - 1) * shift_se
     return {
-        "mean": ("model", mean),
-        "se": ("model", se),
-        "difference": ("model", shift),
-        "difference_se": ("model", shift_se),
-        "difference_low": ("model", shift - half),
+        "mean": ("model", mean), "se": ("model", se), "difference": ("model", shift),
+        "difference_se": ("model", shift_se), "difference_low": ("model", shift - half),
         "difference_high": ("model", shift + half),
         "example_difference": (("model", "example"), difference),
-    }
+    }  # fmt: skip
 
 
 def _mean_and_se(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -50,13 +50,9 @@ _STATS = {
 
 
 def to_datatree(
-    source: MCMC | Sampler | Fit | SVIRunResult,
-    *args: Any,
-    svi: SVI | None = None,
-    key: Array | None = None,
-    num_draws: int = 500,
-    **kwargs: Any,
-) -> xr.DataTree:
+    source: MCMC | Sampler | Fit | SVIRunResult, *args: Any, svi: SVI | None = None,
+    key: Array | None = None, num_draws: int = 500, **kwargs: Any,
+) -> xr.DataTree:  # fmt: skip
     """A run as an ArviZ DataTree, NumPy arrays with named dims.
 
         to_datatree(mcmc)                                  # of any program, noncentered or not
@@ -116,23 +112,16 @@ def _of_mcmc(mcmc: MCMC) -> xr.DataTree:
     if stats:
         tree["sample_stats"] = _group("sample_stats", stats, {}, {})
     tree.attrs |= {
-        "sampler": type(mcmc.sampler).__name__,
-        "num_chains": mcmc.num_chains,
-        "num_warmup": mcmc.num_warmup,
-        "num_samples": mcmc.num_samples,
-        "thinning": mcmc.thinning,
-    }
+        "sampler": type(mcmc.sampler).__name__, "num_chains": mcmc.num_chains,
+        "num_warmup": mcmc.num_warmup, "num_samples": mcmc.num_samples, "thinning": mcmc.thinning,
+    }  # fmt: skip
     return tree
 
 
 def _of_fit(
-    fitted: Fit | SVIRunResult,
-    svi: SVI | None,
-    key: Array | None,
-    num_draws: int,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> xr.DataTree:
+    fitted: Fit | SVIRunResult, svi: SVI | None, key: Array | None, num_draws: int,
+    args: tuple[Any, ...], kwargs: dict[str, Any],
+) -> xr.DataTree:  # fmt: skip
     if (svi is None) != (key is None):
         raise ValueError(
             f"svi and key must be given together; got {'key' if svi is None else 'svi'} alone"

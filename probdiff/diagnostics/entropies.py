@@ -112,14 +112,9 @@ def entropies(diffusion: Diffusion, params: Params, x_0: Data, tree: xr.DataTree
 
 
 def information(
-    key: Array,
-    diffusion: Diffusion,
-    params: Params,
-    x_0: Data,
-    tree: xr.DataTree,
-    *,
+    key: Array, diffusion: Diffusion, params: Params, x_0: Data, tree: xr.DataTree, *,
     num_levels: int = 50,
-) -> xr.DataTree:
+) -> xr.DataTree:  # fmt: skip
     """Bounds on I(X_0; X_t), what level t still tells of the data.
 
     Both are estimates: within their standard errors the lower may come out above the upper. What is

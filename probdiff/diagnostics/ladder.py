@@ -75,21 +75,11 @@ class LadderWarning(UserWarning):
 
 
 def ladder(
-    key: Array,
-    diffusion: Diffusion,
-    params: Params,
-    x_0: Data,
-    *,
-    context: Any = None,
-    mask: Mask | None = None,
-    sizes: tuple[int, ...] = SIZES,
-    num_repeats: int = 4,
-    num_draws: int = 100,
-    threshold: float = 0.5,
-    block_size: int = 4096,
-    mesh: Mesh | None = None,
+    key: Array, diffusion: Diffusion, params: Params, x_0: Data, *, context: Any = None,
+    mask: Mask | None = None, sizes: tuple[int, ...] = SIZES, num_repeats: int = 4,
+    num_draws: int = 100, threshold: float = 0.5, block_size: int = 4096, mesh: Mesh | None = None,
     progress: bool = False,
-) -> xr.DataTree:
+) -> xr.DataTree:  # fmt: skip
     """K, importance-weighted bounds and an SMC estimate of log p(x_0), for every example.
 
     Args:
@@ -189,18 +179,10 @@ def ladder(
 
 
 def sandwich(
-    key: Array,
-    diffusion: Diffusion,
-    params: Params,
-    num_examples: int,
-    *,
-    context: Any = None,
-    sizes: tuple[int, ...] = SIZES,
-    num_repeats: int = 4,
-    block_size: int = 4096,
-    mesh: Mesh | None = None,
-    progress: bool = False,
-) -> xr.DataTree:
+    key: Array, diffusion: Diffusion, params: Params, num_examples: int, *, context: Any = None,
+    sizes: tuple[int, ...] = SIZES, num_repeats: int = 4, block_size: int = 4096,
+    mesh: Mesh | None = None, progress: bool = False,
+) -> xr.DataTree:  # fmt: skip
     """Lower and upper bounds of log p(x_0) at draws of the model itself.
 
     What is not said here is as in `ladder`.

@@ -34,14 +34,10 @@ _BANDWIDTHS = tuple(np.logspace(-1, 0, 10).tolist())
 
 
 def parzen(
-    draws: Data,
-    validation: Data,
-    test: Data,
-    *,
-    bandwidths: Sequence[float] | np.ndarray = _BANDWIDTHS,
-    block_size: int = 500,
+    draws: Data, validation: Data, test: Data, *,
+    bandwidths: Sequence[float] | np.ndarray = _BANDWIDTHS, block_size: int = 500,
     progress: bool = False,
-) -> xr.DataTree:
+) -> xr.DataTree:  # fmt: skip
     """Log density of test images under Gaussians around draws, of the bandwidth best elsewhere.
 
     Args:
@@ -96,18 +92,11 @@ def parzen(
     }
     coords = {"example": np.arange(len(test)), "bandwidth": np.asarray(bandwidths, np.float64)}
     attrs = {
-        "units": "nats",
-        "mean": mean,
-        "se": se,
-        "mean_bits": mean * BITS_PER_NAT,
-        "se_bits": se * BITS_PER_NAT,
-        "bandwidth": bandwidth,
-        "num_draws": len(draws),
-        "num_validation": len(validation),
-        "reference_measure": "Lebesgue, in the user's units",
-        "num_dims": num_dims,
-        "data": digest(test),
-    }
+        "units": "nats", "mean": mean, "se": se, "mean_bits": mean * BITS_PER_NAT,
+        "se_bits": se * BITS_PER_NAT, "bandwidth": bandwidth, "num_draws": len(draws),
+        "num_validation": len(validation), "reference_measure": "Lebesgue, in the user's units",
+        "num_dims": num_dims, "data": digest(test),
+    }  # fmt: skip
     return xr.DataTree.from_dict({"parzen": xr.Dataset(variables, coords, attrs)}, name="probdiff")
 
 

@@ -42,17 +42,10 @@ _Statistics = Mapping[str, Callable[[Any], Any]]
 
 
 def predictive_check(
-    key: Array,
-    diffusion: Diffusion,
-    params: Params,
-    x_0: Data,
-    *,
-    num_replicates: int = 50,
-    context: Any = None,
-    statistics: _Statistics | None = None,
-    block_size: int = 4096,
+    key: Array, diffusion: Diffusion, params: Params, x_0: Data, *, num_replicates: int = 50,
+    context: Any = None, statistics: _Statistics | None = None, block_size: int = 4096,
     progress: bool = False,
-) -> xr.DataTree:
+) -> xr.DataTree:  # fmt: skip
     """Replicate data sets of the model beside the data, and PITs of every coordinate.
 
         tree = diagnostics.predictive_check(key, diffusion, params, x, num_replicates=50)
@@ -151,11 +144,9 @@ def _values(name: str, x: np.ndarray, lead: Any, statistics: _Statistics) -> dic
 
 
 def _tree(
-    name: str,
-    observed: dict[str, np.ndarray],
-    replicated: dict[str, np.ndarray],
+    name: str, observed: dict[str, np.ndarray], replicated: dict[str, np.ndarray],
     pits: dict[str, np.ndarray],
-) -> xr.DataTree:
+) -> xr.DataTree:  # fmt: skip
     dims = {key: _event_dims(name, pit.shape[1:]) for key, pit in pits.items()}
     p_values = {key: p_values_of(pit) for key, pit in pits.items()}
     tree = from_dict(

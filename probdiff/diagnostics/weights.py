@@ -77,20 +77,10 @@ class Pair(NamedTuple):
 
 
 def weigh(
-    key: Array,
-    diffusion: Diffusion,
-    params: Params,
-    x_0: Any,
-    context: Any,
-    mask: Any,
-    *,
-    size: int,
-    num_repeats: int,
-    threshold: float,
-    block_size: int,
-    progress: bool,
+    key: Array, diffusion: Diffusion, params: Params, x_0: Any, context: Any, mask: Any, *,
+    size: int, num_repeats: int, threshold: float, block_size: int, progress: bool,
     mesh: Mesh | None = None,
-) -> Weighed:
+) -> Weighed:  # fmt: skip
     """Trajectories forward from every example, in independent populations.
 
     Args:
@@ -131,17 +121,9 @@ def weigh(
 
 
 def _weigh_block(
-    key: Array,
-    reverse: Reverse,
-    example: Array,
-    repeat: Array,
-    x_0: Any,
-    context: Any,
-    mask: Any,
-    *,
-    size: int,
-    threshold: float,
-) -> Weighed:
+    key: Array, reverse: Reverse, example: Array, repeat: Array, x_0: Any, context: Any, mask: Any,
+    *, size: int, threshold: float,
+) -> Weighed:  # fmt: skip
     def one(example: Any, repeat: Any, x_0: Any, context: Any, mask: Any) -> Weighed:
         own = jax.random.fold_in(jax.random.fold_in(key, example), repeat)
         return _ascend(own, _pair(reverse, x_0, context, mask), x_0, size, threshold)

@@ -24,14 +24,6 @@ from probdiff.kernels.gaussian import GaussianKernel, bridge_mean, bridge_varian
 from probdiff.kernels.laws import Bits, States
 
 __all__ = [
-    "AbsorbingKernel",
-    "BernoulliKernel",
-    "Bits",
-    "CategoricalKernel",
-    "DiscreteKernel",
-    "GaussianKernel",
-    "States",
-    "bridge_mean",
-    "bridge_variance",
-    "bridge_weights",
-]
+    "AbsorbingKernel", "BernoulliKernel", "Bits", "CategoricalKernel", "DiscreteKernel",
+    "GaussianKernel", "States", "bridge_mean", "bridge_variance", "bridge_weights",
+]  # fmt: skip

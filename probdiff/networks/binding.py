@@ -59,11 +59,9 @@ def built_in_config(network: Any) -> dict[str, Any]:
 
 
 def bind(
-    network: Any,
-    event_shape: tuple[int, ...],
-    context_shape: tuple[int, ...] | None,
+    network: Any, event_shape: tuple[int, ...], context_shape: tuple[int, ...] | None,
     dtype: Any = float,
-) -> Binding:
+) -> Binding:  # fmt: skip
     """Split any supported network into a `Binding`.
 
     Raises:

@@ -67,22 +67,10 @@ class MultiScaleConvolution(nnx.Module):
     """
 
     def __init__(
-        self,
-        event_shape: tuple[int, ...],
-        width: int,
-        depth: int,
-        T: int,
-        *,
-        scales: int = 3,
-        dense_width: int = 500,
-        dense_depth: int = 4,
-        dense_outputs: int = 2,
-        upper_width: int = 20,
-        upper_depth: int = 2,
-        bumps: int = 10,
-        outputs: int = 2,
-        rngs: nnx.Rngs,
-    ):
+        self, event_shape: tuple[int, ...], width: int, depth: int, T: int, *, scales: int = 3,
+        dense_width: int = 500, dense_depth: int = 4, dense_outputs: int = 2, upper_width: int = 20,
+        upper_depth: int = 2, bumps: int = 10, outputs: int = 2, rngs: nnx.Rngs,
+    ):  # fmt: skip
         check_at_least(1, scales=scales)
         event_shape = check_image(event_shape, 2 ** (scales - 1) if depth else 1)
         if depth < 1 and dense_depth < 1:

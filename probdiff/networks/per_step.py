@@ -93,15 +93,9 @@ class SigmoidPerceptron(nnx.Module):
     """
 
     def __init__(
-        self,
-        event_shape: tuple[int, ...],
-        width: int,
-        depth: int,
-        T: int,
-        *,
-        outputs: int = 1,
+        self, event_shape: tuple[int, ...], width: int, depth: int, T: int, *, outputs: int = 1,
         rngs: nnx.Rngs,
-    ):
+    ):  # fmt: skip
         event_shape = check_shape("event_shape", event_shape)
         check_at_least(1, width=width, depth=depth)
         self.event_shape, self.width, self.depth, self.T = event_shape, width, depth, T

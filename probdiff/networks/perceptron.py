@@ -60,18 +60,9 @@ class Perceptron(nnx.Module):
     """
 
     def __init__(
-        self,
-        event_shape: tuple[int, ...],
-        width: int,
-        depth: int,
-        T: int,
-        *,
-        bumps: int = 10,
-        outputs: int = 2,
-        context_size: int = 0,
-        states: int = 0,
-        rngs: nnx.Rngs,
-    ):
+        self, event_shape: tuple[int, ...], width: int, depth: int, T: int, *, bumps: int = 10,
+        outputs: int = 2, context_size: int = 0, states: int = 0, rngs: nnx.Rngs,
+    ):  # fmt: skip
         event_shape = check_shape("event_shape", event_shape)
         check_at_least(1, width=width, depth=depth)
         self.event_shape, self.width, self.depth, self.T = event_shape, width, depth, T
@@ -87,11 +78,9 @@ class Perceptron(nnx.Module):
         )
 
     def __call__(
-        self,
-        x_t: Num[Array, "B ..."],
-        t: Int[Array, " B"],
+        self, x_t: Num[Array, "B ..."], t: Int[Array, " B"],
         context: Float[Array, "B ..."] | None = None,
-    ) -> Float[Array, "B ..."]:
+    ) -> Float[Array, "B ..."]:  # fmt: skip
         """Outputs `(B, *event_shape)`, the last axis `outputs` times as long."""
         size = x_t.shape[0]
         x = as_numbers(x_t, self.states)
@@ -139,19 +128,10 @@ class SharedHead(nnx.Module):
     """
 
     def __init__(
-        self,
-        event_shape: tuple[int, ...],
-        width: int,
-        depth: int,
-        T: int,
-        *,
-        channels: int = 4,
-        head_width: int = 16,
-        bumps: int = 10,
-        outputs: int = 2,
-        context_size: int = 0,
+        self, event_shape: tuple[int, ...], width: int, depth: int, T: int, *, channels: int = 4,
+        head_width: int = 16, bumps: int = 10, outputs: int = 2, context_size: int = 0,
         rngs: nnx.Rngs,
-    ):
+    ):  # fmt: skip
         event_shape = check_shape("event_shape", event_shape)
         check_at_least(1, width=width, depth=depth)
         self.event_shape, self.width, self.depth, self.T = event_shape, width, depth, T
@@ -171,11 +151,9 @@ class SharedHead(nnx.Module):
         self.readout = nnx.Linear(head_width, outputs, kernel_init=zeros, rngs=rngs)
 
     def __call__(
-        self,
-        x_t: Num[Array, "B ..."],
-        t: Int[Array, " B"],
+        self, x_t: Num[Array, "B ..."], t: Int[Array, " B"],
         context: Float[Array, "B ..."] | None = None,
-    ) -> Float[Array, "B ..."]:
+    ) -> Float[Array, "B ..."]:  # fmt: skip
         """Outputs `(B, *event_shape)`, the last axis `outputs` times as long."""
         batch = x_t.shape[0]
         x = as_numbers(x_t, 0).reshape(batch, -1)

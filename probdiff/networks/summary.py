@@ -24,14 +24,9 @@ _PLAIN = {"force_terminal": False, "force_jupyter": False, "color_system": None,
 
 
 def summary(
-    network: Any,
-    event_shape: tuple[int, ...],
-    *,
-    batch_size: int = 1,
-    context_shape: tuple[int, ...] | None = None,
-    dtype: Any = float,
-    depth: int | None = None,
-) -> str:
+    network: Any, event_shape: tuple[int, ...], *, batch_size: int = 1,
+    context_shape: tuple[int, ...] | None = None, dtype: Any = float, depth: int | None = None,
+) -> str:  # fmt: skip
     """Table of layers with parameters, shapes and FLOPs, and their totals for one call.
 
     Args:

@@ -79,21 +79,11 @@ class UNet(nnx.Module):
     """
 
     def __init__(
-        self,
-        event_shape: tuple[int, ...],
-        widths: tuple[int, ...],
-        depth: int,
-        *,
-        T: int | None = None,
-        patch: int = 1,
-        head_width: int = 16,
-        attention_heads: int = 0,
-        context_size: int = 0,
-        outputs: int = 2,
-        states: int = 0,
-        dtype: str | None = None,
+        self, event_shape: tuple[int, ...], widths: tuple[int, ...], depth: int, *,
+        T: int | None = None, patch: int = 1, head_width: int = 16, attention_heads: int = 0,
+        context_size: int = 0, outputs: int = 2, states: int = 0, dtype: str | None = None,
         rngs: nnx.Rngs,
-    ):
+    ):  # fmt: skip
         if not widths or any(width % _GROUP for width in widths):
             raise ValueError(f"widths must be multiples of {_GROUP}; got {tuple(widths)}")
         event_shape = check_image(event_shape, patch * 2 ** (len(widths) - 1))
@@ -130,11 +120,9 @@ class UNet(nnx.Module):
         return self.T is None
 
     def __call__(
-        self,
-        x_t: Num[Array, "B ..."],
-        t: Num[Array, " B"],
+        self, x_t: Num[Array, "B ..."], t: Num[Array, " B"],
         context: Float[Array, "B ..."] | None = None,
-    ) -> Float[Array, "B ..."]:
+    ) -> Float[Array, "B ..."]:  # fmt: skip
         """Outputs `(B, *event_shape)`, the last axis `outputs` times as long.
 
         Args:

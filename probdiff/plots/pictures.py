@@ -46,13 +46,9 @@ def points(
 
 
 def slices(
-    levels: _Levels,
-    titles: Sequence[str],
-    *,
-    color: str = BLUE,
-    limit: float = 2.6,
+    levels: _Levels, titles: Sequence[str], *, color: str = BLUE, limit: float = 2.6,
     axes: Sequence[Axes] | np.ndarray | None = None,
-) -> list[Axes]:
+) -> list[Axes]:  # fmt: skip
     """The same points at several levels of a trajectory, side by side.
 
     Args:
@@ -78,14 +74,9 @@ def slices(
 
 
 def drift(
-    x: Points,
-    displacement: Points,
-    *,
-    behind: Points | None = None,
-    title: str = "",
-    limit: float = 2.6,
-    ax: Axes | None = None,
-) -> Axes:
+    x: Points, displacement: Points, *, behind: Points | None = None, title: str = "",
+    limit: float = 2.6, ax: Axes | None = None,
+) -> Axes:  # fmt: skip
     """Drift f_μ(x, t) − x of one reverse step as arrows, which start at x.
 
     All arrows are stretched alike, and by how much stands in the title: the median arrow becomes
@@ -119,15 +110,10 @@ def drift(
 
 
 def images(
-    x: Float[Array | np.ndarray, "images height width *channels"],
-    *,
-    columns: int = 10,
-    title: str = "",
-    vmin: float = 0.0,
-    vmax: float = 1.0,
-    cmap: str = "gray",
+    x: Float[Array | np.ndarray, "images height width *channels"], *, columns: int = 10,
+    title: str = "", vmin: float = 0.0, vmax: float = 1.0, cmap: str = "gray",
     ax: Axes | None = None,
-) -> Axes:
+) -> Axes:  # fmt: skip
     """A sheet of grey or coloured images in reading order, a pixel apart.
 
     Args:
@@ -165,17 +151,10 @@ def images(
 
 
 def figure_1(
-    forward: _Levels,
-    reverse: _Levels,
-    grid: _Levels,
-    drifts: _Levels,
-    behind: _Levels,
-    levels: Sequence[int],
-    *,
-    drift_levels: Sequence[int] | None = None,
-    limit: float = 2.6,
+    forward: _Levels, reverse: _Levels, grid: _Levels, drifts: _Levels, behind: _Levels,
+    levels: Sequence[int], *, drift_levels: Sequence[int] | None = None, limit: float = 2.6,
     axes: AxesGrid = None,
-) -> np.ndarray:
+) -> np.ndarray:  # fmt: skip
     """Figure 1 of the paper: data diffusing, noise becoming data, and the drift that does it.
 
     Args:

@@ -22,19 +22,11 @@ _Images = Num[Array | np.ndarray, "_ _ _"]
 
 
 def posterior_images(
-    truth: _Images | None,
-    observation: _Images,
-    draws: Num[Array | np.ndarray, "_ _ _ _"],
-    mean: _Images,
-    sd: _Images,
-    *,
-    mask: Bool[Array | np.ndarray, "..."] | None = None,
-    num_draws: int = 4,
-    vmin: float | int = 0.0,
-    vmax: float | int = 1.0,
-    observation_limits: tuple[Any, Any] | None = None,
-    axes: AxesGrid = None,
-) -> np.ndarray:
+    truth: _Images | None, observation: _Images, draws: Num[Array | np.ndarray, "_ _ _ _"],
+    mean: _Images, sd: _Images, *, mask: Bool[Array | np.ndarray, "..."] | None = None,
+    num_draws: int = 4, vmin: float | int = 0.0, vmax: float | int = 1.0,
+    observation_limits: tuple[Any, Any] | None = None, axes: AxesGrid = None,
+) -> np.ndarray:  # fmt: skip
     """A sheet with a row for each example: truth, observation, draws, mean and sd.
 
     Pixels that were not observed are hatched on sky blue, which no grey value is.
@@ -104,15 +96,10 @@ def posterior_images(
 
 
 def posterior_points(
-    draws: Points,
-    *,
-    truth: Float[Array | np.ndarray, "2"] | None = None,
-    observation: Float[Array | np.ndarray, "2"] | None = None,
-    behind: Points | None = None,
-    title: str = "",
-    limit: float = 2.6,
-    ax: Axes | None = None,
-) -> Axes:
+    draws: Points, *, truth: Float[Array | np.ndarray, "2"] | None = None,
+    observation: Float[Array | np.ndarray, "2"] | None = None, behind: Points | None = None,
+    title: str = "", limit: float = 2.6, ax: Axes | None = None,
+) -> Axes:  # fmt: skip
     """Posterior draws in the plane, with the true point and the observed one.
 
     Args:

@@ -17,12 +17,9 @@ from probdiff.plots.style import BLUE, ORANGE, axes_or_new, band
 
 
 def losses(
-    losses: Float[Array | np.ndarray, " steps"],
-    *,
-    batch_size: int = 1,
-    held_out: tuple[Any, Any] | None = None,
-    ax: Axes | None = None,
-) -> Axes:
+    losses: Float[Array | np.ndarray, " steps"], *, batch_size: int = 1,
+    held_out: tuple[Any, Any] | None = None, ax: Axes | None = None,
+) -> Axes:  # fmt: skip
     """Training loss per example: means over blocks of steps, at most 100 of them.
 
     The loss of a single step is an estimate at random levels, far noisier than what it estimates;

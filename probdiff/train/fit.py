@@ -65,23 +65,13 @@ class Fit(NamedTuple):
 
 
 def fit(
-    key: PRNGKeyArray,
-    svi: SVI,
-    data: Any,
-    *,
-    num_steps: int,
-    batch_size: int | None = None,
-    ema_decay: float | None = None,
-    held_out: Any = None,
-    evaluate_every: int = 1000,
-    patience: int | None = None,
-    checkpoint: str | Path | None = None,
-    checkpoint_every: float = 30.0,
-    log: str | Path | None = None,
-    callback: Callable[[Progress], Any] | None = None,
-    mesh: Mesh | None = None,
+    key: PRNGKeyArray, svi: SVI, data: Any, *, num_steps: int, batch_size: int | None = None,
+    ema_decay: float | None = None, held_out: Any = None, evaluate_every: int = 1000,
+    patience: int | None = None, checkpoint: str | Path | None = None,
+    checkpoint_every: float = 30.0, log: str | Path | None = None,
+    callback: Callable[[Progress], Any] | None = None, mesh: Mesh | None = None,
     progress: bool = True,
-) -> Fit:
+) -> Fit:  # fmt: skip
     """Fit the parameters of an SVI.
 
     Args:
@@ -163,22 +153,14 @@ def fit(
         if held_out is not None:
             identity |= batches.identity(held_out, "held_out")
     run = Run(
-        svi=traced,
-        source=source,
-        num_steps=num_steps,
-        ema_decay=ema_decay,
+        svi=traced, source=source, num_steps=num_steps, ema_decay=ema_decay,
         held_out=devices.replicate(held_out, mesh),
-        key_held_out=devices.replicate(key_held_out, mesh),
-        evaluate_every=evaluate_every,
-        patience=patience,
-        checkpoint=None if checkpoint is None else Path(checkpoint),
-        checkpoint_every=checkpoint_every,
-        identity=identity,
-        log=Log(None if log is None else Path(log), callback),
-        mesh=mesh,
-        progress=progress,
+        key_held_out=devices.replicate(key_held_out, mesh), evaluate_every=evaluate_every,
+        patience=patience, checkpoint=None if checkpoint is None else Path(checkpoint),
+        checkpoint_every=checkpoint_every, identity=identity,
+        log=Log(None if log is None else Path(log), callback), mesh=mesh, progress=progress,
         losses=np.zeros(num_steps, jnp.result_type(float)),
-    )
+    )  # fmt: skip
     record = run.first_record()
     if devices.is_shared(mesh):
         steps = {"num_steps": str(num_steps), "the step that checkpoint is at": str(record.step)}
@@ -190,10 +172,6 @@ def fit(
         record = run.evaluated(record)
     weights = traced.weights(record.carry) if record.best is None else record.best
     return Fit(
-        params=weights.params,
-        raw_params=weights.raw_params,
-        losses=run.losses[: record.step],
-        state=record.carry.state,
-        held_out_losses=record.held_out_losses,
-        num_steps=record.step,
-    )
+        params=weights.params, raw_params=weights.raw_params, losses=run.losses[: record.step],
+        state=record.carry.state, held_out_losses=record.held_out_losses, num_steps=record.step,
+    )  # fmt: skip

@@ -173,18 +173,10 @@ def is_finite(leaf: Array) -> Bool[Array, ""]:
 
 
 def _chunk(
-    update: Traced,
-    get_params: Traced,
-    carry: Carry,
-    data: Any,
-    indices: Int[Array, "capacity *B"] | None,
-    start: Int[Array, ""],
-    n: Int[Array, ""],
-    ema_decay: Float[Array, ""],
-    losses: Float[Array, "capacity"],
-    *,
-    mesh: Mesh | None,
-) -> tuple[Carry, Float[Array, "capacity"], Bool[Array, ""]]:
+    update: Traced, get_params: Traced, carry: Carry, data: Any,
+    indices: Int[Array, "capacity *B"] | None, start: Int[Array, ""], n: Int[Array, ""],
+    ema_decay: Float[Array, ""], losses: Float[Array, "capacity"], *, mesh: Mesh | None,
+) -> tuple[Carry, Float[Array, "capacity"], Bool[Array, ""]]:  # fmt: skip
     def step(i, loop):
         (state, ema), losses = loop
         batch = _shard(batches.at(data, indices, i), mesh, divided=True)
