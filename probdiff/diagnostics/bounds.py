@@ -21,7 +21,7 @@ Source: Sohl-Dickstein et al. (2015), eqs. 10 to 14 and appendix B.
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -78,8 +78,7 @@ def bound(
         `data`, a digest of the examples, by which other functions know them again.
 
     Raises:
-        ValueError: if data, context, mask or parameters do not fit, or blocks are too large to give
-            every device of the mesh one.
+        ValueError: if data, context, mask or parameters do not fit, or blocks are too large for the mesh.
 
     Example:
         A model whose law is known, N(0, 1), so that K can be held beside log p:
@@ -93,20 +92,12 @@ def bound(
         True
         >>> dict(tree["bound"]["kl"].sizes)  # steps 2..10
         {'example': 500, 'step': 9}
-
-    Source: Sohl-Dickstein et al. (2015), eqs. 10 to 14 and appendix B.
     """
-    check_examples(
-        diffusion, params, x_0, context, mask, num_draws=num_draws, block_size=block_size
+    given = diffusion, params, x_0, context, mask
+    parts = _parts(
+        key, *given, _bound_block, block_size, mesh, progress=progress, num_draws=num_draws
     )
-    mesh = devices.checked(mesh)
-    devices.check_block_size(block_size, len(x_0), "examples", mesh)
-    blocks = _blocks(key, x_0, context, mask, block_size, mesh, progress)
-    reverse = diffusion.bind(params)
-    parts = devices.blockwise(
-        diffusion.programs, _bound_block, reverse, blocks, mesh, num_draws=num_draws
-    )
-    reconstruction, kl, prior, se = (np.concatenate(part) for part in zip(*parts, strict=True))
+    reconstruction, kl, prior, se = parts
     tree = _tree(reconstruction - kl.sum(1) - prior, reconstruction, prior)
     tree["bound"].attrs |= _measure(diffusion, mask) | {"data": digest(x_0, mask)}
     tree["bound"]["kl"] = xr.DataArray(
@@ -145,20 +136,12 @@ def sampled_bound(
         >>> exact = float(dist.Normal(0.0, 1.0).log_prob(x).mean())
         >>> abs(mean - exact) < 4 * se
         True
-
-    Source: Sohl-Dickstein et al. (2015), eqs. 10 to 14.
     """
-    check_examples(
-        diffusion, params, x_0, context, mask, num_times=num_times, block_size=block_size
+    given = diffusion, params, x_0, context, mask
+    parts = _parts(
+        key, *given, _sampled_block, block_size, mesh, progress=progress, num_times=num_times
     )
-    mesh = devices.checked(mesh)
-    devices.check_block_size(block_size, len(x_0), "examples", mesh)
-    blocks = _blocks(key, x_0, context, mask, block_size, mesh, progress)
-    reverse = diffusion.bind(params)
-    parts = devices.blockwise(
-        diffusion.programs, _sampled_block, reverse, blocks, mesh, num_times=num_times
-    )
-    reconstruction, kl, prior = (np.concatenate(part) for part in zip(*parts, strict=True))
+    reconstruction, kl, prior = parts
     tree = _tree(reconstruction - kl - prior, reconstruction, prior)
     tree["bound"].attrs |= _measure(diffusion, mask) | {"data": digest(x_0, mask)}
     tree["bound"].attrs |= {"T": diffusion.T, "num_times": num_times}
@@ -180,28 +163,38 @@ def check_examples(
     check_context_rows(context, diffusion.context_shape, len(x_0))
 
 
-def _blocks(
-    key: Array, x_0: Any, context: Any, mask: Any, block_size: int, mesh: Mesh | None,
-    progress: bool,
-) -> Iterator[tuple[Any, ...]]:  # fmt: skip
-    """A key and the rows of each block of examples."""
+def _parts(
+    key: Array, diffusion: Diffusion, params: Params, x_0: Data, context: Any, mask: Any,
+    function: Callable[..., Any], block_size: int, mesh: Mesh | None, *, progress: bool,
+    **counts: int,
+) -> Iterator[np.ndarray]:  # fmt: skip
+    """What a function of blocks returns, of all examples."""
+    check_examples(diffusion, params, x_0, context, mask, **counts, block_size=block_size)
+    mesh = devices.checked(mesh)
+    devices.check_block_size(block_size, len(x_0), "examples", mesh)
     starts = range(0, len(x_0), block_size)
     disable = not (progress and devices.is_first(mesh))
-    for block, start in enumerate(bars.bar(starts, desc="bound", disable=disable)):
-        rows = slice(start, start + block_size)
-        given = [None if a is None else np.asarray(a[rows]) for a in (x_0, context, mask)]
-        yield jax.random.fold_in(key, block), *given
+
+    def blocks() -> Iterator[tuple[Array | np.ndarray | None, ...]]:
+        for block, start in enumerate(bars.bar(starts, desc="bound", disable=disable)):
+            rows = slice(start, start + block_size)
+            given = [None if a is None else np.asarray(a[rows]) for a in (x_0, context, mask)]
+            yield jax.random.fold_in(key, block), *given
+
+    reverse = diffusion.bind(params)
+    parts = devices.blockwise(diffusion.programs, function, reverse, blocks(), mesh, **counts)
+    return (np.concatenate(part) for part in zip(*parts, strict=True))
 
 
 def _bound_block(
     key: Array, reverse: Reverse, x_0: Any, context: Any, mask: Any, *, num_draws: int
-) -> tuple[Any, Any, Any, Any]:
+) -> tuple[Float[Array, "..."], ...]:
     key_first, key_steps = jax.random.split(key)
     reverse = reverse if context is None else reverse.given(context)
     forward = ForwardTrajectory.of(reverse, x_0, mask)
     lead = (num_draws, *forward.batch_shape)
 
-    def kl_at(inputs: Any) -> Any:
+    def kl_at(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
         t, key = inputs
         times = jnp.full(lead, t)
         x_t = forward.sample_at(key, times)
@@ -214,7 +207,9 @@ def _bound_block(
     return reconstruction, kl.T, prior_kl(forward), jnp.sqrt(jnp.sum(variance, 0) + first)
 
 
-def _mean_and_variance(draws: Float[Array, "draws N"]) -> tuple[Any, Any]:
+def _mean_and_variance(
+    draws: Float[Array, "draws N"],
+) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
     """Mean over draws and the variance of that mean, NaN of one draw."""
     count = len(draws)
     if count == 1:
@@ -224,14 +219,14 @@ def _mean_and_variance(draws: Float[Array, "draws N"]) -> tuple[Any, Any]:
 
 def _sampled_block(
     key: Array, reverse: Reverse, x_0: Any, context: Any, mask: Any, *, num_times: int
-) -> tuple[Any, Any, Any]:
+) -> tuple[Float[Array, "..."], ...]:
     key_first, key_t, key_x = jax.random.split(key, 3)
     reverse = reverse if context is None else reverse.given(context)
     forward = ForwardTrajectory.of(reverse, x_0, mask)
     lead = (num_times, *forward.batch_shape)
     t, law = StratifiedTimes().draw(key_t, lead, jnp.zeros(reverse.T - 1))
 
-    def kl_at(inputs: Any) -> Any:
+    def kl_at(inputs: tuple[Array, Array]) -> Array:
         t, key = inputs
         x_t = forward.sample_at(key, t)
         return step_kl(forward, reverse.step(x_t, t, examples_first=True), x_t, t)
@@ -251,7 +246,7 @@ def _reconstruction(
         exact = _tied_reconstruction(reverse.units, forward)
         return exact, jnp.zeros_like(exact)
 
-    def one(key: Array) -> Any:
+    def one(key: Array) -> Array:
         x_1 = forward.sample_at(key, jnp.ones(forward.batch_shape, jnp.int32))
         return reverse.data(x_1, forward.observed).log_prob(x_0)
 
@@ -295,24 +290,18 @@ def _measure(diffusion: Diffusion, mask: Mask | None) -> dict[str, Any]:
     return {"reference_measure": measure, "num_dims": num_dims}
 
 
-def _tree(total: Any, reconstruction: Any, prior: Any) -> xr.DataTree:
-    n, mean = len(total), float(total.mean())
-    se = float(total.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
-    group = xr.Dataset(
-        {
-            "bound": ("example", total),
-            "reconstruction": ("example", reconstruction),
-            "prior_kl": ("example", prior),
-        },
-        coords={"example": np.arange(n)},
-        attrs={
-            "units": "nats",
-            "mean": mean,
-            "se": se,
-            "mean_bits": mean * BITS_PER_NAT,
-            "se_bits": se * BITS_PER_NAT,
-        },
-    )
+def summary(values: np.ndarray) -> dict[str, Any]:
+    """Attributes of values in nats by example: their mean and its standard error, in bits too."""
+    n, mean = len(values), float(values.mean())
+    se = float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+    bits = {"mean_bits": mean * BITS_PER_NAT, "se_bits": se * BITS_PER_NAT}
+    return {"units": "nats", "mean": mean, "se": se} | bits
+
+
+def _tree(total: np.ndarray, reconstruction: np.ndarray, prior: np.ndarray) -> xr.DataTree:
+    parts = {"bound": total, "reconstruction": reconstruction, "prior_kl": prior}
+    variables = {name: ("example", values) for name, values in parts.items()}
+    group = xr.Dataset(variables, {"example": np.arange(len(total))}, summary(total))
     return xr.DataTree.from_dict({"bound": group})
 
 
@@ -332,7 +321,7 @@ def entropy_form(
     Args:
         diffusion: The model; its last step must be tied, as eq. 14 assumes.
         params: Its parameters (the schedule may be among them).
-        x_0: Examples in the user's units, `(N, *event_shape)`.
+        x_0: As in `bound`.
         kl: KL_t in nats, as in `bound(...)["bound"]["kl"]`.
 
     Returns:
@@ -354,8 +343,6 @@ def entropy_form(
         >>> exact = -0.5 * (np.prod(1 - beta) + beta[0]) * (4 - 1)  # −½ (ᾱ_T + β_1)(x² − 1)
         >>> bool(jnp.allclose(correction, exact, atol=1e-4))
         True
-
-    Source: Sohl-Dickstein et al. (2015), eq. 14 and appendix B.
     """
     if not isinstance(diffusion.last_step, Tied):
         raise ValueError(f"last_step must be Tied() for eq. 14; got {diffusion.last_step}")

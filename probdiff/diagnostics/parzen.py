@@ -26,7 +26,7 @@ import xarray as xr
 
 from probdiff import bars
 from probdiff.arguments import check_at_least
-from probdiff.diagnostics.bounds import BITS_PER_NAT, digest
+from probdiff.diagnostics.bounds import digest, summary
 from probdiff.diffusion import Data
 
 _BANDWIDTHS = tuple(np.logspace(-1, 0, 10).tolist())
@@ -42,13 +42,11 @@ def parzen(
 
     Args:
         draws: Draws of the model, `(M, *event_shape)`, on the scale the bandwidths are for.
-        validation: Images on which the bandwidth is chosen, `(V, *event_shape)`; not test images,
-            and none that are among the draws.
-        test: Images to score, `(N, *event_shape)`.
+        validation: Images to choose the bandwidth on; no test images, and none of the draws.
+        test: Images to score.
         bandwidths: Standard deviations σ to choose from. If an end of them is chosen, a better one
             may lie beyond.
         block_size: Images handled at once; memory is some `16 * block_size * M` bytes.
-        progress: Show a bar over the blocks.
 
     Returns:
         DataTree with group `parzen`, nats per image: `log_density` by `example`, and
@@ -58,8 +56,7 @@ def parzen(
         digest of the test images. Computed in float64.
 
     Raises:
-        ValueError: if there are no images, they differ in shape or are not finite, or bandwidths or
-            block_size are not positive.
+        ValueError: if images are none, of other shapes or not finite, or an option is not positive.
 
     Example:
         Draws of the data's own law N(0, 1), whose mean log density is −1.42:
@@ -69,8 +66,6 @@ def parzen(
         >>> tree = diagnostics.parzen(draws, validation, test, bandwidths=(0.01, 0.2, 1.0))
         >>> tree["parzen"].attrs["bandwidth"], round(tree["parzen"].attrs["mean"], 1)
         (0.2, -1.4)
-
-    Sources: Goodfellow et al. (2014), section 5; Sohl-Dickstein et al. (2015), table 2.
     """
     _check(draws, validation, test, bandwidths, block_size)
     centres, seen, asked = (
@@ -84,16 +79,13 @@ def parzen(
     bandwidth = float(bandwidths[int(validation_mean.argmax())])
     blocks = _distances(centres, asked - loc, block_size, progress, "log density")
     log_density = np.concatenate([_log_density(d, bandwidth, num_dims) for d in blocks])
-    n, mean = len(log_density), float(log_density.mean())
-    se = float(log_density.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
     variables = {
         "log_density": ("example", log_density),
         "validation_mean": ("bandwidth", validation_mean),
     }
     coords = {"example": np.arange(len(test)), "bandwidth": np.asarray(bandwidths, np.float64)}
-    attrs = {
-        "units": "nats", "mean": mean, "se": se, "mean_bits": mean * BITS_PER_NAT,
-        "se_bits": se * BITS_PER_NAT, "bandwidth": bandwidth, "num_draws": len(draws),
+    attrs = summary(log_density) | {
+        "bandwidth": bandwidth, "num_draws": len(draws),
         "num_validation": len(validation), "reference_measure": "Lebesgue, in the user's units",
         "num_dims": num_dims, "data": digest(test),
     }  # fmt: skip

@@ -54,16 +54,12 @@ def predictive_check(
         arviz_plots.plot_ecdf_pit(tree, group="pit", sample_dims=["example"], coverage=False)
 
     Args:
-        key: Randomness.
-        diffusion: The model.
-        params: Its parameters.
+        key, diffusion, params, context: As in `bound`.
         x_0: Examples in the user's units, `(N, *event_shape)`; best those it was not trained on.
         num_replicates: Number R of replicate data sets.
-        context: One context per example, `(N, *context_shape)`.
         statistics: Further statistics by name, each a function of examples `(..., *event_shape)`
             to numbers `(...)`, in NumPy or JAX.
         block_size: Draws made at once.
-        progress: Show a bar over the blocks.
 
     Returns:
         Groups `posterior_predictive` (dims `chain` of one, `draw` the replicates, `example` and
@@ -74,8 +70,7 @@ def predictive_check(
         `least_at`, and `bound` = 0.01/m: a least p-value below rejects the model.
 
     Raises:
-        ValueError: if data, context or parameters do not fit, there are fewer than two examples or
-            one replicate, or a statistic has a name that is taken, another shape or nan.
+        ValueError: if data, context or parameters do not fit, or a statistic's name or values do not.
 
     Example:
         Numbers one by one are as the model says; a statistic of both sees that they are equal:
@@ -88,8 +83,6 @@ def predictive_check(
         >>> p = tree["uniformity"]
         >>> (p["x_0"].values > 0.01).tolist(), bool(p["difference"] < 1e-6)
         ([True, True], True)
-
-    Sources: Gelman, Meng & Stern (1996); Dawid (1984) for the PIT.
     """
     _check(diffusion, x_0, num_replicates, context, statistics or {})
     key_draws, key_ties = jax.random.split(key)
@@ -109,7 +102,7 @@ def predictive_check(
 
 
 def _check(
-    diffusion: Diffusion, x_0: Any, num_replicates: int, context: Any, statistics: _Statistics
+    diffusion: Diffusion, x_0: Data, num_replicates: int, context: Any, statistics: _Statistics
 ) -> None:
     if np.ndim(x_0) != len(diffusion.event_shape) + 1 or np.shape(x_0)[0] < 2:
         raise ValueError(
@@ -149,13 +142,9 @@ def _tree(
 ) -> xr.DataTree:  # fmt: skip
     dims = {key: _event_dims(name, pit.shape[1:]) for key, pit in pits.items()}
     p_values = {key: p_values_of(pit) for key, pit in pits.items()}
-    tree = from_dict(
-        {
-            "posterior_predictive": {key: values[None] for key, values in replicated.items()},
-            "observed_data": observed,
-        },
-        dims={key: ["example", *dims[key]] for key in observed},
-    )
+    drawn = {key: values[None] for key, values in replicated.items()}
+    groups = {"posterior_predictive": drawn, "observed_data": observed}
+    tree = from_dict(groups, dims={key: ["example", *dims[key]] for key in observed})
     sizes = dict(zip(["example", *dims[name]], observed[name].shape, strict=True))
     coords = {dim: np.arange(size) for dim, size in sizes.items()}
     named = {key: (("example", *dims[key]), pit) for key, pit in pits.items()}
