@@ -36,7 +36,7 @@ def bits_per_dim(tree: xr.DataTree) -> BitsPerDim:
         tree: What `bound` or `sampled_bound` returned for symbols.
 
     Raises:
-        ValueError: if the tree is no bound, bounds a density, or entries observed differ or are none.
+        ValueError: if the tree is no bound, bounds a density, or entries observed differ.
 
     Example:
         Under a model of fair coins every bit of data costs one bit:

@@ -78,7 +78,7 @@ def bound(
         `data`, a digest of the examples, by which other functions know them again.
 
     Raises:
-        ValueError: if data, context, mask or parameters do not fit, or blocks are too large for the mesh.
+        ValueError: if arguments do not fit the model, or blocks are too large for the mesh.
 
     Example:
         A model whose law is known, N(0, 1), so that K can be held beside log p:

@@ -174,7 +174,7 @@ def _guide_draws(
 
 
 class _Axes(NamedTuple):
-    """Axes of a diffusion's x_0; T of its trajectory, levels t of its noise, where there are any."""
+    """Axes of a diffusion's x_0; T of its trajectory, levels t of its noise, where it has any."""
 
     x_dims: list[str]
     T: int | None

@@ -152,7 +152,8 @@ def information(
     contrast = np.asarray(diffusion.programs(_contrast, *inputs))
     variables = {
         "model": ("level", above.mean(0)), "model_se": ("level", _se(above)),
-        "contrast": ("contrasted", contrast.mean(1)), "contrast_se": ("contrasted", _se(contrast.T)),
+        "contrast": ("contrasted", contrast.mean(1)),
+        "contrast_se": ("contrasted", _se(contrast.T)),
     }  # fmt: skip
     coords = {"level": np.arange(1, T + 1), "contrasted": levels}
     attrs = {"units": "nats", "most_contrast": math.log(len(x_0))}

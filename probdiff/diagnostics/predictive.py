@@ -70,7 +70,7 @@ def predictive_check(
         `least_at`, and `bound` = 0.01/m: a least p-value below rejects the model.
 
     Raises:
-        ValueError: if data, context or parameters do not fit, or a statistic's name or values do not.
+        ValueError: if data, context, parameters, or a statistic's name or values do not fit.
 
     Example:
         Numbers one by one are as the model says; a statistic of both sees that they are equal:

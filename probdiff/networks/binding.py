@@ -27,12 +27,11 @@ from jaxtyping import Array
 
 
 class Binding(NamedTuple):
-    """A network split into what is trained and what is not."""
+    """A network split into what is trained and what is not, `apply(params, x_t, t, context)`."""
 
     init: Any
     """Initial parameters, or `init(key)` that makes them; None where nothing is trained."""
     apply: Callable[..., Array]
-    """`apply(params, x_t, t, context)`."""
 
 
 def output_shape(event_shape: tuple[int, ...], outputs: int) -> tuple[int, ...]:
@@ -44,12 +43,10 @@ def output_shape(event_shape: tuple[int, ...], outputs: int) -> tuple[int, ...]:
 
 def example_inputs(
     event_shape: tuple[int, ...], context_shape: tuple[int, ...] | None, dtype: Any = float
-) -> tuple[Any, ...]:
+) -> tuple[Array, Array, Array | None]:
     """Zeros as a network is called with, two rows: x_t, t and, where there is one, context."""
-    x_t = jnp.zeros((2, *event_shape), dtype)
-    t = jnp.ones((2,), jnp.int32)
     context = None if context_shape is None else jnp.zeros((2, *context_shape))
-    return x_t, t, context
+    return jnp.zeros((2, *event_shape), dtype), jnp.ones((2,), jnp.int32), context
 
 
 def built_in_config(network: Any) -> dict[str, Any]:
@@ -62,11 +59,7 @@ def bind(
     network: Any, event_shape: tuple[int, ...], context_shape: tuple[int, ...] | None,
     dtype: Any = float,
 ) -> Binding:  # fmt: skip
-    """Split any supported network into a `Binding`.
-
-    Raises:
-        ValueError: if the network keeps state, or cannot be called.
-    """
+    """Split any supported network; a `ValueError` if it keeps state or cannot be called."""
     if isinstance(network, nnx.Module):
         return _bind_nnx(network)
     if isinstance(network, linen.Module):
@@ -89,7 +82,7 @@ def _given(x_t: Array, t: Array, context: Array | None) -> tuple[Array, ...]:
     return (x_t, t) if context is None else (x_t, t, context)
 
 
-def _check_stateless(kind: str, network: Any, kept: set[str]) -> None:
+def _check_stateless(kind: str, network: nnx.Module | linen.Module, kept: set[str]) -> None:
     if kept:
         raise ValueError(
             f"network must be stateless; got the {kind} module {type(network).__name__} that keeps "
@@ -110,7 +103,7 @@ def _bind_nnx(network: nnx.Module) -> Binding:
     return Binding(nnx.to_pure_dict(params), apply)
 
 
-def _bind_linen(network: linen.Module, example: tuple[Any, ...]) -> Binding:
+def _bind_linen(network: linen.Module, example: tuple[Array | None, ...]) -> Binding:
     inputs = _given(*example)
     shapes = jax.eval_shape(network.init, jax.random.key(0), *inputs)
     _check_stateless("linen", network, set(shapes) - {"params"})

@@ -27,9 +27,6 @@ def points(
     """Points in the plane, on equal axes from −limit to limit.
 
     Args:
-        x: Points.
-        title: Title of the panel.
-        color: Colour of the points.
         limit: Half the width of the panel; points outside are not shown.
 
     Example:
@@ -53,13 +50,8 @@ def slices(
 
     Args:
         levels: Points at each level.
-        titles: Title of each panel.
-        color: Colour of the points.
+        titles: One for each level, as are `axes`.
         limit: Half the width of each panel.
-        axes: One for each level; a new figure if absent.
-
-    Raises:
-        ValueError: If the numbers of levels, titles and axes differ.
 
     Example:
         >>> x, noise = np.random.default_rng(0).normal(size=(2, 500, 2))
@@ -86,8 +78,6 @@ def drift(
         x: Where the arrows start.
         displacement: f_μ(x, t) − x at these points.
         behind: Draws of the reverse trajectory at this level, drawn pale behind the arrows.
-        title: Title of the panel.
-        limit: Half the width of the panel.
 
     Example:
         >>> grid = np.stack(np.meshgrid([-1.0, 0.0, 1.0], [-1.0, 0.0, 1.0]), axis=-1).reshape(-1, 2)
@@ -119,9 +109,8 @@ def images(
     Args:
         x: Images; colours are red, green, blue on the last axis.
         columns: Images in a row.
-        title: Title of the sheet.
-        vmin: Value shown black; what is below is black too.
-        vmax: Value shown white; what is above is white too.
+        vmin: Value shown black, as what is below.
+        vmax: Value shown white, as what is above.
         cmap: Colour map of images without channels; "viridis" for standard deviations.
 
     Example:
@@ -166,10 +155,7 @@ def figure_1(
         levels: Levels t of the columns; 0 is the data.
         drift_levels: Levels of the third row, `levels` if absent: no step leads down from 0.
         limit: Half the width of each panel.
-        axes: Where to draw, `(3, levels)`; a new figure if absent.
-
-    Raises:
-        ValueError: If the numbers of levels differ, or axes have another shape.
+        axes: Where to draw, `(3, levels)`.
 
     Example:
         >>> x = np.random.default_rng(0).normal(size=(2, 100, 2))  # at two levels

@@ -39,20 +39,16 @@ def posterior_images(
         sd: Posterior standard deviations.
         mask: True where a pixel was observed, broadcastable to `observation`.
         num_draws: Draws shown, the first ones.
-        vmin: Value shown black; what is below is black too.
-        vmax: Value shown white; what is above is white too.
+        vmin: Value shown black, as what is below.
+        vmax: Value shown white, as what is above.
         observation_limits: Black and white of the observations, if these are in other units.
-        axes: Where to draw, `(images, columns)`; a new figure if absent.
-
-    Raises:
-        ValueError: If the numbers of images differ, or axes have another shape.
+        axes: Where to draw, `(images, columns)`.
 
     Example:
         >>> rng, truth = np.random.default_rng(0), np.asarray(datasets.digits().test[:2])
         >>> draws = truth + rng.normal(size=(50, 2, 8, 8))
-        >>> axes = plots.posterior_images(
-        ...     truth, truth, draws, draws.mean(axis=0), draws.std(axis=0), num_draws=2, vmax=16
-        ... )
+        >>> mean, sd = draws.mean(axis=0), draws.std(axis=0)
+        >>> axes = plots.posterior_images(truth, truth, draws, mean, sd, num_draws=2, vmax=16)
         >>> [ax.get_title() for ax in axes[0]]
         ['truth', 'observation', 'draw 1', 'draw 2', 'mean', 'sd']
     """
@@ -103,11 +99,8 @@ def posterior_points(
     """Posterior draws in the plane, with the true point and the observed one.
 
     Args:
-        draws: Posterior draws.
-        truth: The true point.
         observation: The observed point; a coordinate that was not measured is nan, and a line.
         behind: Points drawn pale behind, such as draws of the prior.
-        title: Title of the panel.
         limit: Half the width of the panel; points outside are not shown.
 
     Example:
