@@ -38,21 +38,15 @@ from probdiff.compilation import Programs
 
 
 def checked(mesh: Mesh | None) -> Mesh | None:
-    """The same devices on an axis that the compiler may use as it sees fit.
-
-    Raises:
-        ValueError: The mesh has several axes, or leaves a process out.
-    """
+    """The same devices on an axis that the compiler may use as it sees fit."""
     if mesh is None:
         return None
     if len(mesh.axis_names) != 1:
         raise ValueError(f"mesh must have one axis; got {mesh.axis_names}")
     count = len({device.process_index for device in mesh.devices.flat})
     if count not in (1, jax.process_count()):
-        raise ValueError(
-            f"mesh must hold devices of one process or of all {jax.process_count()}; "
-            f"got those of {count}"
-        )
+        wanted = f"one process or of all {jax.process_count()}"
+        raise ValueError(f"mesh must hold devices of {wanted}; got those of {count}")
     # Axes of `jax.make_mesh` are explicit unless told, and most programs do not run on such.
     return Mesh(mesh.devices, mesh.axis_names)
 
@@ -127,7 +121,6 @@ def blockwise(
         given: Pytree of arrays that every block gets.
         blocks: Tuples `(key, *rows)`, rows arrays or None.
         mesh: As `checked` returns it.
-        static: Options of the function.
 
     Returns:
         What the function returns for each block, in their order, as NumPy arrays.

@@ -71,9 +71,6 @@ def load(path: str | Path, *, network: Network | None = None) -> tuple[Diffusion
         path: Folder that `save` wrote.
         network: The network, where it is not one of the library's own.
 
-    Returns:
-        The `Diffusion`, and its parameters by site name.
-
     Raises:
         ValueError: if a file is missing, altered or of another format, or a network is needed.
 
@@ -130,36 +127,29 @@ def _as_list(value: Any, default: float) -> Any:
 
 def _describe(part: Any) -> dict[str, Any]:
     """Type and fields of a kernel, readout, variance or last step."""
-    if _PARTS.get(type(part).__name__) is not type(part):
-        raise ValueError(
-            f"diffusion must be made of built-in parts to be saved; got {type(part).__name__}"
-        )
+    if _PARTS.get(kind := type(part).__name__) is not type(part):
+        raise ValueError(f"diffusion must be made of built-in parts to be saved; got {kind}")
     fields = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
     values = {k: _describe(v) if dataclasses.is_dataclass(v) else v for k, v in fields.items()}
-    return {"type": type(part).__name__} | values
+    return {"type": kind} | values
 
 
 def _revive(described: dict[str, Any]) -> Any:
     values = {k: v for k, v in described.items() if k != "type"}
     values = {k: _revive(v) if isinstance(v, dict) else v for k, v in values.items()}
-    if described["type"] not in _PARTS:
-        raise ValueError(
-            f"config.json must name built-in parts {sorted(_PARTS)}; got {described['type']!r}"
-        )
-    return _PARTS[described["type"]](**values)
+    if (kind := described["type"]) not in _PARTS:
+        raise ValueError(f"config.json must name built-in parts {sorted(_PARTS)}; got {kind!r}")
+    return _PARTS[kind](**values)
 
 
 def _rebuild(config: dict[str, Any], network: Network | None) -> Diffusion:
     described = config["network"]
     if network is None:
         if described["settings"] is None or described["type"] not in NETWORKS:
-            raise ValueError(
-                f"network must be given: {described['type']!r} is not one of the built-in "
-                f"{sorted(NETWORKS)}"
-            )
-        settings = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in described["settings"].items()
-        }
+            known = f"is not one of the built-in {sorted(NETWORKS)}"
+            raise ValueError(f"network must be given: {described['type']!r} {known}")
+        saved = described["settings"].items()
+        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in saved}
         network = NETWORKS[described["type"]](**settings, rngs=nnx.Rngs(0))
     beta = np.asarray(config["beta"])
     context_shape = config["context_shape"]

@@ -17,11 +17,8 @@ def gaussian(
     Args:
         key: Random key.
         n: Number of points, at least 1.
-        covariance: Symmetric and positive definite.
-        mean: Mean; zero if absent.
-
-    Raises:
-        ValueError: If `n` is out of range or `covariance` is not a covariance.
+        covariance: Symmetric and positive definite; a `ValueError` if not.
+        mean: Zero if absent.
 
     Example:
         >>> covariance = np.array([[1.0, 0.8], [0.8, 1.0]])
@@ -42,14 +39,10 @@ def gaussian_mixture(
 ) -> Float[Array, "{n} d"]:  # fmt: skip
     """Draws from `gaussian_mixture_distribution(means=, covariances=, weights=)`, `(n, d)`.
 
-    Raises:
-        ValueError: If `n` is below 1, or a covariance or a weight is out of range.
-
     Example:
         >>> means, covariances = np.array([[-2.0], [2.0]]), np.ones((2, 1, 1))
-        >>> x = datasets.gaussian_mixture(
-        ...     jax.random.key(0), 10_000, means=means, covariances=covariances
-        ... )
+        >>> key = jax.random.key(0)
+        >>> x = datasets.gaussian_mixture(key, 10_000, means=means, covariances=covariances)
         >>> round(float(x.var()), 1)  # 1 within components, 4 between them
         5.0
     """
@@ -66,14 +59,11 @@ def gaussian_mixture_distribution(
 
     Args:
         means: Means of the components.
-        covariances: Covariances of the components, each symmetric and positive definite.
-        weights: Probabilities of the components; equal if absent.
+        covariances: Symmetric and positive definite; a `ValueError` if not.
+        weights: Probabilities of the components, with sum 1; equal if absent.
 
     Returns:
         Mixture over points: batch shape (), event shape (d,).
-
-    Raises:
-        ValueError: If a covariance or a weight is out of range.
 
     Example:
         >>> means, covariances = np.array([[-2.0], [2.0]]), np.ones((2, 1, 1))

@@ -19,6 +19,7 @@ Source: Sohl-Dickstein et al. (2015), appendix D.2.1.
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -132,11 +133,11 @@ class _Layer(nnx.Module):
         return jax.nn.softplus(total)
 
 
-def _linears(sizes: list[int], rngs: nnx.Rngs) -> nnx.List:
+def _linears(sizes: list[int], rngs: nnx.Rngs) -> Sequence[nnx.Linear]:
     return nnx.List(nnx.Linear(n, m, rngs=rngs) for n, m in itertools.pairwise(sizes))
 
 
-def _tanh_layers(layers: nnx.List, h: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+def _tanh_layers(layers: Sequence[nnx.Linear], h: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
     for layer in layers:
         h = jnp.tanh(layer(h))
     return h

@@ -18,6 +18,7 @@ Sources: Ronneberger et al. (2015); Ho et al. (2020), appendix B, for the blocks
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -94,7 +95,7 @@ class UNet(nnx.Module):
         into, size = channels * max(states, 1), 4 * widths[0]
         pairs = list(itertools.pairwise(widths))
 
-        def blocks(width: int, heads: int = 0) -> nnx.List:
+        def blocks(width: int, heads: int = 0) -> Sequence[_Block]:
             return nnx.List(_Block(width, size, heads, dtype, rngs) for _ in range(depth))
 
         self.embedding = _Embedding(size, context_size, rngs)

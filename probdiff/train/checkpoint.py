@@ -37,28 +37,18 @@ _DTYPES = {"BOOL": "bool", "C64": "complex64", "BF16": "bfloat16"} | {
 
 def flatten(tree: Any) -> dict[str, np.ndarray]:
     """Leaves of a tree of arrays and PRNG keys by path, in C order."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    # safetensors writes memory as it lies, whatever the strides.
-    return {
-        jax.tree_util.keystr(path): np.asarray(
-            jax.random.key_data(leaf) if _is_key(leaf) else leaf, order="C"
-        )
-        for path, leaf in leaves
+    arrays = {
+        jax.tree_util.keystr(path): jax.random.key_data(leaf) if _is_key(leaf) else leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
     }
+    # safetensors writes memory as it lies, whatever the strides.
+    return {name: np.asarray(array, order="C") for name, array in arrays.items()}
 
 
 def unflatten(template: Any, arrays: dict[str, np.ndarray]) -> Any:
-    """The tree that has the structure of `template` and the values `arrays`.
+    """The tree of `template`, whose values are not used, with JAX arrays of the values `arrays`.
 
-    Args:
-        template: Tree whose leaves say name, shape and dtype; its values are not used.
-        arrays: What `flatten` returned for a tree of this structure.
-
-    Returns:
-        A tree of JAX arrays.
-
-    Raises:
-        ValueError: The first leaf whose name, shape or dtype differs.
+    A `ValueError` names the first leaf whose name, shape or dtype differs.
     """
     wanted = flatten(template)
     for name, array in wanted.items():
@@ -71,15 +61,10 @@ def unflatten(template: Any, arrays: dict[str, np.ndarray]) -> Any:
     leaves, tree = jax.tree.flatten(template)
     # `jnp.asarray` would compile a copy for every shape.
     values = [jax.device_put(arrays[name]) for name in wanted]
-    return jax.tree.unflatten(
-        tree,
-        [
-            jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf))
-            if _is_key(leaf)
-            else value
-            for leaf, value in zip(leaves, values, strict=True)
-        ],
-    )
+    for i, leaf in enumerate(leaves):
+        if _is_key(leaf):
+            values[i] = jax.random.wrap_key_data(values[i], impl=jax.random.key_impl(leaf))
+    return jax.tree.unflatten(tree, values)
 
 
 def write(path: Path, arrays: dict[str, np.ndarray], about: dict[str, str]) -> None:
@@ -91,11 +76,7 @@ def write(path: Path, arrays: dict[str, np.ndarray], about: dict[str, str]) -> N
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Arrays and text that `write` put at `path`.
-
-    Raises:
-        ValueError: The file is truncated, altered, or was written by something else.
-    """
+    """Arrays and text that `write` put at `path`; a `ValueError` if it is altered or another."""
     raw = path.read_bytes()
     try:
         arrays = unpacked(raw)
@@ -133,14 +114,14 @@ def packed(arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None
 def unpacked(data: bytes) -> dict[str, np.ndarray]:
     """The arrays, bfloat16 included."""
     try:
-        return {
-            name: np.frombuffer(tensor["data"], jnp.dtype(_DTYPES[tensor["dtype"]])).reshape(
-                tensor["shape"]
-            )
-            for name, tensor in safetensors.deserialize(data)
-        }
+        tensors = dict(safetensors.deserialize(data))
+        dtypes = {name: jnp.dtype(_DTYPES[tensor["dtype"]]) for name, tensor in tensors.items()}
     except KeyError as error:
         raise ValueError(f"dtype {error} is unknown") from error
+    return {
+        name: np.frombuffer(tensor["data"], dtypes[name]).reshape(tensor["shape"])
+        for name, tensor in tensors.items()
+    }
 
 
 def replace(path: Path, data: bytes) -> None:

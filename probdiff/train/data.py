@@ -49,21 +49,18 @@ def arguments(batch: Any) -> tuple[tuple, dict]:
 def as_arrays(data: Any, name: str = "data") -> Any:
     """`data` with JAX arrays for leaves; a `ValueError` unless it is an array, tuple or dict."""
     if not isinstance(data, (np.ndarray, jax.Array, tuple, dict)):
-        raise ValueError(
-            f"{name} must be an array, or a tuple or dict of arrays; got {type(data).__name__}"
-        )
+        got = type(data).__name__
+        raise ValueError(f"{name} must be an array, or a tuple or dict of arrays; got {got}")
     return jax.tree.map(jnp.asarray, data)
 
 
 class Source(abc.ABC):
-    """Where a run's batches come from."""
+    """Where a run's batches come from: `first`, and `examples` a step."""
 
     known: Any
     """What can be seen of the data before training: all of them, or a stream's first batch."""
     first: Any
-    """The batch of step 0."""
     examples: int
-    """Examples a step."""
     capacity: int = _MAX_STEPS
     """Most steps of a chunk."""
 
@@ -108,9 +105,8 @@ class Minibatches(Source):
         self._N = _shared_length(data, "data")
         check_at_least(1, batch_size=batch_size)
         if batch_size > self._N:
-            raise ValueError(
-                f"batch_size must be at most the {self._N} examples in data; got {batch_size}"
-            )
+            most = f"the {self._N} examples in data"
+            raise ValueError(f"batch_size must be at most {most}; got {batch_size}")
         self.examples = batch_size
         self.capacity = max(1, min(_MAX_STEPS, _MAX_INDICES // batch_size))
         self._sharding = _divided(batch_size, mesh)
@@ -164,10 +160,9 @@ class Stream(Source):
             self._next()
         for i in range(n):
             batch = self._next()
-            if (there := _shapes(batch)) != (first := _shapes(self.first)):
-                raise ValueError(
-                    f"batch {self._taken} of data must be like the first, {first}; got {there}"
-                )
+            if (got := _shapes(batch)) != (first := _shapes(self.first)):
+                which = f"batch {self._taken} of data"
+                raise ValueError(f"{which} must be like the first, {first}; got {got}")
             for into, leaf in zip(*map(jax.tree.leaves, (stacked, batch)), strict=True):
                 into[i] = leaf
         return devices.place(stacked, self._sharding), self._indices
@@ -184,19 +179,11 @@ class Stream(Source):
 
 
 def from_data(key: PRNGKeyArray, data: Any, batch_size: int | None, mesh: Mesh | None) -> Source:
-    """The source that a user's `data` and `batch_size` ask for, or a `ValueError`.
-
-    Args:
-        key: Orders the minibatches.
-        data: An array, a tuple or dict of arrays, or an iterator of these.
-        batch_size: Examples a step, or None for all of them.
-        mesh: Devices to divide each batch among, or None.
-    """
+    """What the arguments of `fit` ask for, or a `ValueError`; `key` orders minibatches."""
     if isinstance(data, Iterator):
         if batch_size is not None:
-            raise ValueError(
-                f"batch_size must be None where data is an iterator of batches; got {batch_size}"
-            )
+            where = "where data is an iterator of batches"
+            raise ValueError(f"batch_size must be None {where}; got {batch_size}")
         return Stream(data, mesh)
     data = as_arrays(data)
     if batch_size is not None:
@@ -238,14 +225,12 @@ def _divided(examples: int, mesh: Mesh | None) -> NamedSharding | None:
     if mesh is None:
         return None
     if examples % mesh.size:
-        raise ValueError(
-            f"batch_size must be a multiple of the {mesh.size} devices in mesh; got {examples}"
-        )
+        devices_in = f"the {mesh.size} devices in mesh"
+        raise ValueError(f"batch_size must be a multiple of {devices_in}; got {examples}")
     return NamedSharding(mesh, PartitionSpec(None, mesh.axis_names[0]))
 
 
 def _shapes(tree: Any) -> str:
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return json.dumps(
-        [[jax.tree_util.keystr(p), jnp.result_type(x).name, np.shape(x)] for p, x in leaves]
-    )
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    shapes = [[jax.tree_util.keystr(p), jnp.result_type(x).name, np.shape(x)] for p, x in leaves]
+    return json.dumps(shapes)

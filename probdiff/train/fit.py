@@ -27,16 +27,7 @@ from probdiff.train.step import TracedSVI
 
 
 class Fit(NamedTuple):
-    """What `fit` returns.
-
-    Args:
-        params: Values at the parameter sites: the average with `ema_decay`, else `raw_params`.
-        raw_params: The optimiser's values, after the last step or, with `patience`, at the best
-            evaluation.
-        losses: Loss of each step, summed over the batch as SVI sums it.
-        state: SVI's state after the last step.
-        held_out_losses: Evaluations on held-out data, summed over all of them; empty without.
-        num_steps: Steps done; less than asked for after an early stop.
+    """What `fit` returns: values at the parameter sites, losses, and SVI's last state.
 
     Example:
         >>> def model(x):
@@ -51,17 +42,21 @@ class Fit(NamedTuple):
     """
 
     params: dict[str, Any]
+    """The average with `ema_decay`, else `raw_params`."""
     raw_params: dict[str, Any]
+    """The optimiser's values, after the last step or, with `patience`, at the best evaluation."""
     losses: Float[np.ndarray, "steps"]
+    """Loss of each step, summed over the batch as SVI sums it."""
     state: SVIState
     held_out_losses: HeldOutLosses
+    """Evaluations on held-out data, summed over all of them; empty without."""
     num_steps: int
+    """Steps done; less than asked for after an early stop."""
 
     def __repr__(self) -> str:
         size = sum(np.size(leaf) for leaf in jax.tree.leaves(self.params))
-        return (
-            f"Fit(num_steps={self.num_steps}, last loss {self.losses[-1]:.6g}, {size:,} parameters)"
-        )
+        last = f"last loss {self.losses[-1]:.6g}"
+        return f"Fit(num_steps={self.num_steps}, {last}, {size:,} parameters)"
 
 
 def fit(
@@ -97,15 +92,11 @@ def fit(
         checkpoint_every: Seconds between checkpoints; there is one more at the end or interrupt.
         log: File that gets lines of JSON with step, seconds and losses; see `train.log`. A run
             that goes on adds to it, a new one starts it afresh.
-        callback: Called with the run's `Progress`, to draw samples or a picture as it goes, such as
-            `plots.LiveLosses`.
+        callback: Called with the run's `Progress`; draws, say, a picture: `plots.LiveLosses`.
         mesh: Devices to divide each batch among, on one axis. Data and weights are on all of them.
             If they belong to several processes (`jax.distributed`), each calls `fit` with the same
             arguments; the first writes the files, and all must see the checkpoint.
         progress: Whether to show a bar, with the loss per example.
-
-    Returns:
-        Parameters, losses and last state.
 
     Raises:
         ValueError: An argument does not fit, or the checkpoint is damaged or another run's.
@@ -143,13 +134,12 @@ def fit(
         )
     identity = {}
     if checkpoint is not None or devices.is_shared(mesh):
-        identity = source.identity() | {
-            "batch_size": str(batch_size),
-            "ema_decay": str(ema_decay),
-            "key": str(np.asarray(random.key_data(key)).tolist()),
-            "evaluate_every": str(evaluate_every),
-            "patience": str(patience),
-        }
+        words = np.asarray(random.key_data(key)).tolist()
+        options = {
+            "batch_size": batch_size, "ema_decay": ema_decay, "key": words,
+            "evaluate_every": evaluate_every, "patience": patience,
+        }  # fmt: skip
+        identity = source.identity() | {name: str(value) for name, value in options.items()}
         if held_out is not None:
             identity |= batches.identity(held_out, "held_out")
     run = Run(

@@ -183,18 +183,13 @@ class Run(NamedTuple):
         n = int(bad[0]) if bad.size else len(losses)
         carry, step = self._chunk(record, feed, n)[0], record.step + n
         params = self.svi.weights(carry).raw_params
-        names = [
-            name
-            for name, value in params.items()
-            if not all(is_finite(leaf) for leaf in jax.tree.leaves(value))
-        ]
+        finite = {name: map(is_finite, jax.tree.leaves(value)) for name, value in params.items()}
+        names = [name for name in params if not all(finite[name])]
         if names and step == 0:
             return f"the initial values of the parameters {names} are not finite"
         if names:
-            return (
-                f"the gradient is not finite at step {step}, whose loss is {losses[n - 1]:.6g}: "
-                f"it spoiled the parameters {names}"
-            )
+            where = f"at step {step}, whose loss is {losses[n - 1]:.6g}"
+            return f"the gradient is not finite {where}: it spoiled the parameters {names}"
         _, key = random.split(carry.state.rng_key)  # as `svi.update` does
         batch = batches.at(*feed, n)
         faults = self.svi.faults(key, params, carry.state.mutable_state, batch)
@@ -218,15 +213,12 @@ class Run(NamedTuple):
         arrays, found = checkpoint.read(path)
         for name in self.identity | found:
             if (there := found.get(name)) != (here := self.identity.get(name)):
-                raise ValueError(
-                    f"checkpoint must be of this run; {path} has {name} {there}, not {here}"
-                )
+                has = f"{path} has {name} {there}, not {here}"
+                raise ValueError(f"checkpoint must be of this run; {has}")
         losses, evaluations = arrays.pop("losses"), arrays.pop("evaluations")
         if losses.size > self.num_steps:
-            raise ValueError(
-                f"num_steps must be at least the {losses.size} steps in {path}; "
-                f"got {self.num_steps}"
-            )
+            least = f"the {losses.size} steps in {path}"
+            raise ValueError(f"num_steps must be at least {least}; got {self.num_steps}")
         template = {"best": record.best, "carry": record.carry}
         try:
             tree = checkpoint.unflatten(template, arrays)

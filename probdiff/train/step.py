@@ -52,13 +52,9 @@ class Carry(NamedTuple):
 
 
 class TracedSVI:
-    """The functions of an SVI as they are at one call of `fit`.
+    """The functions of an SVI as they are at one call of `fit`, whose `first` batch is given.
 
-    Args:
-        svi: The SVI; what is compiled for it is kept as long as it lives.
-        key: Seeds the first state.
-        first: The first batch.
-        mesh: Devices to divide each batch among, or None.
+    What is compiled is kept as long as the SVI lives.
     """
 
     def __init__(self, svi: SVI, key: PRNGKeyArray, first: Any, mesh: Mesh | None):
