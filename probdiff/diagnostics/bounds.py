@@ -149,7 +149,7 @@ def sampled_bound(
 
 
 def check_examples(
-    diffusion: Diffusion, params: Params, x_0: Any, context: Any, mask: Any, **counts: int
+    diffusion: Diffusion, params: Params, x_0: Data, context: Any, mask: Mask | None, **counts: int
 ) -> None:
     """Raise a `ValueError` unless examples, what comes with them, and counts fit the model."""
     if np.ndim(x_0) != len(diffusion.event_shape) + 1 or np.shape(x_0)[0] < 1:
@@ -164,9 +164,9 @@ def check_examples(
 
 
 def _parts(
-    key: Array, diffusion: Diffusion, params: Params, x_0: Data, context: Any, mask: Any,
-    function: Callable[..., Any], block_size: int, mesh: Mesh | None, *, progress: bool,
-    **counts: int,
+    key: Array, diffusion: Diffusion, params: Params, x_0: Data, context: Any, mask: Mask | None,
+    function: Callable[..., tuple[Array, ...]], block_size: int, mesh: Mesh | None, *,
+    progress: bool, **counts: int,
 ) -> Iterator[np.ndarray]:  # fmt: skip
     """What a function of blocks returns, of all examples."""
     check_examples(diffusion, params, x_0, context, mask, **counts, block_size=block_size)
@@ -187,7 +187,13 @@ def _parts(
 
 
 def _bound_block(
-    key: Array, reverse: Reverse, x_0: Any, context: Any, mask: Any, *, num_draws: int
+    key: Array,
+    reverse: Reverse,
+    x_0: Array,
+    context: Array | None,
+    mask: Array | None,
+    *,
+    num_draws: int,
 ) -> tuple[Float[Array, "..."], ...]:
     key_first, key_steps = jax.random.split(key)
     reverse = reverse if context is None else reverse.given(context)
@@ -218,7 +224,13 @@ def _mean_and_variance(
 
 
 def _sampled_block(
-    key: Array, reverse: Reverse, x_0: Any, context: Any, mask: Any, *, num_times: int
+    key: Array,
+    reverse: Reverse,
+    x_0: Array,
+    context: Array | None,
+    mask: Array | None,
+    *,
+    num_times: int,
 ) -> tuple[Float[Array, "..."], ...]:
     key_first, key_t, key_x = jax.random.split(key, 3)
     reverse = reverse if context is None else reverse.given(context)
@@ -237,7 +249,7 @@ def _sampled_block(
 
 
 def _reconstruction(
-    key: Array, forward: ForwardTrajectory, reverse: Reverse, x_0: Any, num_draws: int
+    key: Array, forward: ForwardTrajectory, reverse: Reverse, x_0: Array, num_draws: int
 ) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
     """E log p(x_0 | x_1) and the variance of its estimate; in closed form under a tied last step,
     else by draws of x_1.
@@ -270,7 +282,7 @@ def _tied_reconstruction(units: Units, forward: ForwardTrajectory) -> Float[Arra
     return forward.sum_event(terms)
 
 
-def digest(x_0: Any, mask: Any = None) -> str:
+def digest(x_0: Data, mask: Mask | None = None) -> str:
     """A name for examples, the same for the same values."""
     x_0 = np.asarray(x_0, np.float64)
     if mask is not None:
@@ -278,7 +290,7 @@ def digest(x_0: Any, mask: Any = None) -> str:
     return hashlib.sha256(x_0.tobytes()).hexdigest()[:16]
 
 
-def _measure(diffusion: Diffusion, mask: Mask | None) -> dict[str, Any]:
+def _measure(diffusion: Diffusion, mask: Mask | None) -> dict[str, str | int | float]:
     """What a density is taken against, and over how many entries of one example."""
     is_symbol = isinstance(diffusion.kernel, DiscreteKernel)
     is_discrete = is_symbol or diffusion.last_step.grid is not None
@@ -290,7 +302,7 @@ def _measure(diffusion: Diffusion, mask: Mask | None) -> dict[str, Any]:
     return {"reference_measure": measure, "num_dims": num_dims}
 
 
-def summary(values: np.ndarray) -> dict[str, Any]:
+def summary(values: np.ndarray) -> dict[str, str | int | float]:
     """Attributes of values in nats by example: their mean and its standard error, in bits too."""
     n, mean = len(values), float(values.mean())
     se = float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan

@@ -19,7 +19,7 @@ x_0, and gives `lp` the sign of an energy; here `lp` is the log density.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +29,7 @@ import numpyro
 import numpyro.distributions as dist
 import xarray as xr
 from arviz_base import from_dict
-from jaxtyping import Array
+from jaxtyping import Array, ArrayLike
 from numpyro import handlers
 from numpyro.infer import MCMC, NUTS, SVI, Predictive
 from numpyro.infer.svi import SVIRunResult
@@ -118,7 +118,7 @@ def _of_mcmc(mcmc: MCMC) -> xr.DataTree:
 
 def _of_fit(
     fitted: Fit | SVIRunResult, svi: SVI | None, key: Array | None, num_draws: int,
-    args: tuple[Any, ...], kwargs: dict[str, Any],
+    args: tuple, kwargs: dict,
 ) -> xr.DataTree:  # fmt: skip
     if (svi is None) != (key is None):
         alone = "key" if svi is None else "svi"
@@ -146,7 +146,7 @@ def _losses(step: np.ndarray, loss: np.ndarray) -> xr.DataTree:
 
 
 def _guide_draws(
-    key: Array, guide: Predictive, model: Callable[..., Any], args: Any, kwargs: Any
+    key: Array, guide: Predictive, model: Callable[..., Any], args: tuple, kwargs: dict
 ) -> dict[str, np.ndarray]:
     """Draws of the model's latent sites by the guide, and what the model makes of them."""
     key_guide, key_model = jax.random.split(key)
@@ -221,7 +221,7 @@ def _diffusions(sites: dict[str, _Site]) -> dict[str, _Axes]:
     return diffusions
 
 
-def _counter(word: str, lengths: dict[str, Any], taken: set[str]) -> dict[str, str]:
+def _counter(word: str, lengths: Mapping[str, Hashable], taken: set[str]) -> dict[str, str]:
     """Name of the dim that counts each diffusion's levels: one for all where all are alike."""
     is_one = len(set(lengths.values())) == 1 and word not in taken
     return {name: word if is_one else f"{name}_{word}" for name in lengths}
@@ -281,12 +281,12 @@ def _is_observed(site: _Site) -> bool:
 
 
 def _tree(
-    draws: dict[str, np.ndarray], program: Callable[..., Any], args: Any, kwargs: Any
+    draws: dict[str, np.ndarray], program: Callable[..., Any], args: tuple, kwargs: dict
 ) -> xr.DataTree:
     """Groups `posterior` and `observed_data`, their axes named as the program names them."""
     named: list[Any] = []
 
-    def look(key: Array, values: dict[str, Array]) -> dict[str, Any]:
+    def look(key: Array, values: dict[str, Array]) -> dict[str, Array]:
         run = handlers.substitute(handlers.seed(program, key), data=values)
         sites = handlers.trace(run).get_trace(*args, **kwargs)
         named[:] = _names(sites)
@@ -313,7 +313,12 @@ def _tree(
     return tree
 
 
-def _group(name: str, data: dict[str, np.ndarray], dims: Any, coords: Any) -> xr.DataTree:
+def _group(
+    name: str,
+    data: dict[str, np.ndarray],
+    dims: dict[str, list[str]],
+    coords: dict[str, np.ndarray],
+) -> xr.DataTree:
     dims = {key: dims[key] for key in data if key in dims}
     used = {dim for names in dims.values() for dim in names}
     coords = {dim: values for dim, values in coords.items() if dim in used}
@@ -332,5 +337,5 @@ def _sample_stats(fields: dict[str, Any], has_trees: bool) -> dict[str, np.ndarr
     return stats
 
 
-def _arrays(values: dict[str, Any]) -> dict[str, np.ndarray]:
+def _arrays(values: dict[str, ArrayLike]) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in values.items()}

@@ -19,7 +19,6 @@ Oord & Bethge (2016) for what is wrong with it.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -92,7 +91,13 @@ def parzen(
     return xr.DataTree.from_dict({"parzen": xr.Dataset(variables, coords, attrs)}, name="probdiff")
 
 
-def _check(draws: Any, validation: Any, test: Any, bandwidths: Any, block_size: int) -> None:
+def _check(
+    draws: Data,
+    validation: Data,
+    test: Data,
+    bandwidths: Sequence[float] | np.ndarray,
+    block_size: int,
+) -> None:
     for name, x in (("draws", draws), ("validation", validation), ("test", test)):
         if np.ndim(x) < 1 or len(x) < 1 or np.shape(x)[1:] != np.shape(draws)[1:]:
             raise ValueError(

@@ -38,7 +38,7 @@ from probdiff.sample import ancestral
 from probdiff.types import Params
 from probdiff.validation import check_context_rows
 
-_Statistics = Mapping[str, Callable[[Any], Any]]
+_Statistics = Mapping[str, Callable[[Array | np.ndarray], Array | np.ndarray]]
 
 
 def predictive_check(
@@ -119,7 +119,9 @@ def _check(
         )
 
 
-def _values(name: str, x: np.ndarray, lead: Any, statistics: _Statistics) -> dict[str, np.ndarray]:
+def _values(
+    name: str, x: np.ndarray, lead: int | tuple[int, ...], statistics: _Statistics
+) -> dict[str, np.ndarray]:
     """x itself and its statistics, of leading shape `lead`."""
     values = {name: x}
     for key, statistic in statistics.items():

@@ -30,7 +30,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from probdiff import bars, devices
-from probdiff.diffusion import Diffusion
+from probdiff.diffusion import Data, Diffusion, Mask
 from probdiff.infer.particles import effective_number, log_mean, systematic
 from probdiff.kernels import AbsorbingKernel
 from probdiff.reverse import Reverse
@@ -78,7 +78,7 @@ class _Pair(NamedTuple):
 
 
 def weigh(
-    key: Array, diffusion: Diffusion, params: Params, x_0: Any, context: Any, mask: Any, *,
+    key: Array, diffusion: Diffusion, params: Params, x_0: Data, context: Any, mask: Mask | None, *,
     size: int, num_repeats: int, threshold: float, block_size: int, progress: bool,
     mesh: Mesh | None = None,
 ) -> Weighed:  # fmt: skip
@@ -103,7 +103,7 @@ def weigh(
     given = [None if a is None else np.asarray(a) for a in (x_0, context, mask)]
     starts = bars.bar(range(0, count, per_block), desc="weigh", disable=not progress)
 
-    def block(start: int) -> tuple[Any, ...]:
+    def block(start: int) -> tuple[Array | np.ndarray | None, ...]:
         population = np.minimum(np.arange(start, start + per_block), count - 1)  # one shape for all
         example, repeat = np.divmod(population, num_repeats)
         return key, example, repeat, *(None if a is None else a[example] for a in given)
@@ -117,7 +117,8 @@ def weigh(
 
 
 def _weigh_block(
-    key: Array, reverse: Reverse, example: Array, repeat: Array, x_0: Any, context: Any, mask: Any,
+    key: Array, reverse: Reverse, example: Array, repeat: Array, x_0: Array, context: Array | None,
+    mask: Array | None,
     *, size: int, threshold: float,
 ) -> Weighed:  # fmt: skip
     def one(

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 from numpyro.distributions import constraints
 
 from probdiff.arguments import check_at_least
@@ -60,7 +60,7 @@ class DiscreteKernel(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def log_pi(self) -> Float[Any, "..."]:
+    def log_pi(self) -> Float[Array | np.ndarray, "..."]:
         """log π, the states on the last axis, broadcastable to `(*event_shape, num_states)`."""
 
     @property
@@ -69,7 +69,7 @@ class DiscreteKernel(abc.ABC):
         return Integers(self.num_data_states)
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> type:
         """Type of a level's symbols."""
         return jnp.int32
 
@@ -136,7 +136,7 @@ class DiscreteKernel(abc.ABC):
         """E[log π(x)] under an elementwise law, nats; eq. 14 takes it for a constant."""
         return jnp.sum(times_log(law.probs, jnp.asarray(self.log_pi)), -1)
 
-    def _mix(self, x: Symbols, stay: Array, redraw: Array) -> States | Bits:
+    def _mix(self, x: Symbols, stay: ArrayLike, redraw: ArrayLike) -> States | Bits:
         pi = jnp.exp(jnp.asarray(self.log_pi))
         stay, redraw = jnp.asarray(stay)[..., None], jnp.asarray(redraw)[..., None]
         return States(jnp.log(stay * self._one_hot(x) + redraw * pi))
@@ -225,7 +225,7 @@ class BernoulliKernel(DiscreteKernel):
         """E[log π(x)] under an elementwise law, nats."""
         return law.mean * np.log(self._m) + (1 - law.mean) * np.log1p(-self._m)
 
-    def _mix(self, x: Symbols, stay: Array, redraw: Array) -> Bits:
+    def _mix(self, x: Symbols, stay: ArrayLike, redraw: ArrayLike) -> Bits:
         m = self._m
         if_one = jnp.log(stay + redraw * m) - jnp.log(redraw * (1 - m))
         if_zero = jnp.log(redraw * m) - jnp.log(stay + redraw * (1 - m))

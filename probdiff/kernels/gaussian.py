@@ -45,7 +45,7 @@ class GaussianKernel:
         return constraints.real
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         """Type of a level's numbers: JAX's default float."""
         return jnp.result_type(float)
 

@@ -23,13 +23,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen, nnx
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 
 class Binding(NamedTuple):
     """A network split into what is trained and what is not, `apply(params, x_t, t, context)`."""
 
-    init: Any
+    init: PyTree | Callable[[Array], PyTree]
     """Initial parameters, or `init(key)` that makes them; None where nothing is trained."""
     apply: Callable[..., Array]
 
@@ -95,7 +95,7 @@ def _bind_nnx(network: nnx.Module) -> Binding:
     graph, params, rest = nnx.split(network, nnx.Param, ...)
     _check_stateless("nnx", network, {type(leaf).__name__ for _, leaf in nnx.to_flat_state(rest)})
 
-    def apply(values: Any, *args: Any) -> Array:
+    def apply(values: PyTree, *args: Array | None) -> Array:
         state = jax.tree.map(lambda leaf: leaf, params)  # a copy: replacing works in place
         nnx.replace_by_pure_dict(state, values)
         return nnx.merge(graph, state)(*_given(*args))
@@ -108,7 +108,7 @@ def _bind_linen(network: linen.Module, example: tuple[Array | None, ...]) -> Bin
     shapes = jax.eval_shape(network.init, jax.random.key(0), *inputs)
     _check_stateless("linen", network, set(shapes) - {"params"})
 
-    def apply(values: Any, *args: Any) -> Array:
+    def apply(values: PyTree, *args: Array | None) -> Array:
         return network.apply({"params": values}, *_given(*args))
 
     return Binding(lambda key: network.init(key, *inputs)["params"], apply)
@@ -117,7 +117,7 @@ def _bind_linen(network: linen.Module, example: tuple[Array | None, ...]) -> Bin
 def _bind_equinox(network: Any, equinox: Any) -> Binding:
     values, static = equinox.partition(network, equinox.is_inexact_array)
 
-    def apply(values: Any, *args: Any) -> Array:
+    def apply(values: PyTree, *args: Array | None) -> Array:
         return jax.vmap(equinox.combine(values, static))(*_given(*args))
 
     return Binding(lambda _: values, apply)  # a bare module is callable: it would pass for an init

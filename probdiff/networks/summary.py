@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array
 
 from probdiff.arguments import check_at_least
 from probdiff.networks.binding import bind
@@ -59,7 +60,7 @@ def summary(
     return "\n".join([*lines, *totals])
 
 
-def _flops(network: nnx.Module, inputs: list[Any]) -> int:
+def _flops(network: nnx.Module, inputs: list[Array]) -> int:
     """Operations of one call, as XLA counts them."""
     binding = bind(network, (), None)
     x_t, t, context = (*inputs, None)[:3]

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from jaxtyping import PyTree
 
 _FORMAT = "probdiff.fit 2"
 _DTYPES = {"BOOL": "bool", "C64": "complex64", "BF16": "bfloat16"} | {
@@ -35,7 +36,7 @@ _DTYPES = {"BOOL": "bool", "C64": "complex64", "BF16": "bfloat16"} | {
 """What safetensors' own reader for NumPy knows, and bfloat16, which it does not."""
 
 
-def flatten(tree: Any) -> dict[str, np.ndarray]:
+def flatten(tree: PyTree) -> dict[str, np.ndarray]:
     """Leaves of a tree of arrays and PRNG keys by path, in C order."""
     arrays = {
         jax.tree_util.keystr(path): jax.random.key_data(leaf) if _is_key(leaf) else leaf
@@ -45,7 +46,7 @@ def flatten(tree: Any) -> dict[str, np.ndarray]:
     return {name: np.asarray(array, order="C") for name, array in arrays.items()}
 
 
-def unflatten(template: Any, arrays: dict[str, np.ndarray]) -> Any:
+def unflatten(template: PyTree, arrays: dict[str, np.ndarray]) -> PyTree:
     """The tree of `template`, whose values are not used, with JAX arrays of the values `arrays`.
 
     A `ValueError` names the first leaf whose name, shape or dtype differs.
@@ -96,7 +97,7 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     return arrays, about
 
 
-def digest(tree: Any) -> str:
+def digest(tree: PyTree) -> str:
     """SHA-256 of a tree's values, names, shapes and dtypes."""
     return sha256(packed(flatten(tree)))
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import random
 from jax.sharding import Mesh
-from jaxtyping import Float, PRNGKeyArray
+from jaxtyping import Float, PRNGKeyArray, PyTree
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 
@@ -24,6 +24,7 @@ from probdiff.train.checkpoint import digest
 from probdiff.train.log import HeldOutLosses, Log, Progress
 from probdiff.train.loop import Run
 from probdiff.train.step import TracedSVI
+from probdiff.types import Params
 
 
 class Fit(NamedTuple):
@@ -41,9 +42,9 @@ class Fit(NamedTuple):
         (2.0, (20,))
     """
 
-    params: dict[str, Any]
+    params: Params
     """The average with `ema_decay`, else `raw_params`."""
-    raw_params: dict[str, Any]
+    raw_params: Params
     """The optimiser's values, after the last step or, with `patience`, at the best evaluation."""
     losses: Float[np.ndarray, "steps"]
     """Loss of each step, summed over the batch as SVI sums it."""
@@ -61,7 +62,7 @@ class Fit(NamedTuple):
 
 def fit(
     key: PRNGKeyArray, svi: SVI, data: Any, *, num_steps: int, batch_size: int | None = None,
-    ema_decay: float | None = None, held_out: Any = None, evaluate_every: int = 1000,
+    ema_decay: float | None = None, held_out: PyTree = None, evaluate_every: int = 1000,
     patience: int | None = None, checkpoint: str | Path | None = None,
     checkpoint_every: float = 30.0, log: str | Path | None = None,
     callback: Callable[[Progress], Any] | None = None, mesh: Mesh | None = None,

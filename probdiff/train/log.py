@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from probdiff.types import Params
+
 
 class HeldOutLosses(NamedTuple):
     """Evaluations after `step` steps: loss of all the held-out data, summed as SVI sums it."""
@@ -31,7 +33,7 @@ class Progress(NamedTuple):
     """Where a run stands after `step` steps, for a callback; a step's loss is a batch's sum."""
 
     step: int
-    params: dict[str, Any]
+    params: Params
     """Values at the parameter sites: the average where one is kept."""
     losses: Float[np.ndarray, " steps"]
     held_out_losses: HeldOutLosses

@@ -14,13 +14,13 @@ and a checkpoint holds that, with what tells the run from others.
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax import random
 from jax.sharding import Mesh
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray, PyTree
 from tqdm import tqdm
 
 from probdiff import bars, devices
@@ -29,6 +29,7 @@ from probdiff.train import data as batches
 from probdiff.train.log import HeldOutLosses, Log, Progress
 from probdiff.train.step import Carry, TracedSVI, Weights, is_finite
 
+_Feed = tuple[PyTree, Array | None]
 _CHUNK_SECONDS = 2.0
 """Of steps between two looks at how things go. A call of a compiled function begins in fresh
 memory, which on a CPU costs a U-Net a quarter of a step: at 0.3 s it was a tenth of the time."""
@@ -56,7 +57,7 @@ class Run(NamedTuple):
     source: batches.Source
     num_steps: int
     ema_decay: float | None
-    held_out: Any
+    held_out: PyTree
     key_held_out: PRNGKeyArray
     evaluate_every: int
     patience: int | None
@@ -140,7 +141,7 @@ class Run(NamedTuple):
                 return
             n, feed = following, ahead
 
-    def _chunk(self, record: Record, feed: Any, n: int) -> tuple[Carry, Any, Any]:
+    def _chunk(self, record: Record, feed: _Feed | None, n: int) -> tuple[Carry, Array, Array]:
         """n steps from the record on, under way: (carry, losses, whether weights are finite)."""
         losses = np.zeros(self.source.capacity, self.losses.dtype)
         numbers = np.int32(record.step), np.int32(n), self.ema_decay or 0.0
@@ -168,7 +169,7 @@ class Run(NamedTuple):
         bar.set_postfix_str(f"loss per example {loss:.4g}", refresh=False)
         bar.update(stop - start)
 
-    def _checked(self, record: Record, feed: Any, n: int, output: tuple) -> Record:
+    def _checked(self, record: Record, feed: _Feed | None, n: int, output: tuple) -> Record:
         """The record after a chunk, all of it finite."""
         carry, losses, finite = output
         losses = np.asarray(losses)[:n]
@@ -177,7 +178,7 @@ class Run(NamedTuple):
         self.losses[record.step : record.step + n] = losses
         return record._replace(step=record.step + n, carry=carry)
 
-    def _explain(self, record: Record, feed: Any, losses: np.ndarray) -> str:
+    def _explain(self, record: Record, feed: _Feed | None, losses: np.ndarray) -> str:
         """What was not finite first, found by doing the chunk again up to there."""
         bad = np.flatnonzero(~np.isfinite(losses))
         n = int(bad[0]) if bad.size else len(losses)
