@@ -187,14 +187,9 @@ def _parts(
 
 
 def _bound_block(
-    key: Array,
-    reverse: Reverse,
-    x_0: Array,
-    context: Array | None,
-    mask: Array | None,
-    *,
+    key: Array, reverse: Reverse, x_0: Array, context: Array | None, mask: Array | None, *,
     num_draws: int,
-) -> tuple[Float[Array, "..."], ...]:
+) -> tuple[Float[Array, "..."], ...]:  # fmt: skip
     key_first, key_steps = jax.random.split(key)
     reverse = reverse if context is None else reverse.given(context)
     forward = ForwardTrajectory.of(reverse, x_0, mask)
@@ -224,14 +219,9 @@ def _mean_and_variance(
 
 
 def _sampled_block(
-    key: Array,
-    reverse: Reverse,
-    x_0: Array,
-    context: Array | None,
-    mask: Array | None,
-    *,
+    key: Array, reverse: Reverse, x_0: Array, context: Array | None, mask: Array | None, *,
     num_times: int,
-) -> tuple[Float[Array, "..."], ...]:
+) -> tuple[Float[Array, "..."], ...]:  # fmt: skip
     key_first, key_t, key_x = jax.random.split(key, 3)
     reverse = reverse if context is None else reverse.given(context)
     forward = ForwardTrajectory.of(reverse, x_0, mask)

@@ -314,11 +314,9 @@ def _tree(
 
 
 def _group(
-    name: str,
-    data: dict[str, np.ndarray],
-    dims: dict[str, list[str]],
+    name: str, data: dict[str, np.ndarray], dims: dict[str, list[str]],
     coords: dict[str, np.ndarray],
-) -> xr.DataTree:
+) -> xr.DataTree:  # fmt: skip
     dims = {key: dims[key] for key in data if key in dims}
     used = {dim for names in dims.values() for dim in names}
     coords = {dim: values for dim, values in coords.items() if dim in used}

@@ -92,12 +92,9 @@ def parzen(
 
 
 def _check(
-    draws: Data,
-    validation: Data,
-    test: Data,
-    bandwidths: Sequence[float] | np.ndarray,
+    draws: Data, validation: Data, test: Data, bandwidths: Sequence[float] | np.ndarray,
     block_size: int,
-) -> None:
+) -> None:  # fmt: skip
     for name, x in (("draws", draws), ("validation", validation), ("test", test)):
         if np.ndim(x) < 1 or len(x) < 1 or np.shape(x)[1:] != np.shape(draws)[1:]:
             raise ValueError(

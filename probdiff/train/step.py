@@ -74,14 +74,9 @@ class TracedSVI:
         return devices.replicate(carry, self._mesh)
 
     def chunk(
-        self,
-        carry: Carry,
-        feed: tuple[PyTree, Array | None],
-        start: Any,
-        n: Any,
-        ema_decay: float,
+        self, carry: Carry, feed: tuple[PyTree, Array | None], start: Any, n: Any, ema_decay: float,
         losses: Any,
-    ) -> tuple[Carry, Float[Array, "capacity"], Bool[Array, ""]]:
+    ) -> tuple[Carry, Float[Array, "capacity"], Bool[Array, ""]]:  # fmt: skip
         """n steps from step `start` on; their losses; whether the weights are finite after them."""
         traced, numbers = (self._update, self._get_params), (start, n, ema_decay)
         return self._programs(_chunk, *traced, carry, *feed, *numbers, losses, mesh=self._mesh)
