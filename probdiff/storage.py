@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 from flax import nnx
 
 from probdiff import kernels, networks, readouts, schedules, validation
@@ -55,7 +56,7 @@ def save(path: str | Path, diffusion: Diffusion, params: Params) -> None:
     """
     diffusion.check_params(params)
     leaves = validation.leaves_by_path(params)
-    data = checkpoint.packed({name: np.asarray(a, order="C") for name, a in leaves.items()})
+    data = safetensors.numpy.save({name: np.asarray(a, order="C") for name, a in leaves.items()})
     config = _config(diffusion) | {"params_sha256": checkpoint.sha256(data)}
     config |= {"config_sha256": _digest(config)}
     folder = Path(path)

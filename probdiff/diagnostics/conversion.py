@@ -272,11 +272,6 @@ def _shape(site: _Site) -> tuple[int, ...]:
     return shape if site["type"] != "sample" else jnp.broadcast_shapes(site["fn"].shape(), shape)
 
 
-def _is_observed(site: _Site) -> bool:
-    is_observed = site["type"] == "sample" and site["is_observed"]
-    return is_observed and not isinstance(unwrapped(site["fn"]), dist.Unit)
-
-
 # groups
 
 
@@ -293,7 +288,8 @@ def _tree(
         return {
             name: jnp.broadcast_to(site["value"], _shape(site))
             for name, site in sites.items()
-            if _is_observed(site)
+            if site["type"] == "sample" and site["is_observed"]
+            if not isinstance(unwrapped(site["fn"]), dist.Unit)
         }
 
     first = {name: a[0, 0] for name, a in draws.items()}

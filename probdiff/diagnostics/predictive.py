@@ -34,6 +34,7 @@ from jaxtyping import Array
 from probdiff.arguments import check_at_least, shape_text
 from probdiff.diffusion import Data, Diffusion
 from probdiff.infer.calibrate import p_values_of, pit, verdict
+from probdiff.infer.program import numbered
 from probdiff.sample import ancestral
 from probdiff.types import Params
 from probdiff.validation import check_context_rows
@@ -112,7 +113,7 @@ def _check(
     check_at_least(1, num_replicates=num_replicates)
     diffusion.check_data(x_0)
     check_context_rows(context, diffusion.context_shape, len(x_0))
-    taken = {diffusion.name, "example", *_event_dims(diffusion.name, diffusion.event_shape)}
+    taken = {diffusion.name, "example", *numbered(diffusion.name, 0, len(diffusion.event_shape))}
     if taken & set(statistics):
         raise ValueError(
             f"statistics must have names other than {sorted(taken)}; got {sorted(statistics)}"
@@ -142,7 +143,7 @@ def _tree(
     name: str, observed: dict[str, np.ndarray], replicated: dict[str, np.ndarray],
     pits: dict[str, np.ndarray],
 ) -> xr.DataTree:  # fmt: skip
-    dims = {key: _event_dims(name, pit.shape[1:]) for key, pit in pits.items()}
+    dims = {key: numbered(name, 0, pit.ndim - 1) for key, pit in pits.items()}
     p_values = {key: p_values_of(pit) for key, pit in pits.items()}
     drawn = {key: values[None] for key, values in replicated.items()}
     groups = {"posterior_predictive": drawn, "observed_data": observed}
@@ -158,7 +159,3 @@ def _tree(
     counts = {"num_examples": len(observed[name]), "num_replicates": len(replicated[name])}
     tree.attrs = counts | verdict(p_values)
     return tree
-
-
-def _event_dims(name: str, shape: tuple[int, ...]) -> list[str]:
-    return [f"{name}_dim_{i}" for i in range(len(shape))]

@@ -38,7 +38,7 @@ from probdiff.trajectories import ForwardTrajectory
 from probdiff.types import Params
 
 
-class Weighed(NamedTuple):
+class _Weighed(NamedTuple):
     """Particles of one population at x_T, or of a stack of populations."""
 
     log_weights: Float[Array | np.ndarray, "*stack S"]
@@ -81,7 +81,7 @@ def weigh(
     key: Array, diffusion: Diffusion, params: Params, x_0: Data, context: Any, mask: Mask | None, *,
     size: int, num_repeats: int, threshold: float, block_size: int, progress: bool,
     mesh: Mesh | None = None,
-) -> Weighed:  # fmt: skip
+) -> _Weighed:  # fmt: skip
     """Trajectories forward from every example, in independent populations.
 
     Args:
@@ -120,10 +120,10 @@ def _weigh_block(
     key: Array, reverse: Reverse, example: Array, repeat: Array, x_0: Array, context: Array | None,
     mask: Array | None,
     *, size: int, threshold: float,
-) -> Weighed:  # fmt: skip
+) -> _Weighed:  # fmt: skip
     def one(
         example: Array, repeat: Array, x_0: Array, context: Array | None, mask: Array | None
-    ) -> Weighed:
+    ) -> _Weighed:
         own = jax.random.fold_in(jax.random.fold_in(key, example), repeat)
         return _ascend(own, _pair(reverse, x_0, context, mask), x_0, size, threshold)
 
@@ -138,7 +138,7 @@ def _pair(
     return _Pair(ForwardTrajectory.of(reverse, x_0, mask), reverse)
 
 
-def _ascend(key: Array, pair: _Pair, x_0: Array, size: int, threshold: float) -> Weighed:
+def _ascend(key: Array, pair: _Pair, x_0: Array, size: int, threshold: float) -> _Weighed:
     """From x_0 to x_T, S particles of one population."""
     forward, reverse = pair.forward, pair.reverse
     kernel, T = forward.kernel, forward.steps.T
@@ -178,7 +178,7 @@ def _ascend(key: Array, pair: _Pair, x_0: Array, size: int, threshold: float) ->
     (x_T, log_w, log_z, least), _ = jax.lax.scan(advance, state, inputs)
     if not has_pi:
         log_w += pair.sum_observed(pair.log_pi(x_T))
-    return Weighed(log_w, log_z + log_mean(log_w), least)
+    return _Weighed(log_w, log_z + log_mean(log_w), least)
 
 
 def draw_and_weigh(

@@ -26,7 +26,7 @@ from flax import linen, nnx
 from jaxtyping import Array, PyTree
 
 
-class Binding(NamedTuple):
+class _Binding(NamedTuple):
     """A network split into what is trained and what is not, `apply(params, x_t, t, context)`."""
 
     init: PyTree | Callable[[Array], PyTree]
@@ -58,7 +58,7 @@ def built_in_config(network: Any) -> dict[str, Any]:
 def bind(
     network: Any, event_shape: tuple[int, ...], context_shape: tuple[int, ...] | None,
     dtype: Any = float,
-) -> Binding:  # fmt: skip
+) -> _Binding:  # fmt: skip
     """Split any supported network; a `ValueError` if it keeps state or cannot be called."""
     if isinstance(network, nnx.Module):
         return _bind_nnx(network)
@@ -69,9 +69,9 @@ def bind(
         return _bind_equinox(network, equinox)
     if isinstance(network, tuple) and len(network) == 2 and callable(network[0]):
         function, params = network
-        return Binding(params, lambda values, *args: function(values, *_given(*args)))
+        return _Binding(params, lambda values, *args: function(values, *_given(*args)))
     if callable(network):
-        return Binding(None, lambda _, *args: network(*_given(*args)))
+        return _Binding(None, lambda _, *args: network(*_given(*args)))
     raise ValueError(
         "network must be callable as network(x_t, t), or a pair (apply, params); got "
         f"{type(network).__name__}"
@@ -91,7 +91,7 @@ def _check_stateless(kind: str, network: nnx.Module | linen.Module, kept: set[st
         )
 
 
-def _bind_nnx(network: nnx.Module) -> Binding:
+def _bind_nnx(network: nnx.Module) -> _Binding:
     graph, params, rest = nnx.split(network, nnx.Param, ...)
     _check_stateless("nnx", network, {type(leaf).__name__ for _, leaf in nnx.to_flat_state(rest)})
 
@@ -100,10 +100,10 @@ def _bind_nnx(network: nnx.Module) -> Binding:
         nnx.replace_by_pure_dict(state, values)
         return nnx.merge(graph, state)(*_given(*args))
 
-    return Binding(nnx.to_pure_dict(params), apply)
+    return _Binding(nnx.to_pure_dict(params), apply)
 
 
-def _bind_linen(network: linen.Module, example: tuple[Array | None, ...]) -> Binding:
+def _bind_linen(network: linen.Module, example: tuple[Array | None, ...]) -> _Binding:
     inputs = _given(*example)
     shapes = jax.eval_shape(network.init, jax.random.key(0), *inputs)
     _check_stateless("linen", network, set(shapes) - {"params"})
@@ -111,13 +111,13 @@ def _bind_linen(network: linen.Module, example: tuple[Array | None, ...]) -> Bin
     def apply(values: PyTree, *args: Array | None) -> Array:
         return network.apply({"params": values}, *_given(*args))
 
-    return Binding(lambda key: network.init(key, *inputs)["params"], apply)
+    return _Binding(lambda key: network.init(key, *inputs)["params"], apply)
 
 
-def _bind_equinox(network: Any, equinox: Any) -> Binding:
+def _bind_equinox(network: Any, equinox: Any) -> _Binding:
     values, static = equinox.partition(network, equinox.is_inexact_array)
 
     def apply(values: PyTree, *args: Array | None) -> Array:
         return jax.vmap(equinox.combine(values, static))(*_given(*args))
 
-    return Binding(lambda _: values, apply)  # a bare module is callable: it would pass for an init
+    return _Binding(lambda _: values, apply)  # a bare module is callable: it would pass for an init

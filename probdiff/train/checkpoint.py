@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
 from jaxtyping import PyTree
+from safetensors.numpy import save
 
 _FORMAT = "probdiff.fit 2"
 _DTYPES = {"BOOL": "bool", "C64": "complex64", "BF16": "bfloat16"} | {
@@ -72,8 +72,8 @@ def write(path: Path, arrays: dict[str, np.ndarray], about: dict[str, str]) -> N
     """Put arrays and text, both by name, at `path`, all or nothing; its folder must exist."""
     # One entry, for the order of several differs from process to process.
     metadata = {"about": json.dumps({**about, "format": _FORMAT}, sort_keys=True)}
-    sealed = metadata | {"sha256": sha256(packed(arrays, metadata))}
-    replace(path, packed(arrays, sealed))
+    sealed = metadata | {"sha256": sha256(save(arrays, metadata))}
+    replace(path, save(arrays, sealed))
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -89,7 +89,7 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         raise ValueError(f"{path} must have the format {_FORMAT!r}; got {metadata['format']!r}")
     if (seal := metadata.pop("sha256", None)) is None:
         raise ValueError(f"{path} must hold the seal that a checkpoint is written with; got none")
-    if sha256(packed(arrays, metadata)) != seal:
+    if sha256(save(arrays, metadata)) != seal:
         raise ValueError(f"{path} was altered: its contents do not have the SHA-256 it names")
     about = json.loads(metadata["about"])
     if (found := about.pop("format")) != _FORMAT:
@@ -99,17 +99,12 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 def digest(tree: PyTree) -> str:
     """SHA-256 of a tree's values, names, shapes and dtypes."""
-    return sha256(packed(flatten(tree)))
+    return sha256(save(flatten(tree)))
 
 
 def sha256(data: bytes) -> str:
     """The checksum of bytes, as hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
-
-
-def packed(arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> bytes:
-    """Arrays in C order, and text, in the format of safetensors."""
-    return safetensors.numpy.save(arrays, metadata)
 
 
 def unpacked(data: bytes) -> dict[str, np.ndarray]:

@@ -35,7 +35,7 @@ _CHUNK_SECONDS = 2.0
 memory, which on a CPU costs a U-Net a quarter of a step: at 0.3 s it was a tenth of the time."""
 
 
-class Record(NamedTuple):
+class _Record(NamedTuple):
     """All that changes from step to step, but for the losses."""
 
     step: int
@@ -70,15 +70,15 @@ class Run(NamedTuple):
     progress: bool
     losses: np.ndarray
 
-    def first_record(self) -> Record:
+    def first_record(self) -> _Record:
         """The record to begin with: the checkpoint's if there is one."""
         carry = self.svi.start(averaged=self.ema_decay is not None)
         # A stand-in until the first evaluation, so that a checkpoint's tree is always the same.
         best = None if self.patience is None else self.svi.weights(carry)
-        record = Record(0, carry, best, ())
+        record = _Record(0, carry, best, ())
         return record if self.checkpoint is None else self._resumed(record, self.checkpoint)
 
-    def last_record(self, record: Record) -> Record:
+    def last_record(self, record: _Record) -> _Record:
         """The record after the last step; saved by the clock, at the end, and when interrupted."""
         saved_step, saved_time = record.step, time.monotonic()
         with bars.bar(
@@ -101,7 +101,7 @@ class Run(NamedTuple):
                     self._save(record)
         return record
 
-    def evaluated(self, record: Record) -> Record:
+    def evaluated(self, record: _Record) -> _Record:
         """The record with one more evaluation."""
         weights = self.svi.weights(record.carry)
         judged = (self.key_held_out, weights.params, record.carry.state.mutable_state)
@@ -115,7 +115,7 @@ class Run(NamedTuple):
             record = record._replace(best=weights)
         return record._replace(evaluations=(*record.evaluations, (record.step, loss)))
 
-    def _records(self, record: Record) -> Iterator[Record]:
+    def _records(self, record: _Record) -> Iterator[_Record]:
         """The record after each chunk."""
         length = 1  # the first chunk may compile: its time says nothing about a step's
         n = self._room(record, length)
@@ -141,13 +141,13 @@ class Run(NamedTuple):
                 return
             n, feed = following, ahead
 
-    def _chunk(self, record: Record, feed: _Feed | None, n: int) -> tuple[Carry, Array, Array]:
+    def _chunk(self, record: _Record, feed: _Feed | None, n: int) -> tuple[Carry, Array, Array]:
         """n steps from the record on, under way: (carry, losses, whether weights are finite)."""
         losses = np.zeros(self.source.capacity, self.losses.dtype)
         numbers = np.int32(record.step), np.int32(n), self.ema_decay or 0.0
         return self.svi.chunk(record.carry, feed, *numbers, losses)
 
-    def _room(self, record: Record, n: int) -> int:
+    def _room(self, record: _Record, n: int) -> int:
         """Steps that may follow the record in one chunk, at most n; none of a run that is done."""
         return 0 if self._is_stale(record) else self._steps_after(record.step, n)
 
@@ -157,7 +157,7 @@ class Run(NamedTuple):
             n = min(n, self.evaluate_every - step % self.evaluate_every)
         return n
 
-    def _is_stale(self, record: Record) -> bool:
+    def _is_stale(self, record: _Record) -> bool:
         """Whether the last `patience` evaluations brought no improvement."""
         losses = [loss for _, loss in record.evaluations]
         if self.patience is None or not losses:
@@ -169,7 +169,7 @@ class Run(NamedTuple):
         bar.set_postfix_str(f"loss per example {loss:.4g}", refresh=False)
         bar.update(stop - start)
 
-    def _checked(self, record: Record, feed: _Feed | None, n: int, output: tuple) -> Record:
+    def _checked(self, record: _Record, feed: _Feed | None, n: int, output: tuple) -> _Record:
         """The record after a chunk, all of it finite."""
         carry, losses, finite = output
         losses = np.asarray(losses)[:n]
@@ -178,7 +178,7 @@ class Run(NamedTuple):
         self.losses[record.step : record.step + n] = losses
         return record._replace(step=record.step + n, carry=carry)
 
-    def _explain(self, record: Record, feed: _Feed | None, losses: np.ndarray) -> str:
+    def _explain(self, record: _Record, feed: _Feed | None, losses: np.ndarray) -> str:
         """What was not finite first, found by doing the chunk again up to there."""
         bad = np.flatnonzero(~np.isfinite(losses))
         n = int(bad[0]) if bad.size else len(losses)
@@ -196,7 +196,7 @@ class Run(NamedTuple):
         faults = self.svi.faults(key, params, carry.state.mutable_state, batch)
         return f"the loss is {losses[n]} at step {step + 1}; not finite: {faults}"
 
-    def _save(self, record: Record) -> None:
+    def _save(self, record: _Record) -> None:
         """Write the checkpoint, in one process if several share the devices."""
         if self.checkpoint is None or not devices.is_first(self.mesh):
             return
@@ -205,7 +205,7 @@ class Run(NamedTuple):
         arrays["evaluations"] = np.array(record.evaluations, np.float64).reshape(-1, 2)
         checkpoint.write(self.checkpoint, arrays, self.identity)
 
-    def _resumed(self, record: Record, path: Path) -> Record:
+    def _resumed(self, record: _Record, path: Path) -> _Record:
         """The record in the file; the one given if there is no file."""
         if not path.parent.is_dir():
             raise ValueError(f"checkpoint must lie in a folder that exists; got {path}")
@@ -227,7 +227,7 @@ class Run(NamedTuple):
             raise ValueError(f"checkpoint must be of this run; {path} is not: {error}") from error
         self.losses[: losses.size] = losses
         done = tuple((int(step), float(loss)) for step, loss in evaluations)
-        return Record(losses.size, **devices.replicate(tree, self.mesh), evaluations=done)
+        return _Record(losses.size, **devices.replicate(tree, self.mesh), evaluations=done)
 
 
 def _chunk_length(n: int, seconds: float) -> int:
