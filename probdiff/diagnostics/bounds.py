@@ -93,18 +93,15 @@ def bound(
         >>> dict(tree["bound"]["kl"].sizes)  # steps 2..10
         {'example': 500, 'step': 9}
     """
-    given = diffusion, params, x_0, context, mask
-    parts = _parts(
-        key, *given, _bound_block, block_size, mesh, progress=progress, num_draws=num_draws
-    )
-    reconstruction, kl, prior, se = parts
+    reconstruction, kl, prior, se = _parts(
+        key, diffusion, params, x_0, context, mask, _bound_block, block_size, mesh,
+        progress=progress, num_draws=num_draws,
+    )  # fmt: skip
     tree = _tree(reconstruction - kl.sum(1) - prior, reconstruction, prior)
-    tree["bound"].attrs |= _measure(diffusion, mask) | {"data": digest(x_0, mask)}
-    tree["bound"]["kl"] = xr.DataArray(
-        kl, dims=("example", "step"), coords={"step": np.arange(2, diffusion.T + 1)}
-    )
+    steps = {"step": np.arange(2, diffusion.T + 1)}
+    tree["bound"]["kl"] = xr.DataArray(kl, dims=("example", "step"), coords=steps)
     tree["bound"]["bound_se"] = xr.DataArray(se, dims="example")
-    tree["bound"].attrs |= {"T": diffusion.T, "num_draws": num_draws}
+    tree["bound"].attrs |= _measure(diffusion, x_0, mask) | {"num_draws": num_draws}
     return tree
 
 
@@ -137,14 +134,12 @@ def sampled_bound(
         >>> abs(mean - exact) < 4 * se
         True
     """
-    given = diffusion, params, x_0, context, mask
-    parts = _parts(
-        key, *given, _sampled_block, block_size, mesh, progress=progress, num_times=num_times
-    )
-    reconstruction, kl, prior = parts
+    reconstruction, kl, prior = _parts(
+        key, diffusion, params, x_0, context, mask, _sampled_block, block_size, mesh,
+        progress=progress, num_times=num_times,
+    )  # fmt: skip
     tree = _tree(reconstruction - kl - prior, reconstruction, prior)
-    tree["bound"].attrs |= _measure(diffusion, mask) | {"data": digest(x_0, mask)}
-    tree["bound"].attrs |= {"T": diffusion.T, "num_times": num_times}
+    tree["bound"].attrs |= _measure(diffusion, x_0, mask) | {"num_times": num_times}
     return tree
 
 
@@ -280,8 +275,8 @@ def digest(x_0: Data, mask: Mask | None = None) -> str:
     return hashlib.sha256(x_0.tobytes()).hexdigest()[:16]
 
 
-def _measure(diffusion: Diffusion, mask: Mask | None) -> dict[str, str | int | float]:
-    """What a density is taken against, and over how many entries of one example."""
+def _measure(diffusion: Diffusion, x_0: Data, mask: Mask | None) -> dict[str, str | int | float]:
+    """What a density is taken against, over how many entries of which examples; and T."""
     is_symbol = isinstance(diffusion.kernel, DiscreteKernel)
     is_discrete = is_symbol or diffusion.last_step.grid is not None
     num_dims = math.prod(diffusion.event_shape)
@@ -289,7 +284,8 @@ def _measure(diffusion: Diffusion, mask: Mask | None) -> dict[str, str | int | f
         counts = np.asarray(mask).reshape(len(mask), -1).sum(1)
         num_dims = int(counts[0]) if (counts == counts[0]).all() else math.nan
     measure = "counting" if is_discrete else "Lebesgue, in the user's units"
-    return {"reference_measure": measure, "num_dims": num_dims}
+    about = {"reference_measure": measure, "num_dims": num_dims}
+    return about | {"data": digest(x_0, mask), "T": diffusion.T}
 
 
 def summary(values: np.ndarray) -> dict[str, str | int | float]:

@@ -267,10 +267,7 @@ class CategoricalKernel(DiscreteKernel):
         """K."""
         return self.num_classes
 
-    @property
-    def num_data_states(self) -> int:
-        """K."""
-        return self.num_classes
+    num_data_states = num_states
 
     @property
     def log_pi(self) -> np.ndarray:

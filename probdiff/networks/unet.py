@@ -32,7 +32,7 @@ from probdiff.networks.convolution import (
     convolve,
     from_patches,
     to_patches,
-)  # fmt: skip
+)
 from probdiff.networks.perceptron import as_numbers
 
 _GROUP = 8
