@@ -33,26 +33,21 @@ import numpy as np
 from jax import random
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import ArrayLike, PyTree
 
 from probdiff.compilation import Programs
 
 
 def checked(mesh: Mesh | None) -> Mesh | None:
-    """The same devices on an axis that the compiler may use as it sees fit.
-
-    Raises:
-        ValueError: The mesh has several axes, or leaves a process out.
-    """
+    """The same devices on an axis that the compiler may use as it sees fit."""
     if mesh is None:
         return None
     if len(mesh.axis_names) != 1:
         raise ValueError(f"mesh must have one axis; got {mesh.axis_names}")
     count = len({device.process_index for device in mesh.devices.flat})
     if count not in (1, jax.process_count()):
-        raise ValueError(
-            f"mesh must hold devices of one process or of all {jax.process_count()}; "
-            f"got those of {count}"
-        )
+        wanted = f"one process or of all {jax.process_count()}"
+        raise ValueError(f"mesh must hold devices of {wanted}; got those of {count}")
     # Axes of `jax.make_mesh` are explicit unless told, and most programs do not run on such.
     return Mesh(mesh.devices, mesh.axis_names)
 
@@ -83,19 +78,19 @@ def check_same(values: dict[str, str]) -> None:
             raise ValueError(f"{name} must be the same in every process; here it is {text}")
 
 
-def replicate(tree: Any, mesh: Mesh | None) -> Any:
+def replicate(tree: PyTree, mesh: Mesh | None) -> PyTree:
     """The tree on every device of the mesh; the tree itself without a mesh."""
     return tree if mesh is None else place(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def place(tree: Any, sharding: NamedSharding | None) -> Any:
+def place(tree: PyTree, sharding: NamedSharding | None) -> PyTree:
     """The tree on devices as `sharding` says, from arrays that every process has whole."""
     if sharding is None or sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
     return jax.tree.map(functools.partial(_place_shares, sharding=sharding), tree)
 
 
-def fetch(tree: Any) -> Any:
+def fetch(tree: PyTree) -> PyTree:
     """The tree with NumPy arrays for leaves, whole in every process."""
 
     def whole(leaf: jax.Array) -> np.ndarray:
@@ -116,13 +111,9 @@ def check_block_size(block_size: int, count: int, of_what: str, mesh: Mesh | Non
 
 
 def blockwise(
-    programs: Programs,
-    function: Callable[..., Any],
-    given: Any,
-    blocks: Iterable[tuple[Any, ...]],
-    mesh: Mesh | None,
-    **static: Hashable,
-) -> Iterator[Any]:
+    programs: Programs, function: Callable[..., Any], given: PyTree,
+    blocks: Iterable[tuple[PyTree, ...]], mesh: Mesh | None, **static: Hashable,
+) -> Iterator[PyTree]:  # fmt: skip
     """Apply a function to every block, on all devices at once where there is a mesh.
 
     Args:
@@ -131,7 +122,6 @@ def blockwise(
         given: Pytree of arrays that every block gets.
         blocks: Tuples `(key, *rows)`, rows arrays or None.
         mesh: As `checked` returns it.
-        static: Options of the function.
 
     Returns:
         What the function returns for each block, in their order, as NumPy arrays.
@@ -152,11 +142,11 @@ def blockwise(
 
 
 def _on_each_device(
-    given: Any, own: Any, *, of: Callable[..., Any], mesh: Mesh, **static: Hashable
-) -> Any:
+    given: PyTree, own: PyTree, *, of: Callable[..., Any], mesh: Mesh, **static: Hashable
+) -> PyTree:
     """One block on each device; `own` and what is returned lead with an axis of devices."""
 
-    def on_one(given: Any, own: Any) -> Any:
+    def on_one(given: PyTree, own: PyTree) -> PyTree:
         key, *rows = jax.tree.map(lambda leaf: leaf[0], own)
         # A unit of its own, to be rounded as it is without a mesh.
         out = jax.jit(functools.partial(of, **static))(key, given, *rows)
@@ -169,7 +159,7 @@ def _on_each_device(
     )(given, own)
 
 
-def _place_shares(leaf: Any, sharding: NamedSharding) -> jax.Array:
+def _place_shares(leaf: ArrayLike, sharding: NamedSharding) -> jax.Array:
     if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
         return leaf
     if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
@@ -181,10 +171,10 @@ def _place_shares(leaf: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def _rounds(blocks: Iterable[tuple[Any, ...]], size: int) -> Iterator[list[tuple[Any, ...]]]:
+def _rounds(blocks: Iterable[tuple[PyTree, ...]], size: int) -> Iterator[list[tuple[PyTree, ...]]]:
     """Blocks in groups of one shape, at most `size` in each."""
 
-    def shapes(block: tuple[Any, ...]) -> list[tuple[int, ...]]:
+    def shapes(block: tuple[PyTree, ...]) -> list[tuple[int, ...]]:
         return [np.shape(leaf) for leaf in jax.tree.leaves(block)]
 
     for _, same in itertools.groupby(blocks, shapes):
@@ -192,6 +182,6 @@ def _rounds(blocks: Iterable[tuple[Any, ...]], size: int) -> Iterator[list[tuple
             yield group
 
 
-def _stack(*leaves: Any) -> Any:
+def _stack(*leaves: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
     is_key = jnp.issubdtype(jnp.result_type(leaves[0]), jax.dtypes.prng_key)
     return (jnp if is_key else np).stack(leaves)

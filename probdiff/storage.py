@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 from flax import nnx
 
 from probdiff import kernels, networks, readouts, schedules, validation
@@ -55,7 +56,7 @@ def save(path: str | Path, diffusion: Diffusion, params: Params) -> None:
     """
     diffusion.check_params(params)
     leaves = validation.leaves_by_path(params)
-    data = checkpoint.packed({name: np.asarray(a, order="C") for name, a in leaves.items()})
+    data = safetensors.numpy.save({name: np.asarray(a, order="C") for name, a in leaves.items()})
     config = _config(diffusion) | {"params_sha256": checkpoint.sha256(data)}
     config |= {"config_sha256": _digest(config)}
     folder = Path(path)
@@ -70,9 +71,6 @@ def load(path: str | Path, *, network: Network | None = None) -> tuple[Diffusion
     Args:
         path: Folder that `save` wrote.
         network: The network, where it is not one of the library's own.
-
-    Returns:
-        The `Diffusion`, and its parameters by site name.
 
     Raises:
         ValueError: if a file is missing, altered or of another format, or a network is needed.
@@ -115,19 +113,13 @@ def _config(diffusion: Diffusion) -> dict[str, Any]:
     built_in = NETWORKS.get(kind) is type(diffusion.network)
     settings = built_in_config(diffusion.network) if built_in else None
     return {
-        "format": _FORMAT,
-        "kernel": _describe(diffusion.kernel),
-        "beta": diffusion.rates.tolist(),
+        "format": _FORMAT, "kernel": _describe(diffusion.kernel), "beta": diffusion.rates.tolist(),
         "beta_learned": isinstance(diffusion.schedule, schedules.LearnedRates),
-        "network": {"type": kind, "settings": settings},
-        "readout": _describe(diffusion.readout),
-        "last_step": _describe(diffusion.last_step),
-        "event_shape": diffusion.event_shape,
-        "context_shape": diffusion.context_shape,
-        "loc": _as_list(diffusion.loc, 0.0),
-        "scale": _as_list(diffusion.scale, 1.0),
-        "name": diffusion.name,
-    }
+        "network": {"type": kind, "settings": settings}, "readout": _describe(diffusion.readout),
+        "last_step": _describe(diffusion.last_step), "event_shape": diffusion.event_shape,
+        "context_shape": diffusion.context_shape, "loc": _as_list(diffusion.loc, 0.0),
+        "scale": _as_list(diffusion.scale, 1.0), "name": diffusion.name,
+    }  # fmt: skip
 
 
 def _as_list(value: Any, default: float) -> Any:
@@ -136,51 +128,39 @@ def _as_list(value: Any, default: float) -> Any:
 
 def _describe(part: Any) -> dict[str, Any]:
     """Type and fields of a kernel, readout, variance or last step."""
-    if _PARTS.get(type(part).__name__) is not type(part):
-        raise ValueError(
-            f"diffusion must be made of built-in parts to be saved; got {type(part).__name__}"
-        )
+    if _PARTS.get(kind := type(part).__name__) is not type(part):
+        raise ValueError(f"diffusion must be made of built-in parts to be saved; got {kind}")
     fields = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
     values = {k: _describe(v) if dataclasses.is_dataclass(v) else v for k, v in fields.items()}
-    return {"type": type(part).__name__} | values
+    return {"type": kind} | values
 
 
 def _revive(described: dict[str, Any]) -> Any:
     values = {k: v for k, v in described.items() if k != "type"}
     values = {k: _revive(v) if isinstance(v, dict) else v for k, v in values.items()}
-    if described["type"] not in _PARTS:
-        raise ValueError(
-            f"config.json must name built-in parts {sorted(_PARTS)}; got {described['type']!r}"
-        )
-    return _PARTS[described["type"]](**values)
+    if (kind := described["type"]) not in _PARTS:
+        raise ValueError(f"config.json must name built-in parts {sorted(_PARTS)}; got {kind!r}")
+    return _PARTS[kind](**values)
 
 
 def _rebuild(config: dict[str, Any], network: Network | None) -> Diffusion:
     described = config["network"]
     if network is None:
         if described["settings"] is None or described["type"] not in NETWORKS:
-            raise ValueError(
-                f"network must be given: {described['type']!r} is not one of the built-in "
-                f"{sorted(NETWORKS)}"
-            )
-        settings = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in described["settings"].items()
-        }
+            known = f"is not one of the built-in {sorted(NETWORKS)}"
+            raise ValueError(f"network must be given: {described['type']!r} {known}")
+        saved = described["settings"].items()
+        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in saved}
         network = NETWORKS[described["type"]](**settings, rngs=nnx.Rngs(0))
     beta = np.asarray(config["beta"])
     context_shape = config["context_shape"]
     return Diffusion(
-        _revive(config["kernel"]),
-        schedules.learned(beta) if config["beta_learned"] else beta,
-        network,
-        event_shape=tuple(config["event_shape"]),
-        readout=_revive(config["readout"]),
-        last_step=_revive(config["last_step"]),
-        loc=np.asarray(config["loc"]),
+        _revive(config["kernel"]), schedules.learned(beta) if config["beta_learned"] else beta,
+        network, event_shape=tuple(config["event_shape"]), readout=_revive(config["readout"]),
+        last_step=_revive(config["last_step"]), loc=np.asarray(config["loc"]),
         scale=np.asarray(config["scale"]),
-        context_shape=None if context_shape is None else tuple(context_shape),
-        name=config["name"],
-    )
+        context_shape=None if context_shape is None else tuple(context_shape), name=config["name"],
+    )  # fmt: skip
 
 
 def _read_config(file: Path) -> dict[str, Any]:

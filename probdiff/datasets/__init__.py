@@ -15,26 +15,8 @@ from probdiff.datasets.swiss_roll import swiss_roll, swiss_roll_log_density
 from probdiff.datasets.textures import Textures, grey_images, textures
 
 __all__ = [
-    "BinarisedMnist",
-    "Cifar10",
-    "Digits",
-    "Mnist",
-    "Textures",
-    "binarise",
-    "binarised_mnist",
-    "cifar10",
-    "dead_leaves",
-    "dequantise",
-    "digits",
-    "gaussian",
-    "gaussian_mixture",
-    "gaussian_mixture_distribution",
-    "grey_images",
-    "heartbeat",
-    "heartbeat_sequences",
-    "mnist",
-    "swiss_roll",
-    "swiss_roll_log_density",
-    "textures",
-    "with_mirrored",
-]
+    "BinarisedMnist", "Cifar10", "Digits", "Mnist", "Textures", "binarise", "binarised_mnist",
+    "cifar10", "dead_leaves", "dequantise", "digits", "gaussian", "gaussian_mixture",
+    "gaussian_mixture_distribution", "grey_images", "heartbeat", "heartbeat_sequences", "mnist",
+    "swiss_roll", "swiss_roll_log_density", "textures", "with_mirrored",
+]  # fmt: skip

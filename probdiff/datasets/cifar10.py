@@ -41,13 +41,7 @@ _BATCHES = {
 
 
 class Cifar10(NamedTuple):
-    """Colour images and their labels, training and test, in the published order.
-
-    Attributes:
-        train: Training images of 32 × 32 pixels, red, green and blue last; bytes, levels 0..255.
-        test: Test images, alike.
-        train_labels: Class of each training image; bytes, 0..9.
-        test_labels: Class of each test image.
+    """Colour images (red, green and blue last, levels 0..255) and labels 0..9, published order.
 
     Example:
         >>> datasets.Cifar10._fields
@@ -64,17 +58,13 @@ def cifar10() -> Cifar10:
     """Load CIFAR-10 in its published order.
 
     The folder named by `PROBDIFF_DATA` may hold the archive, or the six batches as it unpacks them,
-    in `cifar-10-batches-bin/`. Otherwise the archive, 170 MB, is downloaded once.
-
-    Raises:
-        ValueError: If a file's checksum is not the published one.
+    in `cifar-10-batches-bin/`. Otherwise the archive, 170 MB, is downloaded once. A
+    `ValueError` if a file's checksum is another.
 
     Example:
         >>> data = datasets.cifar10()  # doctest: +SKIP
         >>> data.train.shape, data.train.dtype  # doctest: +SKIP
         ((50000, 32, 32, 3), dtype('uint8'))
-
-    Source: Krizhevsky (2009).
     """
     batches = [_records(content) for content in _contents()]
     labels, images = (np.concatenate(parts) for parts in zip(*batches[:-1], strict=True))
@@ -104,11 +94,8 @@ def _contents() -> list[bytes]:
         return [file.read_bytes() for file in files]
     with tarfile.open(fetch(_ARCHIVE, _ARCHIVES, _URL)) as archive:
         # In the archive's own order: to step back in it would mean to unpack it again.
-        found = {
-            member.name: archive.extractfile(member).read()
-            for member in archive
-            if member.name in _BATCHES
-        }
+        members = (member for member in archive if member.name in _BATCHES)
+        found = {member.name: archive.extractfile(member).read() for member in members}
     return [found[name] for name in _BATCHES]
 
 

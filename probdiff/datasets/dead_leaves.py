@@ -41,18 +41,13 @@ _Greys = Float[Array | np.ndarray, "k"] | None
 
 
 def dead_leaves(
-    key: PRNGKeyArray,
-    n: int,
-    *,
-    size: int,
-    r_min: float = 1.0,
-    r_max: float = 100.0,
+    key: PRNGKeyArray, n: int, *, size: int, r_min: float = 1.0, r_max: float = 100.0,
     greys: _Greys = None,
-) -> Float[Array, "{n} {size} {size}"]:
+) -> Float[Array, "{n} {size} {size}"]:  # fmt: skip
     """Pictures of dead leaves: discs with density of radii ∝ r^−3 on [r_min, r_max].
 
     A pixel shows the disc over its centre: edges are sharp. Time grows as n size⁴ / r_min²
-    where `size` is far above `r_min`.
+    where `size` is far above `r_min`. The 2015 paper does not tell its r_min and r_max.
 
     Args:
         key: Random key.
@@ -60,11 +55,7 @@ def dead_leaves(
         size: Pixels a side, at least 1.
         r_min: Smallest radius in pixels, positive.
         r_max: Largest radius in pixels, above `r_min`.
-        greys: Grey values, all equally likely; if absent, a value uniform on [0, 1), which has mean
-            1/2 and variance 1/12.
-
-    Raises:
-        ValueError: If an argument is out of range.
+        greys: Grey values, all equally likely; if absent, a value uniform on [0, 1).
 
     Example:
         >>> x = datasets.dead_leaves(jax.random.key(0), 200, size=16, r_min=2.0)
@@ -73,8 +64,6 @@ def dead_leaves(
         >>> same = (x[:, :, 1:] == x[:, :, :-1]).mean()  # neighbours on one disc
         >>> round(float(same), 1)
         0.8
-
-    Source: see the module; r_min and r_max of the 2015 paper's pictures are not known.
     """
     check_at_least(1, n=n, size=size)
     if not (math.isfinite(r_min) and r_min > 0):

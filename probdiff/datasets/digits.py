@@ -10,15 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 
 class Digits(NamedTuple):
-    """Images of digits and their labels, in three parts that share no image.
-
-    Attributes:
-        train: Training images of 8 × 8 pixels; floats, whole levels 0..16.
-        validation: Validation images, alike.
-        test: Test images, alike.
-        train_labels: Digit of each training image, 0..9.
-        validation_labels: Digit of each validation image.
-        test_labels: Digit of each test image.
+    """Images of digits, whole levels 0..16 as floats, and labels 0..9; no image is in two parts.
 
     Example:
         >>> train, validation, test, *labels = datasets.digits()
@@ -37,8 +29,8 @@ class Digits(NamedTuple):
 def digits() -> Digits:
     """Handwritten digits of 8 × 8 pixels: 1297 to train, 200 to validate, 300 to test.
 
-    Pixels count the black dots of a 4 × 4 block: integers 0..16, kept as floats in these units.
-    The split is one fixed permutation. Part of scikit-learn: nothing is downloaded.
+    Pixels count the black dots of a 4 × 4 block. The split is one fixed permutation. Part of
+    scikit-learn: nothing is downloaded.
 
     Example:
         >>> data = datasets.digits()
@@ -81,9 +73,6 @@ def dequantise(
 
     Returns:
         Values in [x, x + levels_width): floor(value / levels_width) is the level again.
-
-    Raises:
-        ValueError: If `levels_width` is not positive.
 
     Example:
         >>> x = datasets.digits().train

@@ -16,13 +16,7 @@ from pathlib import Path
 def fetch(name: str, checksums: dict[str, str], url: str) -> Path:
     """Path of a published file: from the folder `PROBDIFF_DATA`, or downloaded and kept.
 
-    Args:
-        name: The file's name, below the folder and behind `url`.
-        checksums: SHA-256 of the files by name, in hexadecimal digits.
-        url: Address up to the name.
-
-    Raises:
-        ValueError: If a file has another checksum.
+    `checksums` has the SHA-256 of each name; another is a `ValueError`. `url` is up to the name.
     """
     file = given(name, checksums)
     if file is not None:

@@ -9,22 +9,16 @@ from probdiff.arguments import check_at_least
 
 
 def gaussian(
-    key: PRNGKeyArray,
-    n: int,
-    *,
-    covariance: Float[Array | np.ndarray, "d d"],
+    key: PRNGKeyArray, n: int, *, covariance: Float[Array | np.ndarray, "d d"],
     mean: Float[Array | np.ndarray, "d"] | None = None,
-) -> Float[Array, "{n} d"]:
+) -> Float[Array, "{n} d"]:  # fmt: skip
     """Draws from N(mean, covariance), `(n, d)`.
 
     Args:
         key: Random key.
         n: Number of points, at least 1.
-        covariance: Symmetric and positive definite.
-        mean: Mean; zero if absent.
-
-    Raises:
-        ValueError: If `n` is out of range or `covariance` is not a covariance.
+        covariance: Symmetric and positive definite; a `ValueError` if not.
+        mean: Zero if absent.
 
     Example:
         >>> covariance = np.array([[1.0, 0.8], [0.8, 1.0]])
@@ -39,23 +33,16 @@ def gaussian(
 
 
 def gaussian_mixture(
-    key: PRNGKeyArray,
-    n: int,
-    *,
-    means: Float[Array | np.ndarray, "k d"],
+    key: PRNGKeyArray, n: int, *, means: Float[Array | np.ndarray, "k d"],
     covariances: Float[Array | np.ndarray, "k d d"],
     weights: Float[Array | np.ndarray, "k"] | None = None,
-) -> Float[Array, "{n} d"]:
+) -> Float[Array, "{n} d"]:  # fmt: skip
     """Draws from `gaussian_mixture_distribution(means=, covariances=, weights=)`, `(n, d)`.
-
-    Raises:
-        ValueError: If `n` is below 1, or a covariance or a weight is out of range.
 
     Example:
         >>> means, covariances = np.array([[-2.0], [2.0]]), np.ones((2, 1, 1))
-        >>> x = datasets.gaussian_mixture(
-        ...     jax.random.key(0), 10_000, means=means, covariances=covariances
-        ... )
+        >>> key = jax.random.key(0)
+        >>> x = datasets.gaussian_mixture(key, 10_000, means=means, covariances=covariances)
         >>> round(float(x.var()), 1)  # 1 within components, 4 between them
         5.0
     """
@@ -65,23 +52,18 @@ def gaussian_mixture(
 
 
 def gaussian_mixture_distribution(
-    *,
-    means: Float[Array | np.ndarray, "k d"],
-    covariances: Float[Array | np.ndarray, "k d d"],
+    *, means: Float[Array | np.ndarray, "k d"], covariances: Float[Array | np.ndarray, "k d d"],
     weights: Float[Array | np.ndarray, "k"] | None = None,
-) -> dist.MixtureSameFamily:
+) -> dist.MixtureSameFamily:  # fmt: skip
     """The mixture Σ_k weights_k N(means_k, covariances_k), with its exact log density.
 
     Args:
         means: Means of the components.
-        covariances: Covariances of the components, each symmetric and positive definite.
-        weights: Probabilities of the components; equal if absent.
+        covariances: Symmetric and positive definite; a `ValueError` if not.
+        weights: Probabilities of the components, with sum 1; equal if absent.
 
     Returns:
         Mixture over points: batch shape (), event shape (d,).
-
-    Raises:
-        ValueError: If a covariance or a weight is out of range.
 
     Example:
         >>> means, covariances = np.array([[-2.0], [2.0]]), np.ones((2, 1, 1))

@@ -23,9 +23,6 @@ def heartbeat_sequences(*, length: int = 20, period: int = 5) -> Int[np.ndarray,
     Returns:
         Bits 0 and 1; row `phase` begins with `phase` zeros.
 
-    Raises:
-        ValueError: If `length` is not a multiple of `period`, or `period` is below 2.
-
     Example:
         >>> datasets.heartbeat_sequences(length=6, period=3)
         array([[1, 0, 0, 1, 0, 0],
@@ -41,19 +38,12 @@ def heartbeat_sequences(*, length: int = 20, period: int = 5) -> Int[np.ndarray,
 def heartbeat(
     key: PRNGKeyArray, n: int, *, length: int = 20, period: int = 5
 ) -> Int[np.ndarray, "n length"]:
-    """Draws of `n` heartbeats, a sequence a row, the phase uniform: log2(period) bits each.
-
-    `length` and `period` are those of `heartbeat_sequences`.
-
-    Raises:
-        ValueError: As `heartbeat_sequences`, or if `n` is below 1.
+    """Draws of `n` heartbeats, each a row of `heartbeat_sequences`: log2(period) bits each.
 
     Example:
         >>> x = datasets.heartbeat(jax.random.key(0), 1000)
         >>> x.shape, set(x.sum(axis=1).tolist())  # four beats in each
         ((1000, 20), {4})
-
-    Source: Sohl-Dickstein et al. (2015), section 3.1.2.
     """
     check_at_least(1, n=n)
     sequences = heartbeat_sequences(length=length, period=period)

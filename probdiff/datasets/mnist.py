@@ -35,13 +35,7 @@ _BINARISED_URL = "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_
 
 
 class Mnist(NamedTuple):
-    """Grey images and their labels, training and test, in the published order.
-
-    Attributes:
-        train: Training images of 28 × 28 pixels; bytes, paper 0 and ink up to 255.
-        test: Test images, alike.
-        train_labels: Digit of each training image; bytes, 0..9.
-        test_labels: Digit of each test image.
+    """Grey images (paper 0, ink up to 255) and labels 0..9, in the published order.
 
     Example:
         >>> datasets.Mnist._fields
@@ -55,12 +49,7 @@ class Mnist(NamedTuple):
 
 
 class BinarisedMnist(NamedTuple):
-    """Bits in the fixed binarisation; no labels were published with it.
-
-    Attributes:
-        train: Training images of 28 × 28 bits; bytes, paper 0 and ink 1.
-        validation: Validation images, alike.
-        test: Test images, alike.
+    """Images of bits, paper 0 and ink 1, in the fixed binarisation, published without labels.
 
     Example:
         >>> datasets.BinarisedMnist._fields
@@ -76,18 +65,14 @@ def mnist() -> Mnist:
     """Load MNIST: handwritten digits of 28 × 28 pixels, 60,000 to train and 10,000 to test.
 
     The folder named by `PROBDIFF_DATA` may hold the four published files; what is not there, 12 MB
-    in all, is downloaded once.
-
-    Raises:
-        ValueError: If a file's checksum is not the published one.
+    in all, is downloaded once. A `ValueError` if a file's checksum is another.
 
     Example:
         >>> data = datasets.mnist()  # doctest: +SKIP
         >>> data.train.shape, data.train.max()  # doctest: +SKIP
         ((60000, 28, 28), np.uint8(255))
 
-    Source: LeCun, Bottou, Bengio and Haffner (1998), Gradient-based learning applied to document
-    recognition.
+    Source: LeCun et al. (1998), Gradient-based learning applied to document recognition.
     """
     images, labels = (
         [_idx(fetch(f"{part}-{kind}-ubyte.gz", _MNIST, _MNIST_URL)) for part in ("train", "t10k")]
@@ -100,10 +85,7 @@ def binarised_mnist() -> BinarisedMnist:
     """Load the fixed binarisation of MNIST: 50,000 images to train, 10,000 to validate and to test.
 
     The folder named by `PROBDIFF_DATA` may hold the three published files; what is not there,
-    110 MB in all, is downloaded once.
-
-    Raises:
-        ValueError: If a file's checksum is not the published one.
+    110 MB in all, is downloaded once. A `ValueError` if a file's checksum is another.
 
     Example:
         >>> data = datasets.binarised_mnist()  # doctest: +SKIP
@@ -120,12 +102,7 @@ def binarise(
 ) -> Int[Array, "*shape"]:
     """Dynamic binarisation: a bit for each pixel, with P(1) = grey level / 255.
 
-    Args:
-        key: Random key; a new one for every use of an image.
-        images: Grey levels 0..255.
-
-    Returns:
-        Bits 0 and 1, as integers.
+    `key` is a new one for every use of an image.
 
     Example:
         >>> grey = np.full((100, 28, 28), 51, np.uint8)

@@ -41,15 +41,10 @@ def swiss_roll(key: PRNGKeyArray, n: int, *, noise: float) -> Float[Array, "{n} 
         noise: Standard deviation of the noise in raw units, where the roll's radius runs from 4.7
             to 14.1; not negative.
 
-    Raises:
-        ValueError: If `n` or `noise` is out of range.
-
     Example:
         >>> x = datasets.swiss_roll(jax.random.key(0), 10_000, noise=0.1)
         >>> x.shape, round(float(x.var(axis=0).mean()), 1)
         ((10000, 2), 1.0)
-
-    Source: see the module.
     """
     check_at_least(1, n=n)
     _check_not_negative("noise", noise)
@@ -72,8 +67,7 @@ def swiss_roll_log_density(
     except within √v of the two ends of the curve, where it is good to about one in a thousand.
 
     Args:
-        x: Points, in the scaled units of `swiss_roll`.
-        noise: As in `swiss_roll`.
+        x, noise: As `swiss_roll` has them.
         extra_variance: Variance added in scaled units; β_1 for the ceiling of a tied last step.
         shrink: Factor in (0, 1] on the variance of the roll; 1 − β_1 for the same ceiling.
 
@@ -81,14 +75,12 @@ def swiss_roll_log_density(
         Log density in nats with respect to area in scaled units.
 
     Raises:
-        ValueError: If an option is out of range, or if no noise is left and there is no density.
+        ValueError: If an option is out of range, or no noise is left and there is no density.
 
     Example:
         >>> x = jnp.array([[1.54, -0.03], [1.1, -0.03]])  # on the curve, and between two turns
         >>> print(datasets.swiss_roll_log_density(x, noise=0.5).round(1))
         [ -1.2 -19.5]
-
-    Source: see the module.
     """
     _check_not_negative("noise", noise)
     _check_not_negative("extra_variance", extra_variance)
@@ -109,9 +101,8 @@ def swiss_roll_log_density(
         log_kernel = -jnp.sum((point - curve) ** 2, axis=-1) / (2 * variance)
         return logsumexp(log_kernel) - math.log(grid_size * 2 * math.pi * variance)
 
-    # Points times grid do not fit into memory at once; four million pairs do.
-    points_at_once = max(1, 4_000_000 // grid_size)
-    values = jax.lax.map(log_density, x.reshape(-1, 2), batch_size=points_at_once)
+    at_once = max(1, 4_000_000 // grid_size)  # pairs of points and grid that memory holds
+    values = jax.lax.map(log_density, x.reshape(-1, 2), batch_size=at_once)
     return values.reshape(x.shape[:-1])
 
 

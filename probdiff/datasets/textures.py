@@ -40,12 +40,6 @@ _Image = Real[Array | np.ndarray, "_ _"]
 class Textures(NamedTuple):
     """Crops (grey − loc) / scale of the training and of the held-out regions.
 
-    Attributes:
-        train: Training crops; float32, mean 0 and variance 1 under the law of training crops.
-        test: Held-out crops, in the same units.
-        loc: Mean grey value of a random training crop, in the images' unit.
-        scale: Standard deviation of its grey values, in the images' unit, positive.
-
     Example:
         >>> stripes = np.tile([0.0, 100.0], (8, 8))
         >>> data = datasets.textures(jax.random.key(0), 5, [stripes], size=2, n_test=3)
@@ -56,19 +50,14 @@ class Textures(NamedTuple):
     train: Float32[np.ndarray, "n size size"]
     test: Float32[np.ndarray, "n_test size size"]
     loc: float
+    """Mean grey value of a random training crop, in the images' unit; `scale` its deviation."""
     scale: float
 
 
 def textures(
-    key: PRNGKeyArray,
-    n: int,
-    images: Sequence[_Image],
-    *,
-    size: int,
-    n_test: int = 1_000,
-    test_share: float = 0.25,
-    flip: bool = False,
-) -> Textures:
+    key: PRNGKeyArray, n: int, images: Sequence[_Image], *, size: int, n_test: int = 1_000,
+    test_share: float = 0.25, flip: bool = False,
+) -> Textures:  # fmt: skip
     """Random crops of grey images, `n` for training and `n_test` held out, at unit variance.
 
     Args:
@@ -81,16 +70,13 @@ def textures(
         flip: Whether to mirror each crop left to right with probability 1/2.
 
     Raises:
-        ValueError: If an argument is out of range, a crop does not fit into a part of an image, or
-            the images do not vary.
+        ValueError: If an option is out of range, a crop does not fit in, or images do not vary.
 
     Example:
         >>> photograph = np.random.default_rng(0).uniform(size=(80, 60))
         >>> data = datasets.textures(jax.random.key(0), 500, [photograph], size=8, n_test=100)
         >>> data.train.shape, data.test.shape, round(float(data.train.std()), 1)
         ((500, 8, 8), (100, 8, 8), 1.0)
-
-    Source: see the module.
     """
     check_at_least(1, n=n, n_test=n_test, size=size)
     if not 0 < test_share < 1:
@@ -112,14 +98,8 @@ def textures(
 def grey_images(folder: Path) -> list[Float[np.ndarray, "_ _"]]:
     """The grey PNG files of a folder in the order of their names, for `textures`.
 
-    Args:
-        folder: Folder whose `*.png` are read; each without colours and without transparency.
-
-    Returns:
-        One image a file, floats, black 0 and white 1; levels of 8 bits are 1/255 apart.
-
-    Raises:
-        ValueError: If there is no such file, or one that is not grey.
+    Floats, black 0 and white 1; levels of 8 bits are 1/255 apart. There must be files, and none
+    with colours or transparency.
 
     Example:
         >>> import pathlib, tempfile, PIL.Image

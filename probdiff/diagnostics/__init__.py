@@ -25,19 +25,7 @@ from probdiff.diagnostics.parzen import parzen
 from probdiff.diagnostics.predictive import predictive_check
 
 __all__ = [
-    "BITS_PER_NAT",
-    "BitsPerDim",
-    "LadderWarning",
-    "bits_per_dim",
-    "bound",
-    "compare",
-    "entropies",
-    "entropy_form",
-    "information",
-    "ladder",
-    "parzen",
-    "predictive_check",
-    "sampled_bound",
-    "sandwich",
-    "to_datatree",
-]
+    "BITS_PER_NAT", "BitsPerDim", "LadderWarning", "bits_per_dim", "bound", "compare", "entropies",
+    "entropy_form", "information", "ladder", "parzen", "predictive_check", "sampled_bound",
+    "sandwich", "to_datatree",
+]  # fmt: skip

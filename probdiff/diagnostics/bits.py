@@ -16,11 +16,7 @@ import xarray as xr
 
 
 class BitsPerDim(NamedTuple):
-    """Bits per entry of one example, an upper bound; what `bits_per_dim` returns.
-
-    Attributes:
-        mean: Mean over examples.
-        se: Its standard error over examples; nan for one example.
+    """Bits per entry of one example, an upper bound: mean over examples, its standard error.
 
     Example:
         >>> bits = diagnostics.BitsPerDim(mean=0.95, se=0.01)
@@ -30,6 +26,7 @@ class BitsPerDim(NamedTuple):
 
     mean: float
     se: float
+    """Over examples; nan for one example."""
 
 
 def bits_per_dim(tree: xr.DataTree) -> BitsPerDim:
@@ -38,27 +35,22 @@ def bits_per_dim(tree: xr.DataTree) -> BitsPerDim:
     Args:
         tree: What `bound` or `sampled_bound` returned for symbols.
 
-    Returns:
-        Mean over examples and its standard error.
-
     Raises:
-        ValueError: if the tree is no bound, bounds a density, or its examples have different
-            numbers of observed entries, or none.
+        ValueError: if the tree is no bound, bounds a density, or entries observed differ.
 
     Example:
         Under a model of fair coins every bit of data costs one bit:
 
         >>> diffusion = standard_diffusion((8,), kernel=BernoulliKernel(0.5))
-        >>> x = jnp.ones((500, 8), jnp.int32)
-        >>> tree = diagnostics.bound(jax.random.key(0), diffusion, {}, x)
+        >>> tree = diagnostics.bound(jax.random.key(0), diffusion, {}, jnp.ones((500, 8), int))
         >>> round(diagnostics.bits_per_dim(tree).mean, 1)
         1.0
     """
     group = tree.children.get("bound")
     if group is None or not {"reference_measure", "num_dims"} <= set(group.attrs):
+        got = list(tree.children)
         raise ValueError(
-            "tree must come from diagnostics.bound or sampled_bound; got groups "
-            f"{list(tree.children)}"
+            f"tree must come from diagnostics.bound or sampled_bound; got groups {got}"
         )
     measure, num_dims = group.attrs["reference_measure"], group.attrs["num_dims"]
     if measure != "counting":

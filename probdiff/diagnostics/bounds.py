@@ -21,7 +21,7 @@ Source: Sohl-Dickstein et al. (2015), eqs. 10 to 14 and appendix B.
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -49,18 +49,10 @@ BITS_PER_NAT = 1 / math.log(2)
 
 
 def bound(
-    key: Array,
-    diffusion: Diffusion,
-    params: Params,
-    x_0: Data,
-    *,
-    context: Any = None,
-    mask: Mask | None = None,
-    num_draws: int = 1,
-    block_size: int = 4096,
-    mesh: Mesh | None = None,
+    key: Array, diffusion: Diffusion, params: Params, x_0: Data, *, context: Any = None,
+    mask: Mask | None = None, num_draws: int = 1, block_size: int = 4096, mesh: Mesh | None = None,
     progress: bool = False,
-) -> xr.DataTree:
+) -> xr.DataTree:  # fmt: skip
     """Bound K on log p(x_0) for every example, with the term of every step.
 
     Args:
@@ -86,8 +78,7 @@ def bound(
         `data`, a digest of the examples, by which other functions know them again.
 
     Raises:
-        ValueError: if data, context, mask or parameters do not fit, or blocks are too large to give
-            every device of the mesh one.
+        ValueError: if arguments do not fit the model, or blocks are too large for the mesh.
 
     Example:
         A model whose law is known, N(0, 1), so that K can be held beside log p:
@@ -101,43 +92,24 @@ def bound(
         True
         >>> dict(tree["bound"]["kl"].sizes)  # steps 2..10
         {'example': 500, 'step': 9}
-
-    Source: Sohl-Dickstein et al. (2015), eqs. 10 to 14 and appendix B.
     """
-    check_examples(
-        diffusion, params, x_0, context, mask, num_draws=num_draws, block_size=block_size
-    )
-    mesh = devices.checked(mesh)
-    devices.check_block_size(block_size, len(x_0), "examples", mesh)
-    blocks = _blocks(key, x_0, context, mask, block_size, mesh, progress)
-    reverse = diffusion.bind(params)
-    parts = devices.blockwise(
-        diffusion.programs, _bound_block, reverse, blocks, mesh, num_draws=num_draws
-    )
-    reconstruction, kl, prior, se = (np.concatenate(part) for part in zip(*parts, strict=True))
+    reconstruction, kl, prior, se = _parts(
+        key, diffusion, params, x_0, context, mask, _bound_block, block_size, mesh,
+        progress=progress, num_draws=num_draws,
+    )  # fmt: skip
     tree = _tree(reconstruction - kl.sum(1) - prior, reconstruction, prior)
-    tree["bound"].attrs |= _measure(diffusion, mask) | {"data": digest(x_0, mask)}
-    tree["bound"]["kl"] = xr.DataArray(
-        kl, dims=("example", "step"), coords={"step": np.arange(2, diffusion.T + 1)}
-    )
+    steps = {"step": np.arange(2, diffusion.T + 1)}
+    tree["bound"]["kl"] = xr.DataArray(kl, dims=("example", "step"), coords=steps)
     tree["bound"]["bound_se"] = xr.DataArray(se, dims="example")
-    tree["bound"].attrs |= {"T": diffusion.T, "num_draws": num_draws}
+    tree["bound"].attrs |= _measure(diffusion, x_0, mask) | {"num_draws": num_draws}
     return tree
 
 
 def sampled_bound(
-    key: Array,
-    diffusion: Diffusion,
-    params: Params,
-    x_0: Data,
-    *,
-    context: Any = None,
-    mask: Mask | None = None,
-    num_times: int = 10,
-    block_size: int = 500,
-    mesh: Mesh | None = None,
+    key: Array, diffusion: Diffusion, params: Params, x_0: Data, *, context: Any = None,
+    mask: Mask | None = None, num_times: int = 10, block_size: int = 500, mesh: Mesh | None = None,
     progress: bool = False,
-) -> xr.DataTree:
+) -> xr.DataTree:  # fmt: skip
     """Bound K for every example at a few random steps: unbiased, at a cost that T does not enter.
 
     The sum over t of KL_t is estimated at `num_times` steps per example, stratified over 2..T as in
@@ -161,28 +133,18 @@ def sampled_bound(
         >>> exact = float(dist.Normal(0.0, 1.0).log_prob(x).mean())
         >>> abs(mean - exact) < 4 * se
         True
-
-    Source: Sohl-Dickstein et al. (2015), eqs. 10 to 14.
     """
-    check_examples(
-        diffusion, params, x_0, context, mask, num_times=num_times, block_size=block_size
-    )
-    mesh = devices.checked(mesh)
-    devices.check_block_size(block_size, len(x_0), "examples", mesh)
-    blocks = _blocks(key, x_0, context, mask, block_size, mesh, progress)
-    reverse = diffusion.bind(params)
-    parts = devices.blockwise(
-        diffusion.programs, _sampled_block, reverse, blocks, mesh, num_times=num_times
-    )
-    reconstruction, kl, prior = (np.concatenate(part) for part in zip(*parts, strict=True))
+    reconstruction, kl, prior = _parts(
+        key, diffusion, params, x_0, context, mask, _sampled_block, block_size, mesh,
+        progress=progress, num_times=num_times,
+    )  # fmt: skip
     tree = _tree(reconstruction - kl - prior, reconstruction, prior)
-    tree["bound"].attrs |= _measure(diffusion, mask) | {"data": digest(x_0, mask)}
-    tree["bound"].attrs |= {"T": diffusion.T, "num_times": num_times}
+    tree["bound"].attrs |= _measure(diffusion, x_0, mask) | {"num_times": num_times}
     return tree
 
 
 def check_examples(
-    diffusion: Diffusion, params: Params, x_0: Any, context: Any, mask: Any, **counts: int
+    diffusion: Diffusion, params: Params, x_0: Data, context: Any, mask: Mask | None, **counts: int
 ) -> None:
     """Raise a `ValueError` unless examples, what comes with them, and counts fit the model."""
     if np.ndim(x_0) != len(diffusion.event_shape) + 1 or np.shape(x_0)[0] < 1:
@@ -196,33 +158,39 @@ def check_examples(
     check_context_rows(context, diffusion.context_shape, len(x_0))
 
 
-def _blocks(
-    key: Array,
-    x_0: Any,
-    context: Any,
-    mask: Any,
-    block_size: int,
-    mesh: Mesh | None,
-    progress: bool,
-) -> Iterator[tuple[Any, ...]]:
-    """A key and the rows of each block of examples."""
+def _parts(
+    key: Array, diffusion: Diffusion, params: Params, x_0: Data, context: Any, mask: Mask | None,
+    function: Callable[..., tuple[Array, ...]], block_size: int, mesh: Mesh | None, *,
+    progress: bool, **counts: int,
+) -> Iterator[np.ndarray]:  # fmt: skip
+    """What a function of blocks returns, of all examples."""
+    check_examples(diffusion, params, x_0, context, mask, **counts, block_size=block_size)
+    mesh = devices.checked(mesh)
+    devices.check_block_size(block_size, len(x_0), "examples", mesh)
     starts = range(0, len(x_0), block_size)
     disable = not (progress and devices.is_first(mesh))
-    for block, start in enumerate(bars.bar(starts, desc="bound", disable=disable)):
-        rows = slice(start, start + block_size)
-        given = [None if a is None else np.asarray(a[rows]) for a in (x_0, context, mask)]
-        yield jax.random.fold_in(key, block), *given
+
+    def blocks() -> Iterator[tuple[Array | np.ndarray | None, ...]]:
+        for block, start in enumerate(bars.bar(starts, desc="bound", disable=disable)):
+            rows = slice(start, start + block_size)
+            given = [None if a is None else np.asarray(a[rows]) for a in (x_0, context, mask)]
+            yield jax.random.fold_in(key, block), *given
+
+    reverse = diffusion.bind(params)
+    parts = devices.blockwise(diffusion.programs, function, reverse, blocks(), mesh, **counts)
+    return (np.concatenate(part) for part in zip(*parts, strict=True))
 
 
 def _bound_block(
-    key: Array, reverse: Reverse, x_0: Any, context: Any, mask: Any, *, num_draws: int
-) -> tuple[Any, Any, Any, Any]:
+    key: Array, reverse: Reverse, x_0: Array, context: Array | None, mask: Array | None, *,
+    num_draws: int,
+) -> tuple[Float[Array, "..."], ...]:  # fmt: skip
     key_first, key_steps = jax.random.split(key)
     reverse = reverse if context is None else reverse.given(context)
     forward = ForwardTrajectory.of(reverse, x_0, mask)
     lead = (num_draws, *forward.batch_shape)
 
-    def kl_at(inputs: Any) -> Any:
+    def kl_at(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
         t, key = inputs
         times = jnp.full(lead, t)
         x_t = forward.sample_at(key, times)
@@ -235,7 +203,9 @@ def _bound_block(
     return reconstruction, kl.T, prior_kl(forward), jnp.sqrt(jnp.sum(variance, 0) + first)
 
 
-def _mean_and_variance(draws: Float[Array, "draws N"]) -> tuple[Any, Any]:
+def _mean_and_variance(
+    draws: Float[Array, "draws N"],
+) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
     """Mean over draws and the variance of that mean, NaN of one draw."""
     count = len(draws)
     if count == 1:
@@ -244,15 +214,16 @@ def _mean_and_variance(draws: Float[Array, "draws N"]) -> tuple[Any, Any]:
 
 
 def _sampled_block(
-    key: Array, reverse: Reverse, x_0: Any, context: Any, mask: Any, *, num_times: int
-) -> tuple[Any, Any, Any]:
+    key: Array, reverse: Reverse, x_0: Array, context: Array | None, mask: Array | None, *,
+    num_times: int,
+) -> tuple[Float[Array, "..."], ...]:  # fmt: skip
     key_first, key_t, key_x = jax.random.split(key, 3)
     reverse = reverse if context is None else reverse.given(context)
     forward = ForwardTrajectory.of(reverse, x_0, mask)
     lead = (num_times, *forward.batch_shape)
     t, law = StratifiedTimes().draw(key_t, lead, jnp.zeros(reverse.T - 1))
 
-    def kl_at(inputs: Any) -> Any:
+    def kl_at(inputs: tuple[Array, Array]) -> Array:
         t, key = inputs
         x_t = forward.sample_at(key, t)
         return step_kl(forward, reverse.step(x_t, t, examples_first=True), x_t, t)
@@ -263,7 +234,7 @@ def _sampled_block(
 
 
 def _reconstruction(
-    key: Array, forward: ForwardTrajectory, reverse: Reverse, x_0: Any, num_draws: int
+    key: Array, forward: ForwardTrajectory, reverse: Reverse, x_0: Array, num_draws: int
 ) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
     """E log p(x_0 | x_1) and the variance of its estimate; in closed form under a tied last step,
     else by draws of x_1.
@@ -272,7 +243,7 @@ def _reconstruction(
         exact = _tied_reconstruction(reverse.units, forward)
         return exact, jnp.zeros_like(exact)
 
-    def one(key: Array) -> Any:
+    def one(key: Array) -> Array:
         x_1 = forward.sample_at(key, jnp.ones(forward.batch_shape, jnp.int32))
         return reverse.data(x_1, forward.observed).log_prob(x_0)
 
@@ -296,7 +267,7 @@ def _tied_reconstruction(units: Units, forward: ForwardTrajectory) -> Float[Arra
     return forward.sum_event(terms)
 
 
-def digest(x_0: Any, mask: Any = None) -> str:
+def digest(x_0: Data, mask: Mask | None = None) -> str:
     """A name for examples, the same for the same values."""
     x_0 = np.asarray(x_0, np.float64)
     if mask is not None:
@@ -304,8 +275,8 @@ def digest(x_0: Any, mask: Any = None) -> str:
     return hashlib.sha256(x_0.tobytes()).hexdigest()[:16]
 
 
-def _measure(diffusion: Diffusion, mask: Mask | None) -> dict[str, Any]:
-    """What a density is taken against, and over how many entries of one example."""
+def _measure(diffusion: Diffusion, x_0: Data, mask: Mask | None) -> dict[str, str | int | float]:
+    """What a density is taken against, over how many entries of which examples; and T."""
     is_symbol = isinstance(diffusion.kernel, DiscreteKernel)
     is_discrete = is_symbol or diffusion.last_step.grid is not None
     num_dims = math.prod(diffusion.event_shape)
@@ -313,27 +284,22 @@ def _measure(diffusion: Diffusion, mask: Mask | None) -> dict[str, Any]:
         counts = np.asarray(mask).reshape(len(mask), -1).sum(1)
         num_dims = int(counts[0]) if (counts == counts[0]).all() else math.nan
     measure = "counting" if is_discrete else "Lebesgue, in the user's units"
-    return {"reference_measure": measure, "num_dims": num_dims}
+    about = {"reference_measure": measure, "num_dims": num_dims}
+    return about | {"data": digest(x_0, mask), "T": diffusion.T}
 
 
-def _tree(total: Any, reconstruction: Any, prior: Any) -> xr.DataTree:
-    n, mean = len(total), float(total.mean())
-    se = float(total.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
-    group = xr.Dataset(
-        {
-            "bound": ("example", total),
-            "reconstruction": ("example", reconstruction),
-            "prior_kl": ("example", prior),
-        },
-        coords={"example": np.arange(n)},
-        attrs={
-            "units": "nats",
-            "mean": mean,
-            "se": se,
-            "mean_bits": mean * BITS_PER_NAT,
-            "se_bits": se * BITS_PER_NAT,
-        },
-    )
+def summary(values: np.ndarray) -> dict[str, str | int | float]:
+    """Attributes of values in nats by example: their mean and its standard error, in bits too."""
+    n, mean = len(values), float(values.mean())
+    se = float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+    bits = {"mean_bits": mean * BITS_PER_NAT, "se_bits": se * BITS_PER_NAT}
+    return {"units": "nats", "mean": mean, "se": se} | bits
+
+
+def _tree(total: np.ndarray, reconstruction: np.ndarray, prior: np.ndarray) -> xr.DataTree:
+    parts = {"bound": total, "reconstruction": reconstruction, "prior_kl": prior}
+    variables = {name: ("example", values) for name, values in parts.items()}
+    group = xr.Dataset(variables, {"example": np.arange(len(total))}, summary(total))
     return xr.DataTree.from_dict({"bound": group})
 
 
@@ -353,7 +319,7 @@ def entropy_form(
     Args:
         diffusion: The model; its last step must be tied, as eq. 14 assumes.
         params: Its parameters (the schedule may be among them).
-        x_0: Examples in the user's units, `(N, *event_shape)`.
+        x_0: As in `bound`.
         kl: KL_t in nats, as in `bound(...)["bound"]["kl"]`.
 
     Returns:
@@ -375,8 +341,6 @@ def entropy_form(
         >>> exact = -0.5 * (np.prod(1 - beta) + beta[0]) * (4 - 1)  # −½ (ᾱ_T + β_1)(x² − 1)
         >>> bool(jnp.allclose(correction, exact, atol=1e-4))
         True
-
-    Source: Sohl-Dickstein et al. (2015), eq. 14 and appendix B.
     """
     if not isinstance(diffusion.last_step, Tied):
         raise ValueError(f"last_step must be Tied() for eq. 14; got {diffusion.last_step}")

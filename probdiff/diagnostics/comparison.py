@@ -15,7 +15,6 @@ low. The error covers examples and the draws inside each bound, not the slack.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -32,8 +31,6 @@ _SHARED = "units", "reference_measure", "num_dims"
 def compare(models: Mapping[str, xr.DataTree], *, prob: float = 0.95) -> xr.DataTree:
     """Mean bounds of several models on the same examples, and their differences to the best.
 
-    Lower bounds are compared, not log p: a difference may be that of the bounds' slack.
-
     Args:
         models: What `bound` or `sampled_bound` returned for the same examples in the same order,
             by the model's name. Two or more.
@@ -47,8 +44,7 @@ def compare(models: Mapping[str, xr.DataTree], *, prob: float = 0.95) -> xr.Data
         `reference_measure`, `num_dims`, `prob`, `best`, `note`.
 
     Raises:
-        ValueError: if there are fewer than two models or examples, a tree is no bound or not
-            finite, or trees differ in examples, units, reference measure or entries observed.
+        ValueError: if models or examples are fewer than two, or trees are of other things or data.
 
     Example:
         Data of N(0, 1) under their own law and under N(½, 1), of which log p says ⅛ nat less:
@@ -77,26 +73,19 @@ def compare(models: Mapping[str, xr.DataTree], *, prob: float = 0.95) -> xr.Data
     names, example = np.array(list(groups))[order], groups[first]["example"].values
     attrs = {key: groups[first].attrs[key] for key in _SHARED}
     attrs |= {"num_examples": len(example), "prob": prob, "best": str(names[0]), "note": _NOTE}
-    values = _compared(bounds[order], prob)
-    group = xr.Dataset(values, {"model": names, "example": example}, attrs)
-    return xr.DataTree.from_dict({"comparison": group}, name="probdiff")
-
-
-def _compared(bounds: np.ndarray, prob: float) -> dict[str, Any]:
-    """Means, and differences to row 0, of bounds `(models, examples)`."""
+    bounds = bounds[order]
     difference = bounds - bounds[0]
     mean, se = _mean_and_se(bounds)
     shift, shift_se = _mean_and_se(difference)
-    half = stats.t.ppf((1 + prob) / 2, bounds.shape[1] - 1) * shift_se
-    return {
-        "mean": ("model", mean),
-        "se": ("model", se),
-        "difference": ("model", shift),
-        "difference_se": ("model", shift_se),
-        "difference_low": ("model", shift - half),
+    half = stats.t.ppf((1 + prob) / 2, len(example) - 1) * shift_se
+    values = {
+        "mean": ("model", mean), "se": ("model", se), "difference": ("model", shift),
+        "difference_se": ("model", shift_se), "difference_low": ("model", shift - half),
         "difference_high": ("model", shift + half),
         "example_difference": (("model", "example"), difference),
-    }
+    }  # fmt: skip
+    group = xr.Dataset(values, {"model": names, "example": example}, attrs)
+    return xr.DataTree.from_dict({"comparison": group}, name="probdiff")
 
 
 def _mean_and_se(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -12,25 +12,23 @@ from the other half, which is independent of it, so the mean stays exactly right
 Source: Owen (2013), Monte Carlo theory, methods and examples, chapter 8.
 """
 
-from typing import Any
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from probdiff.kernels import GaussianKernel
 from probdiff.trajectories import ForwardTrajectory
 
-FEWEST = 16
+_FEWEST = 16
 """Draws, over all examples, from which two coefficients are told."""
-RIDGE = 1e-6
+_RIDGE = 1e-6
 """Share of the features' squares added to their diagonal: all x_0 may be 0."""
 
 
 def controlled(
-    kl: Float[Array, "draws N"], forward: ForwardTrajectory, x_t: Any, t: Int[Array, "draws N"]
+    kl: Float[Array, "draws N"], forward: ForwardTrajectory, x_t: Array, t: Int[Array, "draws N"]
 ) -> Float[Array, "draws N"]:
     """KL_t less what its noise explains: the same mean, less variance; as it is for symbols."""
-    if not isinstance(forward.kernel, GaussianKernel) or kl.size < FEWEST:
+    if not isinstance(forward.kernel, GaussianKernel) or kl.size < _FEWEST:
         return kl
     features = _features(forward, x_t, t).reshape(2, -1)
     values, is_even = kl.reshape(-1), jnp.arange(kl.size) % 2 == 0
@@ -39,7 +37,7 @@ def controlled(
     return kl - explained.reshape(kl.shape)
 
 
-def _features(forward: ForwardTrajectory, x_t: Any, t: Any) -> Float[Array, "2 draws N"]:
+def _features(forward: ForwardTrajectory, x_t: Array, t: Array) -> Float[Array, "2 draws N"]:
     step = forward.step_at(t)
     noise = (x_t - jnp.sqrt(step.alpha_bar_t) * forward.x_0) / jnp.sqrt(step.noise_t)
     features = jnp.stack([noise**2 - 1, noise * forward.x_0])
@@ -54,5 +52,5 @@ def _regression(values: Array, features: Array, half: Array) -> Float[Array, "2"
     values = jnp.where(half, values - jnp.sum(jnp.where(half, values, 0.0)) / count, 0.0)
     features = jnp.where(half, features, 0.0)
     gram = features @ features.T
-    gram += RIDGE * jnp.trace(gram) * jnp.eye(2, dtype=gram.dtype)
+    gram += _RIDGE * jnp.trace(gram) * jnp.eye(2, dtype=gram.dtype)
     return jnp.linalg.solve(gram, features @ values)

@@ -19,7 +19,7 @@ x_0, and gives `lp` the sign of an energy; here `lp` is the log density.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +29,7 @@ import numpyro
 import numpyro.distributions as dist
 import xarray as xr
 from arviz_base import from_dict
-from jaxtyping import Array
+from jaxtyping import Array, ArrayLike
 from numpyro import handlers
 from numpyro.infer import MCMC, NUTS, SVI, Predictive
 from numpyro.infer.svi import SVIRunResult
@@ -39,28 +39,19 @@ from probdiff.infer.program import numbered, plate_dims, unwrapped
 from probdiff.infer.smc import Sampler
 from probdiff.reverse import DataGivenFirst
 from probdiff.train import Fit
-from probdiff.trajectories import (
-    TRAJECTORY_SUFFIX,
-    ForwardTrajectory,
-    ReverseTrajectory,
-)
+from probdiff.trajectories import TRAJECTORY_SUFFIX, ForwardTrajectory, ReverseTrajectory
 
 _STATS = {
-    "num_steps": "n_steps",
-    "accept_prob": "acceptance_rate",
-    "adapt_state.step_size": "step_size",
-}
+    "num_steps": "n_steps", "accept_prob": "acceptance_rate", "adapt_state.step_size": "step_size",
+}  # fmt: skip
 """ArviZ's names of NumPyro's extra fields."""
+_Site = dict[str, Any]
 
 
 def to_datatree(
-    source: MCMC | Sampler | Fit | SVIRunResult,
-    *args: Any,
-    svi: SVI | None = None,
-    key: Array | None = None,
-    num_draws: int = 500,
-    **kwargs: Any,
-) -> xr.DataTree:
+    source: MCMC | Sampler | Fit | SVIRunResult, *args: Any, svi: SVI | None = None,
+    key: Array | None = None, num_draws: int = 500, **kwargs: Any,
+) -> xr.DataTree:  # fmt: skip
     """A run as an ArviZ DataTree, NumPy arrays with named dims.
 
         to_datatree(mcmc)                                  # of any program, noncentered or not
@@ -69,11 +60,10 @@ def to_datatree(
 
     Args:
         source: `SMC`, `Guided` or NumPyro's `MCMC` that has run; what `fit` or `SVI.run` returned.
-        args: Arguments of the program of `svi`; a sampler has those of its run.
+        args, kwargs: Arguments of the program of `svi`; a sampler has those of its run.
         svi: The SVI of a fit, for draws of its guide.
         key: Randomness of these draws.
         num_draws: Number of these draws.
-        kwargs: Keyword arguments of the program of `svi`.
 
     Returns:
         DataTree. An MCMC has `posterior` with its deterministic sites, `sample_stats` under ArviZ's
@@ -120,27 +110,19 @@ def _of_mcmc(mcmc: MCMC) -> xr.DataTree:
     if stats:
         tree["sample_stats"] = _group("sample_stats", stats, {}, {})
     tree.attrs |= {
-        "sampler": type(mcmc.sampler).__name__,
-        "num_chains": mcmc.num_chains,
-        "num_warmup": mcmc.num_warmup,
-        "num_samples": mcmc.num_samples,
-        "thinning": mcmc.thinning,
-    }
+        "sampler": type(mcmc.sampler).__name__, "num_chains": mcmc.num_chains,
+        "num_warmup": mcmc.num_warmup, "num_samples": mcmc.num_samples, "thinning": mcmc.thinning,
+    }  # fmt: skip
     return tree
 
 
 def _of_fit(
-    fitted: Fit | SVIRunResult,
-    svi: SVI | None,
-    key: Array | None,
-    num_draws: int,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> xr.DataTree:
+    fitted: Fit | SVIRunResult, svi: SVI | None, key: Array | None, num_draws: int,
+    args: tuple, kwargs: dict,
+) -> xr.DataTree:  # fmt: skip
     if (svi is None) != (key is None):
-        raise ValueError(
-            f"svi and key must be given together; got {'key' if svi is None else 'svi'} alone"
-        )
+        alone = "key" if svi is None else "svi"
+        raise ValueError(f"svi and key must be given together; got {alone} alone")
     if svi is None and (args or kwargs):
         raise ValueError("arguments of a program must come with svi; got none")
     check_at_least(1, num_draws=num_draws)
@@ -164,19 +146,23 @@ def _losses(step: np.ndarray, loss: np.ndarray) -> xr.DataTree:
 
 
 def _guide_draws(
-    key: Array, guide: Predictive, model: Callable[..., Any], args: Any, kwargs: Any
+    key: Array, guide: Predictive, model: Callable[..., Any], args: tuple, kwargs: dict
 ) -> dict[str, np.ndarray]:
     """Draws of the model's latent sites by the guide, and what the model makes of them."""
     key_guide, key_model = jax.random.split(key)
     draws = guide(key_guide, *args, **kwargs)
-    sites: dict[str, Any] = {}
+    sites: dict[str, _Site] = {}
 
     def look(key: Array) -> None:
         sites.update(handlers.trace(handlers.seed(model, key)).get_trace(*args, **kwargs))
 
     with handlers.block():
         jax.eval_shape(look, jax.random.key(0))
-    latent = {name: a for name, a in draws.items() if _is_latent(sites.get(name))}
+    latent = {
+        name: a
+        for name, a in draws.items()
+        if name in sites and sites[name]["type"] == "sample" and not sites[name]["is_observed"]
+    }
     rest = [name for name, site in sites.items() if site["type"] == "deterministic"]
     if rest:
         model = Predictive(model, posterior_samples=latent, return_sites=rest)
@@ -184,25 +170,20 @@ def _guide_draws(
     return {name: a[None] for name, a in _arrays(latent).items()}
 
 
-def _is_latent(site: dict[str, Any] | None) -> bool:
-    return site is not None and site["type"] == "sample" and not site["is_observed"]
-
-
 # names of axes
 
 
 class _Axes(NamedTuple):
-    """What names the axes of one diffusion's sites."""
+    """Axes of a diffusion's x_0; T of its trajectory, levels t of its noise, where it has any."""
 
     x_dims: list[str]
-    """Axes of x_0."""
     T: int | None
-    """Steps of its trajectory, where there is one."""
     times: np.ndarray | None
-    """Level t of each entry of its noise, where there is one."""
 
 
-def _names(sites: dict[str, Any]) -> tuple[dict[str, list[str]], dict[str, Any], dict[str, Any]]:
+def _names(
+    sites: dict[str, _Site],
+) -> tuple[dict[str, list[str]], dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Dims of every site, values along `step` and `level`, and levels t along those of walks."""
     plates = {frame.name for site in sites.values() for frame in site.get("cond_indep_stack", ())}
     diffusions = _diffusions(sites)
@@ -219,7 +200,7 @@ def _names(sites: dict[str, Any]) -> tuple[dict[str, list[str]], dict[str, Any],
     return dims, coords, {level[name]: np.array(times) for name, times in walks.items()}
 
 
-def _diffusions(sites: dict[str, Any]) -> dict[str, _Axes]:
+def _diffusions(sites: dict[str, _Site]) -> dict[str, _Axes]:
     """Diffusions in a program, by the name of x_0."""
     diffusions = {}
     for name, site in sites.items():
@@ -240,7 +221,7 @@ def _diffusions(sites: dict[str, Any]) -> dict[str, _Axes]:
     return diffusions
 
 
-def _counter(word: str, lengths: dict[str, Any], taken: set[str]) -> dict[str, str]:
+def _counter(word: str, lengths: Mapping[str, Hashable], taken: set[str]) -> dict[str, str]:
     """Name of the dim that counts each diffusion's levels: one for all where all are alike."""
     is_one = len(set(lengths.values())) == 1 and word not in taken
     return {name: word if is_one else f"{name}_{word}" for name in lengths}
@@ -262,7 +243,7 @@ def _event_dims(
     return None
 
 
-def _site_dims(name: str, site: dict[str, Any], event: list[str] | None) -> list[str]:
+def _site_dims(name: str, site: _Site, event: list[str] | None) -> list[str]:
     """Plates of a site, then the axes of its event."""
     shape, gap = _shape(site), name if event is None else "plate"  # what an axis of no plate is
     if site["type"] == "sample":
@@ -277,7 +258,7 @@ def _site_dims(name: str, site: dict[str, Any], event: list[str] | None) -> list
     return plate_dims(site, gap, shape[:first]) + list(event)
 
 
-def _plates_of_value(site: dict[str, Any], shape: tuple[int, ...]) -> int:
+def _plates_of_value(site: _Site, shape: tuple[int, ...]) -> int:
     """Leading axes of a deterministic value that its plates make; 0 unless all of them fit."""
     frames = site["cond_indep_stack"]
     count = max((-frame.dim for frame in frames), default=0)
@@ -285,39 +266,34 @@ def _plates_of_value(site: dict[str, Any], shape: tuple[int, ...]) -> int:
     return count if fits else 0
 
 
-def _shape(site: dict[str, Any]) -> tuple[int, ...]:
+def _shape(site: _Site) -> tuple[int, ...]:
     """Shape of a site's value; of an observed one with its plates."""
     shape = jnp.shape(site["value"])
     return shape if site["type"] != "sample" else jnp.broadcast_shapes(site["fn"].shape(), shape)
-
-
-def _is_observed(site: dict[str, Any]) -> bool:
-    is_observed = site["type"] == "sample" and site["is_observed"]
-    return is_observed and not isinstance(unwrapped(site["fn"]), dist.Unit)
 
 
 # groups
 
 
 def _tree(
-    draws: dict[str, np.ndarray], program: Callable[..., Any], args: Any, kwargs: Any
+    draws: dict[str, np.ndarray], program: Callable[..., Any], args: tuple, kwargs: dict
 ) -> xr.DataTree:
     """Groups `posterior` and `observed_data`, their axes named as the program names them."""
     named: list[Any] = []
 
-    def look(key: Array, values: dict[str, Array]) -> dict[str, Any]:
+    def look(key: Array, values: dict[str, Array]) -> dict[str, Array]:
         run = handlers.substitute(handlers.seed(program, key), data=values)
         sites = handlers.trace(run).get_trace(*args, **kwargs)
         named[:] = _names(sites)
         return {
             name: jnp.broadcast_to(site["value"], _shape(site))
             for name, site in sites.items()
-            if _is_observed(site)
+            if site["type"] == "sample" and site["is_observed"]
+            if not isinstance(unwrapped(site["fn"]), dist.Unit)
         }
 
     first = {name: a[0, 0] for name, a in draws.items()}
-    with handlers.block():
-        # compiled: what is not returned is not run
+    with handlers.block():  # compiled: what is not returned is not run
         observed = _arrays(jax.jit(look)(jax.random.key(0), first))
     dims, coords, times = named
     tree = xr.DataTree(name="probdiff")
@@ -333,7 +309,10 @@ def _tree(
     return tree
 
 
-def _group(name: str, data: dict[str, np.ndarray], dims: Any, coords: Any) -> xr.DataTree:
+def _group(
+    name: str, data: dict[str, np.ndarray], dims: dict[str, list[str]],
+    coords: dict[str, np.ndarray],
+) -> xr.DataTree:  # fmt: skip
     dims = {key: dims[key] for key in data if key in dims}
     used = {dim for names in dims.values() for dim in names}
     coords = {dim: values for dim, values in coords.items() if dim in used}
@@ -352,5 +331,5 @@ def _sample_stats(fields: dict[str, Any], has_trees: bool) -> dict[str, np.ndarr
     return stats
 
 
-def _arrays(values: dict[str, Any]) -> dict[str, np.ndarray]:
+def _arrays(values: dict[str, ArrayLike]) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in values.items()}

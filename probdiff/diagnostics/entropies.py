@@ -29,20 +29,22 @@ et al. (2019) for the contrastive bound.
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 import xarray as xr
 from jaxtyping import Array, Float
 
 from probdiff.diagnostics.bounds import digest
 from probdiff.diffusion import Data, Diffusion
-from probdiff.kernels import AbsorbingKernel, DiscreteKernel
+from probdiff.kernels import AbsorbingKernel, DiscreteKernel, GaussianKernel
 from probdiff.reverse import Reverse
 from probdiff.trajectories import ForwardTrajectory
 from probdiff.types import Params, Step
+
+_Kernel = GaussianKernel | DiscreteKernel
 
 
 def entropies(diffusion: Diffusion, params: Params, x_0: Data, tree: xr.DataTree) -> xr.DataTree:
@@ -51,7 +53,7 @@ def entropies(diffusion: Diffusion, params: Params, x_0: Data, tree: xr.DataTree
     Args:
         diffusion: The model.
         params: Its parameters (the schedule may be among them).
-        x_0: Examples in the user's units, `(N, *event_shape)`.
+        x_0: As in `bound`.
         tree: What `bound` returned for these examples.
 
     Returns:
@@ -62,8 +64,7 @@ def entropies(diffusion: Diffusion, params: Params, x_0: Data, tree: xr.DataTree
         E log π(x_0) + H(π), 0 where they meet it).
 
     Raises:
-        ValueError: if data or parameters do not fit, the tree is not of these examples, or the
-            diffusion is an absorbing one, whose π puts no mass on data.
+        ValueError: if data, parameters or tree do not fit, or π puts no mass on data (absorbing).
 
     Example:
         For the true model of N(0, 1) the entropy of a step is that of N(·, β_t), and the model's
@@ -80,8 +81,6 @@ def entropies(diffusion: Diffusion, params: Params, x_0: Data, tree: xr.DataTree
         >>> gap = group["model"].values - exact
         >>> bool((abs(gap) < 4 * group["model_se"].values).all())
         True
-
-    Source: Sohl-Dickstein et al. (2015), eq. 24 and appendix A.
     """
     diffusion.check_params(params)
     diffusion.check_data(x_0)
@@ -96,52 +95,33 @@ def entropies(diffusion: Diffusion, params: Params, x_0: Data, tree: xr.DataTree
     pi = kernel.stationary(x.shape)
     axes = tuple(range(1, x.ndim))
     miss = float(jnp.mean(jnp.sum(pi.log_prob(x) + pi.entropy(), axes)))
-    step = ("step",)
-    group = xr.Dataset(
-        {
-            "lower": (step, lower),
-            "upper": (step, forward.mean(1)),
-            "correction": (step, log_pi.mean(1)),
-            "model": (step, lower + kl.mean(0)),
-            "model_se": (step, _se((forward + before - after).T + kl)),
-        },
-        {"step": np.arange(2, diffusion.T + 1)},
-        {
-            "units": "nats",
-            "condition": _condition(kernel),
-            "log_pi_change": miss,
-        },
-    )
+    variables = {
+        "lower": ("step", lower), "upper": ("step", forward.mean(1)),
+        "correction": ("step", log_pi.mean(1)), "model": ("step", lower + kl.mean(0)),
+        "model_se": ("step", _se((forward + before - after).T + kl)),
+    }  # fmt: skip
+    attrs = {"units": "nats", "condition": _condition(kernel), "log_pi_change": miss}
+    group = xr.Dataset(variables, {"step": np.arange(2, diffusion.T + 1)}, attrs)
     return xr.DataTree.from_dict({"entropy": group})
 
 
 def information(
-    key: Array,
-    diffusion: Diffusion,
-    params: Params,
-    x_0: Data,
-    tree: xr.DataTree,
-    *,
+    key: Array, diffusion: Diffusion, params: Params, x_0: Data, tree: xr.DataTree, *,
     num_levels: int = 50,
-) -> xr.DataTree:
-    """Bounds on I(X_0; X_t), what level t still tells of the data.
+) -> xr.DataTree:  # fmt: skip
+    """Bounds on I(X_0; X_t), what level t still tells of the data; arguments as in `entropies`.
 
-    Both are estimates: within their standard errors the lower may come out above the upper. What is
-    not said here is as in `entropies`.
+    Both are estimates: within their standard errors the lower may come out above the upper.
 
     Args:
         key: Randomness.
-        x_0: Examples in the user's units, `(N, *event_shape)`, N at least 2. Every level compares
-            each with each.
+        x_0: N at least 2 examples. Every level compares each with each.
         num_levels: Levels at which the contrast is made, evenly spread over 1..T.
 
     Returns:
         DataTree with group `information`, nats per example: `model` (upper bound) and `model_se` by
         `level` (1..T); `contrast` (lower bound) and `contrast_se` by `contrasted` level. Attribute
         `most_contrast`, log N.
-
-    Raises:
-        ValueError: if data or parameters do not fit, or the tree is not of these examples.
 
     Example:
         Data of N(0, 1), of which level t tells −½ log(1 − ᾱ_t) nats:
@@ -157,8 +137,6 @@ def information(
         [0.2, 0.2, 0.2]
         >>> bool((abs(high - exact) < 4 * group["model_se"].values).all())  # for the true model
         True
-
-    Sources: van den Oord et al. (2018), Poole et al. (2019).
     """
     diffusion.check_params(params)
     diffusion.check_data(x_0)
@@ -172,20 +150,18 @@ def information(
     levels = np.unique(np.round(np.linspace(1, T, min(num_levels, T))).astype(int))
     inputs = key, diffusion.bind(params), jnp.asarray(x_0), jnp.asarray(levels)
     contrast = np.asarray(diffusion.programs(_contrast, *inputs))
-    group = xr.Dataset(
-        {
-            "model": ("level", above.mean(0)),
-            "model_se": ("level", _se(above)),
-            "contrast": ("contrasted", contrast.mean(1)),
-            "contrast_se": ("contrasted", _se(contrast.T)),
-        },
-        {"level": np.arange(1, T + 1), "contrasted": levels},
-        {"units": "nats", "most_contrast": math.log(len(x_0))},
-    )
+    variables = {
+        "model": ("level", above.mean(0)), "model_se": ("level", _se(above)),
+        "contrast": ("contrasted", contrast.mean(1)),
+        "contrast_se": ("contrasted", _se(contrast.T)),
+    }  # fmt: skip
+    coords = {"level": np.arange(1, T + 1), "contrasted": levels}
+    attrs = {"units": "nats", "most_contrast": math.log(len(x_0))}
+    group = xr.Dataset(variables, coords, attrs)
     return xr.DataTree.from_dict({"information": group})
 
 
-def _kl(tree: xr.DataTree, diffusion: Diffusion, x_0: Any) -> np.ndarray:
+def _kl(tree: xr.DataTree, diffusion: Diffusion, x_0: Data) -> np.ndarray:
     """KL_t by example and step, of the tree that `bound` made of these examples."""
     shape = (len(x_0), diffusion.T - 1)
     if "bound" not in tree.children or "kl" not in tree["bound"]:
@@ -198,11 +174,13 @@ def _kl(tree: xr.DataTree, diffusion: Diffusion, x_0: Any) -> np.ndarray:
     return np.asarray(kl, np.float64)
 
 
-def _closed_forms(kernel: Any, x_0: Any, steps: Step, event_dim: int) -> tuple[np.ndarray, ...]:
+def _closed_forms(
+    kernel: _Kernel, x_0: Array, steps: Step, event_dim: int
+) -> tuple[np.ndarray, ...]:
     """H(X_t | X_s), H(X_s | X_0), H(X_t | X_0) and E log π(x_t) − E log π(x_s), `(T − 1, N)`."""
     axes = tuple(range(1, 1 + event_dim))
 
-    def at(t: Any) -> tuple[Any, ...]:
+    def at(t: Array) -> tuple[Array, ...]:
         before, after = (kernel.marginal(x_0, steps.at(u, event_dim)) for u in (t - 1, t))
         forward = _transition_entropy(kernel, before, steps.at(t, event_dim))
         change = kernel.expected_log_stationary(after) - kernel.expected_log_stationary(before)
@@ -213,7 +191,9 @@ def _closed_forms(kernel: Any, x_0: Any, steps: Step, event_dim: int) -> tuple[n
     return tuple(np.asarray(a, np.float64) for a in out)
 
 
-def _transition_entropy(kernel: Any, before: Any, step: Step) -> Float[Array, "..."]:
+def _transition_entropy(
+    kernel: _Kernel, before: dist.Distribution, step: Step
+) -> Float[Array, "..."]:
     """H(X_t | X_s) entry by entry, X_s from an elementwise law."""
     if not isinstance(kernel, DiscreteKernel):
         return kernel.transition(before.loc, step).entropy()  # the same wherever x_s is
@@ -223,7 +203,7 @@ def _transition_entropy(kernel: Any, before: Any, step: Step) -> Float[Array, ".
     return jnp.sum(jnp.moveaxis(probs, -1, 0) * kernel.transition(states, step).entropy(), 0)
 
 
-def _condition(kernel: Any) -> str:
+def _condition(kernel: _Kernel) -> str:
     if not isinstance(kernel, DiscreteKernel):
         return "eq. 24's upper bound needs data of unit second moment on average over entries"
     if np.ptp(kernel.log_pi) == 0:
@@ -231,20 +211,17 @@ def _condition(kernel: Any) -> str:
     return "eq. 24's upper bound needs data whose mean activity is that of π"
 
 
-def _contrast(key: Array, reverse: Reverse, x_0: Any, levels: Array) -> Float[Array, "levels N"]:
+def _contrast(key: Array, reverse: Reverse, x_0: Array, levels: Array) -> Float[Array, "levels N"]:
     """log q(x_t | x_0) − log (1/N) Σ_j q(x_t | x_0^j) at one draw per example and level."""
     forward = ForwardTrajectory.of(reverse, x_0)
     n = len(x_0)
 
-    def at(inputs: tuple[Any, Any]) -> Any:
+    def at(inputs: tuple[Array, Array]) -> Array:
         t, key = inputs
         x_t = forward.sample_at(key, jnp.full(n, t))
         law = forward.kernel.marginal(forward.x_0, forward.step_at(t))
-
-        def one(x: Any) -> Any:
-            return forward.sum_event(law.log_prob(x))
-
-        log_q = jax.lax.map(one, x_t, batch_size=max(1, 2**22 // max(1, x_t.size)))
+        at_once = max(1, 2**22 // max(1, x_t.size))
+        log_q = jax.lax.map(lambda x: forward.sum_event(law.log_prob(x)), x_t, batch_size=at_once)
         return jnp.diagonal(log_q) - jax.nn.logsumexp(log_q, 1) + math.log(n)
 
     return jax.lax.map(at, (levels, jax.random.split(key, len(levels))))

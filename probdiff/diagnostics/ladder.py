@@ -25,6 +25,7 @@ the upper bound; Vehtari et al. (2024) for k.
 import itertools
 import math
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -43,62 +44,34 @@ from probdiff.infer.health import pareto_k
 from probdiff.types import Params
 from probdiff.validation import check_context_rows
 
-SIZES = (1, 10, 100, 1000)
+_SIZES = (1, 10, 100, 1000)
 """Numbers of trajectories S at which L_S is told, where nothing else is asked for."""
-PROB = 0.95
+_PROB = 0.95
 """Coverage of the intervals."""
-LEAST_ESS = 0.1
+_LEAST_ESS = 0.1
 """Share of effective particles below which an SMC estimate is warned of."""
 
 
 class LadderWarning(UserWarning):
-    """A rung that may be far below log p(x_0).
+    """A rung that may be far below log p(x_0): of how many examples, why, and what to do.
 
-    Its text says of how many examples, why, and what to do; `ladder` keeps it in the attribute
-    `warnings`, too.
+    `ladder` keeps its text in the attribute `warnings`, too:
 
-    Example:
-        >>> import warnings
-        >>> def network(x_t, t):  # far from the data: weights of few trajectories carry all
-        ...     return jnp.broadcast_to(jnp.array([5.0, 0.0]), (*x_t.shape, 2))
-        >>> diffusion = Diffusion(GaussianKernel(), np.array([0.36, 0.25]), network, event_shape=())
-        >>> with warnings.catch_warnings(record=True) as caught:
-        ...     warnings.simplefilter("always", diagnostics.LadderWarning)
-        ...     tree = diagnostics.ladder(
-        ...         jax.random.key(0), diffusion, {}, np.array([-1.0, 1.0]), sizes=(1, 100)
-        ...     )
-        >>> print(caught[0].message)
         2 of 2 examples have Pareto k above 0.50 at S = 100: ... raise the last of sizes
-
-    Source: Vehtari et al. (2024) for k.
     """
 
 
 def ladder(
-    key: Array,
-    diffusion: Diffusion,
-    params: Params,
-    x_0: Data,
-    *,
-    context: Any = None,
-    mask: Mask | None = None,
-    sizes: tuple[int, ...] = SIZES,
-    num_repeats: int = 4,
-    num_draws: int = 100,
-    threshold: float = 0.5,
-    block_size: int = 4096,
-    mesh: Mesh | None = None,
+    key: Array, diffusion: Diffusion, params: Params, x_0: Data, *, context: Any = None,
+    mask: Mask | None = None, sizes: tuple[int, ...] = _SIZES, num_repeats: int = 4,
+    num_draws: int = 100, threshold: float = 0.5, block_size: int = 4096, mesh: Mesh | None = None,
     progress: bool = False,
-) -> xr.DataTree:
+) -> xr.DataTree:  # fmt: skip
     """K, importance-weighted bounds and an SMC estimate of log p(x_0), for every example.
 
     Args:
         key: Randomness; an example's figures do not depend on the other examples but for K.
-        diffusion: The model.
-        params: Its parameters.
-        x_0: Examples in the user's units, `(N, *event_shape)`.
-        context: One context per example, `(N, *context_shape)`.
-        mask: True where x_0 is observed; see `bound` for what is then bounded.
+        diffusion, params, x_0, context, mask: As in `bound`.
         sizes: Numbers of trajectories S, ascending, each a divisor of the last.
         num_repeats: Independent repeats R of the largest size, at least 2; a smaller size has R
             times the largest over S of them.
@@ -106,7 +79,6 @@ def ladder(
         threshold: Share of S below which SMC resamples.
         block_size: Trajectories at once, on each device.
         mesh: Devices that share out the trajectories, on one axis; K, a small part, needs but one.
-        progress: Show a bar over the blocks.
 
     Returns:
         DataTree with group `ladder`, nats. Per `example`: `bound` (K) and `bound_se`; `importance`
@@ -114,14 +86,11 @@ def ladder(
         `least_ess`, the least share of effective particles of SMC. `importance_low`,
         `importance_high`, `smc_low` and `smc_high` end Student-t intervals of L_S and of E log Ẑ,
         of probability `prob`. Means over examples: `bound_mean`, `importance_mean`, `smc_mean`,
-        and each with `_se` its standard error. Attributes: `units`, `T`,
-        `num_repeats`, `num_draws`, `prob`, and in `warnings` what is not to be trusted, in words.
+        and each with `_se` its standard error. Attributes: `units`, `T`, `num_repeats`,
+        `num_draws`, `prob`, and in `warnings` the text of each `LadderWarning`, which are given.
 
     Raises:
         ValueError: if data, context, mask or parameters do not fit, or sizes or counts do not.
-
-    Warns:
-        LadderWarning: if a rung may be far below log p(x_0).
 
     Example:
         A model of two steps whose law is known, and whose bound K is not tight:
@@ -136,8 +105,6 @@ def ladder(
         0.1
         >>> round(abs(float(exact.mean() - group["importance_mean"].sel(size=100))), 1)
         0.0
-
-    Sources: Sohl-Dickstein et al. (2015), eq. 9; Burda et al. (2016).
     """
     sizes, mesh = _check_sizes(sizes), devices.checked(mesh)
     progress = progress and devices.is_first(mesh)
@@ -163,19 +130,14 @@ def ladder(
     repeats = [_log_means(weighed.log_weights, size) for size in sizes]
     rungs = zip(*map(_mean_and_interval, repeats), strict=True)
     importance = [np.stack(rung, 1) for rung in rungs]
-    log_w = np.moveaxis(weighed.log_weights.reshape(len(x_0), -1), 0, 1)
-    khat = pareto_k(log_w)
-    group = xr.Dataset(
-        {
-            "bound": ("example", k["bound"].values),
-            "bound_se": ("example", k["bound_se"].values),
-            **_named("importance", ("example", "size"), importance),
-            **_named("smc", ("example",), _mean_and_interval(smc.log_evidence)),
-            "pareto_k": ("example", khat),
-            "least_ess": ("example", smc.least_ess.min(1) / sizes[-1]),
-        },
-        {"example": np.arange(len(x_0)), "size": list(sizes)},
-    )
+    khat = pareto_k(weighed.log_weights.reshape(len(x_0), -1).T)
+    variables = {
+        "bound": ("example", k["bound"].values), "bound_se": ("example", k["bound_se"].values),
+        **_named("importance", ("example", "size"), importance),
+        **_named("smc", ("example",), _mean_and_interval(smc.log_evidence)),
+        "pareto_k": ("example", khat), "least_ess": ("example", smc.least_ess.min(1) / sizes[-1]),
+    }  # fmt: skip
+    group = xr.Dataset(variables, {"example": np.arange(len(x_0)), "size": list(sizes)})
     for name in ("bound", "importance", "smc"):
         group = _with_mean(group, name)
     sentences = _sentences(khat, group["least_ess"].values, sizes)
@@ -183,33 +145,21 @@ def ladder(
         warnings.warn(sentence, LadderWarning, stacklevel=2)
     group.attrs = {
         "units": "nats", "T": diffusion.T, "num_repeats": num_repeats, "num_draws": num_draws,
-        "prob": PROB, "warnings": "\n".join(sentences),
+        "prob": _PROB, "warnings": "\n".join(sentences),
     }  # fmt: skip
     return xr.DataTree.from_dict({"ladder": group})
 
 
 def sandwich(
-    key: Array,
-    diffusion: Diffusion,
-    params: Params,
-    num_examples: int,
-    *,
-    context: Any = None,
-    sizes: tuple[int, ...] = SIZES,
-    num_repeats: int = 4,
-    block_size: int = 4096,
-    mesh: Mesh | None = None,
-    progress: bool = False,
-) -> xr.DataTree:
-    """Lower and upper bounds of log p(x_0) at draws of the model itself.
-
-    What is not said here is as in `ladder`.
+    key: Array, diffusion: Diffusion, params: Params, num_examples: int, *, context: Any = None,
+    sizes: tuple[int, ...] = _SIZES, num_repeats: int = 4, block_size: int = 4096,
+    mesh: Mesh | None = None, progress: bool = False,
+) -> xr.DataTree:  # fmt: skip
+    """Lower and upper bounds of log p(x_0) at draws of the model itself; options as in `ladder`.
 
     Args:
         num_examples: Draws N of the model, at least 2.
-        context: One context per draw, `(N, *context_shape)`.
         num_repeats: Repeats R of the largest size over which an example's bounds are averaged.
-        mesh: Devices that share out the forward trajectories, on one axis.
 
     Returns:
         DataTree with group `sandwich`, nats: `lower` and `upper` by `example` and `size`; by `size`
@@ -217,9 +167,6 @@ def sandwich(
         example. Group `draws` holds the examples, `x_0`. An example's upper bound holds in
         expectation over the one trajectory that made it, which its repeats share, so only means
         over examples have a standard error.
-
-    Raises:
-        ValueError: if context, parameters, sizes or counts do not fit.
 
     Example:
         >>> def network(x_t, t):  # pulls x_1 up by √β_2, so x_0 ~ N(√(1−β_1) √β_2, 1) = N(0.4, 1)
@@ -233,8 +180,6 @@ def sandwich(
         >>> low, high = (float(tree["sandwich"][f"{end}_mean"][0]) for end in ("lower", "upper"))
         >>> low < float(exact) < high
         True
-
-    Source: Grosse et al. (2015).
     """
     sizes, mesh = _check_sizes(sizes), devices.checked(mesh)
     progress = progress and devices.is_first(mesh)
@@ -257,17 +202,12 @@ def sandwich(
     ).log_weights  # fmt: skip
     lower = np.stack([_log_means(log_w, size).mean(1) for size in sizes], 1)
     upper = np.stack([_log_means(log_w, size, own).mean(1) for size in sizes], 1)
-    by_size = ("example", "size")
-    group = xr.Dataset(
-        {
-            "lower": (by_size, lower),
-            "upper": (by_size, upper),
-            "gap": (by_size, upper - lower),
-            "pareto_k": ("example", pareto_k(np.moveaxis(log_w.reshape(num_examples, -1), 0, 1))),
-        },
-        {"example": np.arange(num_examples), "size": list(sizes)},
-        {"units": "nats", "T": diffusion.T, "num_repeats": num_repeats},
-    )
+    parts = {"lower": lower, "upper": upper, "gap": upper - lower}
+    variables = {name: (("example", "size"), values) for name, values in parts.items()}
+    variables["pareto_k"] = ("example", pareto_k(log_w.reshape(num_examples, -1).T))
+    coords = {"example": np.arange(num_examples), "size": list(sizes)}
+    attrs = {"units": "nats", "T": diffusion.T, "num_repeats": num_repeats}
+    group = xr.Dataset(variables, coords, attrs)
     for name in ("lower", "upper", "gap"):
         group = _with_mean(group, name)
     dims = ["example", *(f"x_0_dim_{i}" for i in range(x_0.ndim - 1))]
@@ -275,7 +215,7 @@ def sandwich(
     return xr.DataTree.from_dict({"sandwich": group, "draws": draws})
 
 
-def _check_sizes(sizes: Any) -> tuple[int, ...]:
+def _check_sizes(sizes: Iterable[int]) -> tuple[int, ...]:
     sizes = tuple(sizes)
     is_ascending = all(a < b for a, b in itertools.pairwise(sizes))
     if not sizes or sizes[0] < 1 or not is_ascending or any(sizes[-1] % s for s in sizes):
@@ -286,10 +226,7 @@ def _check_sizes(sizes: Any) -> tuple[int, ...]:
 
 
 def _log_means(log_w: np.ndarray, size: int, own: np.ndarray | None = None) -> np.ndarray:
-    """Log mean weights of groups of S, `(N, R, S_max)` to `(N, R·S_max/S)`.
-
-    `own`, `(N,)`, takes the place of the first of each group.
-    """
+    """Log mean weights of groups of S, `(N, R, S_max)` to `(N, R·S_max/S)`, `own` first in each."""
     groups = log_w.astype(np.float64).reshape(len(log_w), -1, size)
     if own is not None:
         groups[..., 0] = own[:, None]
@@ -303,7 +240,7 @@ def _mean_and_interval(repeats: np.ndarray) -> tuple[np.ndarray, ...]:
     """Mean over repeats, `(N, M)` to `(N,)`, its standard error, and its Student-t interval."""
     count = repeats.shape[1]
     mean, se = repeats.mean(1), repeats.std(1, ddof=1) / math.sqrt(count)
-    reach = stats.t.ppf((1 + PROB) / 2, count - 1) * se
+    reach = stats.t.ppf((1 + _PROB) / 2, count - 1) * se
     return mean, se, mean - reach, mean + reach
 
 
@@ -335,10 +272,10 @@ def _sentences(khat: np.ndarray, least_ess: np.ndarray, sizes: tuple[int, ...]) 
             "importance-weighted bounds are still lower bounds, but may be far below log p(x_0), "
             "with standard errors that are too small; raise the last of sizes"
         )
-    count = int(np.sum(least_ess < LEAST_ESS))
+    count = int(np.sum(least_ess < _LEAST_ESS))
     if count:
         said.append(
-            f"{count} of {len(khat)} examples had fewer than {LEAST_ESS:.0%} effective particles "
+            f"{count} of {len(khat)} examples had fewer than {_LEAST_ESS:.0%} effective particles "
             "at a step of SMC: its estimate may be below the importance-weighted bound; both are "
             "lower bounds, of which the higher is the nearer; raise the last of sizes"
         )

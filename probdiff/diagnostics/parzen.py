@@ -19,14 +19,13 @@ Oord & Bethge (2016) for what is wrong with it.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from probdiff import bars
 from probdiff.arguments import check_at_least
-from probdiff.diagnostics.bounds import BITS_PER_NAT, digest
+from probdiff.diagnostics.bounds import digest, summary
 from probdiff.diffusion import Data
 
 _BANDWIDTHS = tuple(np.logspace(-1, 0, 10).tolist())
@@ -34,25 +33,19 @@ _BANDWIDTHS = tuple(np.logspace(-1, 0, 10).tolist())
 
 
 def parzen(
-    draws: Data,
-    validation: Data,
-    test: Data,
-    *,
-    bandwidths: Sequence[float] | np.ndarray = _BANDWIDTHS,
-    block_size: int = 500,
+    draws: Data, validation: Data, test: Data, *,
+    bandwidths: Sequence[float] | np.ndarray = _BANDWIDTHS, block_size: int = 500,
     progress: bool = False,
-) -> xr.DataTree:
+) -> xr.DataTree:  # fmt: skip
     """Log density of test images under Gaussians around draws, of the bandwidth best elsewhere.
 
     Args:
         draws: Draws of the model, `(M, *event_shape)`, on the scale the bandwidths are for.
-        validation: Images on which the bandwidth is chosen, `(V, *event_shape)`; not test images,
-            and none that are among the draws.
-        test: Images to score, `(N, *event_shape)`.
+        validation: Images to choose the bandwidth on; no test images, and none of the draws.
+        test: Images to score.
         bandwidths: Standard deviations σ to choose from. If an end of them is chosen, a better one
             may lie beyond.
         block_size: Images handled at once; memory is some `16 * block_size * M` bytes.
-        progress: Show a bar over the blocks.
 
     Returns:
         DataTree with group `parzen`, nats per image: `log_density` by `example`, and
@@ -62,8 +55,7 @@ def parzen(
         digest of the test images. Computed in float64.
 
     Raises:
-        ValueError: if there are no images, they differ in shape or are not finite, or bandwidths or
-            block_size are not positive.
+        ValueError: if images are none, of other shapes or not finite, or an option is not positive.
 
     Example:
         Draws of the data's own law N(0, 1), whose mean log density is −1.42:
@@ -73,8 +65,6 @@ def parzen(
         >>> tree = diagnostics.parzen(draws, validation, test, bandwidths=(0.01, 0.2, 1.0))
         >>> tree["parzen"].attrs["bandwidth"], round(tree["parzen"].attrs["mean"], 1)
         (0.2, -1.4)
-
-    Sources: Goodfellow et al. (2014), section 5; Sohl-Dickstein et al. (2015), table 2.
     """
     _check(draws, validation, test, bandwidths, block_size)
     centres, seen, asked = (
@@ -88,30 +78,23 @@ def parzen(
     bandwidth = float(bandwidths[int(validation_mean.argmax())])
     blocks = _distances(centres, asked - loc, block_size, progress, "log density")
     log_density = np.concatenate([_log_density(d, bandwidth, num_dims) for d in blocks])
-    n, mean = len(log_density), float(log_density.mean())
-    se = float(log_density.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
     variables = {
         "log_density": ("example", log_density),
         "validation_mean": ("bandwidth", validation_mean),
     }
     coords = {"example": np.arange(len(test)), "bandwidth": np.asarray(bandwidths, np.float64)}
-    attrs = {
-        "units": "nats",
-        "mean": mean,
-        "se": se,
-        "mean_bits": mean * BITS_PER_NAT,
-        "se_bits": se * BITS_PER_NAT,
-        "bandwidth": bandwidth,
-        "num_draws": len(draws),
-        "num_validation": len(validation),
-        "reference_measure": "Lebesgue, in the user's units",
-        "num_dims": num_dims,
-        "data": digest(test),
-    }
+    attrs = summary(log_density) | {
+        "bandwidth": bandwidth, "num_draws": len(draws),
+        "num_validation": len(validation), "reference_measure": "Lebesgue, in the user's units",
+        "num_dims": num_dims, "data": digest(test),
+    }  # fmt: skip
     return xr.DataTree.from_dict({"parzen": xr.Dataset(variables, coords, attrs)}, name="probdiff")
 
 
-def _check(draws: Any, validation: Any, test: Any, bandwidths: Any, block_size: int) -> None:
+def _check(
+    draws: Data, validation: Data, test: Data, bandwidths: Sequence[float] | np.ndarray,
+    block_size: int,
+) -> None:  # fmt: skip
     for name, x in (("draws", draws), ("validation", validation), ("test", test)):
         if np.ndim(x) < 1 or len(x) < 1 or np.shape(x)[1:] != np.shape(draws)[1:]:
             raise ValueError(

@@ -34,25 +34,19 @@ from jaxtyping import Array
 from probdiff.arguments import check_at_least, shape_text
 from probdiff.diffusion import Data, Diffusion
 from probdiff.infer.calibrate import p_values_of, pit, verdict
+from probdiff.infer.program import numbered
 from probdiff.sample import ancestral
 from probdiff.types import Params
 from probdiff.validation import check_context_rows
 
-_Statistics = Mapping[str, Callable[[Any], Any]]
+_Statistics = Mapping[str, Callable[[Array | np.ndarray], Array | np.ndarray]]
 
 
 def predictive_check(
-    key: Array,
-    diffusion: Diffusion,
-    params: Params,
-    x_0: Data,
-    *,
-    num_replicates: int = 50,
-    context: Any = None,
-    statistics: _Statistics | None = None,
-    block_size: int = 4096,
+    key: Array, diffusion: Diffusion, params: Params, x_0: Data, *, num_replicates: int = 50,
+    context: Any = None, statistics: _Statistics | None = None, block_size: int = 4096,
     progress: bool = False,
-) -> xr.DataTree:
+) -> xr.DataTree:  # fmt: skip
     """Replicate data sets of the model beside the data, and PITs of every coordinate.
 
         tree = diagnostics.predictive_check(key, diffusion, params, x, num_replicates=50)
@@ -61,16 +55,12 @@ def predictive_check(
         arviz_plots.plot_ecdf_pit(tree, group="pit", sample_dims=["example"], coverage=False)
 
     Args:
-        key: Randomness.
-        diffusion: The model.
-        params: Its parameters.
+        key, diffusion, params, context: As in `bound`.
         x_0: Examples in the user's units, `(N, *event_shape)`; best those it was not trained on.
         num_replicates: Number R of replicate data sets.
-        context: One context per example, `(N, *context_shape)`.
         statistics: Further statistics by name, each a function of examples `(..., *event_shape)`
             to numbers `(...)`, in NumPy or JAX.
         block_size: Draws made at once.
-        progress: Show a bar over the blocks.
 
     Returns:
         Groups `posterior_predictive` (dims `chain` of one, `draw` the replicates, `example` and
@@ -81,8 +71,7 @@ def predictive_check(
         `least_at`, and `bound` = 0.01/m: a least p-value below rejects the model.
 
     Raises:
-        ValueError: if data, context or parameters do not fit, there are fewer than two examples or
-            one replicate, or a statistic has a name that is taken, another shape or nan.
+        ValueError: if data, context, parameters, or a statistic's name or values do not fit.
 
     Example:
         Numbers one by one are as the model says; a statistic of both sees that they are equal:
@@ -95,8 +84,6 @@ def predictive_check(
         >>> p = tree["uniformity"]
         >>> (p["x_0"].values > 0.01).tolist(), bool(p["difference"] < 1e-6)
         ([True, True], True)
-
-    Sources: Gelman, Meng & Stern (1996); Dawid (1984) for the PIT.
     """
     _check(diffusion, x_0, num_replicates, context, statistics or {})
     key_draws, key_ties = jax.random.split(key)
@@ -116,7 +103,7 @@ def predictive_check(
 
 
 def _check(
-    diffusion: Diffusion, x_0: Any, num_replicates: int, context: Any, statistics: _Statistics
+    diffusion: Diffusion, x_0: Data, num_replicates: int, context: Any, statistics: _Statistics
 ) -> None:
     if np.ndim(x_0) != len(diffusion.event_shape) + 1 or np.shape(x_0)[0] < 2:
         raise ValueError(
@@ -126,14 +113,16 @@ def _check(
     check_at_least(1, num_replicates=num_replicates)
     diffusion.check_data(x_0)
     check_context_rows(context, diffusion.context_shape, len(x_0))
-    taken = {diffusion.name, "example", *_event_dims(diffusion.name, diffusion.event_shape)}
+    taken = {diffusion.name, "example", *numbered(diffusion.name, 0, len(diffusion.event_shape))}
     if taken & set(statistics):
         raise ValueError(
             f"statistics must have names other than {sorted(taken)}; got {sorted(statistics)}"
         )
 
 
-def _values(name: str, x: np.ndarray, lead: Any, statistics: _Statistics) -> dict[str, np.ndarray]:
+def _values(
+    name: str, x: np.ndarray, lead: int | tuple[int, ...], statistics: _Statistics
+) -> dict[str, np.ndarray]:
     """x itself and its statistics, of leading shape `lead`."""
     values = {name: x}
     for key, statistic in statistics.items():
@@ -151,20 +140,14 @@ def _values(name: str, x: np.ndarray, lead: Any, statistics: _Statistics) -> dic
 
 
 def _tree(
-    name: str,
-    observed: dict[str, np.ndarray],
-    replicated: dict[str, np.ndarray],
+    name: str, observed: dict[str, np.ndarray], replicated: dict[str, np.ndarray],
     pits: dict[str, np.ndarray],
-) -> xr.DataTree:
-    dims = {key: _event_dims(name, pit.shape[1:]) for key, pit in pits.items()}
+) -> xr.DataTree:  # fmt: skip
+    dims = {key: numbered(name, 0, pit.ndim - 1) for key, pit in pits.items()}
     p_values = {key: p_values_of(pit) for key, pit in pits.items()}
-    tree = from_dict(
-        {
-            "posterior_predictive": {key: values[None] for key, values in replicated.items()},
-            "observed_data": observed,
-        },
-        dims={key: ["example", *dims[key]] for key in observed},
-    )
+    drawn = {key: values[None] for key, values in replicated.items()}
+    groups = {"posterior_predictive": drawn, "observed_data": observed}
+    tree = from_dict(groups, dims={key: ["example", *dims[key]] for key in observed})
     sizes = dict(zip(["example", *dims[name]], observed[name].shape, strict=True))
     coords = {dim: np.arange(size) for dim, size in sizes.items()}
     named = {key: (("example", *dims[key]), pit) for key, pit in pits.items()}
@@ -176,7 +159,3 @@ def _tree(
     counts = {"num_examples": len(observed[name]), "num_replicates": len(replicated[name])}
     tree.attrs = counts | verdict(p_values)
     return tree
-
-
-def _event_dims(name: str, shape: tuple[int, ...]) -> list[str]:
-    return [f"{name}_dim_{i}" for i in range(len(shape))]

@@ -25,11 +25,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from probdiff import bars, devices
-from probdiff.diffusion import Diffusion
+from probdiff.diffusion import Data, Diffusion, Mask
 from probdiff.infer.particles import effective_number, log_mean, systematic
 from probdiff.kernels import AbsorbingKernel
 from probdiff.reverse import Reverse
@@ -37,76 +38,61 @@ from probdiff.trajectories import ForwardTrajectory
 from probdiff.types import Params
 
 
-class Weighed(NamedTuple):
+class _Weighed(NamedTuple):
     """Particles of one population at x_T, or of a stack of populations."""
 
-    log_weights: Any
-    """Log weights since the last resampling, `(S,)`."""
-    log_evidence: Any
-    """Log of the product of mean weights, unbiased for p(x_0) in the user's units: a number."""
-    least_ess: Any
+    log_weights: Float[Array | np.ndarray, "*stack S"]
+    """Since the last resampling."""
+    log_evidence: Float[Array | np.ndarray, "*stack"]
+    """Log of the product of mean weights, unbiased for p(x_0) in the user's units."""
+    least_ess: Float[Array | np.ndarray, "*stack"]
     """Least effective number of any level, before resampling."""
 
 
-class Pair(NamedTuple):
+class _Pair(NamedTuple):
     """Both trajectories of one example, parameters bound."""
 
     forward: ForwardTrajectory
     reverse: Reverse
 
-    def log_first(self, x_0: Any, x_1: Any) -> Float[Array, " S"]:
+    def log_first(self, x_0: Array, x_1: Array) -> Float[Array, " S"]:
         """log p(x_0 | x_1) − log q(x_1 | x_0)."""
         x_0 = jnp.broadcast_to(x_0, x_1.shape)
         law = self.reverse.data(x_1, self.forward.observed)
         q = self.forward.marginal_at(jnp.ones(len(x_1), jnp.int32), x_1.shape)
         return law.log_prob(x_0) - self.sum_observed(q.log_prob(x_1))
 
-    def log_step(self, law: Any, x_s: Any, x_t: Any, t: Any) -> Any:
+    def log_step(self, law: dist.Distribution, x_s: Array, x_t: Array, t: Array) -> Array:
         """log p(x_s | x_t) − log q(x_t | x_s), entry by entry: small, where its parts are large."""
         q = self.forward.kernel.transition(x_s, self.forward.step_at(t))
         return law.log_prob(x_s) - q.log_prob(x_t)
 
-    def log_pi(self, x_t: Any) -> Any:
+    def log_pi(self, x_t: Array) -> Array:
         """log π(x_t), entry by entry."""
         return self.forward.kernel.stationary(x_t.shape).log_prob(x_t)
 
-    def sum_observed(self, terms: Any) -> Float[Array, " S"]:
+    def sum_observed(self, terms: Array) -> Float[Array, " S"]:
         """Sum over entries; a missing one runs the same process both ways, and its terms cancel."""
         observed = self.forward.observed
         return self.forward.sum_event(terms if observed is None else jnp.where(observed, terms, 0))
 
 
 def weigh(
-    key: Array,
-    diffusion: Diffusion,
-    params: Params,
-    x_0: Any,
-    context: Any,
-    mask: Any,
-    *,
-    size: int,
-    num_repeats: int,
-    threshold: float,
-    block_size: int,
-    progress: bool,
+    key: Array, diffusion: Diffusion, params: Params, x_0: Data, context: Any, mask: Mask | None, *,
+    size: int, num_repeats: int, threshold: float, block_size: int, progress: bool,
     mesh: Mesh | None = None,
-) -> Weighed:
+) -> _Weighed:  # fmt: skip
     """Trajectories forward from every example, in independent populations.
 
     Args:
         key: System (n, r) uses `fold_in(fold_in(key, n), r)`: it does not depend on its company.
-        diffusion: The model.
-        params: Its parameters.
-        x_0: Examples, `(N, *event_shape)`.
-        context: `(N, *context_shape)` or None.
-        mask: True where x_0 is observed, or None.
+        diffusion, params, x_0, context, mask: As in `bound`.
         size: S, trajectories of a population.
         num_repeats: R, populations of an example.
         threshold: Share of S below which the effective number calls for resampling; 0 for never.
         block_size: Trajectories at once, on each device; at least one population is.
         progress: Show a bar over the blocks.
-        mesh: Devices that take blocks of populations at the same time, as `devices.checked` returns
-            it.
+        mesh: Devices that take blocks at the same time, as `devices.checked` returns it.
 
     Returns:
         NumPy arrays that lead with `(N, R)`.
@@ -117,7 +103,7 @@ def weigh(
     given = [None if a is None else np.asarray(a) for a in (x_0, context, mask)]
     starts = bars.bar(range(0, count, per_block), desc="weigh", disable=not progress)
 
-    def block(start: int) -> tuple[Any, ...]:
+    def block(start: int) -> tuple[Array | np.ndarray | None, ...]:
         population = np.minimum(np.arange(start, start + per_block), count - 1)  # one shape for all
         example, repeat = np.divmod(population, num_repeats)
         return key, example, repeat, *(None if a is None else a[example] for a in given)
@@ -131,18 +117,13 @@ def weigh(
 
 
 def _weigh_block(
-    key: Array,
-    reverse: Reverse,
-    example: Array,
-    repeat: Array,
-    x_0: Any,
-    context: Any,
-    mask: Any,
-    *,
-    size: int,
-    threshold: float,
-) -> Weighed:
-    def one(example: Any, repeat: Any, x_0: Any, context: Any, mask: Any) -> Weighed:
+    key: Array, reverse: Reverse, example: Array, repeat: Array, x_0: Array, context: Array | None,
+    mask: Array | None,
+    *, size: int, threshold: float,
+) -> _Weighed:  # fmt: skip
+    def one(
+        example: Array, repeat: Array, x_0: Array, context: Array | None, mask: Array | None
+    ) -> _Weighed:
         own = jax.random.fold_in(jax.random.fold_in(key, example), repeat)
         return _ascend(own, _pair(reverse, x_0, context, mask), x_0, size, threshold)
 
@@ -150,19 +131,21 @@ def _weigh_block(
     return jax.vmap(one, (0, 0, *axes))(example, repeat, x_0, context, mask)
 
 
-def _pair(reverse: Reverse, x_0: Any, context: Any = None, mask: Any = None) -> Pair:
+def _pair(
+    reverse: Reverse, x_0: Array, context: Array | None = None, mask: Array | None = None
+) -> _Pair:
     reverse = reverse if context is None else reverse.given(context)
-    return Pair(ForwardTrajectory.of(reverse, x_0, mask), reverse)
+    return _Pair(ForwardTrajectory.of(reverse, x_0, mask), reverse)
 
 
-def _ascend(key: Array, pair: Pair, x_0: Any, size: int, threshold: float) -> Weighed:
+def _ascend(key: Array, pair: _Pair, x_0: Array, size: int, threshold: float) -> _Weighed:
     """From x_0 to x_T, S particles of one population."""
     forward, reverse = pair.forward, pair.reverse
     kernel, T = forward.kernel, forward.steps.T
     key_first, key_settle, key_steps = jax.random.split(key, 3)
     has_pi = not isinstance(kernel, AbsorbingKernel)
 
-    def settle(key: Array, x: Any, log_w: Any, log_z: Any, least: Any) -> tuple[Any, ...]:
+    def settle(key: Array, x: Array, log_w: Array, log_z: Array, least: Array) -> tuple[Array, ...]:
         ess = effective_number(log_w)
         least = jnp.minimum(least, ess)
         if threshold == 0:
@@ -172,7 +155,9 @@ def _ascend(key: Array, pair: Pair, x_0: Any, size: int, threshold: float) -> We
         log_z += jnp.where(is_due, log_mean(log_w), 0.0)
         return x[index], jnp.where(is_due, 0.0, log_w), log_z, least
 
-    def advance(state: tuple[Any, ...], inputs: tuple[Any, Any]) -> tuple[tuple[Any, ...], None]:
+    def advance(
+        state: tuple[Array, ...], inputs: tuple[Array, Array]
+    ) -> tuple[tuple[Array, ...], None]:
         x_s, log_w, *rest = state
         t, key = inputs
         key_move, key_resample = jax.random.split(key)
@@ -193,36 +178,32 @@ def _ascend(key: Array, pair: Pair, x_0: Any, size: int, threshold: float) -> We
     (x_T, log_w, log_z, least), _ = jax.lax.scan(advance, state, inputs)
     if not has_pi:
         log_w += pair.sum_observed(pair.log_pi(x_T))
-    return Weighed(log_w, log_z + log_mean(log_w), least)
+    return _Weighed(log_w, log_z + log_mean(log_w), least)
 
 
-def draw_and_weigh(key: Array, reverse: Reverse, context: Any, rows: Array) -> tuple[Any, Any]:
-    """Draws of the model, and the log weight of the trajectory that made each.
+def draw_and_weigh(
+    key: Array, reverse: Reverse, context: Array | None, rows: Array
+) -> tuple[Array, Array]:
+    """Draws of the model, and the log weight of the trajectory that made each; `rows` are 0..N−1.
 
-    Args:
-        key: Draw n uses `fold_in(key, n)`.
-        reverse: The model.
-        context: `(N, *context_shape)` or None.
-        rows: n of each draw, `(N,)`.
-
-    Returns:
-        x_0 in the user's units, `(N, *event_shape)`, and log weights, `(N,)`.
+    Draw n uses `fold_in(key, n)`; x_0 is in the user's units.
     """
 
-    def one(row: Any, context: Any) -> tuple[Any, Any]:
-        return _descend(
-            jax.random.fold_in(key, row), reverse if context is None else reverse.given(context)
-        )
+    def one(row: Array, context: Array | None) -> tuple[Array, Array]:
+        own = reverse if context is None else reverse.given(context)
+        return _descend(jax.random.fold_in(key, row), own)
 
     return jax.vmap(one, (0, None if context is None else 0))(rows, context)
 
 
-def _descend(key: Array, reverse: Reverse) -> tuple[Any, Any]:
+def _descend(key: Array, reverse: Reverse) -> tuple[Array, Array]:
     """From x_T ~ π to x_0, one trajectory."""
     key_last, key_steps, key_data = jax.random.split(key, 3)
     kernel, axes = reverse.kernel, tuple(range(-reverse.event_dim, 0))
 
-    def retreat(state: tuple[Any, Any], inputs: tuple[Any, Any]) -> tuple[tuple[Any, Any], None]:
+    def retreat(
+        state: tuple[Array, Array], inputs: tuple[Array, Array]
+    ) -> tuple[tuple[Array, Array], None]:
         x_t, log_w = state
         t, key = inputs
         law = reverse.step(x_t, t)

@@ -20,23 +20,10 @@ from probdiff.kernels.discrete import (
     CategoricalKernel,
     DiscreteKernel,
 )
-from probdiff.kernels.gaussian import (
-    GaussianKernel,
-    bridge_mean,
-    bridge_variance,
-    bridge_weights,
-)
+from probdiff.kernels.gaussian import GaussianKernel, bridge_mean, bridge_variance, bridge_weights
 from probdiff.kernels.laws import Bits, States
 
 __all__ = [
-    "AbsorbingKernel",
-    "BernoulliKernel",
-    "Bits",
-    "CategoricalKernel",
-    "DiscreteKernel",
-    "GaussianKernel",
-    "States",
-    "bridge_mean",
-    "bridge_variance",
-    "bridge_weights",
-]
+    "AbsorbingKernel", "BernoulliKernel", "Bits", "CategoricalKernel", "DiscreteKernel",
+    "GaussianKernel", "States", "bridge_mean", "bridge_variance", "bridge_weights",
+]  # fmt: skip

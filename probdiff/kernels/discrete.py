@@ -11,7 +11,8 @@ The stationary law π is all that tells the kernels apart:
 
 The last two are the uniform and absorbing transitions of Austin et al. (2021).
 
-Sources: Sohl-Dickstein et al. (2015), table App. 1 and appendix B.3; Austin et al. (2021).
+Sources: Sohl-Dickstein et al. (2015), sections 2.1 and 2.4, table App. 1 and appendix B.3; Austin
+et al. (2021), section 3.
 """
 
 import abc
@@ -21,7 +22,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 from numpyro.distributions import constraints
 
 from probdiff.arguments import check_at_least
@@ -32,8 +33,6 @@ from probdiff.types import Step
 class DiscreteKernel(abc.ABC):
     """Diffusion of symbols 0..K−1: with probability β_t a symbol is redrawn from π, else it stays.
 
-        T(x_t | x_s; β) = (1 − β) 1[x_t = x_s] + β π(x_t)
-
     Abstract: a subclass gives π by `log_pi`, and the numbers of states, of which the data take the
     first `num_data_states`.
 
@@ -43,7 +42,6 @@ class DiscreteKernel(abc.ABC):
         >>> from probdiff.kernels import DiscreteKernel
         >>> class Letters(DiscreteKernel):
         ...     num_states = num_data_states = 3
-        ...
         ...     @property
         ...     def log_pi(self):
         ...         return jnp.log(jnp.array([0.5, 0.3, 0.2]))
@@ -51,8 +49,6 @@ class DiscreteKernel(abc.ABC):
         >>> law = Letters().marginal(jnp.array(0), step)  # q(x_2 | x_0 = 0)
         >>> [round(p, 3) for p in law.probs.tolist()]
         [0.75, 0.15, 0.1]
-
-    Source: Sohl-Dickstein et al. (2015), table App. 1; Austin et al. (2021), section 3.
     """
 
     is_discrete: ClassVar[bool] = True
@@ -64,7 +60,7 @@ class DiscreteKernel(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def log_pi(self) -> Float[Any, "..."]:
+    def log_pi(self) -> Float[Array | np.ndarray, "..."]:
         """log π, the states on the last axis, broadcastable to `(*event_shape, num_states)`."""
 
     @property
@@ -73,7 +69,7 @@ class DiscreteKernel(abc.ABC):
         return Integers(self.num_data_states)
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> type:
         """Type of a level's symbols."""
         return jnp.int32
 
@@ -85,9 +81,9 @@ class DiscreteKernel(abc.ABC):
         """Raise a `ValueError` unless all values are states of the data."""
         bad = ~np.isin(values, np.arange(self.num_data_states))
         if bad.any():
+            allowed, found = f"0..{self.num_data_states - 1}", np.asarray(values)[bad].ravel()[0]
             raise ValueError(
-                f"{argument} must hold only 0..{self.num_data_states - 1} where it is observed; "
-                f"got {np.asarray(values)[bad].ravel()[0]}"
+                f"{argument} must hold only {allowed} where it is observed; got {found}"
             )
 
     def stationary(self, shape: tuple[int, ...]) -> States | Bits:
@@ -107,8 +103,6 @@ class DiscreteKernel(abc.ABC):
 
         q(x_s | x_t, x_0) ∝ q(x_t | x_s) q(x_s | x_0). Ends that no trajectory joins (absorbing: x_t
         is a class other than x_0) have no law; there x_s = x_t stands in.
-
-        Source: Sohl-Dickstein et al. (2015), section 2.4 and appendix B.3.
         """
         return self.bridge_given(jnp.log(self._one_hot(x_0)), x_t, step)
 
@@ -142,7 +136,7 @@ class DiscreteKernel(abc.ABC):
         """E[log π(x)] under an elementwise law, nats; eq. 14 takes it for a constant."""
         return jnp.sum(times_log(law.probs, jnp.asarray(self.log_pi)), -1)
 
-    def _mix(self, x: Symbols, stay: Any, redraw: Any) -> States | Bits:
+    def _mix(self, x: Symbols, stay: ArrayLike, redraw: ArrayLike) -> States | Bits:
         pi = jnp.exp(jnp.asarray(self.log_pi))
         stay, redraw = jnp.asarray(stay)[..., None], jnp.asarray(redraw)[..., None]
         return States(jnp.log(stay * self._one_hot(x) + redraw * pi))
@@ -159,17 +153,12 @@ class BernoulliKernel(DiscreteKernel):
         rate: Mean activity of a bit under π, in (0, 1): a number, or one for each bit of an example
             as nested tuples (an array is turned into them).
 
-    Raises:
-        ValueError: if a rate is outside (0, 1).
-
     Example:
         >>> kernel = BernoulliKernel(0.2)
         >>> step = schedules.steps(schedules.harmonic(4)).at(2, event_dim=1)  # ᾱ_2 = 1/2
         >>> law = kernel.marginal(jnp.array([0, 1]), step)  # ᾱ_2 x_0 + (1 − ᾱ_2) rate
         >>> [round(p, 3) for p in law.mean.tolist()]
         [0.1, 0.6]
-
-    Source: Sohl-Dickstein et al. (2015), section 2.1 and table App. 1.
     """
 
     rate: float | tuple[Any, ...] | np.ndarray = 0.5
@@ -228,8 +217,7 @@ class BernoulliKernel(DiscreteKernel):
         )
         up = jnp.logaddexp(z + jnp.log(one), jnp.log(zero))
         down = jnp.logaddexp(
-            z + jnp.log(step.noise_s * (1 - m)),
-            jnp.log(step.alpha_bar_s + step.noise_s * (1 - m)),
+            z + jnp.log(step.noise_s * (1 - m)), jnp.log(step.alpha_bar_s + step.noise_s * (1 - m))
         )
         return Bits(self._log_ratio(x_t, step) + up - down)
 
@@ -237,7 +225,7 @@ class BernoulliKernel(DiscreteKernel):
         """E[log π(x)] under an elementwise law, nats."""
         return law.mean * np.log(self._m) + (1 - law.mean) * np.log1p(-self._m)
 
-    def _mix(self, x: Symbols, stay: Any, redraw: Any) -> Bits:
+    def _mix(self, x: Symbols, stay: ArrayLike, redraw: ArrayLike) -> Bits:
         m = self._m
         if_one = jnp.log(stay + redraw * m) - jnp.log(redraw * (1 - m))
         if_zero = jnp.log(redraw * m) - jnp.log(stay + redraw * (1 - m))
@@ -250,7 +238,7 @@ class BernoulliKernel(DiscreteKernel):
         if_zero = jnp.log(beta * (1 - m)) - jnp.log(1 - beta + beta * (1 - m))
         return self._choose(x_t, if_one, if_zero)
 
-    def _choose(self, x: Symbols, if_one: Any, if_zero: Any) -> Array:
+    def _choose(self, x: Symbols, if_one: Array, if_zero: Array) -> Array:
         """The value of each bit, of the two that its step has."""
         return jnp.where(jnp.asarray(x) == 1, if_one, if_zero).astype(jnp.result_type(float))
 
@@ -262,32 +250,24 @@ class CategoricalKernel(DiscreteKernel):
     Args:
         num_classes: K, at least 2.
 
-    Raises:
-        ValueError: if `num_classes` is below 2.
-
     Example:
         >>> step = schedules.steps(schedules.harmonic(4)).at(2, event_dim=0)  # ᾱ_2 = 1/2
         >>> law = CategoricalKernel(4).marginal(jnp.array(0), step)  # ½ 1[x = 0] + ½ · ¼
         >>> [round(p, 3) for p in law.probs.tolist()]
         [0.625, 0.125, 0.125, 0.125]
-
-    Source: Austin et al. (2021), section 3.1.
     """
 
     num_classes: int
 
     def __post_init__(self) -> None:
-        _check_classes(self.num_classes)
+        check_at_least(2, num_classes=self.num_classes)
 
     @property
     def num_states(self) -> int:
         """K."""
         return self.num_classes
 
-    @property
-    def num_data_states(self) -> int:
-        """K."""
-        return self.num_classes
+    num_data_states = num_states
 
     @property
     def log_pi(self) -> np.ndarray:
@@ -305,22 +285,17 @@ class AbsorbingKernel(DiscreteKernel):
     Args:
         num_classes: K, at least 2; levels of the diffusion have K + 1 states.
 
-    Raises:
-        ValueError: if `num_classes` is below 2.
-
     Example:
         >>> step = schedules.steps(schedules.harmonic(4)).at(2, event_dim=0)  # ᾱ_2 = 1/2
         >>> law = AbsorbingKernel(3).marginal(jnp.array(0), step)  # itself, or absorbed
         >>> [round(p, 3) for p in law.probs.tolist()]
         [0.5, 0.0, 0.0, 0.5]
-
-    Source: Austin et al. (2021), section 3.1.
     """
 
     num_classes: int
 
     def __post_init__(self) -> None:
-        _check_classes(self.num_classes)
+        check_at_least(2, num_classes=self.num_classes)
 
     @property
     def num_states(self) -> int:
@@ -337,10 +312,6 @@ class AbsorbingKernel(DiscreteKernel):
         """0 for the state K, −∞ for every class."""
         absorbed = np.arange(self.num_states) == self.num_classes
         return np.where(absorbed, 0.0, -np.inf).astype(jnp.result_type(float))
-
-
-def _check_classes(num_classes: int) -> None:
-    check_at_least(2, num_classes=num_classes)
 
 
 def _as_tuples(value: Any) -> Any:

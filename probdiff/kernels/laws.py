@@ -76,14 +76,11 @@ class States(dist.Distribution):
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
     pytree_data_fields = ("log_probs",)
+    has_rsample = False
 
     def __init__(self, log_probs: Float[Array, "*shape K"]):
         self.log_probs = log_probs
         super().__init__(log_probs.shape[:-1], ())
-
-    @property
-    def has_rsample(self) -> bool:
-        return False
 
     @property
     def support(self) -> constraints.Constraint:
@@ -134,14 +131,11 @@ class Bits(dist.Distribution):
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
     pytree_data_fields = ("logit",)
+    has_rsample = False
 
     def __init__(self, logit: Float[Array, "*shape"]):
         self.logit = logit
         super().__init__(jnp.shape(logit), ())
-
-    @property
-    def has_rsample(self) -> bool:
-        return False
 
     @property
     def support(self) -> constraints.Constraint:

@@ -7,11 +7,6 @@ from probdiff.networks.summary import summary
 from probdiff.networks.unet import UNet
 
 __all__ = [
-    "MultiScaleConvolution",
-    "Perceptron",
-    "RadialBasis",
-    "SharedHead",
-    "SigmoidPerceptron",
-    "UNet",
+    "MultiScaleConvolution", "Perceptron", "RadialBasis", "SharedHead", "SigmoidPerceptron", "UNet",
     "summary",
-]
+]  # fmt: skip

@@ -23,16 +23,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen, nnx
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 
-class Binding(NamedTuple):
-    """A network split into what is trained and what is not."""
+class _Binding(NamedTuple):
+    """A network split into what is trained and what is not, `apply(params, x_t, t, context)`."""
 
-    init: Any
+    init: PyTree | Callable[[Array], PyTree]
     """Initial parameters, or `init(key)` that makes them; None where nothing is trained."""
     apply: Callable[..., Array]
-    """`apply(params, x_t, t, context)`."""
 
 
 def output_shape(event_shape: tuple[int, ...], outputs: int) -> tuple[int, ...]:
@@ -44,12 +43,10 @@ def output_shape(event_shape: tuple[int, ...], outputs: int) -> tuple[int, ...]:
 
 def example_inputs(
     event_shape: tuple[int, ...], context_shape: tuple[int, ...] | None, dtype: Any = float
-) -> tuple[Any, ...]:
+) -> tuple[Array, Array, Array | None]:
     """Zeros as a network is called with, two rows: x_t, t and, where there is one, context."""
-    x_t = jnp.zeros((2, *event_shape), dtype)
-    t = jnp.ones((2,), jnp.int32)
     context = None if context_shape is None else jnp.zeros((2, *context_shape))
-    return x_t, t, context
+    return jnp.zeros((2, *event_shape), dtype), jnp.ones((2,), jnp.int32), context
 
 
 def built_in_config(network: Any) -> dict[str, Any]:
@@ -59,16 +56,10 @@ def built_in_config(network: Any) -> dict[str, Any]:
 
 
 def bind(
-    network: Any,
-    event_shape: tuple[int, ...],
-    context_shape: tuple[int, ...] | None,
+    network: Any, event_shape: tuple[int, ...], context_shape: tuple[int, ...] | None,
     dtype: Any = float,
-) -> Binding:
-    """Split any supported network into a `Binding`.
-
-    Raises:
-        ValueError: if the network keeps state, or cannot be called.
-    """
+) -> _Binding:  # fmt: skip
+    """Split any supported network; a `ValueError` if it keeps state or cannot be called."""
     if isinstance(network, nnx.Module):
         return _bind_nnx(network)
     if isinstance(network, linen.Module):
@@ -78,9 +69,9 @@ def bind(
         return _bind_equinox(network, equinox)
     if isinstance(network, tuple) and len(network) == 2 and callable(network[0]):
         function, params = network
-        return Binding(params, lambda values, *args: function(values, *_given(*args)))
+        return _Binding(params, lambda values, *args: function(values, *_given(*args)))
     if callable(network):
-        return Binding(None, lambda _, *args: network(*_given(*args)))
+        return _Binding(None, lambda _, *args: network(*_given(*args)))
     raise ValueError(
         "network must be callable as network(x_t, t), or a pair (apply, params); got "
         f"{type(network).__name__}"
@@ -91,7 +82,7 @@ def _given(x_t: Array, t: Array, context: Array | None) -> tuple[Array, ...]:
     return (x_t, t) if context is None else (x_t, t, context)
 
 
-def _check_stateless(kind: str, network: Any, kept: set[str]) -> None:
+def _check_stateless(kind: str, network: nnx.Module | linen.Module, kept: set[str]) -> None:
     if kept:
         raise ValueError(
             f"network must be stateless; got the {kind} module {type(network).__name__} that keeps "
@@ -100,33 +91,33 @@ def _check_stateless(kind: str, network: Any, kept: set[str]) -> None:
         )
 
 
-def _bind_nnx(network: nnx.Module) -> Binding:
+def _bind_nnx(network: nnx.Module) -> _Binding:
     graph, params, rest = nnx.split(network, nnx.Param, ...)
     _check_stateless("nnx", network, {type(leaf).__name__ for _, leaf in nnx.to_flat_state(rest)})
 
-    def apply(values: Any, *args: Any) -> Array:
+    def apply(values: PyTree, *args: Array | None) -> Array:
         state = jax.tree.map(lambda leaf: leaf, params)  # a copy: replacing works in place
         nnx.replace_by_pure_dict(state, values)
         return nnx.merge(graph, state)(*_given(*args))
 
-    return Binding(nnx.to_pure_dict(params), apply)
+    return _Binding(nnx.to_pure_dict(params), apply)
 
 
-def _bind_linen(network: linen.Module, example: tuple[Any, ...]) -> Binding:
+def _bind_linen(network: linen.Module, example: tuple[Array | None, ...]) -> _Binding:
     inputs = _given(*example)
     shapes = jax.eval_shape(network.init, jax.random.key(0), *inputs)
     _check_stateless("linen", network, set(shapes) - {"params"})
 
-    def apply(values: Any, *args: Any) -> Array:
+    def apply(values: PyTree, *args: Array | None) -> Array:
         return network.apply({"params": values}, *_given(*args))
 
-    return Binding(lambda key: network.init(key, *inputs)["params"], apply)
+    return _Binding(lambda key: network.init(key, *inputs)["params"], apply)
 
 
-def _bind_equinox(network: Any, equinox: Any) -> Binding:
+def _bind_equinox(network: Any, equinox: Any) -> _Binding:
     values, static = equinox.partition(network, equinox.is_inexact_array)
 
-    def apply(values: Any, *args: Any) -> Array:
+    def apply(values: PyTree, *args: Array | None) -> Array:
         return jax.vmap(equinox.combine(values, static))(*_given(*args))
 
-    return Binding(lambda _: values, apply)  # a bare module is callable: it would pass for an init
+    return _Binding(lambda _: values, apply)  # a bare module is callable: it would pass for an init

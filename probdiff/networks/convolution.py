@@ -54,14 +54,12 @@ def from_patches(x: Float[Array, "B h w c"], patch: int) -> Float[Array, "B H W 
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, H * patch, W * patch, C // patch**2)
 
 
-def convolve(x: Array, kernel: Array, *args: Any, **kwargs: Any) -> Array:
+def convolve(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
     """3 × 3 convolution, NHWC × HWIO, padded to the same size; fast gradients in loops on a CPU.
 
     `nnx.Conv` hands over strides, padding and layout too, which are always those of `_plain`.
     """
-    if jax.default_backend() == "cpu":
-        return _canonical(x, kernel)
-    return _plain(x, kernel)
+    return _canonical(x, kernel) if jax.default_backend() == "cpu" else _plain(x, kernel)
 
 
 def _plain(x: Array, kernel: Array) -> Array:

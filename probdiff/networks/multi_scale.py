@@ -19,7 +19,7 @@ Source: Sohl-Dickstein et al. (2015), appendix D.2.1.
 
 import itertools
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ from probdiff.networks.perceptron import as_numbers, bump_functions
 
 
 class MultiScaleConvolution(nnx.Module):
-    """The 2015 network for images: multi-scale convolutions beside a dense pathway.
+    """Multi-scale convolutions beside a dense pathway, for images.
 
     Called as `network(x_t, t)`, on one grey or coloured image per example; the output starts at 0.
 
@@ -44,8 +44,7 @@ class MultiScaleConvolution(nnx.Module):
         T: Number of steps over which the bumps are spread; the network serves no other T.
         scales: Scales of each convolution, 1 for an ordinary one.
         dense_width: Units of a hidden layer of the dense pathway.
-        dense_depth: Hidden layers of the dense pathway, before the layer that gives numbers
-            per pixel; 0 leaves the convolutions alone.
+        dense_depth: Hidden layers of the dense pathway; 0 leaves the convolutions alone.
         dense_outputs: Numbers per pixel that the dense pathway ends in.
         upper_width: Channels of a 1 × 1 convolution.
         upper_depth: 1 × 1 convolutions, before the read-out.
@@ -54,41 +53,25 @@ class MultiScaleConvolution(nnx.Module):
         rngs: Draws the initial weights.
 
     Raises:
-        ValueError: if the sides are no multiples of the coarsest square, or there is neither
-            pathway.
+        ValueError: if sides are no multiples of the coarsest square, or there is neither pathway.
 
     Example:
         >>> network = networks.MultiScaleConvolution((8, 8), 16, 2, T=40, rngs=nnx.Rngs(0))
         >>> out = jax.eval_shape(network, jnp.ones((5, 8, 8)), jnp.full(5, 40))
         >>> out.shape  # mean and variance of each pixel
         (5, 8, 16)
-
-    Source: Sohl-Dickstein et al. (2015), appendix D.2.1.
     """
 
     def __init__(
-        self,
-        event_shape: tuple[int, ...],
-        width: int,
-        depth: int,
-        T: int,
-        *,
-        scales: int = 3,
-        dense_width: int = 500,
-        dense_depth: int = 4,
-        dense_outputs: int = 2,
-        upper_width: int = 20,
-        upper_depth: int = 2,
-        bumps: int = 10,
-        outputs: int = 2,
-        rngs: nnx.Rngs,
-    ):
+        self, event_shape: tuple[int, ...], width: int, depth: int, T: int, *, scales: int = 3,
+        dense_width: int = 500, dense_depth: int = 4, dense_outputs: int = 2, upper_width: int = 20,
+        upper_depth: int = 2, bumps: int = 10, outputs: int = 2, rngs: nnx.Rngs,
+    ):  # fmt: skip
         check_at_least(1, scales=scales)
         event_shape = check_image(event_shape, 2 ** (scales - 1) if depth else 1)
-        if depth < 1 and dense_depth < 1:
-            raise ValueError(
-                f"depth or dense_depth must be at least 1; got {depth} and {dense_depth}"
-            )
+        if max(depth, dense_depth) < 1:
+            got = f"{depth} and {dense_depth}"
+            raise ValueError(f"depth or dense_depth must be at least 1; got {got}")
         self.event_shape, self.width, self.depth, self.T = event_shape, width, depth, T
         self.dense_width, self.dense_depth = dense_width, dense_depth
         self.upper_width, self.upper_depth = upper_width, upper_depth
@@ -150,11 +133,11 @@ class _Layer(nnx.Module):
         return jax.nn.softplus(total)
 
 
-def _linears(sizes: list[int], rngs: nnx.Rngs) -> Any:
+def _linears(sizes: list[int], rngs: nnx.Rngs) -> Sequence[nnx.Linear]:
     return nnx.List(nnx.Linear(n, m, rngs=rngs) for n, m in itertools.pairwise(sizes))
 
 
-def _tanh_layers(layers: Any, h: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+def _tanh_layers(layers: Sequence[nnx.Linear], h: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
     for layer in layers:
         h = jnp.tanh(layer(h))
     return h

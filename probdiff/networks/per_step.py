@@ -12,7 +12,7 @@
 
 The paper's f_b puts a sigmoid on the output too, which is the readout's part here.
 
-Source: Sohl-Dickstein et al. (2015), appendices D.1.1 and D.1.2.
+Source: Sohl-Dickstein et al. (2015), appendix D.1.1 (numbers) and D.1.2 (bits).
 """
 
 import itertools
@@ -46,8 +46,6 @@ class RadialBasis(nnx.Module):
         (5, 4)
         >>> sum(p.size for p in jax.tree.leaves(nnx.state(network)))  # 16 (2 + 1) + 40 (16 + 1) 4
         2768
-
-    Source: Sohl-Dickstein et al. (2015), appendix D.1.1.
     """
 
     def __init__(
@@ -76,10 +74,9 @@ class SigmoidPerceptron(nnx.Module):
     Called as `network(x_t, t)`. A_t and b_t start at 0.
 
     Args:
-        event_shape: Shape of one example.
+        event_shape, T: As in `RadialBasis`.
         width: Units per hidden layer.
         depth: Number of hidden layers, at least 1.
-        T: Number of steps; the network serves no other T.
         outputs: 1 for bits, 2 for a readout with learned variance.
         rngs: Draws the initial weights of the hidden layers.
 
@@ -88,25 +85,16 @@ class SigmoidPerceptron(nnx.Module):
         >>> out = jax.eval_shape(network, jnp.ones((5, 20), jnp.int32), jnp.full(5, 40))
         >>> out.shape  # a logit of each bit
         (5, 20)
-
-    Source: Sohl-Dickstein et al. (2015), appendix D.1.2.
     """
 
     def __init__(
-        self,
-        event_shape: tuple[int, ...],
-        width: int,
-        depth: int,
-        T: int,
-        *,
-        outputs: int = 1,
+        self, event_shape: tuple[int, ...], width: int, depth: int, T: int, *, outputs: int = 1,
         rngs: nnx.Rngs,
-    ):
+    ):  # fmt: skip
         event_shape = check_shape("event_shape", event_shape)
         check_at_least(1, width=width, depth=depth)
         self.event_shape, self.width, self.depth, self.T = event_shape, width, depth, T
-        self.outputs = outputs
-        size = math.prod(event_shape)
+        self.outputs, size = outputs, math.prod(event_shape)
         # Glorot's range four times as wide is his own for this sigmoid: its slope at 0 is 1/4.
         init = nnx.initializers.variance_scaling(16.0, "fan_avg", "uniform")
         self.layers = nnx.List(

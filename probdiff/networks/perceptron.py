@@ -43,55 +43,36 @@ class Perceptron(nnx.Module):
 
     Example:
         >>> network = networks.Perceptron((2,), width=8, depth=1, T=40, rngs=nnx.Rngs(0))
-        >>> out = jax.eval_shape(network, jnp.ones((5, 2)), jnp.full(5, 40))
-        >>> out.shape  # mean and variance of each number
+        >>> jax.eval_shape(network, jnp.ones((5, 2)), jnp.full(5, 40)).shape  # mean and variance
         (5, 4)
         >>> sum(p.size for p in jax.tree.leaves(nnx.state(network)))
         180
         >>> (2 + 10 + 1) * 8 + (8 + 10 + 1) * 4  # 10 bump functions enter both layers
         180
-        >>> letters = networks.Perceptron(
-        ...     (2,), width=8, depth=1, T=40, outputs=26, states=26, rngs=nnx.Rngs(0)
-        ... )
+        >>> letters = networks.Perceptron((2,), 8, 1, 40, outputs=26, states=26, rngs=nnx.Rngs(0))
         >>> jax.eval_shape(letters, jnp.ones((5, 2), int), jnp.full(5, 40)).shape  # 26 logits each
         (5, 52)
-
-    Source: Sohl-Dickstein et al. (2015), appendix D.2.1, for the bumps g(t).
     """
 
     def __init__(
-        self,
-        event_shape: tuple[int, ...],
-        width: int,
-        depth: int,
-        T: int,
-        *,
-        bumps: int = 10,
-        outputs: int = 2,
-        context_size: int = 0,
-        states: int = 0,
-        rngs: nnx.Rngs,
-    ):
+        self, event_shape: tuple[int, ...], width: int, depth: int, T: int, *, bumps: int = 10,
+        outputs: int = 2, context_size: int = 0, states: int = 0, rngs: nnx.Rngs,
+    ):  # fmt: skip
         event_shape = check_shape("event_shape", event_shape)
         check_at_least(1, width=width, depth=depth)
         self.event_shape, self.width, self.depth, self.T = event_shape, width, depth, T
         self.bumps, self.outputs = bumps, outputs
         self.context_size, self.states = context_size, states
         size = math.prod(event_shape)
-        sizes = [size * max(states, 1) + context_size, *[width] * depth]
-        self.layers = nnx.List(
-            nnx.Linear(n + bumps, m, rngs=rngs) for n, m in itertools.pairwise(sizes)
-        )
-        self.readout = nnx.Linear(
-            width + bumps, outputs * size, kernel_init=nnx.initializers.zeros, rngs=rngs
-        )
+        pairs = itertools.pairwise([size * max(states, 1) + context_size, *[width] * depth])
+        self.layers = nnx.List(nnx.Linear(n + bumps, m, rngs=rngs) for n, m in pairs)
+        zeros = nnx.initializers.zeros
+        self.readout = nnx.Linear(width + bumps, outputs * size, kernel_init=zeros, rngs=rngs)
 
     def __call__(
-        self,
-        x_t: Num[Array, "B ..."],
-        t: Int[Array, " B"],
+        self, x_t: Num[Array, "B ..."], t: Int[Array, " B"],
         context: Float[Array, "B ..."] | None = None,
-    ) -> Float[Array, "B ..."]:
+    ) -> Float[Array, "B ..."]:  # fmt: skip
         """Outputs `(B, *event_shape)`, the last axis `outputs` times as long."""
         size = x_t.shape[0]
         x = as_numbers(x_t, self.states)
@@ -120,16 +101,11 @@ class SharedHead(nnx.Module):
     does; the output starts at 0.
 
     Args:
-        event_shape: Shape of one example.
+        event_shape, T, bumps, outputs, context_size, rngs: As in `Perceptron`.
         width: Units per hidden layer of the trunk.
         depth: Number of hidden layers of the trunk.
-        T: Number of steps over which the bumps are spread; the network serves no other T.
         channels: Numbers that the trunk hands to the head for each entry.
         head_width: Units in each of the head's two hidden layers.
-        bumps: Number of bump functions.
-        outputs: 2 for a readout with learned variance, 1 for one without.
-        context_size: Numbers in one example's context; 0 where there is none.
-        rngs: Draws the initial weights.
 
     Example:
         >>> network = networks.SharedHead((8, 8), width=16, depth=2, T=40, rngs=nnx.Rngs(0))
@@ -139,19 +115,10 @@ class SharedHead(nnx.Module):
     """
 
     def __init__(
-        self,
-        event_shape: tuple[int, ...],
-        width: int,
-        depth: int,
-        T: int,
-        *,
-        channels: int = 4,
-        head_width: int = 16,
-        bumps: int = 10,
-        outputs: int = 2,
-        context_size: int = 0,
+        self, event_shape: tuple[int, ...], width: int, depth: int, T: int, *, channels: int = 4,
+        head_width: int = 16, bumps: int = 10, outputs: int = 2, context_size: int = 0,
         rngs: nnx.Rngs,
-    ):
+    ):  # fmt: skip
         event_shape = check_shape("event_shape", event_shape)
         check_at_least(1, width=width, depth=depth)
         self.event_shape, self.width, self.depth, self.T = event_shape, width, depth, T
@@ -159,23 +126,18 @@ class SharedHead(nnx.Module):
         self.bumps, self.outputs, self.context_size = bumps, outputs, context_size
         size, given = math.prod(event_shape), bumps + context_size
         zeros = nnx.initializers.zeros
-        sizes = [size, *[width] * depth]
-        self.trunk = nnx.List(
-            nnx.Linear(n + given, m, rngs=rngs) for n, m in itertools.pairwise(sizes)
-        )
+        pairs = itertools.pairwise([size, *[width] * depth])
+        self.trunk = nnx.List(nnx.Linear(n + given, m, rngs=rngs) for n, m in pairs)
         self.to_channels = nnx.Linear(width + given, size * channels, rngs=rngs)
         self.skip = nnx.Linear(width + given, size * outputs, kernel_init=zeros, rngs=rngs)
-        self.head = nnx.List(
-            nnx.Linear(n, head_width, rngs=rngs) for n in (1 + channels + given, head_width)
-        )
+        sizes = 1 + channels + given, head_width
+        self.head = nnx.List(nnx.Linear(n, head_width, rngs=rngs) for n in sizes)
         self.readout = nnx.Linear(head_width, outputs, kernel_init=zeros, rngs=rngs)
 
     def __call__(
-        self,
-        x_t: Num[Array, "B ..."],
-        t: Int[Array, " B"],
+        self, x_t: Num[Array, "B ..."], t: Int[Array, " B"],
         context: Float[Array, "B ..."] | None = None,
-    ) -> Float[Array, "B ..."]:
+    ) -> Float[Array, "B ..."]:  # fmt: skip
         """Outputs `(B, *event_shape)`, the last axis `outputs` times as long."""
         batch = x_t.shape[0]
         x = as_numbers(x_t, 0).reshape(batch, -1)

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array
 
 from probdiff.arguments import check_at_least
 from probdiff.networks.binding import bind
@@ -24,34 +25,22 @@ _PLAIN = {"force_terminal": False, "force_jupyter": False, "color_system": None,
 
 
 def summary(
-    network: Any,
-    event_shape: tuple[int, ...],
-    *,
-    batch_size: int = 1,
-    context_shape: tuple[int, ...] | None = None,
-    dtype: Any = float,
-    depth: int | None = None,
-) -> str:
-    """Table of layers with parameters, shapes and FLOPs, and their totals for one call.
+    network: Any, event_shape: tuple[int, ...], *, batch_size: int = 1,
+    context_shape: tuple[int, ...] | None = None, dtype: Any = float, depth: int | None = None,
+) -> str:  # fmt: skip
+    """Table of layers with parameters, shapes and FLOPs, and their totals for one call, as text.
 
     Args:
-        network: A flax.nnx module, called as `network(x_t, t)` or `network(x_t, t, context)`.
+        network: A stateless flax.nnx module, called as `network(x_t, t)` or with a context.
         event_shape: Shape of one example.
         batch_size: Examples in the call.
         context_shape: Shape of one example's context; None where there is none.
         dtype: Type of x_t; int for symbols.
         depth: Most parts of a path, such as 2 of `layers/0`, in what is shown; None for all.
 
-    Returns:
-        The table as text.
-
-    Raises:
-        ValueError: if the network is of another kind, keeps state, or batch_size is below 1.
-
     Example:
         >>> network = networks.RadialBasis((2,), width=16, T=40, rngs=nnx.Rngs(0))
-        >>> table = networks.summary(network, (2,))
-        >>> print(table)
+        >>> print(networks.summary(network, (2,)))
         RadialBasis Summary
         ...
         Total Parameters: 2,768 (11.1 KB)
@@ -71,7 +60,7 @@ def summary(
     return "\n".join([*lines, *totals])
 
 
-def _flops(network: nnx.Module, inputs: list[Any]) -> int:
+def _flops(network: nnx.Module, inputs: list[Array]) -> int:
     """Operations of one call, as XLA counts them."""
     binding = bind(network, (), None)
     x_t, t, context = (*inputs, None)[:3]

@@ -18,6 +18,7 @@ Sources: Ronneberger et al. (2015); Ho et al. (2020), appendix B, for the blocks
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,7 +32,7 @@ from probdiff.networks.convolution import (
     convolve,
     from_patches,
     to_patches,
-)  # fmt: skip
+)
 from probdiff.networks.perceptron import as_numbers
 
 _GROUP = 8
@@ -59,9 +60,7 @@ class UNet(nnx.Module):
         head_width: Channels of the head at full resolution.
         attention_heads: Heads of self-attention after each block of the coarsest resolution;
             0 for none.
-        context_size: Numbers in one example's context; 0 where there is none.
-        outputs: Numbers per entry of x, as the readout needs.
-        states: States of a symbol, to be coded one-hot; 0 takes x as the numbers they are.
+        context_size, outputs, states: As in `Perceptron`.
         dtype: Type to compute in, such as "bfloat16"; None takes that of x. Parameters stay
             float32, and so do norms and the head.
         rngs: Draws the initial weights.
@@ -74,34 +73,20 @@ class UNet(nnx.Module):
         >>> out = jax.eval_shape(network, jnp.ones((2, 8, 8, 3)), jnp.array([-5.0, 5.0]))
         >>> out.shape  # at two log-SNRs; mean and variance of each colour
         (2, 8, 8, 6)
-
-    Source: Ronneberger et al. (2015); Ho et al. (2020), appendix B, for the blocks.
     """
 
     def __init__(
-        self,
-        event_shape: tuple[int, ...],
-        widths: tuple[int, ...],
-        depth: int,
-        *,
-        T: int | None = None,
-        patch: int = 1,
-        head_width: int = 16,
-        attention_heads: int = 0,
-        context_size: int = 0,
-        outputs: int = 2,
-        states: int = 0,
-        dtype: str | None = None,
+        self, event_shape: tuple[int, ...], widths: tuple[int, ...], depth: int, *,
+        T: int | None = None, patch: int = 1, head_width: int = 16, attention_heads: int = 0,
+        context_size: int = 0, outputs: int = 2, states: int = 0, dtype: str | None = None,
         rngs: nnx.Rngs,
-    ):
+    ):  # fmt: skip
         if not widths or any(width % _GROUP for width in widths):
             raise ValueError(f"widths must be multiples of {_GROUP}; got {tuple(widths)}")
         event_shape = check_image(event_shape, patch * 2 ** (len(widths) - 1))
         if attention_heads and widths[-1] % attention_heads:
-            raise ValueError(
-                f"attention_heads must divide the last of widths, {widths[-1]}; got "
-                f"{attention_heads}"
-            )
+            last = f"the last of widths, {widths[-1]}"
+            raise ValueError(f"attention_heads must divide {last}; got {attention_heads}")
         self.event_shape, self.widths, self.depth = event_shape, tuple(widths), depth
         self.T, self.patch, self.head_width = T, patch, head_width
         self.attention_heads, self.context_size = attention_heads, context_size
@@ -110,7 +95,7 @@ class UNet(nnx.Module):
         into, size = channels * max(states, 1), 4 * widths[0]
         pairs = list(itertools.pairwise(widths))
 
-        def blocks(width: int, heads: int = 0) -> Any:
+        def blocks(width: int, heads: int = 0) -> Sequence[_Block]:
             return nnx.List(_Block(width, size, heads, dtype, rngs) for _ in range(depth))
 
         self.embedding = _Embedding(size, context_size, rngs)
@@ -130,17 +115,12 @@ class UNet(nnx.Module):
         return self.T is None
 
     def __call__(
-        self,
-        x_t: Num[Array, "B ..."],
-        t: Num[Array, " B"],
+        self, x_t: Num[Array, "B ..."], t: Num[Array, " B"],
         context: Float[Array, "B ..."] | None = None,
-    ) -> Float[Array, "B ..."]:
+    ) -> Float[Array, "B ..."]:  # fmt: skip
         """Outputs `(B, *event_shape)`, the last axis `outputs` times as long.
 
-        Args:
-            x_t: Images.
-            t: Step in 1..T; without T the log-SNR log ᾱ_t/(1−ᾱ_t).
-            context: Anything of `context_size` numbers per example.
+        t is the step in 1..T, without T the log-SNR; context any `context_size` numbers each.
         """
         size, (height, width) = x_t.shape[0], self.event_shape[:2]
         x = as_numbers(x_t, self.states).reshape(size, height, width, -1)
@@ -173,7 +153,7 @@ class _Embedding(nnx.Module):
         self.second = nnx.Linear(size, size, rngs=rngs)
         self.context = nnx.Linear(context_size, size, rngs=rngs) if context_size else None
 
-    def __call__(self, place: Float[Array, " B"], context: Any) -> Float[Array, "B E"]:
+    def __call__(self, place: Float[Array, " B"], context: Array | None) -> Float[Array, "B E"]:
         frequencies = jnp.exp(-math.log(1e4) * jnp.arange(_FREQUENCIES) / _FREQUENCIES)
         angles = place[:, None] * frequencies
         e = self.first(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1))
@@ -186,7 +166,7 @@ class _Embedding(nnx.Module):
 class _Block(nnx.Module):
     """h + conv(silu(norm)) twice, the second norm scaled and shifted by the step; attention."""
 
-    def __init__(self, width: int, size: int, heads: int, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, width: int, size: int, heads: int, dtype: str | None, rngs: nnx.Rngs):
         self.norms = nnx.List(_norm(width, rngs) for _ in range(2))
         self.modulate = nnx.Linear(size, 2 * width, kernel_init=_ZEROS, rngs=rngs)
         self.first = _convolution(width, width, dtype, rngs)
@@ -203,7 +183,7 @@ class _Block(nnx.Module):
 class _Attention(nnx.Module):
     """h + softmax(q kᵀ / √d) v over all places, in several heads."""
 
-    def __init__(self, width: int, heads: int, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, dtype: str | None, rngs: nnx.Rngs):
         self.heads = heads
         self.norm = _norm(width, rngs)
         self.into = _linear(width, 3 * width, dtype, rngs)
@@ -240,11 +220,13 @@ def _norm(width: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
     return nnx.GroupNorm(width, group_size=_GROUP, num_groups=None, rngs=rngs)
 
 
-def _linear(into: int, out: int, dtype: Any, rngs: nnx.Rngs, **options: Any) -> nnx.Linear:
+def _linear(into: int, out: int, dtype: str | None, rngs: nnx.Rngs, **options: Any) -> nnx.Linear:
     return nnx.Linear(into, out, dtype=dtype, rngs=rngs, **options)
 
 
-def _convolution(into: int, out: int, dtype: Any, rngs: nnx.Rngs, **options: Any) -> nnx.Conv:
+def _convolution(
+    into: int, out: int, dtype: str | None, rngs: nnx.Rngs, **options: Any
+) -> nnx.Conv:
     return nnx.Conv(
         into, out, (3, 3), conv_general_dilated=convolve, dtype=dtype, rngs=rngs, **options
     )

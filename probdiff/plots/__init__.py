@@ -26,25 +26,7 @@ from probdiff.plots.style import BLUE, GREEN, ORANGE
 from probdiff.plots.training import LiveLosses, losses
 
 __all__ = [
-    "BLUE",
-    "GREEN",
-    "ORANGE",
-    "LiveLosses",
-    "bound_per_step",
-    "calibration",
-    "comparison",
-    "drift",
-    "entropy_band",
-    "ess_trace",
-    "evidence",
-    "figure_1",
-    "images",
-    "information",
-    "ladder",
-    "losses",
-    "points",
-    "posterior_images",
-    "posterior_points",
-    "sandwich",
-    "slices",
-]
+    "BLUE", "GREEN", "ORANGE", "LiveLosses", "bound_per_step", "calibration", "comparison", "drift",
+    "entropy_band", "ess_trace", "evidence", "figure_1", "images", "information", "ladder",
+    "losses", "points", "posterior_images", "posterior_points", "sandwich", "slices",
+]  # fmt: skip

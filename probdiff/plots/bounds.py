@@ -7,7 +7,9 @@
     information      what level t still tells of the data, between its bounds
     comparison       mean bounds of models less the best one's, errors paired, by ArviZ
 
-Bands and bars are two standard errors; a comparison's are one.
+Each takes what the function of `diagnostics` returned that it is named for (`entropies`, `compare`,
+else the same name) and refuses another. Bands and bars are two standard errors; a comparison's are
+one.
 
 Source: Sohl-Dickstein et al. (2015), eqs. 9 and 24; appendix B for the terms of K before eq. 14
 takes the entropies out.
@@ -28,13 +30,7 @@ _SHOWN = 50
 
 
 def bound_per_step(tree: xr.DataTree, *, ax: Axes | None = None) -> Axes:
-    """Where the nats go: KL_t of every step with a band of two standard errors over examples.
-
-    The legend gives the three parts, whose difference is the bound:
-    K = reconstruction − Σ_t KL_t − KL(q(x_T | x_0) ‖ π).
-
-    Args:
-        tree: What `diagnostics.bound` returned; another is refused.
+    """Where the nats go: KL_t of every step, and in the legend the three parts of K.
 
     Example:
         >>> x = jnp.array([-1.0, 1.0])  # of density exp(−1.42) both, 2.05 bits
@@ -68,7 +64,7 @@ def ladder(tree: xr.DataTree, *, truth: float | None = None, ax: Axes | None = N
     differ from each other by far more than an example's rungs; bars are of these differences.
 
     Args:
-        tree: What `diagnostics.ladder` returned; another is refused.
+        tree: What `diagnostics.ladder` returned.
         truth: Mean log p(x_0) of these examples, where it is known.
 
     Example:
@@ -80,12 +76,8 @@ def ladder(tree: xr.DataTree, *, truth: float | None = None, ax: Axes | None = N
     group = _group(tree, "ladder")
     ax = axes_or_new(ax)
     sizes, last = group["size"].values, group["importance"].values[:, -1:]
-    columns = [
-        group["bound"].values[:, None],
-        group["importance"].values,
-        group["smc"].values[:, None],
-    ]
-    heights = np.concatenate(columns, 1) - last
+    rungs = [group[name].values for name in ("bound", "importance", "smc")]
+    heights = np.column_stack(rungs) - last
     n, places = len(heights), np.arange(heights.shape[1])
     shown = np.unique(np.linspace(0, n - 1, min(_SHOWN, n)).astype(int))
     ax.plot(places[1:-1], heights[shown, 1:-1].T, color=BLUE, alpha=0.15, linewidth=0.8)
@@ -104,13 +96,10 @@ def ladder(tree: xr.DataTree, *, truth: float | None = None, ax: Axes | None = N
     if truth is not None:
         above = truth - last.mean()
         ax.axhline(above, color=GREEN, linewidth=1.5, label=f"log p of the data, {truth:.4g} nats")
-    ax.set_xticks(
-        places, ["K", *(f"S = {size}" for size in sizes), f"SMC, {sizes[-1]}\n(any place)"]
-    )
-    ax.set(
-        xlabel="trajectories per example",
-        ylabel=f"less the bound at S = {sizes[-1]} (nats per example)",
-    )
+    names = (f"S = {size}" for size in sizes)
+    ax.set_xticks(places, ["K", *names, f"SMC, {sizes[-1]}\n(any place)"])
+    ax.set_xlabel("trajectories per example")
+    ax.set_ylabel(f"less the bound at S = {sizes[-1]} (nats per example)")
     low = min(np.quantile(heights[shown, 1], 0.05), (mean - 2 * se).min())
     high = max((mean + 2 * se).max(), 0.0 if truth is None else truth - last.mean())
     ax.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) + 1e-6)
@@ -121,9 +110,6 @@ def ladder(tree: xr.DataTree, *, truth: float | None = None, ax: Axes | None = N
 
 def sandwich(tree: xr.DataTree, *, ax: Axes | None = None) -> Axes:
     """Mean lower and upper bounds of log p(x_0) by the number of trajectories.
-
-    Args:
-        tree: What `diagnostics.sandwich` returned; another is refused.
 
     Example:
         >>> key, diffusion = jax.random.key(0), standard_diffusion()
@@ -155,9 +141,6 @@ def entropy_band(tree: xr.DataTree, *, ax: Axes | None = None) -> Axes:
 
     The height of the model's line is the term KL_t of the bound.
 
-    Args:
-        tree: What `diagnostics.entropies` returned; another is refused.
-
     Example:
         >>> x, diffusion = jnp.array([-1.0, 1.0]), standard_diffusion()
         >>> tree = diagnostics.bound(jax.random.key(0), diffusion, {}, x)
@@ -171,17 +154,15 @@ def entropy_band(tree: xr.DataTree, *, ax: Axes | None = None) -> Axes:
     upper = group["upper"].values - lower
     any_data = upper + group["correction"].values
     model = group["model"].values - lower
-    ax.fill_between(
-        step, 0, upper, color=BLUE, alpha=0.15, linewidth=0, label="between eq. 24's bounds"
-    )
+    label = "between eq. 24's bounds"
+    ax.fill_between(step, 0, upper, color=BLUE, alpha=0.15, linewidth=0, label=label)
     if np.abs(any_data - upper).max() > 1e-3 * max(np.abs(upper).max(), 1e-9):
         ax.plot(step, any_data, color=BLUE, linestyle="--", label="upper bound for any data")
     band(ax, step, model, group["model_se"].values, ORANGE, "upper bound by the model")
     top = max(np.quantile(upper, 0.98), np.quantile(model, 0.98))
     ax.set_ylim(-0.03 * top, 1.1 * top)
-    ax.set(
-        xlabel="step t (small: near the data)", ylabel="H(X_s | X_t) above its lower bound (nats)"
-    )
+    ax.set_xlabel("step t (small: near the data)")
+    ax.set_ylabel("H(X_s | X_t) above its lower bound (nats)")
     ax.set_title(group.attrs["condition"], fontsize="small")
     ax.legend(frameon=False)
     return ax
@@ -189,9 +170,6 @@ def entropy_band(tree: xr.DataTree, *, ax: Axes | None = None) -> Axes:
 
 def information(tree: xr.DataTree, *, ax: Axes | None = None) -> Axes:
     """I(X_0; X_t) between what examples tell by contrast and what the model pays.
-
-    Args:
-        tree: What `diagnostics.information` returned; another is refused.
 
     Example:
         >>> x, diffusion = jax.random.normal(jax.random.key(0), (100,)), standard_diffusion()
@@ -219,11 +197,7 @@ def information(tree: xr.DataTree, *, ax: Axes | None = None) -> Axes:
 def comparison(tree: xr.DataTree) -> Axes:
     """Mean bounds relative to the best, with one standard error of the paired difference.
 
-    The best has no bar: it differs from itself by nothing. ArviZ makes the figure, `ax.figure`, and
-    takes no axes.
-
-    Args:
-        tree: What `diagnostics.compare` returned; another is refused.
+    The best has no bar. ArviZ makes the figure, `ax.figure`, and takes no axes.
 
     Example:
         >>> x, models = jnp.array([-1.0, 0.0, 1.0]), {}
@@ -237,33 +211,22 @@ def comparison(tree: xr.DataTree) -> Axes:
     group = _group(tree, "comparison")
     # what `plot_compare` reads, best first: `mlpd` and `se` before ArviZ 1, the others after
     columns = {
-        "mlpd": group["mean"],
-        "se": group["difference_se"],
-        "mlpd_diff": group["difference"],
-        "dse": group["difference_se"],
-    }
-    values = {name: column.values for name, column in columns.items()}
+        "mlpd": "mean", "se": "difference_se", "mlpd_diff": "difference", "dse": "difference_se",
+    }  # fmt: skip
+    values = {name: group[column].values for name, column in columns.items()}
     size = {"figsize": (7.5, 0.45 * group.sizes["model"] + 2.0), "figsize_units": "inches"}
     collection = arviz_plots.plot_compare(
-        pd.DataFrame(values, index=group["model"].values),
-        relative_scale=True,
-        backend="matplotlib",
-        figure_kwargs=size | {"layout": "constrained"},
+        pd.DataFrame(values, index=group["model"].values), relative_scale=True,
+        backend="matplotlib", figure_kwargs=size | {"layout": "constrained"},
         visuals={
-            "point_estimate": {"color": BLUE},
-            "error_bar": {"color": BLUE},
-            "ref_line": {"color": "black", "linestyle": "--", "linewidth": 0.8},
-            "labels": False,
-            "title": False,
+            "point_estimate": {"color": BLUE}, "error_bar": {"color": BLUE}, "labels": False,
+            "ref_line": {"color": "black", "linestyle": "--", "linewidth": 0.8}, "title": False,
         },
-    )
+    )  # fmt: skip
     ax = collection.viz["plot"].item()
-    mean, se = float(group["mean"][0]), float(group["se"][0])
-    best = f"{mean:.4g} ± {se:.2g}".replace("-", "−")
-    name = group.attrs["best"]
-    ax.set_xlabel(
-        f"difference to {name!r}, whose mean is {best} ({group.attrs['units']} per example)"
-    )
+    mean, se, name = float(group["mean"][0]), float(group["se"][0]), group.attrs["best"]
+    best = f"{mean:.4g} ± {se:.2g} ({group.attrs['units']} per example)".replace("-", "−")
+    ax.set_xlabel(f"difference to {name!r}, whose mean is {best}")
     ax.set_title(
         f"mean lower bound on log p(x), {group.attrs['num_examples']} examples: further right is "
         "better\nbars: ± 1 standard error of the paired difference; the bounds' slack may differ",
@@ -276,7 +239,6 @@ def comparison(tree: xr.DataTree) -> Axes:
 def _group(tree: xr.DataTree, name: str, *, needs: str | None = None) -> xr.DataTree:
     if name not in tree.children or (needs is not None and needs not in tree[name]):
         maker = {"entropy": "entropies", "comparison": "compare"}.get(name, name)
-        raise ValueError(
-            f"tree must come from diagnostics.{maker}; got groups {list(tree.children)}"
-        )
+        got = list(tree.children)
+        raise ValueError(f"tree must come from diagnostics.{maker}; got groups {got}")
     return tree[name]

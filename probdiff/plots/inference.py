@@ -78,9 +78,6 @@ def evidence(tree: xr.DataTree, *, prob: float = 0.95, ax: Axes | None = None) -
         tree: `SMC.to_datatree()`; another is refused.
         prob: Probability of the Student-t interval, in (0, 1).
 
-    Raises:
-        ValueError: If prob is out of range.
-
     Example:
         A measurement y = 2, of noise 1, of x_0 ~ N(0, 1), whose log evidence is −2.27:
 
@@ -113,9 +110,8 @@ def evidence(tree: xr.DataTree, *, prob: float = 0.95, ax: Axes | None = None) -
         spread = np.linspace(-0.2, 0.2, runs) if runs > 1 else np.zeros(1)
         ax.plot(place + spread[:, None], by_run, "o", color=BLUE, markersize=3)
         ax.plot([], [], "o", color=BLUE, markersize=3, label="one run")
-        ax.errorbar(
-            place, pooled, half, fmt="_", color=ORANGE, markersize=14, linewidth=1.5, label=text
-        )
+        looks = {"color": ORANGE, "markersize": 14, "linewidth": 1.5, "label": text}
+        ax.errorbar(place, pooled, half, fmt="_", **looks)
         names = ", ".join(map(str, group["log_evidence"].dims))
         ax.set(xlabel=f"entry of {names}, in order")
         ax.xaxis.get_major_locator().set_params(integer=True)
@@ -127,7 +123,7 @@ def evidence(tree: xr.DataTree, *, prob: float = 0.95, ax: Axes | None = None) -
 def calibration(
     tree: xr.DataTree, *, num_panels: int = 8, axes: AxesGrid = None, **options: Any
 ) -> np.ndarray:
-    """Δ-ECDF of each quantity's PITs: log r, then the quantities that look worst.
+    """Δ-ECDF of each quantity's PITs: log r, then those that look worst; returns a panel each.
 
     A line between the dashed ones is what a sampler of the posterior gives. An arch above 0 says
     that draws are too large, below 0 too small; an S that they are too wide (first below, then
@@ -137,15 +133,9 @@ def calibration(
     Args:
         tree: What `infer.calibrate` returned; another is refused.
         num_panels: Panels at most.
-        axes: Where to draw, in any arrangement, one for each panel at least; what is left over
-            stays as it is. A new figure if absent, which says all of the verdict at its top.
+        axes: Where to draw, one for each panel at least, in any arrangement. A new figure if
+            absent, which says all of the verdict at its top.
         **options: Handed to `arviz_plots.plot_ecdf_pit`.
-
-    Returns:
-        The axes of the panels, in their order.
-
-    Raises:
-        ValueError: If num_panels is below 1, or there are fewer axes than panels.
 
     Example:
         >>> prior = standard_diffusion().prior({})
@@ -164,13 +154,9 @@ def calibration(
     is_new, axes = axes is None, _axes_of(axes, len(panels))
     figure = axes[0].figure
     places = {name: ((), _boxed(ax)) for name, ax in zip(panels, axes, strict=True)}
-    collection = arviz_plots.PlotCollection(
-        panels,
-        xr.DataTree.from_dict(
-            {"/": xr.Dataset({"figure": ((), _boxed(figure))}), "plot": xr.Dataset(places)}
-        ),
-        backend="matplotlib",
-    )
+    drawn = {"/": xr.Dataset({"figure": ((), _boxed(figure))}), "plot": xr.Dataset(places)}
+    tree_of_axes = xr.DataTree.from_dict(drawn)
+    collection = arviz_plots.PlotCollection(panels, tree_of_axes, backend="matplotlib")
     looks = {
         "group": "prior_sbc", "coverage": False, "plot_collection": collection,
         # what else ArviZ shows is another test in each of its generations
@@ -189,7 +175,13 @@ def calibration(
         if place is None or place.is_first_col():
             ax.set_ylabel("ECDF − uniform")
     if is_new:
-        figure.suptitle(_verdict(tree.attrs, len(panels)), fontsize="medium")
+        attrs, hidden = tree.attrs, tree.attrs["num_tests"] - len(panels)
+        verdict = (
+            f"{attrs['sampler']}, {attrs['num_simulations']} simulations: least of "
+            f"{attrs['num_tests']} p-values {attrs['least_p_value']:.2g}, rejected below "
+            f"{attrs['bound']:.2g} (dashed)" + (f"; {hidden} not shown" if hidden else "")
+        )
+        figure.suptitle(verdict, fontsize="medium")
     return axes
 
 
@@ -218,21 +210,10 @@ def _boxed(thing: Any) -> np.ndarray:
     return box
 
 
-def _verdict(attrs: dict[str, Any], shown: int) -> str:
-    hidden = attrs["num_tests"] - shown
-    return (
-        f"{attrs['sampler']}, {attrs['num_simulations']} simulations: least of "
-        f"{attrs['num_tests']} p-values {attrs['least_p_value']:.2g}, rejected below "
-        f"{attrs['bound']:.2g} (dashed)" + (f"; {hidden} not shown" if hidden else "")
-    )
-
-
 def _legend_above(ax: Axes) -> None:
     """A legend that no data can lie under."""
-    ax.legend(
-        frameon=False, fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=3,
-        borderaxespad=0.2,
-    )  # fmt: skip
+    above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 3, "borderaxespad": 0.2}
+    ax.legend(frameon=False, fontsize="small", **above)
 
 
 def _panels(tree: xr.DataTree, count: int) -> list[tuple[str, xr.DataArray]]:

@@ -27,9 +27,6 @@ def points(
     """Points in the plane, on equal axes from −limit to limit.
 
     Args:
-        x: Points.
-        title: Title of the panel.
-        color: Colour of the points.
         limit: Half the width of the panel; points outside are not shown.
 
     Example:
@@ -46,24 +43,15 @@ def points(
 
 
 def slices(
-    levels: _Levels,
-    titles: Sequence[str],
-    *,
-    color: str = BLUE,
-    limit: float = 2.6,
+    levels: _Levels, titles: Sequence[str], *, color: str = BLUE, limit: float = 2.6,
     axes: Sequence[Axes] | np.ndarray | None = None,
-) -> list[Axes]:
+) -> list[Axes]:  # fmt: skip
     """The same points at several levels of a trajectory, side by side.
 
     Args:
         levels: Points at each level.
-        titles: Title of each panel.
-        color: Colour of the points.
+        titles: One for each level, as are `axes`.
         limit: Half the width of each panel.
-        axes: One for each level; a new figure if absent.
-
-    Raises:
-        ValueError: If the numbers of levels, titles and axes differ.
 
     Example:
         >>> x, noise = np.random.default_rng(0).normal(size=(2, 500, 2))
@@ -78,14 +66,9 @@ def slices(
 
 
 def drift(
-    x: Points,
-    displacement: Points,
-    *,
-    behind: Points | None = None,
-    title: str = "",
-    limit: float = 2.6,
-    ax: Axes | None = None,
-) -> Axes:
+    x: Points, displacement: Points, *, behind: Points | None = None, title: str = "",
+    limit: float = 2.6, ax: Axes | None = None,
+) -> Axes:  # fmt: skip
     """Drift f_μ(x, t) − x of one reverse step as arrows, which start at x.
 
     All arrows are stretched alike, and by how much stands in the title: the median arrow becomes
@@ -95,8 +78,6 @@ def drift(
         x: Where the arrows start.
         displacement: f_μ(x, t) − x at these points.
         behind: Draws of the reverse trajectory at this level, drawn pale behind the arrows.
-        title: Title of the panel.
-        limit: Half the width of the panel.
 
     Example:
         >>> grid = np.stack(np.meshgrid([-1.0, 0.0, 1.0], [-1.0, 0.0, 1.0]), axis=-1).reshape(-1, 2)
@@ -119,23 +100,17 @@ def drift(
 
 
 def images(
-    x: Float[Array | np.ndarray, "images height width *channels"],
-    *,
-    columns: int = 10,
-    title: str = "",
-    vmin: float = 0.0,
-    vmax: float = 1.0,
-    cmap: str = "gray",
+    x: Float[Array | np.ndarray, "images height width *channels"], *, columns: int = 10,
+    title: str = "", vmin: float = 0.0, vmax: float = 1.0, cmap: str = "gray",
     ax: Axes | None = None,
-) -> Axes:
+) -> Axes:  # fmt: skip
     """A sheet of grey or coloured images in reading order, a pixel apart.
 
     Args:
         x: Images; colours are red, green, blue on the last axis.
         columns: Images in a row.
-        title: Title of the sheet.
-        vmin: Value shown black; what is below is black too.
-        vmax: Value shown white; what is above is white too.
+        vmin: Value shown black, as what is below.
+        vmax: Value shown white, as what is above.
         cmap: Colour map of images without channels; "viridis" for standard deviations.
 
     Example:
@@ -165,17 +140,10 @@ def images(
 
 
 def figure_1(
-    forward: _Levels,
-    reverse: _Levels,
-    grid: _Levels,
-    drifts: _Levels,
-    behind: _Levels,
-    levels: Sequence[int],
-    *,
-    drift_levels: Sequence[int] | None = None,
-    limit: float = 2.6,
+    forward: _Levels, reverse: _Levels, grid: _Levels, drifts: _Levels, behind: _Levels,
+    levels: Sequence[int], *, drift_levels: Sequence[int] | None = None, limit: float = 2.6,
     axes: AxesGrid = None,
-) -> np.ndarray:
+) -> np.ndarray:  # fmt: skip
     """Figure 1 of the paper: data diffusing, noise becoming data, and the drift that does it.
 
     Args:
@@ -187,10 +155,7 @@ def figure_1(
         levels: Levels t of the columns; 0 is the data.
         drift_levels: Levels of the third row, `levels` if absent: no step leads down from 0.
         limit: Half the width of each panel.
-        axes: Where to draw, `(3, levels)`; a new figure if absent.
-
-    Raises:
-        ValueError: If the numbers of levels differ, or axes have another shape.
+        axes: Where to draw, `(3, levels)`.
 
     Example:
         >>> x = np.random.default_rng(0).normal(size=(2, 100, 2))  # at two levels

@@ -22,19 +22,11 @@ _Images = Num[Array | np.ndarray, "_ _ _"]
 
 
 def posterior_images(
-    truth: _Images | None,
-    observation: _Images,
-    draws: Num[Array | np.ndarray, "_ _ _ _"],
-    mean: _Images,
-    sd: _Images,
-    *,
-    mask: Bool[Array | np.ndarray, "..."] | None = None,
-    num_draws: int = 4,
-    vmin: float | int = 0.0,
-    vmax: float | int = 1.0,
-    observation_limits: tuple[Any, Any] | None = None,
-    axes: AxesGrid = None,
-) -> np.ndarray:
+    truth: _Images | None, observation: _Images, draws: Num[Array | np.ndarray, "_ _ _ _"],
+    mean: _Images, sd: _Images, *, mask: Bool[Array | np.ndarray, "..."] | None = None,
+    num_draws: int = 4, vmin: float | int = 0.0, vmax: float | int = 1.0,
+    observation_limits: tuple[Any, Any] | None = None, axes: AxesGrid = None,
+) -> np.ndarray:  # fmt: skip
     """A sheet with a row for each example: truth, observation, draws, mean and sd.
 
     Pixels that were not observed are hatched on sky blue, which no grey value is.
@@ -47,20 +39,16 @@ def posterior_images(
         sd: Posterior standard deviations.
         mask: True where a pixel was observed, broadcastable to `observation`.
         num_draws: Draws shown, the first ones.
-        vmin: Value shown black; what is below is black too.
-        vmax: Value shown white; what is above is white too.
+        vmin: Value shown black, as what is below.
+        vmax: Value shown white, as what is above.
         observation_limits: Black and white of the observations, if these are in other units.
-        axes: Where to draw, `(images, columns)`; a new figure if absent.
-
-    Raises:
-        ValueError: If the numbers of images differ, or axes have another shape.
+        axes: Where to draw, `(images, columns)`.
 
     Example:
         >>> rng, truth = np.random.default_rng(0), np.asarray(datasets.digits().test[:2])
         >>> draws = truth + rng.normal(size=(50, 2, 8, 8))
-        >>> axes = plots.posterior_images(
-        ...     truth, truth, draws, draws.mean(axis=0), draws.std(axis=0), num_draws=2, vmax=16
-        ... )
+        >>> mean, sd = draws.mean(axis=0), draws.std(axis=0)
+        >>> axes = plots.posterior_images(truth, truth, draws, mean, sd, num_draws=2, vmax=16)
         >>> [ax.get_title() for ax in axes[0]]
         ['truth', 'observation', 'draw 1', 'draw 2', 'mean', 'sd']
     """
@@ -104,23 +92,15 @@ def posterior_images(
 
 
 def posterior_points(
-    draws: Points,
-    *,
-    truth: Float[Array | np.ndarray, "2"] | None = None,
-    observation: Float[Array | np.ndarray, "2"] | None = None,
-    behind: Points | None = None,
-    title: str = "",
-    limit: float = 2.6,
-    ax: Axes | None = None,
-) -> Axes:
+    draws: Points, *, truth: Float[Array | np.ndarray, "2"] | None = None,
+    observation: Float[Array | np.ndarray, "2"] | None = None, behind: Points | None = None,
+    title: str = "", limit: float = 2.6, ax: Axes | None = None,
+) -> Axes:  # fmt: skip
     """Posterior draws in the plane, with the true point and the observed one.
 
     Args:
-        draws: Posterior draws.
-        truth: The true point.
         observation: The observed point; a coordinate that was not measured is nan, and a line.
         behind: Points drawn pale behind, such as draws of the prior.
-        title: Title of the panel.
         limit: Half the width of the panel; points outside are not shown.
 
     Example:

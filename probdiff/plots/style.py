@@ -37,7 +37,7 @@ def grid_or_new(
     return axes
 
 
-def band(ax: Axes, x: Any, mean: np.ndarray, se: np.ndarray, color: str, label: str) -> None:
+def band(ax: Axes, x: np.ndarray, mean: np.ndarray, se: np.ndarray, color: str, label: str) -> None:
     """A line with a band of two standard errors around it."""
     ax.fill_between(x, mean - 2 * se, mean + 2 * se, color=color, alpha=0.3, linewidth=0)
     ax.plot(x, mean, color=color, linewidth=1.5, label=label)

@@ -1,8 +1,4 @@
-"""Losses of training in pictures, once or as a run goes.
-
-`LiveLosses` is a callback of `fit` for notebooks: there the picture stays in its place and changes;
-elsewhere its `figure` is there to be saved.
-"""
+"""Losses of training in pictures, once or, in one cell of a notebook, as a run goes."""
 
 import math
 import sys
@@ -12,17 +8,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Array, Float
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from probdiff.plots.style import BLUE, ORANGE, axes_or_new, band
 
 
 def losses(
-    losses: Float[Array | np.ndarray, " steps"],
-    *,
-    batch_size: int = 1,
-    held_out: tuple[Any, Any] | None = None,
-    ax: Axes | None = None,
-) -> Axes:
+    losses: Float[Array | np.ndarray, " steps"], *, batch_size: int = 1,
+    held_out: tuple[Any, Any] | None = None, ax: Axes | None = None,
+) -> Axes:  # fmt: skip
     """Training loss per example: means over blocks of steps, at most 100 of them.
 
     The loss of a single step is an estimate at random levels, far noisier than what it estimates;
@@ -62,11 +56,12 @@ def losses(
 class LiveLosses:
     """Losses of a run in one picture, drawn anew at each call: `fit(..., callback=LiveLosses())`.
 
-    How often is `evaluate_every` of `fit`.
+    How often is `evaluate_every` of `fit`; `ax` holds the losses, `figure` is to be saved.
 
-    Attributes:
-        ax: The axes that hold the losses.
-        figure: Its figure.
+    Args:
+        batch_size: Examples in a batch, so that losses are per example.
+        held_out_size: Examples in `held_out`.
+        ax: Where to draw, cleared at each call.
 
     Example:
         >>> live = plots.LiveLosses(batch_size=4)
@@ -78,19 +73,12 @@ class LiveLosses:
     """
 
     def __init__(self, batch_size: int = 1, *, held_out_size: int = 1, ax: Axes | None = None):
-        """Make an empty picture.
-
-        Args:
-            batch_size: Examples in a batch, so that losses are per example.
-            held_out_size: Examples in `held_out`.
-            ax: Where to draw, cleared at each call; a new figure if absent.
-        """
         self.batch_size, self.held_out_size = batch_size, held_out_size
         self.ax = axes_or_new(ax)
         self._display: Any = None
 
     @property
-    def figure(self) -> Any:
+    def figure(self) -> Figure:
         """The figure that holds the losses."""
         return self.ax.figure
 

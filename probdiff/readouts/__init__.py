@@ -19,24 +19,7 @@ from probdiff.readouts.last_step import Discretised, LastStep, Learned, Tied
 from probdiff.readouts.mixture import Mixture
 
 __all__ = [
-    "BridgeVariance",
-    "Data",
-    "DataLogits",
-    "Denoiser",
-    "DiscreteReadout",
-    "Discretised",
-    "Epsilon",
-    "ForwardVariance",
-    "GaussianReadout",
-    "Grid",
-    "LastStep",
-    "Learned",
-    "LearnedVariance",
-    "Logits",
-    "Mixture",
-    "Perturbation",
-    "Score",
-    "Tied",
-    "Variance",
-    "Velocity",
-]
+    "BridgeVariance", "Data", "DataLogits", "Denoiser", "DiscreteReadout", "Discretised", "Epsilon",
+    "ForwardVariance", "GaussianReadout", "Grid", "LastStep", "Learned", "LearnedVariance",
+    "Logits", "Mixture", "Perturbation", "Score", "Tied", "Variance", "Velocity",
+]  # fmt: skip

@@ -14,17 +14,17 @@ Sources: Sohl-Dickstein et al. (2015), table App. 1; Austin et al. (2021), equat
 
 import abc
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from probdiff.kernels import BernoulliKernel, Bits, DiscreteKernel, States
+from probdiff.kernels import BernoulliKernel, Bits, DiscreteKernel, GaussianKernel, States
 from probdiff.kernels.laws import Symbols
 from probdiff.types import Step
 
-Outputs = tuple[Array, ...]
+_Kernel = DiscreteKernel | GaussianKernel
+_Outputs = tuple[Array, ...]
 
 
 class DiscreteReadout(abc.ABC):
@@ -38,8 +38,6 @@ class DiscreteReadout(abc.ABC):
         1
         >>> readouts.DataLogits().num_outputs(CategoricalKernel(5))
         5
-
-    Source: Sohl-Dickstein et al. (2015), table App. 1; Austin et al. (2021), equation 4.
     """
 
     needs_signal = False
@@ -47,23 +45,23 @@ class DiscreteReadout(abc.ABC):
     """Share of an even law that inference mixes into `x_0_given`: a certainty there may be none."""
 
     @abc.abstractmethod
-    def num_outputs(self, kernel: Any) -> int:
+    def num_outputs(self, kernel: _Kernel) -> int:
         """Numbers the network gives per symbol of x."""
 
     @abc.abstractmethod
     def __call__(
-        self, kernel: DiscreteKernel, outputs: Outputs, x_t: Symbols, step: Step
+        self, kernel: DiscreteKernel, outputs: _Outputs, x_t: Symbols, step: Step
     ) -> States | Bits:
         """Reverse step p(x_s | x_t), elementwise; as many outputs as `num_outputs`."""
 
     @abc.abstractmethod
     def x_0_given(
-        self, kernel: DiscreteKernel, outputs: Outputs, x_t: Symbols, step: Step
+        self, kernel: DiscreteKernel, outputs: _Outputs, x_t: Symbols, step: Step
     ) -> States | Bits:
         """Law p(x_0 | x_t), elementwise."""
 
     def longer_step(
-        self, kernel: DiscreteKernel, outputs: Outputs, x_t: Symbols, trained: Step, step: Step
+        self, kernel: DiscreteKernel, outputs: _Outputs, x_t: Symbols, trained: Step, step: Step
     ) -> States | Bits:
         """Reverse step from x_t over several levels at once: the bridge averaged over x_0.
 
@@ -73,7 +71,7 @@ class DiscreteReadout(abc.ABC):
         return kernel.bridge_given(law.log_probs, x_t, step)
 
     def x_0_hat(
-        self, kernel: DiscreteKernel, outputs: Outputs, x_t: Symbols, step: Step
+        self, kernel: DiscreteKernel, outputs: _Outputs, x_t: Symbols, step: Step
     ) -> Float[Array, "..."]:
         """E[x_0 | x_t] of bits, the probability of 1; classes have no mean, see `x_0_given`."""
         if not isinstance(kernel, BernoulliKernel):
@@ -83,11 +81,7 @@ class DiscreteReadout(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Logits(DiscreteReadout):
-    """Bits: p(x_s = 1 | x_t) by its logit, relative to the forward kernel's.
-
-        p(x_s = 1 | x_t) = f_b = sigmoid(z + logit T_π(1 | x_t; β_t))
-
-    It takes no arguments. With z = 0 it is the exact reverse step of data from π.
+    """Bits: p(x_s = 1 | x_t) by its logit, relative to the forward kernel's. No arguments.
 
     Example:
         >>> step = schedules.steps(schedules.harmonic(4)).at(2, event_dim=1)
@@ -95,24 +89,22 @@ class Logits(DiscreteReadout):
         >>> law = readouts.Logits()(BernoulliKernel(0.2), (z,), x_t, step)
         >>> [round(p, 3) for p in law.mean.tolist()]  # (1 − β_2) x_t + β_2 · 0.2, with β_2 = 1/3
         [0.067, 0.733]
-
-    Source: Sohl-Dickstein et al. (2015), table App. 1.
     """
 
     doubt = 0.05  # f_b alone says p(x_0 | x_t), held to [0, 1]
 
-    def num_outputs(self, kernel: Any) -> int:
+    def num_outputs(self, kernel: _Kernel) -> int:
         """1."""
         if not isinstance(kernel, BernoulliKernel):
             raise ValueError(f"readout Logits is for bits; got {kernel}. Use DataLogits")
         return 1
 
-    def __call__(self, kernel: DiscreteKernel, outputs: Outputs, x_t: Symbols, step: Step) -> Bits:
+    def __call__(self, kernel: DiscreteKernel, outputs: _Outputs, x_t: Symbols, step: Step) -> Bits:
         """B(sigmoid(z + logit T_π(1 | x_t; β_t)))."""
         return Bits(outputs[0] + kernel.transition(x_t, step).logit)
 
     def x_0_given(
-        self, kernel: DiscreteKernel, outputs: Outputs, x_t: Symbols, step: Step
+        self, kernel: DiscreteKernel, outputs: _Outputs, x_t: Symbols, step: Step
     ) -> States | Bits:
         """The p(x_0 = 1 | x_t) whose averaged bridge is f_b, held to [0, 1].
 
@@ -127,12 +119,9 @@ class Logits(DiscreteReadout):
 
 @dataclasses.dataclass(frozen=True)
 class DataLogits(DiscreteReadout):
-    """p(x_0 | x_t) by its logits; the reverse step is the bridge averaged over it.
+    """p(x_0 | x_t) by its logits; the reverse step is the bridge averaged over it. No arguments.
 
-        p(x_s | x_t) = Σ_j p(x_0 = j | x_t) q(x_s | x_t, x_0 = j)
-
-    It takes no arguments. The network gives one number for a bit, the logit of 1, and K numbers for
-    a symbol of K classes.
+    The network gives one number for a bit, the logit of 1, and K for a symbol of K classes.
 
     Example:
         >>> kernel = CategoricalKernel(3)
@@ -142,18 +131,16 @@ class DataLogits(DiscreteReadout):
         >>> bridge = kernel.bridge(jnp.array(1), jnp.array(0), step)
         >>> bool(jnp.allclose(law.probs, bridge.probs))
         True
-
-    Source: Austin et al. (2021), equation 4.
     """
 
-    def num_outputs(self, kernel: Any) -> int:
+    def num_outputs(self, kernel: _Kernel) -> int:
         """1 for bits, K for K classes."""
         if not isinstance(kernel, DiscreteKernel):
             raise ValueError(f"readout DataLogits is for symbols; got {kernel}. Use Data")
         return 1 if isinstance(kernel, BernoulliKernel) else kernel.num_data_states
 
     def __call__(
-        self, kernel: DiscreteKernel, outputs: Outputs, x_t: Symbols, step: Step
+        self, kernel: DiscreteKernel, outputs: _Outputs, x_t: Symbols, step: Step
     ) -> States | Bits:
         """Σ_j p(x_0 = j | x_t) q(x_s | x_t, x_0 = j)."""
         if isinstance(kernel, BernoulliKernel):
@@ -161,14 +148,14 @@ class DataLogits(DiscreteReadout):
         return kernel.bridge_given(self._log_p_0(kernel, outputs), x_t, step)
 
     def x_0_given(
-        self, kernel: DiscreteKernel, outputs: Outputs, x_t: Symbols, step: Step
+        self, kernel: DiscreteKernel, outputs: _Outputs, x_t: Symbols, step: Step
     ) -> States | Bits:
         """softmax(z) over the states of the data."""
         if isinstance(kernel, BernoulliKernel):
             return Bits(outputs[0])
         return States(self._log_p_0(kernel, outputs))
 
-    def _log_p_0(self, kernel: DiscreteKernel, outputs: Outputs) -> Float[Array, "..."]:
+    def _log_p_0(self, kernel: DiscreteKernel, outputs: _Outputs) -> Float[Array, "..."]:
         log_p = jax.nn.log_softmax(jnp.stack(outputs, -1), -1)
         extra = kernel.num_states - kernel.num_data_states
         return jnp.pad(log_p, [(0, 0)] * (log_p.ndim - 1) + [(0, extra)], constant_values=-jnp.inf)

@@ -19,20 +19,25 @@ two ends between which the true one lies when the data have unit variance (eq. 2
 data with a perfect denoiser x_1 gets variance .819, .961, .992 at T = 40, 200, 1000 under
 `log_snr_linear(T, beta_1=1e-3, alpha_bar_T=1e-4)`, where `ForwardVariance` is exact).
 
-Sources: Sohl-Dickstein et al. (2015), section 2.2, appendix D.2.1; Ho et al. (2020);
-Salimans & Ho (2022) for the velocity.
+Sources: Sohl-Dickstein et al. (2015), section 2.2, eq. 24 and appendix D.2.1; Ho et al. (2020), eq.
+15, for the noise; Salimans & Ho (2022), section 4, for the velocity.
 """
 
 import abc
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 from jaxtyping import Array, Float
 
-from probdiff.kernels import GaussianKernel, bridge_mean, bridge_variance, bridge_weights
+from probdiff.kernels import (
+    DiscreteKernel,
+    GaussianKernel,
+    bridge_mean,
+    bridge_variance,
+    bridge_weights,
+)
 from probdiff.types import Step
 
 Output = Float[Array, "*shape"]
@@ -57,8 +62,6 @@ class Variance(abc.ABC):
         >>> lower, upper = readouts.BridgeVariance(), readouts.ForwardVariance()
         >>> [round(float(v(None, step)), 3) for v in (lower, Middle(), upper)]
         [0.167, 0.236, 0.333]
-
-    Source: Sohl-Dickstein et al. (2015), eq. 24.
     """
 
     num_outputs: int = 0
@@ -73,16 +76,13 @@ class Variance(abc.ABC):
 class LearnedVariance(Variance):
     """sigmoid(v + logit β_t), so that v = 0 gives β_t (2015, appendix D.2.1).
 
-    v is the network's second output for each number of x, which it must therefore have: `outputs=2`
-    in the networks of the package.
+    v is the network's second output for each number of x: `outputs=2` in the package's networks.
 
     Example:
         >>> step = schedules.steps(schedules.harmonic(4)).at(2, event_dim=0)  # β_2 = 1/3
         >>> variance = readouts.LearnedVariance()
         >>> [round(float(variance(jnp.array(v), step)), 3) for v in (-1.0, 0.0, 1.0)]
         [0.155, 0.333, 0.576]
-
-    Source: Sohl-Dickstein et al. (2015), appendix D.2.1.
     """
 
     num_outputs = 1
@@ -100,8 +100,6 @@ class ForwardVariance(Variance):
         >>> table = schedules.steps(schedules.harmonic(4))
         >>> [round(v, 3) for v in readouts.ForwardVariance()(None, table).tolist()]
         [0.25, 0.333, 0.5, 1.0]
-
-    Source: Sohl-Dickstein et al. (2015), eq. 24.
     """
 
     def __call__(self, output: Output | None, step: Step) -> Float[Array, "..."]:
@@ -119,8 +117,6 @@ class BridgeVariance(Variance):
         >>> table = schedules.steps(schedules.harmonic(4))  # β_t is 1/4, 1/3, 1/2, 1
         >>> [round(v, 3) for v in readouts.BridgeVariance()(None, table).tolist()]
         [0.25, 0.167, 0.333, 0.75]
-
-    Source: Sohl-Dickstein et al. (2015), eq. 24.
     """
 
     def __call__(self, output: Output | None, step: Step) -> Float[Array, "..."]:
@@ -143,14 +139,12 @@ class GaussianReadout(abc.ABC):
         2
         >>> readouts.Mixture(components=4).num_outputs(kernel)  # 4 logits, means and widths
         12
-
-    Source: Sohl-Dickstein et al. (2015), section 2.2.
     """
 
     needs_signal: bool = False
     """Whether x̂_0 divides by √ᾱ_t, which rules out ᾱ_T = 0."""
 
-    def num_outputs(self, kernel: Any) -> int:
+    def num_outputs(self, kernel: GaussianKernel | DiscreteKernel) -> int:
         """Numbers the network gives per number of x."""
         if not isinstance(kernel, GaussianKernel):
             raise ValueError(
@@ -174,14 +168,9 @@ class GaussianReadout(abc.ABC):
     def longer_step(
         self, kernel: GaussianKernel, outputs: Outputs, x_t: State, trained: Step, step: Step
     ) -> dist.Distribution:
-        """Reverse step from x_t over several levels at once.
+        """Reverse step from x_t over several levels at once, whose coefficients are `step`.
 
-        Args:
-            kernel: The forward kernel.
-            outputs: What the network says at x_t.
-            x_t: State.
-            trained: Coefficients of the single step from x_t, which the network was trained for.
-            step: Coefficients of the longer one.
+        `trained` are those of the single step from x_t, which the network was trained for.
         """
 
     @abc.abstractmethod
@@ -198,8 +187,7 @@ class Denoiser(GaussianReadout):
 
         p(x_s | x_t) = N(w_0 x̂_0 + w_t x_t, variance),    w_0 and w_t of `kernels.bridge_weights`
 
-    Abstract: a subclass has a field `variance` (`LearnedVariance()`, `ForwardVariance()`,
-    `BridgeVariance()` or a `Variance` of your own) and says by `denoise` what the network's first
+    Abstract: a subclass has a field `variance`, and says by `denoise` what the network's first
     output z stands for.
 
     Example:
@@ -240,7 +228,7 @@ class Denoiser(GaussianReadout):
         return dist.Normal(mean, jnp.sqrt(jnp.broadcast_to(variance, mean.shape)))
 
     def x_0_hat(self, kernel: GaussianKernel, outputs: Outputs, x_t: State, step: Step) -> Output:
-        """Denoised point x̂_0 = E[x_0 | x_t]."""
+        """What `denoise` makes of z."""
         return self.denoise(outputs[0], x_t, step)
 
     def fixed_variance(self, *, longer: bool) -> Variance | None:
@@ -272,8 +260,6 @@ class Perturbation(Denoiser):
         >>> forward = GaussianKernel().transition(x_t, step)
         >>> bool(jnp.allclose(law.mean, forward.mean)), bool(jnp.allclose(law.scale, forward.scale))
         (True, True)
-
-    Source: Sohl-Dickstein et al. (2015), appendix D.2.1, in the form of its authors' program.
     """
 
     variance: Variance = LearnedVariance()
@@ -290,9 +276,7 @@ class Perturbation(Denoiser):
 
 @dataclasses.dataclass(frozen=True)
 class Epsilon(Denoiser):
-    """The network predicts the noise ε of x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε (Ho et al. 2020).
-
-        x̂_0 = (x_t − √(1−ᾱ_t) z) / √ᾱ_t,    hence β_T must be below 1
+    """The network predicts the noise ε of x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε; β_T must be below 1.
 
     Example:
         >>> step = schedules.steps(schedules.harmonic(4)).at(3, event_dim=1)
@@ -301,8 +285,6 @@ class Epsilon(Denoiser):
         >>> x_0_hat = readouts.Epsilon().x_0_hat(GaussianKernel(), (noise,), x_t, step)
         >>> bool(jnp.allclose(x_0_hat, x_0, atol=1e-5))  # a network that is right about the noise
         True
-
-    Source: Ho et al. (2020), eq. 15.
     """
 
     variance: Variance = LearnedVariance()
@@ -336,9 +318,7 @@ class Data(Denoiser):
 
 @dataclasses.dataclass(frozen=True)
 class Velocity(Denoiser):
-    """The network predicts √ᾱ_t ε − √(1−ᾱ_t) x_0 (Salimans & Ho 2022).
-
-        x̂_0 = √ᾱ_t x_t − √(1−ᾱ_t) z
+    """The network predicts √ᾱ_t ε − √(1−ᾱ_t) x_0.
 
     Example:
         >>> step = schedules.steps(schedules.harmonic(4)).at(3, event_dim=1)
@@ -348,8 +328,6 @@ class Velocity(Denoiser):
         >>> x_0_hat = readouts.Velocity().x_0_hat(GaussianKernel(), (z,), x_t, step)
         >>> bool(jnp.allclose(x_0_hat, x_0, atol=1e-5))
         True
-
-    Source: Salimans & Ho (2022), section 4.
     """
 
     variance: Variance = LearnedVariance()
@@ -361,9 +339,7 @@ class Velocity(Denoiser):
 
 @dataclasses.dataclass(frozen=True)
 class Score(Denoiser):
-    """The network predicts the score ∇ log q(x_t) = −E[ε | x_t] / √(1−ᾱ_t).
-
-        x̂_0 = (x_t + (1−ᾱ_t) z) / √ᾱ_t,    hence β_T must be below 1
+    """The network predicts ∇ log q(x_t) = −E[ε | x_t] / √(1−ᾱ_t); β_T must be below 1.
 
     Example:
         N(0, 1) data stay N(0, 1) at every level, whose score is −x_t:

@@ -24,12 +24,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import log_ndtr
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 from numpyro.distributions import constraints
 
-LOG_2_PI = np.log(2 * np.pi)
-NODES, WEIGHTS = (part[3:] for part in np.polynomial.legendre.leggauss(6))  # the rule is even
-SLACK = 0.01
+_LOG_2_PI = np.log(2 * np.pi)
+_NODES, _WEIGHTS = (part[3:] for part in np.polynomial.legendre.leggauss(6))  # the rule is even
+_SLACK = 0.01
 """Share of Δ by which a value may miss the grid: float32 keeps 65,536 values that well."""
 
 
@@ -55,8 +55,6 @@ class Grid(constraints.Constraint):
         >>> log_mass = jax.jit(grid.log_mass)(jnp.arange(17.0), 8.0, 3.0)  # of N(8, 3²)
         >>> round(float(jnp.exp(log_mass).sum()), 4)
         1.0
-
-    Source: Ho et al. (2020), equation 13.
     """
 
     is_discrete = False
@@ -91,13 +89,13 @@ class Grid(constraints.Constraint):
         """The K values, ascending, float64."""
         return np.linspace(self.low, self.high, self.levels)
 
-    def nearest(self, x: Any) -> Float[Array, "..."]:
+    def nearest(self, x: ArrayLike) -> Float[Array, "..."]:
         """The value of the grid nearest to each number."""
         index = jnp.round((jnp.asarray(x) - self.low) / self.spacing)
         index = jnp.clip(index, 0, self.levels - 1).astype(jnp.int32)
         return jnp.asarray(self.values, jnp.result_type(x, float))[index]
 
-    def log_mass(self, x: Any, mean: Any, sd: Any) -> Float[Array, "..."]:
+    def log_mass(self, x: ArrayLike, mean: ArrayLike, sd: ArrayLike) -> Float[Array, "..."]:
         """log P(x) of N(mean, sd²) put on the grid, elementwise, nats; −∞ for x off the grid."""
         x, mean, sd = map(jnp.asarray, (x, mean, sd))
         c, h = (x - mean) / sd, 0.5 * self.spacing / sd
@@ -110,15 +108,15 @@ class Grid(constraints.Constraint):
         """Raise a `ValueError` unless the values lie on the grid."""
         index = np.round((np.asarray(values, np.float64) - self.low) / self.spacing)
         nearest = self.values[np.clip(index, 0, self.levels - 1).astype(int)]
-        off = np.asarray(values)[np.abs(values - nearest) > SLACK * self.spacing]
+        off = np.asarray(values)[np.abs(values - nearest) > _SLACK * self.spacing]
         if off.size:
             raise ValueError(
                 f"{argument} must lie on the grid of {self}; got {off.size} values that do not, "
                 f"such as {off[0]}"
             )
 
-    def __call__(self, x: Any) -> Any:
-        return jnp.abs(x - self.nearest(x)) <= SLACK * self.spacing
+    def __call__(self, x: ArrayLike) -> Bool[Array, "..."]:
+        return jnp.abs(x - self.nearest(x)) <= _SLACK * self.spacing
 
     def feasible_like(self, prototype: Any) -> Any:
         return jnp.full_like(prototype, self.low)
@@ -141,16 +139,16 @@ def log_mass_within(c: Float[Array, "*#shape"], h: Float[Array, "*#shape"]) -> F
     return jnp.where(is_narrow, narrow, wide)
 
 
-def _narrow(c: Any, h: Any) -> Any:
+def _narrow(c: Array, h: Array) -> Array:
     """log φ(c) + log ∫_{−h}^{h} e^{−cu − u²/2} du."""
     terms = 0.0
-    for node, weight in zip(NODES, WEIGHTS, strict=True):
+    for node, weight in zip(_NODES, _WEIGHTS, strict=True):
         u = float(node) * h
         terms += 2 * float(weight) * jnp.cosh(c * u) * jnp.exp(-0.5 * u**2)
-    return -0.5 * (c**2 + float(LOG_2_PI)) + jnp.log(h) + jnp.log(terms)
+    return -0.5 * (c**2 + float(_LOG_2_PI)) + jnp.log(h) + jnp.log(terms)
 
 
-def _wide(c: Any, h: Any) -> Any:
+def _wide(c: Array, h: Array) -> Array:
     """log Φ(h − c) + log(1 − Φ(−h − c)/Φ(h − c)), c ≥ 0."""
     near, far = log_ndtr(h - c), log_ndtr(-h - c)
     # Φ(−h−c)/Φ(h−c) ≤ e^{−2ch}, as Mills's ratio falls: far out far − near has no digits left

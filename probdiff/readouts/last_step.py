@@ -14,16 +14,17 @@ import abc
 import dataclasses
 from collections.abc import Callable
 from numbers import Real
-from typing import Any
 
 import numpyro.distributions as dist
 from jaxtyping import Array, Shaped
 
+from probdiff.kernels import DiscreteKernel, GaussianKernel
 from probdiff.readouts.grid import Grid
 from probdiff.types import Step
 
-State = Shaped[Array, "..."]
-ReverseStep = Callable[[State, Step], dist.Distribution]
+_Kernel = GaussianKernel | DiscreteKernel
+_State = Shaped[Array, "..."]
+_ReverseStep = Callable[[_State, Step], dist.Distribution]
 
 
 class LastStep(abc.ABC):
@@ -42,8 +43,6 @@ class LastStep(abc.ABC):
         >>> law = reverse.last(jnp.array([1.0]))
         >>> round(float(law.mean[0]), 3), round(float(law.scale[0]), 3)  # √(1 − β_1) x_1
         (0.866, 0.1)
-
-    Sources: Sohl-Dickstein et al. (2015), appendix B.2; Ho et al. (2020), section 3.3.
     """
 
     grid: Grid | None = None
@@ -53,7 +52,7 @@ class LastStep(abc.ABC):
 
     @abc.abstractmethod
     def __call__(
-        self, kernel: Any, reverse_step: ReverseStep, x_1: State, step: Step
+        self, kernel: _Kernel, reverse_step: _ReverseStep, x_1: _State, step: Step
     ) -> dist.Distribution:
         """p(x_0 | x_1), elementwise; `reverse_step(x_1, step)` is what the network says.
 
@@ -63,23 +62,19 @@ class LastStep(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Tied(LastStep):
-    """p(x_0 | x_1) = T_π(x_0 | x_1; β_1): no network, and K is at most −H(X_1) (2015, app. B.2).
-
-    It takes no arguments.
+    """p(x_0 | x_1) = T_π(x_0 | x_1; β_1): no network, and K is at most −H(X_1). No arguments.
 
     Example:
         >>> beta = schedules.linear(4, beta_1=0.19, beta_T=0.5)
         >>> law = standard_diffusion(beta=beta).bind({}).last(jnp.array([2.0]))
         >>> round(float(law.mean[0]), 3), round(float(law.variance[0]), 3)  # N(√(1−β_1) x_1, β_1)
         (1.8, 0.19)
-
-    Source: Sohl-Dickstein et al. (2015), appendix B.2.
     """
 
     is_tied = True
 
     def __call__(
-        self, kernel: Any, reverse_step: ReverseStep, x_1: State, step: Step
+        self, kernel: _Kernel, reverse_step: _ReverseStep, x_1: _State, step: Step
     ) -> dist.Distribution:
         """Forward kernel with its arguments exchanged (detailed balance)."""
         return kernel.transition(x_1, step)
@@ -87,9 +82,9 @@ class Tied(LastStep):
 
 @dataclasses.dataclass(frozen=True)
 class Learned(LastStep):
-    """p(x_0 | x_1) from the network, like every other step; K is at most −H(X_0).
+    """p(x_0 | x_1) from the network, like every other step; K is at most −H(X_0). No arguments.
 
-    It takes no arguments. On data that lie on a curve or a grid −H(X_0), and so K, has no limit.
+    On data that lie on a curve or a grid −H(X_0), and so K, has no limit.
 
     Example:
         >>> diffusion = Diffusion(
@@ -102,7 +97,7 @@ class Learned(LastStep):
     """
 
     def __call__(
-        self, kernel: Any, reverse_step: ReverseStep, x_1: State, step: Step
+        self, kernel: _Kernel, reverse_step: _ReverseStep, x_1: _State, step: Step
     ) -> dist.Distribution:
         """What the network says at t = 1."""
         return reverse_step(x_1, step)
@@ -122,12 +117,7 @@ class Discretised(LastStep):
     and 2.69 for the same network on dequantised digits with β_1 = 2e-4 (errors 0.015).
 
     Args:
-        low: Least value, the user's units.
-        high: Largest value.
-        levels: Number of values K, evenly spaced from `low` to `high`, at least 2.
-
-    Raises:
-        ValueError: if an argument is out of range, as in `Grid`.
+        low, high, levels: As in `Grid`.
 
     Example:
         >>> grid = readouts.Discretised(0, 16, 17)
@@ -135,8 +125,6 @@ class Discretised(LastStep):
         >>> x_0 = sample.ancestral(jax.random.key(0), diffusion, {}, 100)
         >>> set(x_0.tolist()) <= set(range(17))  # grey levels, in the user's units
         True
-
-    Source: Ho et al. (2020), section 3.3.
     """
 
     low: Real
@@ -154,7 +142,7 @@ class Discretised(LastStep):
         return Grid(self.low, self.high, self.levels)
 
     def __call__(
-        self, kernel: Any, reverse_step: ReverseStep, x_1: State, step: Step
+        self, kernel: _Kernel, reverse_step: _ReverseStep, x_1: _State, step: Step
     ) -> dist.Distribution:
         """What the network says at t = 1, before it is put on the grid."""
         return reverse_step(x_1, step)

@@ -31,12 +31,11 @@ network told the log-SNR).
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from probdiff.kernels import GaussianKernel, bridge_mean, bridge_variance, bridge_weights
 from probdiff.readouts.gaussian import GaussianReadout, Output, Outputs, State, Variance
@@ -52,8 +51,7 @@ either. Where √β_1 is a level the cell of the level holds all but 6e-7 of wha
 class Mixture(GaussianReadout):
     """Law of each x_0,i as K Gaussians, conditioned on x_t,i exactly; 3K outputs per number.
 
-    The reverse step is the Gaussian of the moments that mixture and bridge give; the variance is no
-    guess of its own. For numbers that pile up at a few values, such as pixels.
+    For numbers that pile up at a few values, such as pixels.
 
     Args:
         components: K, at least 2.
@@ -103,8 +101,7 @@ class Mixture(GaussianReadout):
         """The same: what is known of x_0 does not depend on the step."""
         x_0_hat, variance = self.moments(outputs, x_t, trained)
         weight_0, _ = bridge_weights(step)
-        least = LEAST_VARIANCE * step.beta
-        bridge = jnp.where(step.t == 1, least, bridge_variance(step))
+        bridge = jnp.where(step.t == 1, LEAST_VARIANCE * step.beta, bridge_variance(step))
         total = bridge + weight_0**2 * variance
         return dist.Normal(bridge_mean(x_t, x_0_hat, step), jnp.sqrt(total))
 
@@ -116,9 +113,7 @@ class Mixture(GaussianReadout):
         """None."""
         return None
 
-    def moments(
-        self, outputs: Outputs, x_t: State, step: Step
-    ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+    def moments(self, outputs: Outputs, x_t: State, step: Step) -> tuple[Output, Output]:
         """Mean and variance of x_0 given x_t, elementwise."""
         log_weight, mean, variance = self._components(outputs, x_t, step)
         weight = jnp.exp(log_weight)
@@ -135,7 +130,7 @@ class Mixture(GaussianReadout):
             dist.Categorical(logits=log_weight), dist.Normal(mean, jnp.sqrt(variance))
         )
 
-    def _components(self, outputs: Outputs, x_t: State, step: Step) -> tuple[Any, Any, Any]:
+    def _components(self, outputs: Outputs, x_t: State, step: Step) -> tuple[Array, Array, Array]:
         """log w', means and variances of x_0 given x_t, each `(K, *shape)`."""
         logits, shifts, widths = (
             jnp.stack(outputs[i * self.components : (i + 1) * self.components]) for i in range(3)

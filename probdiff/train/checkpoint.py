@@ -24,7 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
+from jaxtyping import PyTree
+from safetensors.numpy import save
 
 _FORMAT = "probdiff.fit 2"
 _DTYPES = {"BOOL": "bool", "C64": "complex64", "BF16": "bfloat16"} | {
@@ -35,30 +36,20 @@ _DTYPES = {"BOOL": "bool", "C64": "complex64", "BF16": "bfloat16"} | {
 """What safetensors' own reader for NumPy knows, and bfloat16, which it does not."""
 
 
-def flatten(tree: Any) -> dict[str, np.ndarray]:
+def flatten(tree: PyTree) -> dict[str, np.ndarray]:
     """Leaves of a tree of arrays and PRNG keys by path, in C order."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    # safetensors writes memory as it lies, whatever the strides.
-    return {
-        jax.tree_util.keystr(path): np.asarray(
-            jax.random.key_data(leaf) if _is_key(leaf) else leaf, order="C"
-        )
-        for path, leaf in leaves
+    arrays = {
+        jax.tree_util.keystr(path): jax.random.key_data(leaf) if _is_key(leaf) else leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
     }
+    # safetensors writes memory as it lies, whatever the strides.
+    return {name: np.asarray(array, order="C") for name, array in arrays.items()}
 
 
-def unflatten(template: Any, arrays: dict[str, np.ndarray]) -> Any:
-    """The tree that has the structure of `template` and the values `arrays`.
+def unflatten(template: PyTree, arrays: dict[str, np.ndarray]) -> PyTree:
+    """The tree of `template`, whose values are not used, with JAX arrays of the values `arrays`.
 
-    Args:
-        template: Tree whose leaves say name, shape and dtype; its values are not used.
-        arrays: What `flatten` returned for a tree of this structure.
-
-    Returns:
-        A tree of JAX arrays.
-
-    Raises:
-        ValueError: The first leaf whose name, shape or dtype differs.
+    A `ValueError` names the first leaf whose name, shape or dtype differs.
     """
     wanted = flatten(template)
     for name, array in wanted.items():
@@ -71,31 +62,22 @@ def unflatten(template: Any, arrays: dict[str, np.ndarray]) -> Any:
     leaves, tree = jax.tree.flatten(template)
     # `jnp.asarray` would compile a copy for every shape.
     values = [jax.device_put(arrays[name]) for name in wanted]
-    return jax.tree.unflatten(
-        tree,
-        [
-            jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf))
-            if _is_key(leaf)
-            else value
-            for leaf, value in zip(leaves, values, strict=True)
-        ],
-    )
+    for i, leaf in enumerate(leaves):
+        if _is_key(leaf):
+            values[i] = jax.random.wrap_key_data(values[i], impl=jax.random.key_impl(leaf))
+    return jax.tree.unflatten(tree, values)
 
 
 def write(path: Path, arrays: dict[str, np.ndarray], about: dict[str, str]) -> None:
     """Put arrays and text, both by name, at `path`, all or nothing; its folder must exist."""
     # One entry, for the order of several differs from process to process.
     metadata = {"about": json.dumps({**about, "format": _FORMAT}, sort_keys=True)}
-    sealed = metadata | {"sha256": sha256(packed(arrays, metadata))}
-    replace(path, packed(arrays, sealed))
+    sealed = metadata | {"sha256": sha256(save(arrays, metadata))}
+    replace(path, save(arrays, sealed))
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Arrays and text that `write` put at `path`.
-
-    Raises:
-        ValueError: The file is truncated, altered, or was written by something else.
-    """
+    """Arrays and text that `write` put at `path`; a `ValueError` if it is altered or another."""
     raw = path.read_bytes()
     try:
         arrays = unpacked(raw)
@@ -107,7 +89,7 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         raise ValueError(f"{path} must have the format {_FORMAT!r}; got {metadata['format']!r}")
     if (seal := metadata.pop("sha256", None)) is None:
         raise ValueError(f"{path} must hold the seal that a checkpoint is written with; got none")
-    if sha256(packed(arrays, metadata)) != seal:
+    if sha256(save(arrays, metadata)) != seal:
         raise ValueError(f"{path} was altered: its contents do not have the SHA-256 it names")
     about = json.loads(metadata["about"])
     if (found := about.pop("format")) != _FORMAT:
@@ -115,9 +97,9 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     return arrays, about
 
 
-def digest(tree: Any) -> str:
+def digest(tree: PyTree) -> str:
     """SHA-256 of a tree's values, names, shapes and dtypes."""
-    return sha256(packed(flatten(tree)))
+    return sha256(save(flatten(tree)))
 
 
 def sha256(data: bytes) -> str:
@@ -125,22 +107,17 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def packed(arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> bytes:
-    """Arrays in C order, and text, in the format of safetensors."""
-    return safetensors.numpy.save(arrays, metadata)
-
-
 def unpacked(data: bytes) -> dict[str, np.ndarray]:
     """The arrays, bfloat16 included."""
     try:
-        return {
-            name: np.frombuffer(tensor["data"], jnp.dtype(_DTYPES[tensor["dtype"]])).reshape(
-                tensor["shape"]
-            )
-            for name, tensor in safetensors.deserialize(data)
-        }
+        tensors = dict(safetensors.deserialize(data))
+        dtypes = {name: jnp.dtype(_DTYPES[tensor["dtype"]]) for name, tensor in tensors.items()}
     except KeyError as error:
         raise ValueError(f"dtype {error} is unknown") from error
+    return {
+        name: np.frombuffer(tensor["data"], dtypes[name]).reshape(tensor["shape"])
+        for name, tensor in tensors.items()
+    }
 
 
 def replace(path: Path, data: bytes) -> None:

@@ -21,13 +21,12 @@ import functools
 import itertools
 import json
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Int32, PRNGKeyArray
+from jaxtyping import ArrayLike, Int, Int32, PRNGKeyArray, PyTree
 
 from probdiff import devices
 from probdiff.arguments import check_at_least
@@ -39,36 +38,33 @@ _MAX_STREAM_BYTES = 2**24  # 16 MiB of stacked batches a chunk
 _BLOCK = 2**16  # rows drawn at a time: NumPy's generators are slow to make, and N may be small
 
 
-def arguments(batch: Any) -> tuple[tuple, dict]:
+def arguments(batch: PyTree) -> tuple[tuple, dict]:
     """A batch as arguments of guide and model: a tuple goes by position, a dict by keyword."""
     if isinstance(batch, dict):
         return (), batch
     return (batch if isinstance(batch, tuple) else (batch,)), {}
 
 
-def as_arrays(data: Any, name: str = "data") -> Any:
+def as_arrays(data: PyTree, name: str = "data") -> PyTree:
     """`data` with JAX arrays for leaves; a `ValueError` unless it is an array, tuple or dict."""
     if not isinstance(data, (np.ndarray, jax.Array, tuple, dict)):
-        raise ValueError(
-            f"{name} must be an array, or a tuple or dict of arrays; got {type(data).__name__}"
-        )
+        got = type(data).__name__
+        raise ValueError(f"{name} must be an array, or a tuple or dict of arrays; got {got}")
     return jax.tree.map(jnp.asarray, data)
 
 
 class Source(abc.ABC):
-    """Where a run's batches come from."""
+    """Where a run's batches come from: `first`, and `examples` a step."""
 
-    known: Any
+    known: PyTree
     """What can be seen of the data before training: all of them, or a stream's first batch."""
-    first: Any
-    """The batch of step 0."""
+    first: PyTree
     examples: int
-    """Examples a step."""
     capacity: int = _MAX_STEPS
     """Most steps of a chunk."""
 
     @abc.abstractmethod
-    def take(self, start: int, n: int) -> tuple[Any, Int32[jax.Array, "capacity *B"] | None]:
+    def take(self, start: int, n: int) -> tuple[PyTree, Int32[jax.Array, "capacity *B"] | None]:
         """`(data, indices)` for steps start, …, start + n − 1: see `at`.
 
         `indices` always has `capacity` rows, of which the first n are meant: its shape does not
@@ -80,7 +76,9 @@ class Source(abc.ABC):
         return identity(self.known, "data")
 
 
-def at(data: Any, indices: Int32[jax.Array, "capacity *B"] | None, i: Any) -> Any:
+def at(
+    data: PyTree, indices: Int32[jax.Array, "capacity *B"] | None, i: Int[ArrayLike, ""]
+) -> PyTree:
     """Batch of the i-th step of a chunk: `data[indices[i]]`, or `data` without indices."""
     if indices is None:
         return data
@@ -91,12 +89,12 @@ def at(data: Any, indices: Int32[jax.Array, "capacity *B"] | None, i: Any) -> An
 class Whole(Source):
     """All of the data, every step."""
 
-    def __init__(self, data: Any):
+    def __init__(self, data: PyTree):
         leaves = jax.tree.leaves(data)
         self.first = self.known = data
         self.examples = leaves[0].shape[0] if leaves and leaves[0].ndim else 1
 
-    def take(self, start: int, n: int) -> tuple[Any, None]:
+    def take(self, start: int, n: int) -> tuple[PyTree, None]:
         """The data."""
         return self.known, None
 
@@ -104,13 +102,12 @@ class Whole(Source):
 class Minibatches(Source):
     """Batches of B examples without replacement, in an order that depends on the key alone."""
 
-    def __init__(self, key: PRNGKeyArray, data: Any, batch_size: int, mesh: Mesh | None):
+    def __init__(self, key: PRNGKeyArray, data: PyTree, batch_size: int, mesh: Mesh | None):
         self._N = _shared_length(data, "data")
         check_at_least(1, batch_size=batch_size)
         if batch_size > self._N:
-            raise ValueError(
-                f"batch_size must be at most the {self._N} examples in data; got {batch_size}"
-            )
+            most = f"the {self._N} examples in data"
+            raise ValueError(f"batch_size must be at most {most}; got {batch_size}")
         self.examples = batch_size
         self.capacity = max(1, min(_MAX_STEPS, _MAX_INDICES // batch_size))
         self._sharding = _divided(batch_size, mesh)
@@ -131,7 +128,7 @@ class Minibatches(Source):
             filled += piece.size
         return rows.reshape(n, self.examples)
 
-    def take(self, start: int, n: int) -> tuple[Any, Int32[jax.Array, "capacity B"]]:
+    def take(self, start: int, n: int) -> tuple[PyTree, Int32[jax.Array, "capacity B"]]:
         """All of the data, and the rows of each step."""
         indices = np.zeros((self.capacity, self.examples), np.int32)
         indices[:n] = self.rows(start, n)
@@ -155,7 +152,7 @@ class Stream(Source):
         self._indices = devices.replicate(jnp.arange(self.capacity, dtype=np.int32), mesh)
         self._batches, self._taken = itertools.chain([first], iterator), 0
 
-    def take(self, start: int, n: int) -> tuple[Any, Int32[jax.Array, "capacity"]]:
+    def take(self, start: int, n: int) -> tuple[PyTree, Int32[jax.Array, "capacity"]]:
         """Stacked batches, and their numbers; those before `start` are skipped."""
         stacked = jax.tree.map(
             lambda leaf: np.zeros((self.capacity, *leaf.shape), leaf.dtype), self.first
@@ -164,10 +161,9 @@ class Stream(Source):
             self._next()
         for i in range(n):
             batch = self._next()
-            if (there := _shapes(batch)) != (first := _shapes(self.first)):
-                raise ValueError(
-                    f"batch {self._taken} of data must be like the first, {first}; got {there}"
-                )
+            if (got := _shapes(batch)) != (first := _shapes(self.first)):
+                which = f"batch {self._taken} of data"
+                raise ValueError(f"{which} must be like the first, {first}; got {got}")
             for into, leaf in zip(*map(jax.tree.leaves, (stacked, batch)), strict=True):
                 into[i] = leaf
         return devices.place(stacked, self._sharding), self._indices
@@ -176,27 +172,19 @@ class Stream(Source):
         """Shapes alone, for the values pass by once."""
         return {"data": _shapes(self.first)}
 
-    def _next(self) -> Any:
+    def _next(self) -> PyTree:
         for batch in self._batches:
             self._taken += 1
             return batch
         raise ValueError(f"data must yield a batch for every step; it ended after {self._taken}")
 
 
-def from_data(key: PRNGKeyArray, data: Any, batch_size: int | None, mesh: Mesh | None) -> Source:
-    """The source that a user's `data` and `batch_size` ask for, or a `ValueError`.
-
-    Args:
-        key: Orders the minibatches.
-        data: An array, a tuple or dict of arrays, or an iterator of these.
-        batch_size: Examples a step, or None for all of them.
-        mesh: Devices to divide each batch among, or None.
-    """
+def from_data(key: PRNGKeyArray, data: PyTree, batch_size: int | None, mesh: Mesh | None) -> Source:
+    """What the arguments of `fit` ask for, or a `ValueError`; `key` orders minibatches."""
     if isinstance(data, Iterator):
         if batch_size is not None:
-            raise ValueError(
-                f"batch_size must be None where data is an iterator of batches; got {batch_size}"
-            )
+            where = "where data is an iterator of batches"
+            raise ValueError(f"batch_size must be None {where}; got {batch_size}")
         return Stream(data, mesh)
     data = as_arrays(data)
     if batch_size is not None:
@@ -206,7 +194,7 @@ def from_data(key: PRNGKeyArray, data: Any, batch_size: int | None, mesh: Mesh |
     return Whole(data)
 
 
-def identity(data: Any, name: str) -> dict[str, str]:
+def identity(data: PyTree, name: str) -> dict[str, str]:
     """Shapes and SHA-256 of an array or a tree of arrays, under `name`."""
     return {name: _shapes(data), f"{name} (SHA-256)": checkpoint.digest(data)}
 
@@ -220,7 +208,7 @@ def _block(words: list[int], N: int, block: int) -> Int32[np.ndarray, "rows"]:
     return rows.astype(np.int32).ravel()
 
 
-def _shared_length(data: Any, name: str) -> int:
+def _shared_length(data: PyTree, name: str) -> int:
     lengths = {
         f"{name}{jax.tree_util.keystr(path)}": leaf.shape[0] if leaf.ndim else None
         for path, leaf in jax.tree_util.tree_flatten_with_path(data)[0]
@@ -238,14 +226,12 @@ def _divided(examples: int, mesh: Mesh | None) -> NamedSharding | None:
     if mesh is None:
         return None
     if examples % mesh.size:
-        raise ValueError(
-            f"batch_size must be a multiple of the {mesh.size} devices in mesh; got {examples}"
-        )
+        devices_in = f"the {mesh.size} devices in mesh"
+        raise ValueError(f"batch_size must be a multiple of {devices_in}; got {examples}")
     return NamedSharding(mesh, PartitionSpec(None, mesh.axis_names[0]))
 
 
-def _shapes(tree: Any) -> str:
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return json.dumps(
-        [[jax.tree_util.keystr(p), jnp.result_type(x).name, np.shape(x)] for p, x in leaves]
-    )
+def _shapes(tree: PyTree) -> str:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    shapes = [[jax.tree_util.keystr(p), jnp.result_type(x).name, np.shape(x)] for p, x in leaves]
+    return json.dumps(shapes)

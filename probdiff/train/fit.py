@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import random
 from jax.sharding import Mesh
-from jaxtyping import Float, PRNGKeyArray
+from jaxtyping import Float, PRNGKeyArray, PyTree
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 
@@ -24,19 +24,11 @@ from probdiff.train.checkpoint import digest
 from probdiff.train.log import HeldOutLosses, Log, Progress
 from probdiff.train.loop import Run
 from probdiff.train.step import TracedSVI
+from probdiff.types import Params
 
 
 class Fit(NamedTuple):
-    """What `fit` returns.
-
-    Args:
-        params: Values at the parameter sites: the average with `ema_decay`, else `raw_params`.
-        raw_params: The optimiser's values, after the last step or, with `patience`, at the best
-            evaluation.
-        losses: Loss of each step, summed over the batch as SVI sums it.
-        state: SVI's state after the last step.
-        held_out_losses: Evaluations on held-out data, summed over all of them; empty without.
-        num_steps: Steps done; less than asked for after an early stop.
+    """What `fit` returns: values at the parameter sites, losses, and SVI's last state.
 
     Example:
         >>> def model(x):
@@ -50,38 +42,32 @@ class Fit(NamedTuple):
         (2.0, (20,))
     """
 
-    params: dict[str, Any]
-    raw_params: dict[str, Any]
+    params: Params
+    """The average with `ema_decay`, else `raw_params`."""
+    raw_params: Params
+    """The optimiser's values, after the last step or, with `patience`, at the best evaluation."""
     losses: Float[np.ndarray, "steps"]
+    """Loss of each step, summed over the batch as SVI sums it."""
     state: SVIState
     held_out_losses: HeldOutLosses
+    """Evaluations on held-out data, summed over all of them; empty without."""
     num_steps: int
+    """Steps done; less than asked for after an early stop."""
 
     def __repr__(self) -> str:
         size = sum(np.size(leaf) for leaf in jax.tree.leaves(self.params))
-        return (
-            f"Fit(num_steps={self.num_steps}, last loss {self.losses[-1]:.6g}, {size:,} parameters)"
-        )
+        last = f"last loss {self.losses[-1]:.6g}"
+        return f"Fit(num_steps={self.num_steps}, {last}, {size:,} parameters)"
 
 
 def fit(
-    key: PRNGKeyArray,
-    svi: SVI,
-    data: Any,
-    *,
-    num_steps: int,
-    batch_size: int | None = None,
-    ema_decay: float | None = None,
-    held_out: Any = None,
-    evaluate_every: int = 1000,
-    patience: int | None = None,
-    checkpoint: str | Path | None = None,
-    checkpoint_every: float = 30.0,
-    log: str | Path | None = None,
-    callback: Callable[[Progress], Any] | None = None,
-    mesh: Mesh | None = None,
+    key: PRNGKeyArray, svi: SVI, data: Any, *, num_steps: int, batch_size: int | None = None,
+    ema_decay: float | None = None, held_out: PyTree = None, evaluate_every: int = 1000,
+    patience: int | None = None, checkpoint: str | Path | None = None,
+    checkpoint_every: float = 30.0, log: str | Path | None = None,
+    callback: Callable[[Progress], Any] | None = None, mesh: Mesh | None = None,
     progress: bool = True,
-) -> Fit:
+) -> Fit:  # fmt: skip
     """Fit the parameters of an SVI.
 
     Args:
@@ -107,15 +93,11 @@ def fit(
         checkpoint_every: Seconds between checkpoints; there is one more at the end or interrupt.
         log: File that gets lines of JSON with step, seconds and losses; see `train.log`. A run
             that goes on adds to it, a new one starts it afresh.
-        callback: Called with the run's `Progress`, to draw samples or a picture as it goes, such as
-            `plots.LiveLosses`.
+        callback: Called with the run's `Progress`; draws, say, a picture: `plots.LiveLosses`.
         mesh: Devices to divide each batch among, on one axis. Data and weights are on all of them.
             If they belong to several processes (`jax.distributed`), each calls `fit` with the same
             arguments; the first writes the files, and all must see the checkpoint.
         progress: Whether to show a bar, with the loss per example.
-
-    Returns:
-        Parameters, losses and last state.
 
     Raises:
         ValueError: An argument does not fit, or the checkpoint is damaged or another run's.
@@ -153,32 +135,23 @@ def fit(
         )
     identity = {}
     if checkpoint is not None or devices.is_shared(mesh):
-        identity = source.identity() | {
-            "batch_size": str(batch_size),
-            "ema_decay": str(ema_decay),
-            "key": str(np.asarray(random.key_data(key)).tolist()),
-            "evaluate_every": str(evaluate_every),
-            "patience": str(patience),
-        }
+        words = np.asarray(random.key_data(key)).tolist()
+        options = {
+            "batch_size": batch_size, "ema_decay": ema_decay, "key": words,
+            "evaluate_every": evaluate_every, "patience": patience,
+        }  # fmt: skip
+        identity = source.identity() | {name: str(value) for name, value in options.items()}
         if held_out is not None:
             identity |= batches.identity(held_out, "held_out")
     run = Run(
-        svi=traced,
-        source=source,
-        num_steps=num_steps,
-        ema_decay=ema_decay,
+        svi=traced, source=source, num_steps=num_steps, ema_decay=ema_decay,
         held_out=devices.replicate(held_out, mesh),
-        key_held_out=devices.replicate(key_held_out, mesh),
-        evaluate_every=evaluate_every,
-        patience=patience,
-        checkpoint=None if checkpoint is None else Path(checkpoint),
-        checkpoint_every=checkpoint_every,
-        identity=identity,
-        log=Log(None if log is None else Path(log), callback),
-        mesh=mesh,
-        progress=progress,
+        key_held_out=devices.replicate(key_held_out, mesh), evaluate_every=evaluate_every,
+        patience=patience, checkpoint=None if checkpoint is None else Path(checkpoint),
+        checkpoint_every=checkpoint_every, identity=identity,
+        log=Log(None if log is None else Path(log), callback), mesh=mesh, progress=progress,
         losses=np.zeros(num_steps, jnp.result_type(float)),
-    )
+    )  # fmt: skip
     record = run.first_record()
     if devices.is_shared(mesh):
         steps = {"num_steps": str(num_steps), "the step that checkpoint is at": str(record.step)}
@@ -190,10 +163,6 @@ def fit(
         record = run.evaluated(record)
     weights = traced.weights(record.carry) if record.best is None else record.best
     return Fit(
-        params=weights.params,
-        raw_params=weights.raw_params,
-        losses=run.losses[: record.step],
-        state=record.carry.state,
-        held_out_losses=record.held_out_losses,
-        num_steps=record.step,
-    )
+        params=weights.params, raw_params=weights.raw_params, losses=run.losses[: record.step],
+        state=record.carry.state, held_out_losses=record.held_out_losses, num_steps=record.step,
+    )  # fmt: skip

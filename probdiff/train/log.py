@@ -19,31 +19,22 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from probdiff.types import Params
+
 
 class HeldOutLosses(NamedTuple):
-    """Evaluations on held-out data.
-
-    Args:
-        step: Steps done before each of them.
-        loss: Loss of all the held-out data, summed as SVI sums it.
-    """
+    """Evaluations after `step` steps: loss of all the held-out data, summed as SVI sums it."""
 
     step: Int[np.ndarray, "evaluations"]
     loss: Float[np.ndarray, "evaluations"]
 
 
 class Progress(NamedTuple):
-    """Where a run stands, for a callback.
-
-    Args:
-        step: Steps done.
-        params: Values at the parameter sites: the average where one is kept.
-        losses: Loss of each step so far, summed over the batch.
-        held_out_losses: Steps and losses of the evaluations so far.
-    """
+    """Where a run stands after `step` steps, for a callback; a step's loss is a batch's sum."""
 
     step: int
-    params: dict[str, Any]
+    params: Params
+    """Values at the parameter sites: the average where one is kept."""
     losses: Float[np.ndarray, " steps"]
     held_out_losses: HeldOutLosses
 

@@ -14,13 +14,13 @@ and a checkpoint holds that, with what tells the run from others.
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax import random
 from jax.sharding import Mesh
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray, PyTree
 from tqdm import tqdm
 
 from probdiff import bars, devices
@@ -29,12 +29,13 @@ from probdiff.train import data as batches
 from probdiff.train.log import HeldOutLosses, Log, Progress
 from probdiff.train.step import Carry, TracedSVI, Weights, is_finite
 
+_Feed = tuple[PyTree, Array | None]
 _CHUNK_SECONDS = 2.0
 """Of steps between two looks at how things go. A call of a compiled function begins in fresh
 memory, which on a CPU costs a U-Net a quarter of a step: at 0.3 s it was a tenth of the time."""
 
 
-class Record(NamedTuple):
+class _Record(NamedTuple):
     """All that changes from step to step, but for the losses."""
 
     step: int
@@ -56,7 +57,7 @@ class Run(NamedTuple):
     source: batches.Source
     num_steps: int
     ema_decay: float | None
-    held_out: Any
+    held_out: PyTree
     key_held_out: PRNGKeyArray
     evaluate_every: int
     patience: int | None
@@ -69,15 +70,15 @@ class Run(NamedTuple):
     progress: bool
     losses: np.ndarray
 
-    def first_record(self) -> Record:
+    def first_record(self) -> _Record:
         """The record to begin with: the checkpoint's if there is one."""
         carry = self.svi.start(averaged=self.ema_decay is not None)
         # A stand-in until the first evaluation, so that a checkpoint's tree is always the same.
         best = None if self.patience is None else self.svi.weights(carry)
-        record = Record(0, carry, best, ())
+        record = _Record(0, carry, best, ())
         return record if self.checkpoint is None else self._resumed(record, self.checkpoint)
 
-    def last_record(self, record: Record) -> Record:
+    def last_record(self, record: _Record) -> _Record:
         """The record after the last step; saved by the clock, at the end, and when interrupted."""
         saved_step, saved_time = record.step, time.monotonic()
         with bars.bar(
@@ -100,7 +101,7 @@ class Run(NamedTuple):
                     self._save(record)
         return record
 
-    def evaluated(self, record: Record) -> Record:
+    def evaluated(self, record: _Record) -> _Record:
         """The record with one more evaluation."""
         weights = self.svi.weights(record.carry)
         judged = (self.key_held_out, weights.params, record.carry.state.mutable_state)
@@ -114,7 +115,7 @@ class Run(NamedTuple):
             record = record._replace(best=weights)
         return record._replace(evaluations=(*record.evaluations, (record.step, loss)))
 
-    def _records(self, record: Record) -> Iterator[Record]:
+    def _records(self, record: _Record) -> Iterator[_Record]:
         """The record after each chunk."""
         length = 1  # the first chunk may compile: its time says nothing about a step's
         n = self._room(record, length)
@@ -140,13 +141,13 @@ class Run(NamedTuple):
                 return
             n, feed = following, ahead
 
-    def _chunk(self, record: Record, feed: Any, n: int) -> tuple[Carry, Any, Any]:
+    def _chunk(self, record: _Record, feed: _Feed | None, n: int) -> tuple[Carry, Array, Array]:
         """n steps from the record on, under way: (carry, losses, whether weights are finite)."""
         losses = np.zeros(self.source.capacity, self.losses.dtype)
         numbers = np.int32(record.step), np.int32(n), self.ema_decay or 0.0
         return self.svi.chunk(record.carry, feed, *numbers, losses)
 
-    def _room(self, record: Record, n: int) -> int:
+    def _room(self, record: _Record, n: int) -> int:
         """Steps that may follow the record in one chunk, at most n; none of a run that is done."""
         return 0 if self._is_stale(record) else self._steps_after(record.step, n)
 
@@ -156,7 +157,7 @@ class Run(NamedTuple):
             n = min(n, self.evaluate_every - step % self.evaluate_every)
         return n
 
-    def _is_stale(self, record: Record) -> bool:
+    def _is_stale(self, record: _Record) -> bool:
         """Whether the last `patience` evaluations brought no improvement."""
         losses = [loss for _, loss in record.evaluations]
         if self.patience is None or not losses:
@@ -168,7 +169,7 @@ class Run(NamedTuple):
         bar.set_postfix_str(f"loss per example {loss:.4g}", refresh=False)
         bar.update(stop - start)
 
-    def _checked(self, record: Record, feed: Any, n: int, output: tuple) -> Record:
+    def _checked(self, record: _Record, feed: _Feed | None, n: int, output: tuple) -> _Record:
         """The record after a chunk, all of it finite."""
         carry, losses, finite = output
         losses = np.asarray(losses)[:n]
@@ -177,30 +178,25 @@ class Run(NamedTuple):
         self.losses[record.step : record.step + n] = losses
         return record._replace(step=record.step + n, carry=carry)
 
-    def _explain(self, record: Record, feed: Any, losses: np.ndarray) -> str:
+    def _explain(self, record: _Record, feed: _Feed | None, losses: np.ndarray) -> str:
         """What was not finite first, found by doing the chunk again up to there."""
         bad = np.flatnonzero(~np.isfinite(losses))
         n = int(bad[0]) if bad.size else len(losses)
         carry, step = self._chunk(record, feed, n)[0], record.step + n
         params = self.svi.weights(carry).raw_params
-        names = [
-            name
-            for name, value in params.items()
-            if not all(is_finite(leaf) for leaf in jax.tree.leaves(value))
-        ]
+        finite = {name: map(is_finite, jax.tree.leaves(value)) for name, value in params.items()}
+        names = [name for name in params if not all(finite[name])]
         if names and step == 0:
             return f"the initial values of the parameters {names} are not finite"
         if names:
-            return (
-                f"the gradient is not finite at step {step}, whose loss is {losses[n - 1]:.6g}: "
-                f"it spoiled the parameters {names}"
-            )
+            where = f"at step {step}, whose loss is {losses[n - 1]:.6g}"
+            return f"the gradient is not finite {where}: it spoiled the parameters {names}"
         _, key = random.split(carry.state.rng_key)  # as `svi.update` does
         batch = batches.at(*feed, n)
         faults = self.svi.faults(key, params, carry.state.mutable_state, batch)
         return f"the loss is {losses[n]} at step {step + 1}; not finite: {faults}"
 
-    def _save(self, record: Record) -> None:
+    def _save(self, record: _Record) -> None:
         """Write the checkpoint, in one process if several share the devices."""
         if self.checkpoint is None or not devices.is_first(self.mesh):
             return
@@ -209,7 +205,7 @@ class Run(NamedTuple):
         arrays["evaluations"] = np.array(record.evaluations, np.float64).reshape(-1, 2)
         checkpoint.write(self.checkpoint, arrays, self.identity)
 
-    def _resumed(self, record: Record, path: Path) -> Record:
+    def _resumed(self, record: _Record, path: Path) -> _Record:
         """The record in the file; the one given if there is no file."""
         if not path.parent.is_dir():
             raise ValueError(f"checkpoint must lie in a folder that exists; got {path}")
@@ -218,15 +214,12 @@ class Run(NamedTuple):
         arrays, found = checkpoint.read(path)
         for name in self.identity | found:
             if (there := found.get(name)) != (here := self.identity.get(name)):
-                raise ValueError(
-                    f"checkpoint must be of this run; {path} has {name} {there}, not {here}"
-                )
+                has = f"{path} has {name} {there}, not {here}"
+                raise ValueError(f"checkpoint must be of this run; {has}")
         losses, evaluations = arrays.pop("losses"), arrays.pop("evaluations")
         if losses.size > self.num_steps:
-            raise ValueError(
-                f"num_steps must be at least the {losses.size} steps in {path}; "
-                f"got {self.num_steps}"
-            )
+            least = f"the {losses.size} steps in {path}"
+            raise ValueError(f"num_steps must be at least {least}; got {self.num_steps}")
         template = {"best": record.best, "carry": record.carry}
         try:
             tree = checkpoint.unflatten(template, arrays)
@@ -234,7 +227,7 @@ class Run(NamedTuple):
             raise ValueError(f"checkpoint must be of this run; {path} is not: {error}") from error
         self.losses[: losses.size] = losses
         done = tuple((int(step), float(loss)) for step, loss in evaluations)
-        return Record(losses.size, **devices.replicate(tree, self.mesh), evaluations=done)
+        return _Record(losses.size, **devices.replicate(tree, self.mesh), evaluations=done)
 
 
 def _chunk_length(n: int, seconds: float) -> int:

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax, random
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from numpyro import handlers
 from numpyro.infer import SVI
 from numpyro.infer.autoguide import AutoGuide
@@ -33,6 +33,7 @@ from numpyro.primitives import Messenger
 from probdiff import devices
 from probdiff.compilation import Programs, Traced, call, trace
 from probdiff.train import data as batches
+from probdiff.types import Params
 
 _kept: weakref.WeakKeyDictionary[SVI, Programs] = weakref.WeakKeyDictionary()
 
@@ -40,28 +41,24 @@ _kept: weakref.WeakKeyDictionary[SVI, Programs] = weakref.WeakKeyDictionary()
 class Weights(NamedTuple):
     """Values at the parameter sites: the average where one is kept, and the optimiser's."""
 
-    params: Any
-    raw_params: Any
+    params: Params
+    raw_params: Params
 
 
 class Carry(NamedTuple):
     """What one step hands to the next: SVI's state, and the average of the weights or None."""
 
     state: SVIState
-    ema: Any
+    ema: Params | None
 
 
 class TracedSVI:
-    """The functions of an SVI as they are at one call of `fit`.
+    """The functions of an SVI as they are at one call of `fit`, whose `first` batch is given.
 
-    Args:
-        svi: The SVI; what is compiled for it is kept as long as it lives.
-        key: Seeds the first state.
-        first: The first batch.
-        mesh: Devices to divide each batch among, or None.
+    What is compiled is kept as long as the SVI lives.
     """
 
-    def __init__(self, svi: SVI, key: PRNGKeyArray, first: Any, mesh: Mesh | None):
+    def __init__(self, svi: SVI, key: PRNGKeyArray, first: PyTree, mesh: Mesh | None):
         self._svi, self._mesh = svi, mesh
         self._programs = _kept.setdefault(svi, Programs())
         self.first_state = self._init(key, first)
@@ -77,8 +74,9 @@ class TracedSVI:
         return devices.replicate(carry, self._mesh)
 
     def chunk(
-        self, carry: Carry, feed: tuple[Any, Any], start: Any, n: Any, ema_decay: float, losses: Any
-    ) -> tuple[Carry, Float[Array, "capacity"], Bool[Array, ""]]:
+        self, carry: Carry, feed: tuple[PyTree, Array | None], start: Any, n: Any, ema_decay: float,
+        losses: Any,
+    ) -> tuple[Carry, Float[Array, "capacity"], Bool[Array, ""]]:  # fmt: skip
         """n steps from step `start` on; their losses; whether the weights are finite after them."""
         traced, numbers = (self._update, self._get_params), (start, n, ema_decay)
         return self._programs(_chunk, *traced, carry, *feed, *numbers, losses, mesh=self._mesh)
@@ -88,7 +86,7 @@ class TracedSVI:
         return self._programs(_weights, self._get_params, carry)
 
     def loss(
-        self, key: PRNGKeyArray, params: dict, mutable_state: dict | None, batch: Any
+        self, key: PRNGKeyArray, params: dict, mutable_state: dict | None, batch: PyTree
     ) -> Float[Array, ""]:
         """What `svi.evaluate` computes, but for the mutable state, which that leaves out."""
         args = key, params, mutable_state, batch
@@ -97,7 +95,7 @@ class TracedSVI:
         return self._programs(call, self._loss, *args)
 
     def faults(
-        self, key: PRNGKeyArray, params: dict, mutable_state: dict | None, batch: Any
+        self, key: PRNGKeyArray, params: dict, mutable_state: dict | None, batch: PyTree
     ) -> str:
         """Sites of guide and model whose value or log density is not finite, named."""
         svi, params = self._svi, {**params, **(mutable_state or {})}
@@ -119,7 +117,7 @@ class TracedSVI:
         ]
         return ", ".join(faults) or "no site by itself at this draw"
 
-    def global_latents(self, data: Any) -> list[str]:
+    def global_latents(self, data: PyTree) -> list[str]:
         """Names of the guide's latent sites outside every plate; nothing is computed.
 
         Data stay concrete, so that a program's own checks of their values run here, on all of them:
@@ -136,7 +134,7 @@ class TracedSVI:
         jax.eval_shape(look, self.first_state)
         return found
 
-    def _init(self, key: PRNGKeyArray, first: Any) -> SVIState:
+    def _init(self, key: PRNGKeyArray, first: PyTree) -> SVIState:
         """`svi.init`, compiled as a whole: op by op it is ten times slower."""
         svi, (args, kwargs) = self._svi, batches.arguments(first)
         guide = svi.guide
@@ -157,11 +155,13 @@ class TracedSVI:
     def _trace(self, function: Callable[..., Any], *args: Any) -> Traced:
         return devices.replicate(trace(function, *args), self._mesh)
 
-    def _update_on(self, state: SVIState, batch: Any) -> tuple[SVIState, Array]:
+    def _update_on(self, state: SVIState, batch: PyTree) -> tuple[SVIState, Array]:
         args, kwargs = batches.arguments(batch)
         return self._svi.update(state, *args, **kwargs)
 
-    def _loss_on(self, key: PRNGKeyArray, params: dict, mutable: dict | None, batch: Any) -> Array:
+    def _loss_on(
+        self, key: PRNGKeyArray, params: dict, mutable: dict | None, batch: PyTree
+    ) -> Array:
         svi, (args, kwargs) = self._svi, batches.arguments(batch)
         params, kwargs = {**params, **(mutable or {})}, {**kwargs, **svi.static_kwargs}
         return svi.loss.loss(key, params, svi.model, svi.guide, *args, **kwargs)
@@ -173,18 +173,10 @@ def is_finite(leaf: Array) -> Bool[Array, ""]:
 
 
 def _chunk(
-    update: Traced,
-    get_params: Traced,
-    carry: Carry,
-    data: Any,
-    indices: Int[Array, "capacity *B"] | None,
-    start: Int[Array, ""],
-    n: Int[Array, ""],
-    ema_decay: Float[Array, ""],
-    losses: Float[Array, "capacity"],
-    *,
-    mesh: Mesh | None,
-) -> tuple[Carry, Float[Array, "capacity"], Bool[Array, ""]]:
+    update: Traced, get_params: Traced, carry: Carry, data: PyTree,
+    indices: Int[Array, "capacity *B"] | None, start: Int[Array, ""], n: Int[Array, ""],
+    ema_decay: Float[Array, ""], losses: Float[Array, "capacity"], *, mesh: Mesh | None,
+) -> tuple[Carry, Float[Array, "capacity"], Bool[Array, ""]]:  # fmt: skip
     def step(i, loop):
         (state, ema), losses = loop
         batch = _shard(batches.at(data, indices, i), mesh, divided=True)
@@ -207,7 +199,7 @@ def _weights(get_params: Traced, carry: Carry) -> Weights:
     return Weights(params, raw_params)
 
 
-def _shard(tree: Any, mesh: Mesh | None, *, divided: bool) -> Any:
+def _shard(tree: PyTree, mesh: Mesh | None, *, divided: bool) -> PyTree:
     """The tree divided along axis 0 among the devices, or whole on each of them."""
     if mesh is None:
         return tree
@@ -215,7 +207,9 @@ def _shard(tree: Any, mesh: Mesh | None, *, divided: bool) -> Any:
     return lax.with_sharding_constraint(tree, NamedSharding(mesh, spec))
 
 
-def _averaged(ema: Any, params: Any, i: Int[Array, ""], ema_decay: Float[Array, ""]) -> Any:
+def _averaged(
+    ema: Params, params: Params, i: Int[Array, ""], ema_decay: Float[Array, ""]
+) -> Params:
     """θ̄_{i+1} from θ̄_i and θ_{i+1}."""
     d = jnp.minimum(ema_decay, (1.0 + i) / (10.0 + i))
     return jax.tree.map(
@@ -234,7 +228,7 @@ def _strongly_typed(leaf: Array) -> Array:
     return leaf if is_key else lax.convert_element_type(leaf, leaf.dtype)
 
 
-def _sites(svi: SVI, program: Callable, key: PRNGKeyArray, params: dict, batch: Any) -> dict:
+def _sites(svi: SVI, program: Callable, key: PRNGKeyArray, params: dict, batch: PyTree) -> dict:
     args, kwargs = batches.arguments(batch)
     program = handlers.substitute(handlers.seed(program, key), data=params)
     return handlers.trace(program).get_trace(*args, **kwargs, **svi.static_kwargs)
