@@ -28,7 +28,7 @@ from jax.extend import core
 KEPT = 24
 """Compiled functions that one object keeps: each holds some tens of memory maps, of which a process
 has 65,530."""
-RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
+_RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 """Operations whose parameters hold Python functions that are new at each trace."""
 
 
@@ -130,7 +130,7 @@ def _text(jaxpr: core.Jaxpr) -> str:
 
     lines = [" ".join(map(atom, (*jaxpr.constvars, *jaxpr.invars)))]
     for eqn in jaxpr.eqns:
-        is_rule = eqn.primitive.name in RULES
+        is_rule = eqn.primitive.name in _RULES
         params = (f"{k}={_value(v, is_rule=is_rule)}" for k, v in sorted(eqn.params.items()))
         inputs, outputs = (" ".join(map(atom, side)) for side in (eqn.invars, eqn.outvars))
         lines.append(f"{eqn.primitive.name}[{' '.join(params)}] {inputs} -> {outputs}")

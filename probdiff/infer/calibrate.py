@@ -43,8 +43,7 @@ from probdiff.infer.program import BLOCK, Conditioned, Program, read
 if TYPE_CHECKING:
     import xarray as xr
 
-LEVEL = 0.01
-"""Probability that one or more of all the tests reject what is right, at most."""
+_LEVEL = 0.01  # probability that one or more of all the tests reject what is right, at most
 
 
 @runtime_checkable
@@ -352,7 +351,7 @@ def p_values_of(pits: np.ndarray) -> np.ndarray:
 
 
 def verdict(p_values: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Number m of tests, least p-value and where it is, and LEVEL/m, below which it rejects."""
+    """Number m of tests, least p-value and where it is, and _LEVEL/m, below which it rejects."""
     least = min(p_values, key=lambda name: p_values[name].min())
     place = np.unravel_index(p_values[least].argmin(), p_values[least].shape)
     num_tests = sum(p.size for p in p_values.values())
@@ -360,5 +359,5 @@ def verdict(p_values: dict[str, np.ndarray]) -> dict[str, Any]:
         "num_tests": num_tests,
         "least_p_value": float(p_values[least].min()),
         "least_at": least + (str([int(i) for i in place]) if place else ""),
-        "bound": LEVEL / num_tests,
+        "bound": _LEVEL / num_tests,
     }

@@ -39,12 +39,10 @@ from probdiff.infer.results import Result
 from probdiff.infer.smc import Sampler
 from probdiff.infer.twist import Tilt, Twist, View
 
-CHECK = 2**31 - 3
-"""Folded into the run's key for the small SMC."""
-CHECK_PARTICLES, CHECK_RUNS = 64, 2
-APART = 0.5
-"""Difference of means, in standard deviations, that is warned of."""
-APPROXIMATE = "approximate: not weighed, so the draws do not tend to the posterior"
+_CHECK = 2**31 - 3  # folded into the run's key for the small SMC
+_CHECK_PARTICLES, _CHECK_RUNS = 64, 2
+_APART = 0.5  # difference of means, in standard deviations, that is warned of
+_APPROXIMATE = "approximate: not weighed, so the draws do not tend to the posterior"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,10 +119,8 @@ class _Powered(View):
 class Check(NamedTuple):
     """What one small SMC says, for each entry of the plates."""
 
-    log_evidence: np.ndarray
-    """log Z, nats."""
-    ess: np.ndarray
-    """Its effective number of draws, of 128."""
+    log_evidence: np.ndarray  # log Z, nats
+    ess: np.ndarray  # its effective number of draws, of 128
     difference: np.ndarray
     """Largest difference of a posterior mean, in posterior standard deviations."""
 
@@ -223,10 +219,10 @@ class Guided(Sampler):
         result = results.sample(self.program, options, key, *run, progress=self.progress)
         if self._checks:
             small = options._replace(
-                twist=None, num_particles=CHECK_PARTICLES, num_runs=CHECK_RUNS, is_weighted=True,
+                twist=None, num_particles=_CHECK_PARTICLES, num_runs=_CHECK_RUNS, is_weighted=True,
                 threshold=0.5,
             )  # fmt: skip
-            key = jax.random.fold_in(key, CHECK)
+            key = jax.random.fold_in(key, _CHECK)
             beside = results.sample(self.program, small, key, *run, progress=False)
             self.check = _compare(result, beside)
             result = result._replace(complaints=result.complaints + _doubts(result, self.check))
@@ -236,10 +232,10 @@ class Guided(Sampler):
         return f"num_samples={self._options.num_particles}"
 
     def _lines(self, limit: int) -> list[str]:
-        lines = [APPROXIMATE, results.cost_line(self.result)]
+        lines = [_APPROXIMATE, results.cost_line(self.result)]
         if self.check is not None:
             lines.append(
-                f"a small SMC ({CHECK_RUNS} runs of {CHECK_PARTICLES} particles, LaplaceTwist): "
+                f"a small SMC ({_CHECK_RUNS} runs of {_CHECK_PARTICLES} particles, LaplaceTwist): "
                 f"log evidence {_range(self.check.log_evidence, '.2f')}, effective number "
                 f"{_range(self.check.ess, '.0f')}, means apart by {_range(self.check.difference)} "
                 "posterior standard deviations"
@@ -270,7 +266,7 @@ def _compare(result: Result, small: Result) -> Check:
 def _doubts(result: Result, check: Check) -> tuple[str, ...]:
     """Warnings from the check: means that are further apart than both their errors allow."""
     noise = 4 * np.sqrt(1 / check.ess + 1 / result.options.num_particles)
-    is_apart = check.difference > np.maximum(APART, noise)
+    is_apart = check.difference > np.maximum(_APART, noise)
     if not np.any(is_apart):
         return ()
     return (

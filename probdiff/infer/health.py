@@ -19,9 +19,8 @@ import numpy as np
 
 from probdiff.infer.particles import Options, Outcome
 
-MAX_SERIES = 2000
-"""Coordinates whose R-hat is computed, evenly picked where there are more."""
-FEWEST_FOR_PARETO = 100
+_MAX_SERIES = 2000  # coordinates whose R-hat is computed, evenly picked where there are more
+_FEWEST_FOR_PARETO = 100
 """Weights that a Pareto fit needs: a fifth of them is the tail, and k of fewer is mostly noise."""
 
 
@@ -54,30 +53,21 @@ class InferenceWarning(UserWarning):
 class Health(NamedTuple):
     """Measures of a run, one value for each entry of the plates, `(*plates,)`; R runs."""
 
-    is_dead: np.ndarray
-    """Whether all weights of all runs are zero."""
-    spread: np.ndarray
-    """Largest less least log Ẑ."""
-    least_ess: np.ndarray
-    """Least effective number of any level and run, share of N."""
-    ess: np.ndarray
-    """Effective number of the pooled draws."""
+    is_dead: np.ndarray  # whether all weights of all runs are zero
+    spread: np.ndarray  # largest less least log Ẑ
+    least_ess: np.ndarray  # least effective number of any level and run, share of N
+    ess: np.ndarray  # effective number of the pooled draws
     ancestors: np.ndarray
     """Distinct particles at the start, of all runs, from which the draws descend."""
-    distinct: np.ndarray
-    """Distinct particles among the draws."""
-    resampled: np.ndarray
-    """Times resampled, the most of any run."""
+    distinct: np.ndarray  # distinct particles among the draws
+    resampled: np.ndarray  # times resampled, the most of any run
     pareto_k: np.ndarray
     """Pareto k of the pooled weights; nan where they are equal or fewer than 100."""
     worst_pareto_k: np.ndarray
     """Pareto k of one step's own weights, the step of least effective number; mean of the runs."""
-    r_hat: np.ndarray
-    """Largest R-hat over runs, of log r and of coordinates; nan for one run."""
-    bad: np.ndarray
-    """Largest share of particles, of any level and run, whose twist was not finite."""
-    left: np.ndarray
-    """ᾱ_T E|x_0|², on the scale of the diffusion; 0 for symbols."""
+    r_hat: np.ndarray  # largest R-hat over runs, of log r and of coordinates; nan for one run
+    bad: np.ndarray  # largest share of particles, of any level and run, whose twist was not finite
+    left: np.ndarray  # ᾱ_T E|x_0|², on the scale of the diffusion; 0 for symbols
 
 
 def health(
@@ -127,7 +117,7 @@ def _pareto_k(log_w: np.ndarray) -> float:
 
     top = log_w.max()
     is_there = log_w > top - 100  # psislw takes logs of what it fits
-    if is_there.sum() < FEWEST_FOR_PARETO or top - log_w[is_there].min() < 1e-3:
+    if is_there.sum() < _FEWEST_FOR_PARETO or top - log_w[is_there].min() < 1e-3:
         return np.nan
     with np.errstate(all="ignore"):
         try:
@@ -154,7 +144,7 @@ def _r_hat(outcome: Outcome, in_runs: np.ndarray) -> np.ndarray:
     x_0 = take_in_runs(outcome.x_0, in_runs).reshape(runs, size, int(np.prod(plates)), -1)
     log_r = take_in_runs(outcome.log_r, in_runs).reshape(runs, size, -1, 1)
     values = np.concatenate([log_r, x_0], -1)
-    every = -(-values.shape[2] * x_0.shape[3] // MAX_SERIES)
+    every = -(-values.shape[2] * x_0.shape[3] // _MAX_SERIES)
     picked = np.r_[0, 1 : values.shape[3] : every]
     with np.errstate(all="ignore"):
         r_hat = array_stats.rhat(values[..., picked].astype(np.float64), chain_axis=0, draw_axis=1)

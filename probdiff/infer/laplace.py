@@ -41,8 +41,7 @@ from probdiff.infer.twist import (
 )
 from probdiff.kernels import bridge_weights
 
-SOFTNESS = 1e-2
-"""Variance that known entries get in a Tweedie twist, as a share of w_t."""
+_SOFTNESS = 1e-2  # variance that known entries get in a Tweedie twist, as a share of w_t
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +85,8 @@ class Known(NamedTuple):
     """What known entries do to a level; the last two count there only."""
 
     log_psi: Float[Array, "P B"]
-    pull: Array | float
-    """∂ log ψ_t/∂x̂_0, to be pulled back to x_t."""
-    precision: Array
-    """That ψ_s adds to p(x_s | x_t)."""
+    pull: Array | float  # ∂ log ψ_t/∂x̂_0, to be pulled back to x_t
+    precision: Array  # that ψ_s adds to p(x_s | x_t)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,5 +287,5 @@ def _soft_known(view: View) -> Callable[[Array], Array]:
     """log r with known entries counted as measurements with a little noise."""
     if view.known is None:
         return view.log_r
-    variance = SOFTNESS * view.w()
+    variance = _SOFTNESS * view.w()
     return lambda x: view.log_r(x) + log_known(view, x, variance)

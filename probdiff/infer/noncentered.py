@@ -155,8 +155,7 @@ class _Driven(NamedTuple):
 
     name: str
     reverse: Reverse
-    lead: tuple[int, ...]
-    """Shape of the plates around the prior."""
+    lead: tuple[int, ...]  # shape of the plates around the prior
 
 
 class _Retreat(Messenger):

@@ -36,63 +36,49 @@ from probdiff.infer.spread import Common, Problem, Reading, common, hessian, mea
 from probdiff.infer.twist import Look, Twist, View
 from probdiff.prior import PriorDraw
 
-PROBES = 8
-"""Points at which the likelihood is tried before a run."""
-CHUNKS = 20
-"""Parts of a run between which the progress bar moves."""
+_PROBES = 8  # points at which the likelihood is tried before a run
+_CHUNKS = 20  # parts of a run between which the progress bar moves
 
 
 class Options(NamedTuple):
     """How to run: all that is part of what is compiled."""
 
-    twist: Twist | None
-    """None for the default, until the program is read."""
+    twist: Twist | None  # None for the default, until the program is read
     num_particles: int
     num_runs: int
-    steps: int | None
-    """Levels that are walked; all for None."""
+    steps: int | None  # levels that are walked; all for None
     is_weighted: bool
     threshold: float
     """Share of N below which the effective number calls for resampling; 0 for never."""
     block_size: int
     mesh: Mesh | None = None
-    is_diagonal: bool = False
-    """Of the likelihood, as in `Problem`: found before a run."""
+    is_diagonal: bool = False  # of the likelihood, as in `Problem`: found before a run
     is_quadratic: bool = False
 
 
 class Trace(NamedTuple):
     """What happened at each level, `(n + 1, S)`, the level's number first; 0 is the end."""
 
-    ess: Float[Array, "levels S"]
-    """Effective number of particles before resampling."""
-    resampled: Bool[Array, "levels S"]
-    """Whether they were resampled."""
-    shift: Float[Array, "levels S"]
-    """Largest move of a particle's mean, in standard deviations."""
-    bad: Float[Array, "levels S"]
-    """Share of particles whose twist was not finite."""
+    ess: Float[Array, "levels S"]  # effective number of particles before resampling
+    resampled: Bool[Array, "levels S"]  # whether they were resampled
+    shift: Float[Array, "levels S"]  # largest move of a particle's mean, in standard deviations
+    bad: Float[Array, "levels S"]  # share of particles whose twist was not finite
 
 
 class State(NamedTuple):
     """Particles at a level, before they are looked at."""
 
-    x: Array
-    """`(S, N, d)`."""
+    x: Array  # `(S, N, d)`
     log_w: Float[Array, "S N"]
     """Log weights since the last resampling, the twist of this level not yet in."""
-    log_psi: Float[Array, "S N"]
-    """log ψ that the weights already hold and the next level takes out."""
+    log_psi: Float[Array, "S N"]  # log ψ that the weights already hold and the next level takes out
     held: Float[Array, "S N"]
     """Log weights as the step began, so that what the step itself added can be told."""
-    log_z: Float[Array, " S"]
-    """Log of the product of mean weights up to the last resampling."""
-    ancestor: Int[Array, "S N"]
-    """Index of each particle's ancestor at the start."""
+    log_z: Float[Array, " S"]  # log of the product of mean weights up to the last resampling
+    ancestor: Int[Array, "S N"]  # index of each particle's ancestor at the start
     worst: Float[Array, "S N"]
     """Log weights of the step whose own weights had the least effective number."""
-    worst_ess: Float[Array, " S"]
-    """That number."""
+    worst_ess: Float[Array, " S"]  # that number
     trace: Trace
 
 
@@ -121,11 +107,9 @@ class Walk(NamedTuple):
 
     problem: Problem
     options: Options
-    keys: Array
-    """Of each population, `(S,)`."""
+    keys: Array  # of each population, `(S,)`
     reading: Reading | None = None
-    hessian: Array | None = None
-    """Of a quadratic log r, where the covariance of the data is used."""
+    hessian: Array | None = None  # of a quadratic log r, where the covariance of the data is used
 
     def prepared(self) -> "Walk":
         """With what is worked out once for a run."""
@@ -287,20 +271,14 @@ def population_keys(key: Array, batch_shape: tuple[int, ...], num_runs: int) -> 
 class Outcome(NamedTuple):
     """What a run leaves, NumPy arrays; R runs, N particles, plates as the prior has them."""
 
-    x_0: np.ndarray
-    """`(R, N, *plates, *event_shape)`, the user's units."""
-    log_weights: np.ndarray
-    """Normalised over N, `(R, N, *plates)`."""
-    log_evidences: np.ndarray
-    """log Ẑ of each run, `(R, *plates)`."""
-    log_r: np.ndarray
-    """log r of each particle, `(R, N, *plates)`."""
-    ancestors: np.ndarray
-    """Each particle's ancestor at the start, `(R, N, *plates)`."""
+    x_0: np.ndarray  # `(R, N, *plates, *event_shape)`, the user's units
+    log_weights: np.ndarray  # normalised over N, `(R, N, *plates)`
+    log_evidences: np.ndarray  # log Ẑ of each run, `(R, *plates)`
+    log_r: np.ndarray  # log r of each particle, `(R, N, *plates)`
+    ancestors: np.ndarray  # each particle's ancestor at the start, `(R, N, *plates)`
     worst_log_weights: np.ndarray
     """Log weights of the worst step, that of the least effective number, `(R, N, *plates)`."""
-    trace: Trace
-    """At levels n..0, `(n + 1, R, *plates)`."""
+    trace: Trace  # at levels n..0, `(n + 1, R, *plates)`
 
 
 Inputs = tuple[Conditioned, Any, Any, Array]
@@ -339,7 +317,7 @@ def run(read: Read, options: Options, key: Array, *, progress: bool) -> Outcome:
     options = options._replace(is_diagonal=is_diagonal, is_quadratic=is_quadratic)
     n = conditioned.reverse.T if options.steps is None else options.steps
     shared, state = programs(_begin, inputs, options=options)
-    stops = np.unique(np.linspace(1, n, CHUNKS + 1 if progress else 2).astype(int))[::-1]
+    stops = np.unique(np.linspace(1, n, _CHUNKS + 1 if progress else 2).astype(int))[::-1]
     with bars.bar(total=n, desc="infer", disable=not progress) as bar:
         for high, low in itertools.pairwise(stops):
             state = programs(_advance, inputs, shared, state, high, low, options=options)
@@ -399,7 +377,7 @@ def _probe(inputs: Inputs, *, options: Options) -> tuple[Array, ...]:
         curvature = jnp.zeros(3, bool)
     else:
         tau2 = problem.of_entries(problem.draw.variance).astype(reverse.kernel.dtype)
-        points = jax.random.normal(key, (PROBES, *shape)) * jnp.sqrt(tau2)
+        points = jax.random.normal(key, (_PROBES, *shape)) * jnp.sqrt(tau2)
         curvature = _curvature(problem, points, key)
     x_0 = reverse.units.to_data(problem.shaped(points))
     return *curvature, systems_are_coupled(problem.conditioned, x_0[0], x_0[1])

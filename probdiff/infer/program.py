@@ -36,10 +36,9 @@ from probdiff.reverse import Reverse
 Program = Callable[..., Any]
 Sites = dict[str, dict[str, Any]]
 
-TAKEN = {"chain", "draw", "level", "run"}
+_TAKEN = {"chain", "draw", "level", "run"}
 """Names of dims that a plate may not have: it becomes `name_plate`."""
-BLOCK = 256
-"""Draws at which sites of a program are computed at once."""
+BLOCK = 256  # draws at which sites of a program are computed at once
 
 
 @functools.partial(
@@ -51,16 +50,11 @@ BLOCK = 256
 class Conditioned:
     """A prior and a likelihood: what a compiled sampler is given of a program."""
 
-    draw: PriorDraw
-    """The prior."""
-    likelihood: Traced
-    """log p(site | x_0) of the observed sites, from the arrays and x_0."""
-    arrays: list[Array]
-    """The program's array arguments."""
-    batch_shape: tuple[int, ...]
-    """Shape of the plates around the prior: one system each."""
-    observed: tuple[str, ...]
-    """Names of the observed sites, factors among them."""
+    draw: PriorDraw  # the prior
+    likelihood: Traced  # log p(site | x_0) of the observed sites, from the arrays and x_0
+    arrays: list[Array]  # the program's array arguments
+    batch_shape: tuple[int, ...]  # shape of the plates around the prior: one system each
+    observed: tuple[str, ...]  # names of the observed sites, factors among them
 
     @property
     def reverse(self) -> Reverse:
@@ -79,14 +73,10 @@ class Conditioned:
 class Names(NamedTuple):
     """Names of what a sampler returns: axes have those of the program's plates, as in ArviZ."""
 
-    x_0: str
-    """Site of x_0."""
-    plates: tuple[str, ...]
-    """Plates around the prior."""
-    dims: dict[str, list[str]]
-    """Dims of each site's value."""
-    batch_dims: dict[str, list[str]]
-    """Dims of each observed site's log density."""
+    x_0: str  # site of x_0
+    plates: tuple[str, ...]  # plates around the prior
+    dims: dict[str, list[str]]  # dims of each site's value
+    batch_dims: dict[str, list[str]]  # dims of each observed site's log density
 
 
 class Read(NamedTuple):
@@ -97,8 +87,7 @@ class Read(NamedTuple):
     kwargs: dict[str, Any]
     conditioned: Conditioned
     names: Names
-    programs: Programs
-    """Where what is compiled is kept."""
+    programs: Programs  # where what is compiled is kept
 
     def map(self, function: Callable[..., Any], x_0: Any, *rows: Any) -> Any:
         """`function(sites, *row)` for every draw of x_0, `(M, *plates, *event_shape)`; NumPy."""
@@ -406,4 +395,4 @@ def numbered(name: str, first: int, last: int) -> list[str]:
 
 
 def _free(plate: str) -> str:
-    return f"{plate}_plate" if plate in TAKEN else plate
+    return f"{plate}_plate" if plate in _TAKEN else plate

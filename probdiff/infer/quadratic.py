@@ -33,42 +33,30 @@ from jaxtyping import Array, Bool, Float
 Lead = Float[Array, "..."]
 Vector = Float[Array, "... d"]
 
-TINY = 1e-20
-"""Squared length below which a direction is taken for none."""
-ROUNDING = 1e-6
+_TINY = 1e-20  # squared length below which a direction is taken for none
+_ROUNDING = 1e-6
 """Share of its squared length below which what orthogonalisation leaves is taken for rounding."""
-SHARES = (1.0, 0.5, 0.25, 0.125)
-"""Shares of the move towards E[x_0 | r] that are tried."""
-SWEEPS = 6
-"""Of Jacobi rotations: enough for float64 up to eight rows."""
-LARGEST = 8
-"""Rows from which LAPACK is the better choice."""
+_SHARES = (1.0, 0.5, 0.25, 0.125)  # shares of the move towards E[x_0 | r] that are tried
+_SWEEPS = 6  # of Jacobi rotations: enough for float64 up to eight rows
+_LARGEST = 8  # rows from which LAPACK is the better choice
 
 
 class Local(NamedTuple):
     """log r around one point per particle."""
 
-    value: Lead
-    """log r there, nats."""
-    gradient: Vector
-    """g."""
-    curvature: Callable[[Vector], Vector]
-    """v ↦ H v, without regard to its sign."""
+    value: Lead  # log r there, nats
+    gradient: Vector  # g
+    curvature: Callable[[Vector], Vector]  # v ↦ H v, without regard to its sign
 
 
 class Expansion(NamedTuple):
     """What r does to N(m, C)."""
 
-    log_det: Lead
-    """log det(I + H C)."""
-    pull: Vector
-    """(I + H C)⁻¹ g, so that E[x_0 | r] = m + C · pull."""
-    diagonal: Vector
-    """Entries of a diagonal H, zero where it is given by `factors`."""
-    factors: Float[Array, "k ... d"]
-    """Rows f with H ≈ Σ f fᵀ."""
-    sizes: Float[Array, "k ..."]
-    """Eigenvalues of H C along them."""
+    log_det: Lead  # log det(I + H C)
+    pull: Vector  # (I + H C)⁻¹ g, so that E[x_0 | r] = m + C · pull
+    diagonal: Vector  # entries of a diagonal H, zero where it is given by `factors`
+    factors: Float[Array, "k ... d"]  # rows f with H ≈ Σ f fᵀ
+    sizes: Float[Array, "k ..."]  # eigenvalues of H C along them
 
 
 def local(log_r: Callable[[Vector], Lead], x: Vector) -> Local:
@@ -123,7 +111,7 @@ def settle(
     above all, that expression overshoots, as it trusts the slope far away; this one cannot exceed
     the greatest log r.
     """
-    shares = jnp.asarray((*SHARES, 0.0), value.dtype)
+    shares = jnp.asarray((*_SHARES, 0.0), value.dtype)
 
     def gain(share: Array) -> Lead:
         return log_r(point + share * move) - 0.5 * share**2 * square
@@ -145,7 +133,7 @@ class Basis:
         length = jnp.sum(v * v, -1)
         for b, dual in 2 * list(zip(self.vectors, self.duals, strict=True)):  # twice is enough
             v = v - b * jnp.sum(v * dual, -1)[..., None]
-        return v, jnp.sum(v * v, -1) > ROUNDING * length
+        return v, jnp.sum(v * v, -1) > _ROUNDING * length
 
     def following(
         self, v: Vector, operator: Callable[[Vector], Vector]
@@ -159,7 +147,7 @@ class Basis:
     def add(self, v: Vector, dual: Vector, is_new: Bool[Array, "..."] | bool) -> Lead:
         """Take v and its dual in, scaled to v · dual = 1, or zeros; their product before."""
         square = jnp.sum(dual * v, -1)
-        is_new &= square > TINY
+        is_new &= square > _TINY
         scale = jnp.where(is_new, jax.lax.rsqrt(jnp.where(is_new, square, 1.0)), 0.0)[..., None]
         self.vectors.append(v * scale)
         self.duals.append(dual * scale)
@@ -201,9 +189,7 @@ def rotated(rotation: Float[Array, "k k ..."], vectors: list[Vector]) -> Float[A
     return jnp.sum(rotation[..., None] * jnp.stack(vectors)[:, None], 0)
 
 
-def eigh(
-    matrix: Float[Array, "k k ..."],
-) -> tuple[Float[Array, "k ..."], Float[Array, "k k ..."]]:
+def eigh(matrix: Float[Array, "k k ..."]) -> tuple[Float[Array, "k ..."], Float[Array, "k k ..."]]:
     """Eigenvalues, in no order, and eigenvectors in the second axis, of many small matrices.
 
     A rotation in the plane (p, q) by the angle whose tangent t solves t² + 2 t θ = 1, with
@@ -214,7 +200,7 @@ def eigh(
     k = matrix.shape[0]
     if k == 1:
         return matrix[0], jnp.ones_like(matrix)
-    if k > LARGEST:
+    if k > _LARGEST:
         values, vectors = eigh_each(jnp.moveaxis(matrix, (0, 1), (-2, -1)))
         return jnp.moveaxis(values, -1, 0), jnp.moveaxis(vectors, (-2, -1), (0, 1))
     rows = [[matrix[i, j] for j in range(k)] for i in range(k)]
@@ -226,7 +212,7 @@ def eigh(
             pair = _rotate(*pair, p, q)
         return pair
 
-    rows, vectors = jax.lax.fori_loop(0, SWEEPS, sweep, (rows, vectors))
+    rows, vectors = jax.lax.fori_loop(0, _SWEEPS, sweep, (rows, vectors))
     return jnp.stack([rows[i][i] for i in range(k)]), jnp.stack([jnp.stack(v) for v in vectors])
 
 

@@ -41,10 +41,8 @@ from probdiff.infer.symbols import SymbolTwist
 if TYPE_CHECKING:
     import xarray as xr
 
-RESAMPLE = 2**31 - 1
-"""Folded into an entry's key for its final resampling; runs have 0, 1, …"""
-PREDICT = 2**31 - 2
-"""Folded into the run's key for posterior predictive draws."""
+_RESAMPLE = 2**31 - 1  # folded into an entry's key for its final resampling; runs have 0, 1, …
+_PREDICT = 2**31 - 2  # folded into the run's key for posterior predictive draws
 
 
 class Result(NamedTuple):
@@ -59,8 +57,7 @@ class Result(NamedTuple):
     in_runs: np.ndarray
     """Particles of each run that are its equally weighted draws, `(R, N, *plates)`."""
     health: Health
-    complaints: tuple[str, ...]
-    """What was warned of."""
+    complaints: tuple[str, ...]  # what was warned of
 
     @property
     def draws(self) -> np.ndarray:
@@ -221,7 +218,7 @@ def _equally_weighted(
     if not is_weighted:
         each = np.broadcast_to(np.arange(size).reshape(-1, *[1] * len(plates)), (size, *plates))
         return each, each[None]  # one run
-    keys = _fold(entry_keys(key, tuple(plates)), RESAMPLE)
+    keys = _fold(entry_keys(key, tuple(plates)), _RESAMPLE)
     in_runs = [resample(_fold(keys, 1 + r), outcome.log_weights[r]) for r in range(runs)]
     return resample(_fold(keys, 0), log_w), np.stack(in_runs)
 
@@ -325,7 +322,7 @@ def datatree(result: Result, attrs: dict[str, Any]) -> "xr.DataTree":
 
     draws, names, program = samples(result), result.read.names, result.read
     observed = program.conditioned.observed
-    x_0, key = draws[names.x_0], jax.random.fold_in(result.key, PREDICT)
+    x_0, key = draws[names.x_0], jax.random.fold_in(result.key, _PREDICT)
 
     def likelihoods(sites: Sites) -> dict[str, Array]:
         return {name: _log_prob(sites[name]) for name in observed}

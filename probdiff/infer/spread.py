@@ -45,9 +45,9 @@ from probdiff.prior import PriorDraw
 from probdiff.reverse import Reverse
 from probdiff.types import Step
 
-SLACK = 1.2
+_SLACK = 1.2
 """Variance of x̂_0, over that of a perfect network, which 1024 draws cannot tell from it."""
-PROBES, FEW_PROBES, PROBED_NUMBERS = 1024, 64, 2**22
+_PROBES, _FEW_PROBES, _PROBED_NUMBERS = 1024, 64, 2**22
 """Draws of x_T at which the network's error is told; fewer where they would have more numbers."""
 
 Matrix = Float[Array, "*systems d d"]
@@ -58,16 +58,12 @@ class Problem(NamedTuple):
     """The posterior that particles are to find."""
 
     conditioned: Conditioned
-    reverse: Reverse
-    """The process that is walked."""
-    known: Float[Array, "B d"] | None
-    """Known entries."""
+    reverse: Reverse  # the process that is walked
+    known: Float[Array, "B d"] | None  # known entries
     mask: Bool[Array, "*B d"] | None
     """True where an entry is known; `(d,)` where it is the same in all systems."""
-    is_diagonal: bool
-    """Whether each entry of x_0 has a likelihood of its own."""
-    is_quadratic: bool
-    """Whether the curvature of log r is the same everywhere."""
+    is_diagonal: bool  # whether each entry of x_0 has a likelihood of its own
+    is_quadratic: bool  # whether the curvature of log r is the same everywhere
 
     @property
     def draw(self) -> PriorDraw:
@@ -115,23 +111,18 @@ class Problem(NamedTuple):
 class Reading(NamedTuple):
     """How well the network reads x_0 out of noise, told at x_T ~ π; zeros where it is perfect."""
 
-    error: Float[Array, ""] | float
-    """Mean squared error e² of the noise it reads."""
-    mean: Float[Array, " d"] | float
-    """Mean of x̂_0 over x_T ~ π, that is of x_0."""
+    error: Float[Array, ""] | float  # mean squared error e² of the noise it reads
+    mean: Float[Array, " d"] | float  # mean of x̂_0 over x_T ~ π, that is of x_0
 
 
-PERFECT = Reading(0.0, 0.0)
-"""What is said of the step to the data, which no twist has to guess."""
+PERFECT = Reading(0.0, 0.0)  # what is said of the step to the data, which no twist has to guess
 
 
 class Spread(NamedTuple):
     """How x_0 hangs on x_t, were the data N(·, τ²); level t at t − 1, by entries or axes."""
 
-    slope: Float[Array, "n d"]
-    """∂x̂_0/∂x_t = √ᾱ_t w_t/(1−ᾱ_t)."""
-    variance: Float[Array, "n d"]
-    """Var[x_0 | x_t] under the diffusion that is walked."""
+    slope: Float[Array, "n d"]  # ∂x̂_0/∂x_t = √ᾱ_t w_t/(1−ᾱ_t)
+    variance: Float[Array, "n d"]  # Var[x_0 | x_t] under the diffusion that is walked
 
 
 def within_cells(problem: Problem) -> Array | float:
@@ -154,7 +145,7 @@ def measure(problem: Problem) -> Reading:
     noise in x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε it is about the same at every level.
     """
     reverse, n = problem.reverse, problem.reverse.n
-    count = min(PROBES, max(FEW_PROBES, PROBED_NUMBERS // problem.size))
+    count = min(_PROBES, max(_FEW_PROBES, _PROBED_NUMBERS // problem.size))
     draws = jax.random.normal(jax.random.key(0), (count, problem.size))
     x_T = problem.shaped(jnp.broadcast_to(draws[:, None], (count, problem.systems, problem.size)))
     x_0_hat = problem.flat(reverse.x_0_hat(x_T, n))
@@ -162,7 +153,7 @@ def measure(problem: Problem) -> Reading:
     step = reverse.steps.at(n, 1)
     tau2 = problem.of_entries(problem.draw.variance).astype(mean.dtype)
     signal = jnp.mean(tau2 - tau2 * step.noise_t / (step.noise_t + step.alpha_bar_t * tau2))
-    excess = jnp.maximum(jnp.mean(jnp.var(x_0_hat, 0)) - SLACK * signal, 0.0)
+    excess = jnp.maximum(jnp.mean(jnp.var(x_0_hat, 0)) - _SLACK * signal, 0.0)
     return Reading(excess * jnp.mean(step.alpha_bar_t / step.noise_t), mean)
 
 
@@ -217,12 +208,9 @@ def spread(problem: Problem, reading: Reading, tau2: Array) -> Spread:
 class Belief(NamedTuple):
     """Covariance of x_0 given one level, on the axes U."""
 
-    axes: Float[Array, "d d"]
-    """U."""
-    variance: Float[Array, " d"]
-    """c."""
-    slope: Float[Array, " d"]
-    """∂x̂_0/∂x_t along the axes."""
+    axes: Float[Array, "d d"]  # U
+    variance: Float[Array, " d"]  # c
+    slope: Float[Array, " d"]  # ∂x̂_0/∂x_t along the axes
 
     def root(self, u: Vector) -> Vector:
         """S u."""
@@ -241,20 +229,13 @@ class Given(NamedTuple):
     """What known entries and a quadratic log r do to N(x̂_0, C); None where there is none."""
 
     belief: Belief
-    known: Matrix | None
-    """P_M."""
-    log_det_known: Float[Array, "..."] | None
-    """log det of C on the known entries and 2π for each."""
-    project: Matrix | None
-    """Π."""
-    gain: Matrix | None
-    """(I + A)⁻¹ where A is not 0."""
-    untouched: Matrix | None
-    """(I + A)⁻¹ where A is 0, a projection."""
-    log_det: Float[Array, "..."] | None
-    """log det(I + A)."""
-    precision: Matrix
-    """P, that ψ of this level has in x_t."""
+    known: Matrix | None  # P_M
+    log_det_known: Float[Array, "..."] | None  # log det of C on the known entries and 2π for each
+    project: Matrix | None  # Π
+    gain: Matrix | None  # (I + A)⁻¹ where A is not 0
+    untouched: Matrix | None  # (I + A)⁻¹ where A is 0, a projection
+    log_det: Float[Array, "..."] | None  # log det(I + A)
+    precision: Matrix  # P, that ψ of this level has in x_t
 
 
 def condition(belief: Belief, hessian: Matrix | None, mask: Array | None) -> Given:
@@ -360,10 +341,8 @@ class Common(NamedTuple):
     """What a level has in common for all particles, where the data's covariance is used."""
 
     given: Given
-    nearer: Belief
-    """Of x_0 given the level below."""
-    narrowing: tuple[Array, Array]
-    """(N, log det N) of the proposals, for each system."""
+    nearer: Belief  # of x_0 given the level below
+    narrowing: tuple[Array, Array]  # (N, log det N) of the proposals, for each system
 
 
 def hessian(problem: Problem) -> Float[Array, "*B d d"] | None:

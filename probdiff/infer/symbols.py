@@ -33,16 +33,11 @@ from probdiff.infer.steps import SymbolProposal
 from probdiff.infer.twist import Look, Tilt, Twist, View, looked
 from probdiff.prior import PriorDraw
 
-FLOOR = -1e4
-"""log r where r is 0: finite, so that changes of one entry still compare."""
-DEEPEST = -40.0
-"""Least Δ in a proposal, which must reach whatever is possible."""
-ADDITIVE = 1e-2
-"""Nats within which the gains of all entries add up, where r is a product."""
-MOVES = 8
-"""Most entries that x̂ changes on its way to a mode."""
-BLOCK = 64
-"""Changes of one entry tried at once."""
+_FLOOR = -1e4  # log r where r is 0: finite, so that changes of one entry still compare
+_DEEPEST = -40.0  # least Δ in a proposal, which must reach whatever is possible
+_ADDITIVE = 1e-2  # nats within which the gains of all entries add up, where r is a product
+_MOVES = 8  # most entries that x̂ changes on its way to a mode
+_BLOCK = 64  # changes of one entry tried at once
 
 Symbols = Int[Array, "P B d"]
 LogLaw = Float[Array, "P B d K"]
@@ -91,7 +86,7 @@ class SymbolTwist(Twist):
             nothing = jnp.zeros(view.x_t.shape[:-1])
             return looked(nothing, SymbolProposal(log_p, log_p, nothing), nothing)
         informed = inform(_predicted(view, x_t, outputs), log_r, view.known, view.mask)
-        finite = jnp.maximum(informed.log_p_0, FLOOR).reshape(*x_t.shape, -1)
+        finite = jnp.maximum(informed.log_p_0, _FLOOR).reshape(*x_t.shape, -1)
         bridge = reverse.kernel.bridge_given(finite, x_t, reverse.coefficients(view.t))
         return _look(log_p, _flat(view, bridge.log_probs), informed.log_psi, None, None)
 
@@ -135,8 +130,7 @@ class Informed(NamedTuple):
     """log ψ, and the predicted law of x_0 after r."""
 
     log_psi: Float[Array, "P B"]
-    log_p_0: LogLaw
-    """log p̃ of each state, normalised."""
+    log_p_0: LogLaw  # log p̃ of each state, normalised
 
 
 def _predicted(view: View, x_t: Array, outputs: tuple[Array, ...]) -> LogLaw:
@@ -169,20 +163,18 @@ def inform(log_p_0: LogLaw, log_r: LogR | None, known: Any, mask: Any) -> Inform
         log_p_0, log_mass = _normalise(jnp.where(mask[..., None] & ~is_state, -jnp.inf, log_p_0))
         log_psi += jnp.sum(log_mass, -1)
     if log_r is not None:
-        base, gains = _around_mode(log_p_0, lambda x: jnp.maximum(log_r(x), FLOOR))
+        base, gains = _around_mode(log_p_0, lambda x: jnp.maximum(log_r(x), _FLOOR))
         _, log_mass = _normalise(log_p_0 + gains)
-        log_p_0, _ = _normalise(log_p_0 + jnp.maximum(gains, DEEPEST))
+        log_p_0, _ = _normalise(log_p_0 + jnp.maximum(gains, _DEEPEST))
         log_psi += base + jnp.sum(log_mass, -1)
     return Informed(jnp.broadcast_to(log_psi, log_p_0.shape[:-2]), log_p_0)
 
 
 class _Mode(NamedTuple):
     x_hat: Symbols
-    base: Float[Array, "P B"]
-    """log r(x̂)."""
+    base: Float[Array, "P B"]  # log r(x̂)
     gains: LogLaw
-    next_x: Symbols
-    """Where log p + log r is higher, or x̂."""
+    next_x: Symbols  # where log p + log r is higher, or x̂
     is_done: Array
     moves: Any
 
@@ -201,7 +193,7 @@ def _around_mode(log_p_0: LogLaw, log_r: LogR) -> tuple[Float[Array, "P B"], Log
         rises = jnp.where(total > -jnp.inf, total - at_x_hat[..., None], -jnp.inf)
         best = jnp.argmax(rises, -1)
         together = log_r(best)
-        is_true = jnp.abs(together - base - jnp.sum(_pick(gains, best), -1)) < ADDITIVE
+        is_true = jnp.abs(together - base - jnp.sum(_pick(gains, best), -1)) < _ADDITIVE
         rise = jnp.max(rises, -1)
         where = jax.nn.one_hot(jnp.argmax(rise, -1), rise.shape[-1], dtype=bool)
         single = jnp.where(where, best, x_hat)
@@ -218,7 +210,7 @@ def _around_mode(log_p_0: LogLaw, log_r: LogR) -> tuple[Float[Array, "P B"], Log
 
     x_hat = jnp.argmax(log_p_0, -1)
     mode = jax.lax.while_loop(
-        lambda m: ~jnp.all(m.is_done) & (m.moves < MOVES), climb, look(x_hat, log_r(x_hat), 0)
+        lambda m: ~jnp.all(m.is_done) & (m.moves < _MOVES), climb, look(x_hat, log_r(x_hat), 0)
     )
     return mode.base, mode.gains
 
@@ -234,7 +226,7 @@ def _gains(log_r: LogR, x_hat: Symbols, base: Array, num_states: int) -> LogLaw:
         return log_r(x_hat.at[..., index // num_states].set(index % num_states)) - base
 
     size = x_hat.shape[-1]
-    gains = jax.lax.map(gain, jnp.arange(size * num_states), batch_size=BLOCK)
+    gains = jax.lax.map(gain, jnp.arange(size * num_states), batch_size=_BLOCK)
     gains = gains.reshape(size, num_states, *base.shape)
     return jnp.moveaxis(gains, (0, 1), (-2, -1))
 

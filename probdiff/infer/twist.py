@@ -42,11 +42,9 @@ from probdiff.kernels import bridge_variance, bridge_weights
 from probdiff.prior import PriorDraw
 from probdiff.types import Step
 
-RANK = 4
-"""Directions in which the curvature of log r is kept, where a twist says nothing else."""
-LEAST = -1e4
-"""log ψ where a twist says 0 or nothing: ψ must be positive wherever x_t can be."""
-FURTHEST = 5.0
+RANK = 4  # directions in which the curvature of log r is kept, where a twist says nothing else
+_LEAST = -1e4  # log ψ where a twist says 0 or nothing: ψ must be positive wherever x_t can be
+_FURTHEST = 5.0
 """Standard deviations that a proposal's mean moves at most: beyond, the twist is wrong, not x_t."""
 
 
@@ -54,24 +52,18 @@ class Tilt(NamedTuple):
     """log ψ_t, and how p(x_s | x_t) is moved towards what ψ wants."""
 
     log_psi: Float[Array, "P B"]
-    shift: Float[Array, "P B d"]
-    """Added to the mean."""
-    diagonal: Float[Array, "P B d"]
-    """Precision added entry by entry."""
-    factors: Float[Array, "k P B d"]
-    """Rows f with precision Σ f fᵀ added."""
+    shift: Float[Array, "P B d"]  # added to the mean
+    diagonal: Float[Array, "P B d"]  # precision added entry by entry
+    factors: Float[Array, "k P B d"]  # rows f with precision Σ f fᵀ added
 
 
 class Look(NamedTuple):
     """What one look at a level gives."""
 
     log_psi: Float[Array, "P B"]
-    proposal: GaussianProposal | SymbolProposal
-    """Of arrays that lead with `(P, B)`."""
-    shift: Float[Array, "P B"]
-    """Largest move of the mean in standard deviations."""
-    bad: Bool[Array, "P B"]
-    """Whether the twist was not finite."""
+    proposal: GaussianProposal | SymbolProposal  # of arrays that lead with `(P, B)`
+    shift: Float[Array, "P B"]  # largest move of the mean in standard deviations
+    bad: Bool[Array, "P B"]  # whether the twist was not finite
 
 
 class View:
@@ -216,12 +208,9 @@ class Twist(abc.ABC):
     Source: Wu et al. (2023).
     """
 
-    takes_known: bool = True
-    """Whether the weights stay finite where entries are known exactly."""
-    uses_covariance: bool = False
-    """Whether it takes the data's covariance where the prior has one."""
-    rank: int = RANK
-    """Directions in which the curvature of log r is kept, where it is not diagonal."""
+    takes_known: bool = True  # whether the weights stay finite where entries are known exactly
+    uses_covariance: bool = False  # whether it takes the data's covariance where the prior has one
+    rank: int = RANK  # directions in which the curvature of log r is kept, where it is not diagonal
 
     @abc.abstractmethod
     def __call__(self, view: View) -> Tilt:
@@ -305,7 +294,7 @@ def check_rank(rank: int) -> None:
 def looked(log_psi: Array, proposal: Any, shift: Array) -> Look:
     """A look, log ψ finite wherever it is."""
     is_finite = jnp.isfinite(log_psi)
-    return Look(jnp.where(is_finite, log_psi, LEAST), proposal, shift, ~is_finite)
+    return Look(jnp.where(is_finite, log_psi, _LEAST), proposal, shift, ~is_finite)
 
 
 def shift_of(step: Step, gradient: Array) -> Array:
@@ -325,7 +314,7 @@ def limited(shift: Array, view: View) -> Array:
     shift *= view.variance / (bridge_variance(step) + weight_0**2 * ideal)
     furthest = jnp.max(jnp.abs(shift) / jnp.sqrt(view.variance), axis=-1, keepdims=True)
     shift = jnp.where(jnp.isfinite(furthest), shift, 0.0)
-    return shift * jnp.minimum(1.0, FURTHEST / jnp.where(furthest > 0, furthest, 1.0))
+    return shift * jnp.minimum(1.0, _FURTHEST / jnp.where(furthest > 0, furthest, 1.0))
 
 
 def complete(point: Array, sd: Array, view: View) -> tuple[Array, Array]:
