@@ -116,8 +116,7 @@ def calibrate(
         that does not look at y:
 
         >>> prior = standard_diffusion(T=4).prior({})  # x_0 ~ N(0, 1)
-        >>> def program(y=None):
-        ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+        >>> program = lambda y=None: numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
         >>> def right(key, y):
         ...     return y / 2 + 0.5**0.5 * jax.random.normal(key, (99,))
         >>> def blind(key, y):

@@ -60,8 +60,7 @@ class KernelTwist(Twist):
         tends to, p r², has mean 4/3.
 
         >>> prior = standard_diffusion().prior({})
-        >>> def program(y):
-        ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+        >>> program = lambda y: numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
         >>> twist = infer.KernelTwist()
         >>> guided = infer.Guided(program, twist=twist, num_samples=4000, check=False)
         >>> guided.run(jax.random.key(0), y=2.0)
@@ -149,8 +148,7 @@ class Guided(Sampler):
         A measurement y = 2, of noise 1, of a number x_0 ~ N(0, 1):
 
         >>> prior = standard_diffusion().prior({})
-        >>> def program(y):
-        ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+        >>> program = lambda y: numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
         >>> guided = infer.Guided(program, num_samples=4000, check=False)
         >>> guided.run(jax.random.key(0), y=2.0)
         >>> x_0 = guided.get_samples()["x_0"]
@@ -204,8 +202,7 @@ class Guided(Sampler):
 
             >>> import warnings
             >>> prior = standard_diffusion().prior({})
-            >>> def program(y):
-            ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+            >>> program = lambda y: numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
             >>> guided = infer.Guided(program, twist=infer.KernelTwist())
             >>> with warnings.catch_warnings(record=True) as caught:
             ...     warnings.simplefilter("always", infer.InferenceWarning)

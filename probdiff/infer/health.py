@@ -36,8 +36,7 @@ class InferenceWarning(UserWarning):
 
         >>> import warnings
         >>> prior = standard_diffusion().prior({})
-        >>> def program(y):
-        ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+        >>> program = lambda y: numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
         >>> smc = infer.SMC(program, num_particles=10)  # 4 runs of 10: too few
         >>> with warnings.catch_warnings():
         ...     warnings.simplefilter("error", infer.InferenceWarning)

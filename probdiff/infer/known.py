@@ -61,8 +61,7 @@ class ReadoutTwist(LaplaceTwist):
         ...     last_step=readouts.Learned(),
         ... )
         >>> prior = diffusion.prior({})
-        >>> def program(known):
-        ...     prior(known=known, mask=np.array([True, False]))
+        >>> program = lambda known: prior(known=known, mask=np.array([True, False]))
         >>> smc = infer.SMC(program, num_particles=1000, twist=infer.ReadoutTwist())
         >>> smc.run(jax.random.key(0), jnp.array([1.0, 0.0]))
         >>> round(smc.log_evidence, 1)  # log ½ N(1; 1, ¼) = −0.9

@@ -56,8 +56,7 @@ class PointTwist(Twist):
         weights the draws go too far:
 
         >>> prior = standard_diffusion().prior({})
-        >>> def program(y):
-        ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+        >>> program = lambda y: numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
         >>> twist = infer.PointTwist()
         >>> guided = infer.Guided(program, twist=twist, num_samples=10_000, check=False)
         >>> guided.run(jax.random.key(0), y=2.0)
@@ -108,8 +107,7 @@ class LaplaceTwist(Twist):
         A count y = 3 of mean exp(x_0), its evidence beside ∫ p(y | x) N(x; 0, 1) dx:
 
         >>> prior = standard_diffusion().prior({})  # x_0 ~ N(0, 1)
-        >>> def program(y):
-        ...     numpyro.sample("y", dist.Poisson(jnp.exp(prior())), obs=y)
+        >>> program = lambda y: numpyro.sample("y", dist.Poisson(jnp.exp(prior())), obs=y)
         >>> smc = infer.SMC(program, num_particles=1000, twist=infer.LaplaceTwist())
         >>> smc.run(jax.random.key(0), y=3)
         >>> x = jnp.linspace(-6.0, 6.0, 2001)
@@ -227,8 +225,7 @@ class TweedieTwist(Twist):
         ...     last_step=readouts.Learned(),
         ... )
         >>> prior = diffusion.prior({})
-        >>> def program(y):
-        ...     numpyro.sample("y", dist.Normal(prior().sum(-1), 0.5), obs=y)
+        >>> program = lambda y: numpyro.sample("y", dist.Normal(prior().sum(-1), 0.5), obs=y)
         >>> smc = infer.SMC(program, num_particles=1000, twist=infer.TweedieTwist(rank=1))
         >>> smc.run(jax.random.key(0), y=0.0)
         >>> round(smc.log_evidence, 1)  # log [½ N(0; 0, ¾) + ½ N(2; 0, ¾)]

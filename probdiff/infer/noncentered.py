@@ -38,8 +38,8 @@ from probdiff.infer.program import Program
 from probdiff.reverse import Reverse
 from probdiff.trajectories import ReverseTrajectory, SampledTimes
 
-Noise = Float[Array, "levels *shape"]
-State = Float[Array, "*shape"]
+_Noise = Float[Array, "levels *shape"]
+_State = Float[Array, "*shape"]
 
 
 def noncentered(program: Program, *, steps: int | None = None) -> Program:
@@ -62,8 +62,7 @@ def noncentered(program: Program, *, steps: int | None = None) -> Program:
 
     Example:
         >>> prior = standard_diffusion(T=4).prior({})  # x_0 ~ N(0, 1)
-        >>> def program(y):
-        ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+        >>> program = lambda y: numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
         >>> kernel = NUTS(infer.noncentered(program))
         >>> mcmc = MCMC(kernel, num_warmup=200, num_samples=1000, progress_bar=False)
         >>> mcmc.run(jax.random.key(0), y=2.0)
@@ -114,8 +113,7 @@ def initial_noise(
         Two chains that are to start at x_0 = −1.5 and 1.5, say draws of `SMC`:
 
         >>> prior = standard_diffusion(T=4).prior({})  # x_0 ~ N(0, 1)
-        >>> def program(y=None):
-        ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+        >>> program = lambda y=None: numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
         >>> over_noise = infer.noncentered(program)
         >>> x_0 = jnp.array([-1.5, 1.5])
         >>> start = infer.initial_noise(jax.random.key(0), over_noise, {"x_0": x_0}, y=2.0)
@@ -202,7 +200,7 @@ class _Retreat(Messenger):
             numpyro.deterministic(name, x_0)
 
 
-def _x_1_of_noise(reverse: Reverse, noise: Noise) -> State:
+def _x_1_of_noise(reverse: Reverse, noise: _Noise) -> _State:
     """x_1 from the noise z_0..z_n, levels in front, on the scale of the diffusion.
 
     Backwards through the walk, each step is computed again: what is kept is one level for each
@@ -219,7 +217,7 @@ def _x_1_of_noise(reverse: Reverse, noise: Noise) -> State:
     return jax.lax.scan(again, noise[-1], (t, noise[1:-1]), reverse=True)[0]
 
 
-def _noise_of_data(key: Array, reverse: Reverse, x_0: State) -> Noise:
+def _noise_of_data(key: Array, reverse: Reverse, x_0: _State) -> _Noise:
     """Noise z_0..z_n, levels in front, that leads to x_0 (on the scale of the diffusion).
 
     One draw: the trajectory between is drawn forward.

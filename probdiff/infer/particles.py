@@ -258,7 +258,7 @@ def entry_keys(key: Array, batch_shape: tuple[int, ...]) -> Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(math.prod(batch_shape)))
 
 
-def population_keys(key: Array, batch_shape: tuple[int, ...], num_runs: int) -> Array:
+def _population_keys(key: Array, batch_shape: tuple[int, ...], num_runs: int) -> Array:
     """Key of each run of each entry of the plates, `(num_runs · entries,)`."""
     keys = entry_keys(key, batch_shape)
     of_runs = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
@@ -281,7 +281,7 @@ class Outcome(NamedTuple):
     trace: Trace  # at levels n..0, `(n + 1, R, *plates)`
 
 
-Inputs = tuple[Conditioned, Any, Any, Array]
+_Inputs = tuple[Conditioned, Any, Any, Array]
 """The program, known entries with their mask, and the keys: what is compiled once for all."""
 
 
@@ -299,7 +299,7 @@ def run(read: Read, options: Options, key: Array, *, progress: bool) -> Outcome:
     conditioned, programs = read.conditioned, read.programs
     _check(conditioned.draw, options)
     known, mask = _known(conditioned)
-    keys = population_keys(key, conditioned.batch_shape, options.num_runs)
+    keys = _population_keys(key, conditioned.batch_shape, options.num_runs)
     inputs = conditioned, known, mask, keys
     is_diagonal, is_quadratic, is_impossible, is_coupled = map(
         bool, programs(_probe, inputs, options=options)
@@ -360,13 +360,13 @@ def _known(conditioned: Conditioned) -> tuple[Any, Any]:
     return known, rows[0] if (rows == rows[0]).all() else rows
 
 
-def _problem(inputs: Inputs, options: Options) -> Problem:
+def _problem(inputs: _Inputs, options: Options) -> Problem:
     conditioned, known, mask, _ = inputs
     reverse = conditioned.reverse.respaced(options.steps)
     return Problem(conditioned, reverse, known, mask, options.is_diagonal, options.is_quadratic)
 
 
-def _probe(inputs: Inputs, *, options: Options) -> tuple[Array, ...]:
+def _probe(inputs: _Inputs, *, options: Options) -> tuple[Array, ...]:
     """Whether the curvature of log r is diagonal, whether it is the same everywhere, whether r is 0
     at all points, and whether systems are coupled."""
     problem, key = _problem(inputs, options), jax.random.key(0)
@@ -396,17 +396,17 @@ def _curvature(problem: Problem, points: Array, key: Array) -> tuple[Array, Arra
     return jnp.all(off <= 1e-3 * on), is_same, ~jnp.any(is_finite)
 
 
-def _walk(inputs: Inputs, options: Options, shared: Any = (None, None)) -> Walk:
+def _walk(inputs: _Inputs, options: Options, shared: Any = (None, None)) -> Walk:
     return Walk(_problem(inputs, options), options, inputs[-1], *shared)
 
 
-def _begin(inputs: Inputs, *, options: Options) -> tuple[Any, State]:
+def _begin(inputs: _Inputs, *, options: Options) -> tuple[Any, State]:
     walk = _walk(inputs, options).prepared()
     return (walk.reading, walk.hessian), walk.start()
 
 
 def _advance(
-    inputs: Inputs, shared: Any, state: State, high: Array, low: Array, *, options: Options
+    inputs: _Inputs, shared: Any, state: State, high: Array, low: Array, *, options: Options
 ) -> State:
     walk = _walk(inputs, options, shared)
     return jax.lax.fori_loop(
@@ -414,7 +414,7 @@ def _advance(
     )
 
 
-def _end(inputs: Inputs, shared: Any, state: State, *, options: Options) -> Outcome:
+def _end(inputs: _Inputs, shared: Any, state: State, *, options: Options) -> Outcome:
     walk = _walk(inputs, options, shared)
     state, problem = walk.finish(state), walk.problem
     draw, batch_shape = problem.draw, problem.conditioned.batch_shape

@@ -30,8 +30,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-Lead = Float[Array, "..."]
-Vector = Float[Array, "... d"]
+_Lead = Float[Array, "..."]
+_Vector = Float[Array, "... d"]
 
 _TINY = 1e-20  # squared length below which a direction is taken for none
 _ROUNDING = 1e-6
@@ -44,42 +44,42 @@ _LARGEST = 8  # rows from which LAPACK is the better choice
 class Local(NamedTuple):
     """log r around one point per particle."""
 
-    value: Lead  # log r there, nats
-    gradient: Vector  # g
-    curvature: Callable[[Vector], Vector]  # v ↦ H v, without regard to its sign
+    value: _Lead  # log r there, nats
+    gradient: _Vector  # g
+    curvature: Callable[[_Vector], _Vector]  # v ↦ H v, without regard to its sign
 
 
 class Expansion(NamedTuple):
     """What r does to N(m, C)."""
 
-    log_det: Lead  # log det(I + H C)
-    pull: Vector  # (I + H C)⁻¹ g, so that E[x_0 | r] = m + C · pull
-    diagonal: Vector  # entries of a diagonal H, zero where it is given by `factors`
+    log_det: _Lead  # log det(I + H C)
+    pull: _Vector  # (I + H C)⁻¹ g, so that E[x_0 | r] = m + C · pull
+    diagonal: _Vector  # entries of a diagonal H, zero where it is given by `factors`
     factors: Float[Array, "k ... d"]  # rows f with H ≈ Σ f fᵀ
     sizes: Float[Array, "k ..."]  # eigenvalues of H C along them
 
 
-def local(log_r: Callable[[Vector], Lead], x: Vector) -> Local:
+def local(log_r: Callable[[_Vector], _Lead], x: _Vector) -> Local:
     """Value, gradient and curvature of log r, all finite: where r is 0 there is no direction."""
 
-    def total(x: Vector) -> tuple[Array, Lead]:
+    def total(x: _Vector) -> tuple[Array, _Lead]:
         value = log_r(x)
         return jnp.sum(value), value
 
-    def slope(x: Vector) -> tuple[Vector, Lead]:
+    def slope(x: _Vector) -> tuple[_Vector, _Lead]:
         return jax.grad(total, has_aux=True)(x)
 
     gradient, product, value = jax.vjp(slope, x, has_aux=True)
     keep = (jnp.isfinite(value) & jnp.isfinite(jnp.sum(gradient, -1)))[..., None]
 
-    def curvature(v: Vector) -> Vector:
+    def curvature(v: _Vector) -> _Vector:
         product_v = product(jnp.where(keep, v, 0.0))[0]
         return jnp.where(jnp.isfinite(product_v) & keep, -product_v, 0.0)
 
     return Local(value, jnp.where(keep, gradient, 0.0), curvature)
 
 
-def diagonal(at: Local, sd: Vector) -> Expansion:
+def diagonal(at: Local, sd: _Vector) -> Expansion:
     """Expansion where H is diagonal and C = sd²."""
     curvature = jnp.maximum(at.curvature(jnp.ones_like(at.gradient)), 0.0)
     size = curvature * sd**2
@@ -88,7 +88,7 @@ def diagonal(at: Local, sd: Vector) -> Expansion:
     return Expansion(log_det, at.gradient / (1 + size), curvature, none, none[..., 0])
 
 
-def low_rank(at: Local, sd: Vector, rank: int) -> Expansion:
+def low_rank(at: Local, sd: _Vector, rank: int) -> Expansion:
     """Expansion by `rank` steps of Lanczos, C = sd²."""
     g = at.gradient * sd
     values, vectors = krylov(g, lambda v: sd * at.curvature(sd * v), rank)
@@ -102,8 +102,8 @@ def low_rank(at: Local, sd: Vector, rank: int) -> Expansion:
 
 
 def settle(
-    log_r: Callable[[Vector], Lead], point: Vector, value: Lead, move: Vector, square: Lead
-) -> tuple[Lead, Lead]:
+    log_r: Callable[[_Vector], _Lead], point: _Vector, value: _Lead, move: _Vector, square: _Lead
+) -> tuple[_Lead, _Lead]:
     """Where along a move log r(m + a·move) − ½ a² · square is greatest: that value, and a.
 
     With `move` = C · pull and `square` = moveᵀ C⁻¹ move a quadratic log r has its greatest value at
@@ -113,7 +113,7 @@ def settle(
     """
     shares = jnp.asarray((*_SHARES, 0.0), value.dtype)
 
-    def gain(share: Array) -> Lead:
+    def gain(share: Array) -> _Lead:
         return log_r(point + share * move) - 0.5 * share**2 * square
 
     gains = jnp.concatenate([jax.vmap(gain)(shares[:-1]), value[None]])
@@ -125,10 +125,10 @@ class Basis:
     """Vectors made orthonormal one by one, in the inner product that their duals give."""
 
     def __init__(self) -> None:
-        self.vectors: list[Vector] = []
-        self.duals: list[Vector] = []
+        self.vectors: list[_Vector] = []
+        self.duals: list[_Vector] = []
 
-    def remainder(self, v: Vector) -> tuple[Vector, Bool[Array, "..."]]:
+    def remainder(self, v: _Vector) -> tuple[_Vector, Bool[Array, "..."]]:
         """v without its parts along the basis; whether that is not rounding."""
         length = jnp.sum(v * v, -1)
         for b, dual in 2 * list(zip(self.vectors, self.duals, strict=True)):  # twice is enough
@@ -136,15 +136,15 @@ class Basis:
         return v, jnp.sum(v * v, -1) > _ROUNDING * length
 
     def following(
-        self, v: Vector, operator: Callable[[Vector], Vector]
-    ) -> tuple[Vector, Bool[Array, "..."]]:
+        self, v: _Vector, operator: Callable[[_Vector], _Vector]
+    ) -> tuple[_Vector, Bool[Array, "..."]]:
         """The next direction: v, or where it says nothing new the image of a vector of signs."""
         v, is_new = self.remainder(v)
         signs = jax.random.rademacher(jax.random.key(len(self.vectors)), v.shape[-1:], v.dtype)
         other, other_is_new = self.remainder(operator(jnp.broadcast_to(signs, v.shape)))
         return jnp.where(is_new[..., None], v, other), is_new | other_is_new
 
-    def add(self, v: Vector, dual: Vector, is_new: Bool[Array, "..."] | bool) -> Lead:
+    def add(self, v: _Vector, dual: _Vector, is_new: Bool[Array, "..."] | bool) -> _Lead:
         """Take v and its dual in, scaled to v · dual = 1, or zeros; their product before."""
         square = jnp.sum(dual * v, -1)
         is_new &= square > _TINY
@@ -155,7 +155,7 @@ class Basis:
 
 
 def krylov(
-    start: Vector, operator: Callable[[Vector], Vector], rank: int
+    start: _Vector, operator: Callable[[_Vector], _Vector], rank: int
 ) -> tuple[Float[Array, "k ..."], Float[Array, "k ... d"]]:
     """Eigenpairs of a symmetric operator in the space that `rank` steps from `start` span.
 
@@ -176,7 +176,7 @@ def krylov(
 
 
 def ritz(
-    vectors: list[Vector], images: list[Vector]
+    vectors: list[_Vector], images: list[_Vector]
 ) -> tuple[Float[Array, "k ..."], Float[Array, "k k ..."]]:
     """Eigenvalues of an operator in the span of vectors, negative ones zero, and the rotation."""
     matrix = jnp.sum(jnp.stack(vectors)[:, None] * jnp.stack(images)[None], -1)
@@ -184,7 +184,7 @@ def ritz(
     return jnp.maximum(values, 0.0), rotation
 
 
-def rotated(rotation: Float[Array, "k k ..."], vectors: list[Vector]) -> Float[Array, "k ... d"]:
+def rotated(rotation: Float[Array, "k k ..."], vectors: list[_Vector]) -> Float[Array, "k ... d"]:
     """Vectors turned onto the axes of a rotation."""
     return jnp.sum(rotation[..., None] * jnp.stack(vectors)[:, None], 0)
 

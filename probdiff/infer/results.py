@@ -62,7 +62,7 @@ class Result(NamedTuple):
     @property
     def draws(self) -> np.ndarray:
         """Equally weighted draws of x_0, `(M, *plates, *event_shape)`."""
-        return taken(pooled(self.outcome.x_0), self.index)
+        return _taken(pooled(self.outcome.x_0), self.index)
 
     @property
     def num_steps(self) -> int:
@@ -117,7 +117,7 @@ def sample(
     outcome = run(program_read, options, key, progress=progress)
     log_w = pooled_log_weights(outcome, options.is_weighted)
     index, in_runs = _equally_weighted(key, outcome, log_w, options.is_weighted)
-    x_0 = taken(pooled(outcome.x_0), index)
+    x_0 = _taken(pooled(outcome.x_0), index)
     left = _left(program_read, x_0)
     measured = health(outcome, log_w, index, in_runs, left)
     found = complaints(options, measured, _advice(program_read, options))
@@ -205,7 +205,7 @@ def resample(keys: Array, log_w: np.ndarray) -> np.ndarray:
     return np.minimum(np.stack(indices, 1), size - 1).reshape(log_w.shape)
 
 
-def taken(a: np.ndarray, index: np.ndarray) -> np.ndarray:
+def _taken(a: np.ndarray, index: np.ndarray) -> np.ndarray:
     """Rows `index` of `a`, entry by entry of the plates: `(M, *plates, ...)`."""
     return np.take_along_axis(a, np.expand_dims(index, tuple(range(index.ndim, a.ndim))), 0)
 
@@ -392,11 +392,11 @@ def _sample_stats(result: Result) -> dict[str, np.ndarray]:
     """Of the draws of `posterior`: log r, and the particle's weight, run and ancestor."""
     outcome, index, options = result.outcome, result.index, result.options
     return {
-        "log_r": taken(pooled(outcome.log_r), index),
-        "log_weight": taken(pooled_log_weights(outcome, options.is_weighted), index),
+        "log_r": _taken(pooled(outcome.log_r), index),
+        "log_weight": _taken(pooled_log_weights(outcome, options.is_weighted), index),
         "run": index // options.num_particles,
         "particle": index % options.num_particles,
-        "ancestor": taken(pooled(outcome.ancestors), index),
+        "ancestor": _taken(pooled(outcome.ancestors), index),
     }
 
 

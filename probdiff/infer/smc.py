@@ -134,8 +134,7 @@ class Sampler(abc.ABC):
 
         Example:
             >>> prior = standard_diffusion().prior({})
-            >>> def program(y):
-            ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+            >>> program = lambda y: numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
             >>> smc = infer.SMC(program, num_particles=200)
             >>> smc.run(jax.random.key(0), y=2.0)
             >>> smc.print_summary()
@@ -321,8 +320,7 @@ class SMC(Sampler):
             carry what these get wrong.
 
             >>> prior = standard_diffusion().prior({})
-            >>> def program(y):
-            ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+            >>> program = lambda y: numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
             >>> smc = infer.SMC(
             ...     program, num_particles=4000, twist=infer.PointTwist(), ess_threshold=0.0
             ... )
@@ -345,8 +343,7 @@ class SMC(Sampler):
             Which of two likelihoods do the data prefer? The ratio of evidences, a Bayes factor:
 
             >>> prior = standard_diffusion().prior({})
-            >>> def program(y, sigma):
-            ...     numpyro.sample("y", dist.Normal(prior(), sigma), obs=y)
+            >>> program = lambda y, sigma: numpyro.sample("y", dist.Normal(prior(), sigma), obs=y)
             >>> smc = infer.SMC(program, num_particles=1000)
             >>> log_evidence = []
             >>> for sigma in jnp.array([1.0, 3.0]):  # an array: compiled once for both
@@ -376,8 +373,7 @@ class SMC(Sampler):
 
         Example:
             >>> prior = standard_diffusion().prior({})
-            >>> def program(y):
-            ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+            >>> program = lambda y: numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
             >>> smc = infer.SMC(program, num_particles=200, twist=infer.PointTwist())
             >>> smc.run(jax.random.key(0), y=2.0)
             >>> low, high = smc.log_evidence_interval(0.99)

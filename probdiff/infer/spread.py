@@ -50,8 +50,8 @@ _SLACK = 1.2
 _PROBES, _FEW_PROBES, _PROBED_NUMBERS = 1024, 64, 2**22
 """Draws of x_T at which the network's error is told; fewer where they would have more numbers."""
 
-Matrix = Float[Array, "*systems d d"]
-Vector = Float[Array, "... d"]
+_Matrix = Float[Array, "*systems d d"]
+_Vector = Float[Array, "... d"]
 
 
 class Problem(NamedTuple):
@@ -212,15 +212,15 @@ class Belief(NamedTuple):
     variance: Float[Array, " d"]  # c
     slope: Float[Array, " d"]  # ∂x̂_0/∂x_t along the axes
 
-    def root(self, u: Vector) -> Vector:
+    def root(self, u: _Vector) -> _Vector:
         """S u."""
         return (u * jnp.sqrt(self.variance)) @ self.axes.T
 
-    def root_transposed(self, x: Vector) -> Vector:
+    def root_transposed(self, x: _Vector) -> _Vector:
         """Sᵀ x."""
         return (x @ self.axes) * jnp.sqrt(self.variance)
 
-    def inverse_root_transposed(self, u: Vector) -> Vector:
+    def inverse_root_transposed(self, u: _Vector) -> _Vector:
         """S⁻ᵀ u."""
         return (u / jnp.sqrt(self.variance)) @ self.axes.T
 
@@ -229,16 +229,16 @@ class Given(NamedTuple):
     """What known entries and a quadratic log r do to N(x̂_0, C); None where there is none."""
 
     belief: Belief
-    known: Matrix | None  # P_M
+    known: _Matrix | None  # P_M
     log_det_known: Float[Array, "..."] | None  # log det of C on the known entries and 2π for each
-    project: Matrix | None  # Π
-    gain: Matrix | None  # (I + A)⁻¹ where A is not 0
-    untouched: Matrix | None  # (I + A)⁻¹ where A is 0, a projection
+    project: _Matrix | None  # Π
+    gain: _Matrix | None  # (I + A)⁻¹ where A is not 0
+    untouched: _Matrix | None  # (I + A)⁻¹ where A is 0, a projection
     log_det: Float[Array, "..."] | None  # log det(I + A)
-    precision: Matrix  # P, that ψ of this level has in x_t
+    precision: _Matrix  # P, that ψ of this level has in x_t
 
 
-def condition(belief: Belief, hessian: Matrix | None, mask: Array | None) -> Given:
+def condition(belief: Belief, hessian: _Matrix | None, mask: Array | None) -> Given:
     """Work out a level.
 
     Args:
@@ -270,7 +270,7 @@ def condition(belief: Belief, hessian: Matrix | None, mask: Array | None) -> Giv
     return Given(belief, known, log_det_known, project, gain, untouched, log_det, precision)
 
 
-def pulled(given: Given, g: Vector) -> Vector:
+def pulled(given: Given, g: _Vector) -> _Vector:
     """(I + A)⁻¹ g.
 
     Where r is sharp, what A leaves of g is a millionth of it, and g has as much rounding in the
@@ -282,13 +282,13 @@ def pulled(given: Given, g: Vector) -> Vector:
     return times(given.gain, g) + jnp.where(is_there[..., None], rest, 0.0)
 
 
-def narrowing(precision: Matrix, variance: Array) -> tuple[Matrix, Float[Array, "..."]]:
+def narrowing(precision: _Matrix, variance: Array) -> tuple[_Matrix, Float[Array, "..."]]:
     """N with N Nᵀ = (I + variance · P)⁻¹, and log det N."""
     root, log_det = _power(jnp.eye(precision.shape[-1]) + variance * precision, -0.5)
     return root, -0.5 * log_det
 
 
-def times(matrix: Matrix, x: Vector) -> Vector:
+def times(matrix: _Matrix, x: _Vector) -> _Vector:
     """matrix · x; matrices `(d, d)` or one for each system, vectors `(..., B, d)`."""
     if matrix.ndim == 2:
         return x @ matrix.T
@@ -296,7 +296,7 @@ def times(matrix: Matrix, x: Vector) -> Vector:
     return jnp.einsum("bij,pbj->pbi", matrix, flat).reshape(x.shape)
 
 
-def hessian_of(curvature: Callable[[Array], Array], zeros: Float[Array, "B d"]) -> Matrix:
+def hessian_of(curvature: Callable[[Array], Array], zeros: Float[Array, "B d"]) -> _Matrix:
     """H of a quadratic log r by d products."""
     d = zeros.shape[-1]
 
@@ -310,7 +310,7 @@ def hessian_of(curvature: Callable[[Array], Array], zeros: Float[Array, "B d"]) 
     return (vectors * jnp.maximum(values, 0.0)[..., None, :]) @ jnp.swapaxes(vectors, -1, -2)
 
 
-def _shrink(a: Matrix) -> tuple[Matrix, Matrix, Matrix, Float[Array, "..."]]:
+def _shrink(a: _Matrix) -> tuple[_Matrix, _Matrix, _Matrix, Float[Array, "..."]]:
     """(I + A)⁻¹ where A is not 0, and where it is, A (I + A)⁻¹, and log det(I + A).
 
     By the eigenpairs of A and not of I + A, in which the 1 is lost where A is large.
@@ -320,7 +320,7 @@ def _shrink(a: Matrix) -> tuple[Matrix, Matrix, Matrix, Float[Array, "..."]]:
     is_there = values > least
     values = jnp.where(is_there, values, 0.0)
 
-    def scaled(factor: Array) -> Matrix:
+    def scaled(factor: Array) -> _Matrix:
         return (vectors * factor[..., None, :]) @ jnp.swapaxes(vectors, -1, -2)
 
     shares = values / (1 + values)
@@ -329,7 +329,7 @@ def _shrink(a: Matrix) -> tuple[Matrix, Matrix, Matrix, Float[Array, "..."]]:
     return scaled(gain), scaled(untouched), scaled(shares), log_det
 
 
-def _power(matrix: Matrix, exponent: float) -> tuple[Matrix, Float[Array, "..."]]:
+def _power(matrix: _Matrix, exponent: float) -> tuple[_Matrix, Float[Array, "..."]]:
     """A power of a positive definite matrix, and its log det; one LAPACK call for each matrix."""
     values, vectors = eigh_each(0.5 * (matrix + jnp.swapaxes(matrix, -1, -2)))
     values = jnp.maximum(values, jnp.finfo(values.dtype).eps * values[..., -1:])

@@ -39,9 +39,9 @@ _ADDITIVE = 1e-2  # nats within which the gains of all entries add up, where r i
 _MOVES = 8  # most entries that x̂ changes on its way to a mode
 _BLOCK = 64  # changes of one entry tried at once
 
-Symbols = Int[Array, "P B d"]
-LogLaw = Float[Array, "P B d K"]
-LogR = Callable[[Symbols], Float[Array, "P B"]]
+_Symbols = Int[Array, "P B d"]
+_LogLaw = Float[Array, "P B d K"]
+_LogR = Callable[[_Symbols], Float[Array, "P B"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,15 +106,15 @@ class SymbolTwist(Twist):
         return f"Raise {more}"
 
 
-def _flat(view: View, log_probs: Array) -> LogLaw:
+def _flat(view: View, log_probs: Array) -> _LogLaw:
     return log_probs.reshape(*view.x_t.shape, -1)
 
 
-def _log_r(view: View) -> LogR | None:
+def _log_r(view: View) -> _LogR | None:
     return (lambda x: view.problem.log_r(x, on_grid=True)) if view.problem.is_observed else None
 
 
-def _look(log_p: LogLaw, log_q: LogLaw, log_psi: Array, known: Any, mask: Any) -> Look:
+def _look(log_p: _LogLaw, log_q: _LogLaw, log_psi: Array, known: Any, mask: Any) -> Look:
     """Known entries at the end are set, their mass counted."""
     pinned = jnp.zeros(log_psi.shape)
     if known is not None:
@@ -130,10 +130,10 @@ class Informed(NamedTuple):
     """log ψ, and the predicted law of x_0 after r."""
 
     log_psi: Float[Array, "P B"]
-    log_p_0: LogLaw  # log p̃ of each state, normalised
+    log_p_0: _LogLaw  # log p̃ of each state, normalised
 
 
-def _predicted(view: View, x_t: Array, outputs: tuple[Array, ...]) -> LogLaw:
+def _predicted(view: View, x_t: Array, outputs: tuple[Array, ...]) -> _LogLaw:
     """log p(x_0 | x_t) of each state, those left out from which x_t cannot come."""
     reverse = view.problem.reverse
     log_p_0, doubt = reverse.x_0_given(x_t, view.t, outputs).log_probs, reverse.readout.doubt
@@ -148,7 +148,7 @@ def _predicted(view: View, x_t: Array, outputs: tuple[Array, ...]) -> LogLaw:
     return _normalise(_flat(view, jnp.where(can_reach, log_p_0, -jnp.inf)))[0]
 
 
-def inform(log_p_0: LogLaw, log_r: LogR | None, known: Any, mask: Any) -> Informed:
+def inform(log_p_0: _LogLaw, log_r: _LogR | None, known: Any, mask: Any) -> Informed:
     """Multiply a factorised law of x_0 by r.
 
     Args:
@@ -171,22 +171,22 @@ def inform(log_p_0: LogLaw, log_r: LogR | None, known: Any, mask: Any) -> Inform
 
 
 class _Mode(NamedTuple):
-    x_hat: Symbols
+    x_hat: _Symbols
     base: Float[Array, "P B"]  # log r(x̂)
-    gains: LogLaw
-    next_x: Symbols  # where log p + log r is higher, or x̂
+    gains: _LogLaw
+    next_x: _Symbols  # where log p + log r is higher, or x̂
     is_done: Array
     moves: Any
 
 
-def _around_mode(log_p_0: LogLaw, log_r: LogR) -> tuple[Float[Array, "P B"], LogLaw]:
+def _around_mode(log_p_0: _LogLaw, log_r: _LogR) -> tuple[Float[Array, "P B"], _LogLaw]:
     """log r(x̂) and Δ at a state that no change of one entry makes more probable under p r.
 
     Where all gains together come true r is a product, and any x̂ will do.
     """
     num_states = log_p_0.shape[-1]
 
-    def look(x_hat: Symbols, base: Array, moves: Any) -> _Mode:
+    def look(x_hat: _Symbols, base: Array, moves: Any) -> _Mode:
         gains = _gains(log_r, x_hat, base, num_states)
         total = log_p_0 + gains
         at_x_hat = _pick(total, x_hat)
@@ -215,11 +215,11 @@ def _around_mode(log_p_0: LogLaw, log_r: LogR) -> tuple[Float[Array, "P B"], Log
     return mode.base, mode.gains
 
 
-def _pick(table: LogLaw, x: Symbols) -> Float[Array, "P B d"]:
+def _pick(table: _LogLaw, x: _Symbols) -> Float[Array, "P B d"]:
     return jnp.take_along_axis(table, x[..., None], -1)[..., 0]
 
 
-def _gains(log_r: LogR, x_hat: Symbols, base: Array, num_states: int) -> LogLaw:
+def _gains(log_r: _LogR, x_hat: _Symbols, base: Array, num_states: int) -> _LogLaw:
     """Δ_i(k)."""
 
     def gain(index: Array) -> Array:
@@ -231,7 +231,7 @@ def _gains(log_r: LogR, x_hat: Symbols, base: Array, num_states: int) -> LogLaw:
     return jnp.moveaxis(gains, (0, 1), (-2, -1))
 
 
-def _normalise(log_p: LogLaw) -> tuple[LogLaw, Float[Array, "P B d"]]:
+def _normalise(log_p: _LogLaw) -> tuple[_LogLaw, Float[Array, "P B d"]]:
     """Log-probabilities that sum to one, and the log of what they summed to."""
     total = jax.nn.logsumexp(log_p, -1)
     is_there = total > -jnp.inf

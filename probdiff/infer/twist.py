@@ -198,8 +198,7 @@ class Twist(abc.ABC):
         ...         nothing = jnp.zeros_like(view.x_t)
         ...         return Tilt(nothing[..., 0], nothing, nothing, nothing[None][:0])
         >>> prior = standard_diffusion().prior({})  # x_0 ~ N(0, 1)
-        >>> def program(y):
-        ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+        >>> program = lambda y: numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
         >>> smc = infer.SMC(program, num_particles=4000, twist=Silent())
         >>> smc.run(jax.random.key(0), y=2.0)
         >>> round(float(smc.get_samples()["x_0"].mean()), 1)  # y/2
