@@ -18,7 +18,7 @@ one small `SMC` runs beside them, and its means are compared:
 
     difference = max over entries of |mean − mean of SMC| / (posterior standard deviation of SMC).
 
-Small differences prove nothing: a mode that both miss is not seen.
+Small differences prove nothing: both may miss a mode.
 
 Sources: Sohl-Dickstein et al. (2015), section 2.5 and appendix C; Chung et al. (2023) for DPS.
 """
@@ -56,8 +56,7 @@ class KernelTwist(Twist):
         decays: Whether c = (T − t)/T, which is 0 at t = T, instead of 1 throughout.
 
     Example:
-        A measurement y = 2, of noise 1, of x_0 ~ N(0, 1): the posterior has mean 1, what the rule
-        tends to, p r², has mean 4/3.
+        y = 2, of noise 1, is measured of x_0 ~ N(0, 1). The posterior has mean 1, p r² has 4/3:
 
         >>> prior = standard_diffusion().prior({})
         >>> program = lambda y: numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
@@ -91,8 +90,8 @@ class KernelTwist(Twist):
 
     def _multiply(self, view: View, power: Array | float) -> Tilt:
         """log r to second order at the mean."""
-        log_psi = self._power(view, 0) * view.log_r(view.x_t)
-        return super().last(_Powered(view, power))._replace(log_psi=log_psi)
+        tilt = super().last(_Powered(view, power))
+        return tilt._replace(log_psi=self._power(view, 0) * view.log_r(view.x_t))
 
     def products(self, size: int, *, is_known_alone: bool) -> int:
         """None: r is asked at x_t."""
@@ -131,15 +130,11 @@ class Guided(Sampler):
     its law as good as the twist: no number of draws mends it, and there is no evidence.
 
     Args:
-        program: Any NumPyro program with one `prior()` and observed sites or factors below it.
-        twist: What leads the draws, `LaplaceTwist()` if absent. Diffusions of symbols have one of
-            their own.
+        program: As in `SMC`, like `steps`, `block_size` and `progress`.
+        twist: What leads the draws, by default as in `SMC`.
         num_samples: Number of draws, at least 1, independent of each other.
-        steps: Number n in 2..T of levels to walk; T if absent.
         check: Whether to run one small SMC, 2 runs of 64 particles with a `LaplaceTwist`, and
             compare means; the attribute `check` then holds what it says.
-        block_size: Draws, times entries of the plates, that the network sees at once.
-        progress: Show a bar.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -161,37 +156,21 @@ class Guided(Sampler):
     """
 
     def __init__(
-        self,
-        program: Program,
-        *,
-        twist: Twist | None = None,
-        num_samples: int = 1000,
-        steps: int | None = None,
-        check: bool = True,
-        block_size: int = 4096,
+        self, program: Program, *, twist: Twist | None = None, num_samples: int = 1000,
+        steps: int | None = None, check: bool = True, block_size: int = 4096,
         progress: bool = False,
-    ):
+    ):  # fmt: skip
         """Prepare the sampler; the arguments are those of the class."""
         check_at_least(1, num_samples=num_samples)
-        options = {
-            "num_particles": num_samples, "num_runs": 1, "steps": steps, "is_weighted": False,
-            "threshold": 0.0, "block_size": block_size,
-        }  # fmt: skip
-        super().__init__(program, twist, options, progress=progress)
+        super().__init__(
+            program, progress, twist, num_particles=num_samples, num_runs=1, steps=steps,
+            is_weighted=False, threshold=0.0, block_size=block_size,
+        )  # fmt: skip
         self.check: Check | None = None
         self._checks = check
 
     def run(self, key: Array, *args: Any, **kwargs: Any) -> None:
-        """Draw at these arguments of the program, and check the draws.
-
-        Args:
-            key: Randomness; entry b of the prior's plates uses `fold_in(key, b)`.
-            *args: Arguments of the program.
-            **kwargs: Keyword arguments of the program.
-
-        Raises:
-            ValueError: if the program is not one prior with observed sites inside its plates, or
-                the twist does not fit.
+        """Draw at these arguments of the program, and check the draws; arguments as in `SMC.run`.
 
         Warns:
             InferenceWarning: if the means are elsewhere than those of the small SMC, a twist was
@@ -215,10 +194,8 @@ class Guided(Sampler):
         options, run = self._options, (args, kwargs)
         result = results.sample(self.program, options, key, *run, progress=self.progress)
         if self._checks:
-            small = options._replace(
-                twist=None, num_particles=_CHECK_PARTICLES, num_runs=_CHECK_RUNS, is_weighted=True,
-                threshold=0.5,
-            )  # fmt: skip
+            size = {"num_particles": _CHECK_PARTICLES, "num_runs": _CHECK_RUNS}
+            small = options._replace(twist=None, is_weighted=True, threshold=0.5, **size)
             key = jax.random.fold_in(key, _CHECK)
             beside = results.sample(self.program, small, key, *run, progress=False)
             self.check = _compare(result, beside)
@@ -237,13 +214,11 @@ class Guided(Sampler):
                 f"{_range(self.check.ess, '.0f')}, means apart by {_range(self.check.difference)} "
                 "posterior standard deviations"
             )
-        return lines + results.warning_lines(self.result.complaints)
+        return lines
 
     def _attrs(self) -> dict[str, Any]:
-        attrs: dict[str, Any] = {"sampler": "Guided"}
-        if self.check is not None:
-            attrs |= {f"check_{name}": value for name, value in self.check._asdict().items()}
-        return attrs
+        check = {} if self.check is None else self.check._asdict()
+        return {"sampler": "Guided"} | {f"check_{name}": value for name, value in check.items()}
 
 
 def _compare(result: Result, small: Result) -> Check:
@@ -256,8 +231,8 @@ def _compare(result: Result, small: Result) -> Check:
     sd = np.sqrt(np.sum(weights * (other - mean) ** 2, 0))
     apart = np.abs(x_0.mean(0) - mean) / np.where(sd > 0, sd, np.inf)
     axes = tuple(range(small.health.ess.ndim, apart.ndim))
-    difference = np.asarray(apart.max(axes))
-    return Check(results.log_evidence(small.outcome), small.health.ess, difference)
+    evidence = results.log_evidence(small.outcome)
+    return Check(evidence, small.health.ess, np.asarray(apart.max(axes)))
 
 
 def _doubts(result: Result, check: Check) -> tuple[str, ...]:

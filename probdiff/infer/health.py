@@ -27,12 +27,11 @@ _FEWEST_FOR_PARETO = 100
 class InferenceWarning(UserWarning):
     """A posterior, an evidence or a diffusion that is not to be trusted as it is.
 
-    Its text says what is wrong, in how many systems, and what to do; the file's docstring has the
-    limits. The texts of a run are in `print_summary` and in the attribute `warnings` of its
-    DataTree.
+    Its text says what is wrong, in how many systems, and what to do. `print_summary` and the
+    attribute `warnings` of the DataTree hold the texts of a run.
 
     Example:
-        Stop at a posterior that may be wrong instead of going on with it:
+        Stop at a posterior that may be wrong:
 
         >>> import warnings
         >>> prior = standard_diffusion().prior({})
@@ -44,8 +43,6 @@ class InferenceWarning(UserWarning):
         Traceback (most recent call last):
             ...
         probdiff.infer.health.InferenceWarning: the final effective number of draws is ...
-
-    Source: Vehtari et al. (2021) for R-hat, (2024) for Pareto k.
     """
 
 
@@ -70,13 +67,13 @@ class Health(NamedTuple):
 
 
 def health(
-    outcome: Outcome, log_weights: np.ndarray, index: np.ndarray, in_runs: np.ndarray, left: Any
+    outcome: Outcome, log_w: np.ndarray, index: np.ndarray, in_runs: np.ndarray, left: Any
 ) -> Health:
     """Measure a run.
 
     Args:
         outcome: The run.
-        log_weights: Pooled and normalised, `(R·N, *plates)`.
+        log_w: Log weights, pooled and normalised, `(R·N, *plates)`.
         index: Particles that are the draws, `(R·N, *plates)`.
         in_runs: Particles that are equally weighted draws of each run, `(R, N, *plates)`.
         left: ᾱ_T E|x_0|² of the draws.
@@ -86,28 +83,21 @@ def health(
     finite = np.where(is_dead, 0.0, z)
     runs, size = outcome.log_weights.shape[:2]
     run_of = np.arange(runs).reshape(-1, *[1] * (index.ndim))
-    ancestors = (outcome.ancestors + size * run_of).reshape(log_weights.shape)
+    ancestors = (outcome.ancestors + size * run_of).reshape(log_w.shape)
     measures = (
-        is_dead,
-        finite.max(0) - finite.min(0),
-        trace.ess.min((0, 1)) / size,
-        1 / np.sum(np.exp(2 * log_weights), 0),
-        _count_distinct(np.take_along_axis(ancestors, index, 0)),
-        _count_distinct(index),
-        trace.resampled.sum(0).max(0),
-        pareto_k(log_weights),
+        is_dead, finite.max(0) - finite.min(0), trace.ess.min((0, 1)) / size,
+        1 / np.sum(np.exp(2 * log_w), 0), _count_distinct(np.take_along_axis(ancestors, index, 0)),
+        _count_distinct(index), trace.resampled.sum(0).max(0), pareto_k(log_w),
         np.mean([pareto_k(run) for run in outcome.worst_log_weights], 0),
-        _r_hat(outcome, in_runs),
-        trace.bad.max((0, 1)),
-        np.broadcast_to(left, np.shape(is_dead)),
-    )
+        _r_hat(outcome, in_runs), trace.bad.max((0, 1)), np.broadcast_to(left, np.shape(is_dead)),
+    )  # fmt: skip
     return Health(*map(np.asarray, measures))
 
 
 def pareto_k(log_w: np.ndarray) -> np.ndarray:
     """Pareto k of log weights `(M, *plates)`, over the first axis; nan where there is no tail."""
     columns = log_w.reshape(len(log_w), -1).astype(np.float64).T
-    return np.array([_pareto_k(column) for column in columns]).reshape(log_w.shape[1:])
+    return np.array(list(map(_pareto_k, columns))).reshape(log_w.shape[1:])
 
 
 def _pareto_k(log_w: np.ndarray) -> float:
@@ -164,22 +154,18 @@ def complaints(options: Options, health: Health, advice: str) -> tuple[str, ...]
     found = _of_weights(options, health, advice) if options.is_weighted else []
     is_alive = ~(health.is_dead & options.is_weighted)
     found += [
-        _say(
-            health.bad > 0,
+        _say(health.bad > 0,
             "the twist was not finite for up to {:.1%} of the particles of a level, which were "
             "counted as almost impossible there. Check that log r and its gradient are finite "
             "wherever x_0 may lie",
-            np.max(health.bad),
-        ),
-        _say(
-            is_alive & (health.left > 0.1),
+            np.max(health.bad)),
+        _say(is_alive & (health.left > 0.1),
             "alpha_bar_T times E|x_0|^2 is {:.2g}, more than 0.1: the diffusion starts from noise "
             "at a level where the data are still seen, so that its own law is not quite that of "
             "the data. Train with a smaller alpha_bar_T",
-            np.max(health.left),
-        ),
-    ]
-    return tuple(text for text in found if text)
+            np.max(health.left)),
+    ]  # fmt: skip
+    return tuple(filter(None, found))
 
 
 def _of_weights(options: Options, health: Health, advice: str) -> list[str]:
@@ -193,50 +179,37 @@ def _of_weights(options: Options, health: Health, advice: str) -> list[str]:
         "it should be met",
     )
     others = [
-        _say(
-            is_alive & (health.spread > 1),
+        _say(is_alive & (health.spread > 1),
             "log evidence differs by up to {:.1f} nats between runs, more than 1: log_evidence_se "
             "is not to be trusted. ",
-            np.max(health.spread),
-        ),
-        _say(
-            is_alive & (health.least_ess < 0.1),
+            np.max(health.spread)),
+        _say(is_alive & (health.least_ess < 0.1),
             "the effective number of particles fell to {:.1%} of num_particles at one level, below "
             "10%. ",
-            _least(health.least_ess, is_alive),
-        ),
-        _say(
-            is_alive & (health.ess < 100),
+            _least(health.least_ess, is_alive)),
+        _say(is_alive & (health.ess < 100),
             "the final effective number of draws is {:.0f}, below 100. ",
-            _least(health.ess, is_alive),
-        ),
-        _say(
-            few,
+            _least(health.ess, is_alive)),
+        _say(few,
             "the {} draws are down to {} distinct ones, which descend from {} particles at the "
             "start; below 5%. ",
-            total, _least(health.distinct, few), _least(health.ancestors, few),
-        ),
-        _say(
-            is_alive & (k > 0.7),
+            total, _least(health.distinct, few), _least(health.ancestors, few)),
+        _say(is_alive & (k > 0.7),
             "Pareto k of the final weights is {:.2f}, above 0.7: a few particles carry the result, "
             "and its error is not known. ",
-            np.max(k),
-        ),
+            np.max(k)),
         _say(
             is_alive & (health.resampled > 0) & (worst_k > 0.7),  # else the final weights show it
             "Pareto k of the worst step's weights is {:.2f}, above 0.7: large weights may be too "
             "rare to have been met there, which the final weights do not show. ",
-            np.max(worst_k),
-        ),
-        _say(
-            is_alive & (r_hat > 1.05),
+            np.max(worst_k)),
+        _say(is_alive & (r_hat > 1.05),
             "R-hat over the runs is {:.2f}, above 1.05: the runs put their draws in different "
             "places. ",
-            np.max(r_hat),
-        ),
+            np.max(r_hat)),
     ]  # fmt: skip
-    texts = [text for text in others if text]
-    return [dead, *(text.strip() for text in texts[:-1]), *(text + advice for text in texts[-1:])]
+    texts = list(filter(None, others))
+    return [dead, *map(str.strip, texts[:-1]), *(text + advice for text in texts[-1:])]
 
 
 def _say(is_so: Any, text: str, *values: Any) -> str:

@@ -11,9 +11,8 @@ With log r to second order at x̂_0, its gradient g and curvature −H, and A = 
 settled by the value of log r where it says x_0 is. Known entries are a likelihood without width.
 Where the prior has the covariance Σ of the data, C_t = Σ (I + ᾱ_t/(1−ᾱ_t) Σ)⁻¹ (see `spread`).
 
-By Tweedie's formula one product with the network's C_t is one pull-back through it, so H C_t is
-kept in a few directions, by Lanczos in the inner product of C_t. It tells modes apart that one
-width for all x_t cannot.
+A product with the network's C_t is one pull-back through it, so H C_t is kept in a few directions,
+by Lanczos in the inner product of C_t. It tells modes apart that one width for all x_t cannot.
 
 Sources: Chung et al. (2023) for the point; Song et al. (2023) for the width; Boys et al. (2023) for
 the network's covariance.
@@ -26,6 +25,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from probdiff.arguments import check_at_least
 from probdiff.infer.quadratic import Basis, Local, krylov, local, ritz, rotated, settle
 from probdiff.infer.spread import Given, pulled, times
 from probdiff.infer.twist import (
@@ -33,7 +33,6 @@ from probdiff.infer.twist import (
     Tilt,
     Twist,
     View,
-    check_rank,
     complete,
     limited,
     log_known,
@@ -48,8 +47,8 @@ _SOFTNESS = 1e-2  # variance that known entries get in a Tweedie twist, as a sha
 class PointTwist(Twist):
     """r(x̂_0), without width: the guidance of DPS as a twist.
 
-    It counts x_0 as known where it is not. It is too sharp while x_t is noisy, and particles
-    collapse where r is narrow; `LaplaceTwist` puts the width in. It takes no arguments.
+    Too sharp while x_t is noisy: particles collapse where r is narrow. `LaplaceTwist` puts the
+    width in. It takes no arguments.
 
     Example:
         A measurement y = 2, of noise 1, of x_0 ~ N(0, 1), whose posterior has mean 1; without
@@ -57,8 +56,8 @@ class PointTwist(Twist):
 
         >>> prior = standard_diffusion().prior({})
         >>> program = lambda y: numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
-        >>> twist = infer.PointTwist()
-        >>> guided = infer.Guided(program, twist=twist, num_samples=10_000, check=False)
+        >>> options = {"num_samples": 10_000, "check": False}
+        >>> guided = infer.Guided(program, twist=infer.PointTwist(), **options)
         >>> guided.run(jax.random.key(0), y=2.0)
         >>> round(float(guided.get_samples()["x_0"].mean()), 1)
         1.3
@@ -123,7 +122,7 @@ class LaplaceTwist(Twist):
     uses_covariance = True
 
     def __post_init__(self) -> None:
-        check_rank(self.rank)
+        check_at_least(1, rank=self.rank)
 
     def __call__(self, view: View) -> Tilt:
         """The integral of r against N(x̂_0, C_t)."""
@@ -146,12 +145,8 @@ class LaplaceTwist(Twist):
 
     def of_known(self, view: View) -> Known:
         """Known entries as N(x̂_0, w_t) has them."""
-        w_t, w_s = view.w(), view.w(1)
-        return Known(
-            log_known(view, view.x_0_hat, w_t),
-            (view.known - view.x_0_hat) / w_t,
-            view.slope(1) ** 2 / w_s,
-        )
+        w_t, pull = view.w(), (view.known - view.x_0_hat) / view.w()
+        return Known(log_known(view, view.x_0_hat, w_t), pull, view.slope(1) ** 2 / view.w(1))
 
     def with_covariance(self, view: View, given: Given) -> Tilt:
         """The same with C_t from the data's covariance instead of w_t I."""
@@ -208,23 +203,15 @@ class TweedieTwist(Twist):
     network whose prior has modes far apart that an observation leaves open.
 
     Args:
-        rank: Directions kept of H C_t, H the curvature of −log r, at least 1; the number of
-            measurements is enough.
-
-    Raises:
-        ValueError: if `rank` is below 1.
+        rank: Directions kept of H C_t, H the curvature of −log r, as in `LaplaceTwist`.
 
     Example:
         Two numbers near −1 or 1, as ½ N(−1, ¼) + ½ N(1, ¼) each, and their sum y = 0 measured: one
         is high and one is low, and which is left open.
 
-        >>> diffusion = Diffusion(
-        ...     GaussianKernel(), schedules.log_snr_linear(30, beta_1=1e-3, alpha_bar_T=1e-3),
-        ...     lambda x_t, t: jnp.zeros((len(x_t), 12)),  # the readout's own components
-        ...     event_shape=(2,), readout=readouts.Mixture(2, -1.0, 1.0),
-        ...     last_step=readouts.Learned(),
-        ... )
-        >>> prior = diffusion.prior({})
+        >>> rates = schedules.log_snr_linear(30, beta_1=1e-3, alpha_bar_T=1e-3)
+        >>> options = {"readout": readouts.Mixture(2, -1.0, 1.0), "last_step": readouts.Learned()}
+        >>> prior = standard_diffusion((2,), beta=rates, **options).prior({})
         >>> program = lambda y: numpyro.sample("y", dist.Normal(prior().sum(-1), 0.5), obs=y)
         >>> smc = infer.SMC(program, num_particles=1000, twist=infer.TweedieTwist(rank=1))
         >>> smc.run(jax.random.key(0), y=0.0)
@@ -240,7 +227,7 @@ class TweedieTwist(Twist):
     rank: int = RANK
 
     def __post_init__(self) -> None:
-        check_rank(self.rank)
+        check_at_least(1, rank=self.rank)
 
     def __call__(self, view: View) -> Tilt:
         """By Lanczos in the inner product of C: vectors v with their images u = C v, vᵢ·uⱼ = 1."""

@@ -123,22 +123,18 @@ class Walk(NamedTuple):
         n, reverse = self.options.num_particles, self.problem.reverse
 
         def draw(key: Array) -> Array:
-            x = reverse.kernel.stationary((n, *reverse.event_shape)).sample(key)
-            return x.reshape(n, -1)
+            return reverse.kernel.stationary((n, *reverse.event_shape)).sample(key).reshape(n, -1)
 
-        x = self._constrain(jax.vmap(draw)(_fold(self.keys, reverse.n + 1)))
-        shape = x.shape[:2]
-        zeros, flat = jnp.zeros(shape), jnp.zeros((reverse.n + 1, shape[0]))
-        ancestor = jnp.broadcast_to(jnp.arange(n), shape)
-        least = jnp.full(shape[0], jnp.inf)
-        trace = Trace(flat, flat > 1, flat, flat)
+        x = self._constrain(jax.vmap(draw)(fold(self.keys, reverse.n + 1)))
+        zeros, flat = jnp.zeros(x.shape[:2]), jnp.zeros((reverse.n + 1, len(x)))
+        ancestor = jnp.broadcast_to(jnp.arange(n), zeros.shape)
+        trace, least = Trace(flat, flat > 1, flat, flat), jnp.full(len(x), jnp.inf)
         return State(x, zeros, zeros, zeros, zeros[:, 0], ancestor, zeros, least, trace)
 
     def advance(self, state: State, t: Array) -> State:
         """From level t ≥ 2 down to the one before."""
-        shared = None
-        if self._uses_covariance:
-            shared = common(self.problem, self.reading, self.hessian, t)
+        is_common = self._uses_covariance
+        shared = common(self.problem, self.reading, self.hessian, t) if is_common else None
 
         def look(x: Array) -> Look:
             return self.options.twist.look(View(self.problem, x, t, self.reading, shared))
@@ -165,7 +161,7 @@ class Walk(NamedTuple):
         return jnp.swapaxes(x.reshape(R, N, *x.shape[1:]), 1, 2).reshape(R * B, N, *x.shape[2:])
 
     def _in_blocks(self, x: Array, at: Callable[[Array], Any]) -> Any:
-        """Apply a function of particles as the program sees them, in blocks that fit memory."""
+        """A function of particles as the program sees them, in blocks that fit memory."""
         x = self.rows(x)
         count, wanted = x.shape[0], max(1, self.options.block_size // self.problem.systems)
         size = next(s for s in range(min(wanted, count), 0, -1) if count % s == 0)
@@ -181,9 +177,9 @@ class Walk(NamedTuple):
         """Whether the twist works with the covariance of the data."""
         return self.problem.draw.covariance is not None and self.options.twist.uses_covariance
 
-    def _move(self, state: State, look: Look, t: Any, shared: Common | None) -> State:
+    def _move(self, state: State, look: Look, t: Array | int, shared: Common | None) -> State:
         """Weigh by ψ_t, resample where needed, propose the next level."""
-        keys_draw, keys_resample = (_fold(_fold(self.keys, t), use) for use in (0, 1))
+        keys_draw, keys_resample = (fold(fold(self.keys, t), use) for use in (0, 1))
         state = _weigh(state, look.log_psi)
         trace = state.trace._replace(
             shift=state.trace.shift.at[t].set(jnp.max(look.shift, 1)),
@@ -191,19 +187,16 @@ class Walk(NamedTuple):
         )
         state = state._replace(trace=trace, log_psi=look.log_psi)
         state, look = self._resample(keys_resample, state, look, t)
-        narrowing = None
-        if shared is not None:
-            narrowing = jax.tree.map(
-                lambda a: jnp.tile(a, (self.options.num_runs, *[1] * (a.ndim - 1))),
-                shared.narrowing,
-            )
-        x, log_ratio = jax.vmap(lambda key, proposal, common: proposal.draw(key, common))(
-            keys_draw, look.proposal, narrowing
-        )
+        narrowing, R = None if shared is None else shared.narrowing, self.options.num_runs
+        narrowing = jax.tree.map(lambda a: jnp.tile(a, (R, *[1] * (a.ndim - 1))), narrowing)
+        draw = jax.vmap(lambda key, proposal, common: proposal.draw(key, common))
+        x, log_ratio = draw(keys_draw, look.proposal, narrowing)
         held = state.log_w
         return state._replace(x=self._constrain(x), log_w=held + log_ratio, held=held)
 
-    def _resample(self, keys: Array, state: State, look: Look, t: Any) -> tuple[State, Look]:
+    def _resample(
+        self, keys: Array, state: State, look: Look, t: Array | int
+    ) -> tuple[State, Look]:
         ess = jax.vmap(effective_number)(state.log_w)
         is_due = (ess < self.options.threshold * self.options.num_particles) & (ess > 0)
         trace = state.trace._replace(
@@ -213,8 +206,8 @@ class Walk(NamedTuple):
         if self.options.threshold == 0:
             return state, look
 
-        def gather(moving: tuple[Any, ...]) -> tuple[Any, ...]:
-            def of_one(key: Array, log_w: Array, due: Array, moving: tuple[Any, ...]) -> Any:
+        def gather(moving: tuple) -> tuple:
+            def of_one(key: Array, log_w: Array, due: Array, moving: tuple) -> tuple:
                 index = jnp.where(due, systematic(key, log_w), jnp.arange(len(log_w)))
                 return jax.tree.map(lambda a: a[index], moving)
 
@@ -231,9 +224,8 @@ class Walk(NamedTuple):
         mesh = self.options.mesh
         if mesh is None:
             return x
-        return jax.lax.with_sharding_constraint(
-            x, NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        )
+        sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        return jax.lax.with_sharding_constraint(x, sharding)
 
 
 def _weigh(state: State, log_psi: Float[Array, "S N"]) -> State:
@@ -241,13 +233,12 @@ def _weigh(state: State, log_psi: Float[Array, "S N"]) -> State:
     log_w = state.log_w + log_psi - state.log_psi
     added = log_w - jnp.where(jnp.isfinite(state.held), state.held, 0.0)
     ess = jax.vmap(effective_number)(added)
-    is_worst = ess < state.worst_ess
-    worst = jnp.where(is_worst[:, None], added, state.worst)
-    worst_ess = jnp.minimum(ess, state.worst_ess)
-    return state._replace(log_w=log_w, worst=worst, worst_ess=worst_ess)
+    worst = jnp.where((ess < state.worst_ess)[:, None], added, state.worst)
+    return state._replace(log_w=log_w, worst=worst, worst_ess=jnp.minimum(ess, state.worst_ess))
 
 
-def _fold(keys: Array, value: Any) -> Array:
+def fold(keys: Array, value: Array | int) -> Array:
+    """`fold_in` of one value into every key."""
     return jax.vmap(jax.random.fold_in, (0, None))(keys, value)
 
 
@@ -260,9 +251,8 @@ def entry_keys(key: Array, batch_shape: tuple[int, ...]) -> Array:
 
 def _population_keys(key: Array, batch_shape: tuple[int, ...], num_runs: int) -> Array:
     """Key of each run of each entry of the plates, `(num_runs · entries,)`."""
-    keys = entry_keys(key, batch_shape)
-    of_runs = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
-    return of_runs(keys, jnp.arange(num_runs)).reshape(-1)
+    of_runs = jax.vmap(fold, (None, 0))
+    return of_runs(entry_keys(key, batch_shape), jnp.arange(num_runs)).reshape(-1)
 
 
 # a run, compiled
@@ -281,7 +271,7 @@ class Outcome(NamedTuple):
     trace: Trace  # at levels n..0, `(n + 1, R, *plates)`
 
 
-_Inputs = tuple[Conditioned, Any, Any, Array]
+_Inputs = tuple[Conditioned, Array | None, Array | np.ndarray | None, Array]
 """The program, known entries with their mask, and the keys: what is compiled once for all."""
 
 
@@ -301,9 +291,8 @@ def run(read: Read, options: Options, key: Array, *, progress: bool) -> Outcome:
     known, mask = _known(conditioned)
     keys = _population_keys(key, conditioned.batch_shape, options.num_runs)
     inputs = conditioned, known, mask, keys
-    is_diagonal, is_quadratic, is_impossible, is_coupled = map(
-        bool, programs(_probe, inputs, options=options)
-    )
+    found = map(bool, programs(_probe, inputs, options=options))
+    is_diagonal, is_quadratic, is_impossible, is_coupled = found
     if is_coupled:
         raise ValueError(
             "program must keep the entries of the plates around the prior apart; log r of one "
@@ -341,7 +330,7 @@ def _check(draw: PriorDraw, options: Options) -> None:
         )
 
 
-def _known(conditioned: Conditioned) -> tuple[Any, Any]:
+def _known(conditioned: Conditioned) -> tuple[Array | None, np.ndarray | None]:
     """Known entries on the scale of the diffusion, `(B, d)`, and their mask.
 
     The mask is `(d,)` where it is the same in all systems: then a level's matrices are worked out
@@ -367,8 +356,7 @@ def _problem(inputs: _Inputs, options: Options) -> Problem:
 
 
 def _probe(inputs: _Inputs, *, options: Options) -> tuple[Array, ...]:
-    """Whether the curvature of log r is diagonal, whether it is the same everywhere, whether r is 0
-    at all points, and whether systems are coupled."""
+    """Is log r of diagonal, of constant curvature, r 0 throughout, are systems coupled?"""
     problem, key = _problem(inputs, options), jax.random.key(0)
     reverse, shape = problem.reverse, (problem.systems, problem.size)
     if reverse.kernel.is_discrete:
@@ -396,25 +384,23 @@ def _curvature(problem: Problem, points: Array, key: Array) -> tuple[Array, Arra
     return jnp.all(off <= 1e-3 * on), is_same, ~jnp.any(is_finite)
 
 
-def _walk(inputs: _Inputs, options: Options, shared: Any = (None, None)) -> Walk:
+def _walk(inputs: _Inputs, options: Options, shared: tuple = (None, None)) -> Walk:
     return Walk(_problem(inputs, options), options, inputs[-1], *shared)
 
 
-def _begin(inputs: _Inputs, *, options: Options) -> tuple[Any, State]:
+def _begin(inputs: _Inputs, *, options: Options) -> tuple[tuple, State]:
     walk = _walk(inputs, options).prepared()
     return (walk.reading, walk.hessian), walk.start()
 
 
 def _advance(
-    inputs: _Inputs, shared: Any, state: State, high: Array, low: Array, *, options: Options
+    inputs: _Inputs, shared: tuple, state: State, high: Array, low: Array, *, options: Options
 ) -> State:
     walk = _walk(inputs, options, shared)
-    return jax.lax.fori_loop(
-        0, high - low, lambda down, state: walk.advance(state, high - down), state
-    )
+    return jax.lax.fori_loop(0, high - low, lambda i, s: walk.advance(s, high - i), state)
 
 
-def _end(inputs: _Inputs, shared: Any, state: State, *, options: Options) -> Outcome:
+def _end(inputs: _Inputs, shared: tuple, state: State, *, options: Options) -> Outcome:
     walk = _walk(inputs, options, shared)
     state, problem = walk.finish(state), walk.problem
     draw, batch_shape = problem.draw, problem.conditioned.batch_shape
@@ -428,20 +414,12 @@ def _end(inputs: _Inputs, shared: Any, state: State, *, options: Options) -> Out
     log_w = jnp.where(jnp.isfinite(total), log_w - total, even)
     log_r = jax.vmap(problem.conditioned.log_r)(x_0)
 
-    def by_run(a: Array) -> Array:
-        return a.reshape(options.num_runs, options.num_particles, *batch_shape, *a.shape[2:])
-
-    def of_systems(a: Array) -> Array:
-        return by_run(walk.rows(a))
-
+    R, N = options.num_runs, options.num_particles
+    by_run = [
+        walk.rows(a).reshape(R, N, *batch_shape) for a in (log_w, state.ancestor, state.worst)
+    ]
     return Outcome(
-        x_0.reshape(options.num_runs, options.num_particles, *x_0.shape[1:]),
-        of_systems(log_w),
-        log_z.reshape(options.num_runs, *batch_shape),
-        log_r.reshape(options.num_runs, options.num_particles, *batch_shape),
-        of_systems(state.ancestor),
-        of_systems(state.worst),
-        jax.tree.map(
-            lambda a: a[::-1].reshape(a.shape[0], options.num_runs, *batch_shape), state.trace
-        ),
-    )
+        x_0.reshape(R, N, *x_0.shape[1:]), by_run[0], log_z.reshape(R, *batch_shape),
+        log_r.reshape(R, N, *batch_shape), *by_run[1:],
+        jax.tree.map(lambda a: a[::-1].reshape(len(a), R, *batch_shape), state.trace),
+    )  # fmt: skip

@@ -4,10 +4,10 @@ The reverse trajectory given an observation has the steps p(x_s | x_t) ψ*_s(x_s
 exact twist ψ*_t(x_t) = E[r(x_0) | x_t]. Any positive ψ_t with ψ_0 = r gives a sampler that is exact
 as particles grow, because its weights repair the rest; how many particles that takes depends on ψ.
 
-At level t ≥ 2 a twist is shown particles x_t with the law p(x_s | x_t) and the denoised point. It
-says log ψ_t, by how much the law's mean moves, (β_t/√(1−β_t)) ∇ log ψ_t, and the precision that ψ_s
-adds. At level 1 the integral of r under p(x_0 | x_1) = N(mean, variance) is done by every twist
-alike, log r to second order. Known entries of x_0 are a likelihood without width.
+At level t ≥ 2 a twist sees particles x_t with the law p(x_s | x_t) and the denoised point. It says
+log ψ_t, the move of the law's mean, (β_t/√(1−β_t)) ∇ log ψ_t, and the precision that ψ_s adds. At
+level 1 every twist integrates r under p(x_0 | x_1) = N(mean, variance), log r to second order.
+Known entries of x_0 are a likelihood without width.
 
 Arrays are on the scale of the diffusion: P particles of B systems, an x_0 as its d numbers.
 
@@ -25,7 +25,6 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jaxtyping import Array, Bool, Float
 
-from probdiff.arguments import check_at_least
 from probdiff.infer.quadratic import Expansion, Local, diagonal, local, low_rank, settle
 from probdiff.infer.spread import (
     PERFECT,
@@ -78,13 +77,9 @@ class View:
     """
 
     def __init__(
-        self,
-        problem: Problem,
-        x_t: Float[Array, "P B d"],
-        t: Any,
-        reading: Reading = PERFECT,
+        self, problem: Problem, x_t: Float[Array, "P B d"], t: Any, reading: Reading = PERFECT,
         common: Common | None = None,
-    ):
+    ):  # fmt: skip
         self.problem, self.x_t, self.t = problem, x_t, t
         self.reading, self.common = reading, common
 
@@ -145,9 +140,9 @@ class View:
 
     def x_0_given(self) -> dist.Distribution:
         """Law p(x_0 | x_t) of each entry, of shaped particles, where the readout says one."""
-        x_t = self.problem.shaped(self.x_t)
         if self.is_last:
             return self.law
+        x_t = self.problem.shaped(self.x_t)
         return self.problem.reverse.x_0_given(x_t, self.t, self.outputs)
 
     def log_r(self, x: Float[Array, "P B d"]) -> Float[Array, "P B"]:
@@ -157,9 +152,8 @@ class View:
     @functools.cached_property
     def spread(self) -> Spread:
         """Slopes and variances of x_0 given each level, by entry."""
-        return spread(
-            self.problem, self.reading, self.problem.of_entries(self.problem.draw.variance)
-        )
+        tau2 = self.problem.of_entries(self.problem.draw.variance)
+        return spread(self.problem, self.reading, tau2)
 
     def w(self, down: int = 0) -> Float[Array, "..."]:
         """Variance of x_0 given level t, or levels below; a known entry keeps that of its cell."""
@@ -183,11 +177,10 @@ class View:
 class Twist(abc.ABC):
     """A guess ψ_t(x_t) of E[r(x_0) | x_t], and the proposal that goes with it; abstract.
 
-    For one of your own give `__call__(view) -> Tilt` at levels t ≥ 2: log ψ_t, nats, for every
-    particle of `view.x_t`; by how much the mean of p(x_s | x_t) moves; and the precision added to
-    it, entry by entry and as rows of factors. `View` and `Tilt` say what they hold, in
-    `probdiff.infer.twist`. Level 1 is done here, log r to second order. Any positive ψ_t is right
-    as particles grow; a poor one needs many.
+    A subclass gives `__call__(view) -> Tilt` at levels t ≥ 2: log ψ_t, nats, for every particle of
+    `view.x_t`, the move of the mean of p(x_s | x_t), and the precision added to it, entry by entry
+    and as rows of factors (see `View` and `Tilt` in `probdiff.infer.twist`). Level 1 is done here.
+    Any positive ψ_t is right as particles grow; a poor one needs many.
 
     Example:
         A twist that says nothing until level 1, ψ_t = 1:
@@ -216,10 +209,7 @@ class Twist(abc.ABC):
         """log ψ_t at level t ≥ 2, and the proposal for x_s."""
 
     def last(self, view: View) -> Tilt:
-        """ψ_1 and the proposal for x_0: r integrated under p(x_0 | x_1), the law in the view.
-
-        Less the mass of known entries, which is put in exactly.
-        """
+        """ψ_1 and the proposal for x_0: r under p(x_0 | x_1), less the mass of known entries."""
         point, sd = complete(view.mean, jnp.sqrt(view.variance), view)
         log_psi, e = self.integrate(point, sd, view)
         shift, precision = view.variance * e.pull, e.diagonal
@@ -238,10 +228,8 @@ class Twist(abc.ABC):
             law = reverse.data(view.problem.shaped(view.x_t), draw.mask)
             log_known = law.log_prob(draw.known).reshape(log_known.shape)
             moved = jnp.where(view.mask, 0.0, moved)
-        factors = jnp.moveaxis(tilt.factors, 0, -2)
-        proposal = GaussianProposal(
-            view.mean, view.variance, tilt.shift, tilt.diagonal, factors, log_known
-        )
+        factors, law = jnp.moveaxis(tilt.factors, 0, -2), (view.mean, view.variance)
+        proposal = GaussianProposal(*law, tilt.shift, tilt.diagonal, factors, log_known)
         return looked(tilt.log_psi + log_known, proposal, jnp.max(moved, -1))
 
     def integrate(self, point: Array, sd: Array, view: View) -> tuple[Array, Expansion]:
@@ -267,11 +255,9 @@ class Twist(abc.ABC):
             )
 
     def products(self, size: int, *, is_known_alone: bool) -> int:
-        """Products with the network's Jacobian at one level, for one particle of `size` numbers.
+        """Products with the network's Jacobian a level, for one particle of `size` numbers.
 
-        Args:
-            size: Numbers of one x_0.
-            is_known_alone: Whether nothing but known entries is observed.
+        `is_known_alone` says that nothing but known entries is observed.
         """
         return 1
 
@@ -285,12 +271,7 @@ class Twist(abc.ABC):
         )
 
 
-def check_rank(rank: int) -> None:
-    """Raise a `ValueError` unless the rank is at least 1."""
-    check_at_least(1, rank=rank)
-
-
-def looked(log_psi: Array, proposal: Any, shift: Array) -> Look:
+def looked(log_psi: Array, proposal: GaussianProposal | SymbolProposal, shift: Array) -> Look:
     """A look, log ψ finite wherever it is."""
     is_finite = jnp.isfinite(log_psi)
     return Look(jnp.where(is_finite, log_psi, _LEAST), proposal, shift, ~is_finite)
