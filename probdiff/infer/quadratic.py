@@ -12,9 +12,8 @@ both the integral and the law of x_0 given r are closed:
 H is never formed. Where every entry of x_0 has a likelihood of its own H is diagonal, and one
 product H·1 gives all of it. Else k steps of Lanczos from g span the directions that count: exact
 for a linear-Gaussian r of rank up to k. Where g is all but an eigenvector of H, its images say
-nothing new, and the image of a fixed vector goes on: else that particle, and few others, would lack
-the rest of H in its log det. Positive curvature of log r (negative H) counts as zero, so that the
-integral exists.
+nothing new, and the image of a fixed vector goes on, for the rest of H in the log det. Positive
+curvature of log r (negative H) counts as zero, so that the integral exists.
 
 Vectors are the d numbers of x_0 on the last axis; all functions map over the axes in front.
 
@@ -32,6 +31,7 @@ from jaxtyping import Array, Bool, Float
 
 _Lead = Float[Array, "..."]
 _Vector = Float[Array, "... d"]
+_Eigen = tuple[Float[Array, "k ..."], Float[Array, "k k ..."]]
 
 _TINY = 1e-20  # squared length below which a direction is taken for none
 _ROUNDING = 1e-6
@@ -92,8 +92,8 @@ def low_rank(at: Local, sd: _Vector, rank: int) -> Expansion:
     """Expansion by `rank` steps of Lanczos, C = sd²."""
     g = at.gradient * sd
     values, vectors = krylov(g, lambda v: sd * at.curvature(sd * v), rank)
-    along = jnp.sum(vectors * g, -1)  # g lies in their span, and where r is sharp what is left of
-    left = along / (1 + values)  # it is a hundred thousandth: never g minus the rest
+    # g lies in their span, and where r is sharp a hundred thousandth is left: never g less the rest
+    left = jnp.sum(vectors * g, -1) / (1 + values)
     pull = jnp.sum(vectors * left[..., None], 0)
     log_det = jnp.sum(jnp.log1p(values), 0)
     per_sd = 1 / jnp.where(sd > 0, sd, 1.0)  # vectors and g are 0 where there is no width
@@ -107,9 +107,8 @@ def settle(
     """Where along a move log r(m + a·move) − ½ a² · square is greatest: that value, and a.
 
     With `move` = C · pull and `square` = moveᵀ C⁻¹ move a quadratic log r has its greatest value at
-    a = 1, and there it is log r(m) + ½ gᵀ C (I + H C)⁻¹ g. For other likelihoods, of heavy tails
-    above all, that expression overshoots, as it trusts the slope far away; this one cannot exceed
-    the greatest log r.
+    a = 1, log r(m) + ½ gᵀ C (I + H C)⁻¹ g. For others, of heavy tails above all, that expression
+    overshoots, as it trusts the slope far away; this one cannot exceed the greatest log r.
     """
     shares = jnp.asarray((*_SHARES, 0.0), value.dtype)
 
@@ -128,7 +127,7 @@ class Basis:
         self.vectors: list[_Vector] = []
         self.duals: list[_Vector] = []
 
-    def remainder(self, v: _Vector) -> tuple[_Vector, Bool[Array, "..."]]:
+    def _remainder(self, v: _Vector) -> tuple[_Vector, Bool[Array, "..."]]:
         """v without its parts along the basis; whether that is not rounding."""
         length = jnp.sum(v * v, -1)
         for b, dual in 2 * list(zip(self.vectors, self.duals, strict=True)):  # twice is enough
@@ -139,9 +138,9 @@ class Basis:
         self, v: _Vector, operator: Callable[[_Vector], _Vector]
     ) -> tuple[_Vector, Bool[Array, "..."]]:
         """The next direction: v, or where it says nothing new the image of a vector of signs."""
-        v, is_new = self.remainder(v)
+        v, is_new = self._remainder(v)
         signs = jax.random.rademacher(jax.random.key(len(self.vectors)), v.shape[-1:], v.dtype)
-        other, other_is_new = self.remainder(operator(jnp.broadcast_to(signs, v.shape)))
+        other, other_is_new = self._remainder(operator(jnp.broadcast_to(signs, v.shape)))
         return jnp.where(is_new[..., None], v, other), is_new | other_is_new
 
     def add(self, v: _Vector, dual: _Vector, is_new: Bool[Array, "..."] | bool) -> _Lead:
@@ -160,9 +159,8 @@ def krylov(
     """Eigenpairs of a symmetric operator in the space that `rank` steps from `start` span.
 
     Returns:
-        Eigenvalues, negative ones set to zero, `(rank, ...)`, and orthonormal vectors. A space that
-        closes early is opened again by the image of a vector of signs, and filled up with zero
-        vectors where that adds nothing.
+        `rank` eigenvalues, negative ones set to zero, and orthonormal vectors. A space that closes
+        early goes on from the image of a vector of signs, or with zero vectors.
     """
     basis, images, v, is_new = Basis(), [], start, True
     for j in range(rank):
@@ -175,9 +173,7 @@ def krylov(
     return values, rotated(rotation, basis.vectors)
 
 
-def ritz(
-    vectors: list[_Vector], images: list[_Vector]
-) -> tuple[Float[Array, "k ..."], Float[Array, "k k ..."]]:
+def ritz(vectors: list[_Vector], images: list[_Vector]) -> _Eigen:
     """Eigenvalues of an operator in the span of vectors, negative ones zero, and the rotation."""
     matrix = jnp.sum(jnp.stack(vectors)[:, None] * jnp.stack(images)[None], -1)
     values, rotation = eigh(0.5 * (matrix + jnp.swapaxes(matrix, 0, 1)))
@@ -219,10 +215,9 @@ def eigh(matrix: Float[Array, "k k ..."]) -> tuple[Float[Array, "k ..."], Float[
 def eigh_each(
     matrix: Float[Array, "*batch k k"],
 ) -> tuple[Float[Array, "*batch k"], Float[Array, "*batch k k"]]:
-    """Eigenpairs by LAPACK, one matrix at a time, ascending.
+    """Eigenpairs by LAPACK, ascending, one matrix at a time.
 
-    A whole batch at once is shared out among threads on a CPU, and two such calls of one program
-    can wait for each other for ever.
+    Threads of a CPU share out a batch, and two such calls of one program can wait for each other.
     """
     batch, k = matrix.shape[:-2], matrix.shape[-1]
     if not batch:
@@ -247,8 +242,6 @@ def _rotate(a: list, vectors: list, p: int, q: int) -> tuple[list, list]:
         return turned
 
     a = columns(a)
-    a[p], a[q] = (
-        [c * x - s * y for x, y in zip(a[p], a[q], strict=True)],
-        [s * x + c * y for x, y in zip(a[p], a[q], strict=True)],
-    )
+    both = list(zip(a[p], a[q], strict=True))
+    a[p], a[q] = [c * x - s * y for x, y in both], [s * x + c * y for x, y in both]
     return a, columns(vectors)

@@ -87,25 +87,22 @@ class Problem(NamedTuple):
 
     def shaped(self, x: Float[Array, "P B d"]) -> Array:
         """As network and program see particles, `(P, *plates, *event_shape)`."""
-        shape = *self.conditioned.batch_shape, *self.reverse.event_shape
-        return x.reshape(x.shape[0], *shape)
+        return x.reshape(len(x), *self.conditioned.batch_shape, *self.reverse.event_shape)
 
     def flat(self, x: Array) -> Float[Array, "P B d"]:
         """The way back."""
-        return x.reshape(x.shape[0], self.systems, self.size)
+        return x.reshape(len(x), self.systems, self.size)
 
     def log_r(self, x: Float[Array, "P B d"], *, on_grid: bool = False) -> Float[Array, "P B"]:
         """log r; between the values of a grid unless told to put x_0 on it."""
         to_data = self.reverse.to_data if on_grid else self.reverse.units.to_data
-        log_r = jax.vmap(self.conditioned.log_r)(to_data(self.shaped(x)))
-        return log_r.reshape(x.shape[0], self.systems)
+        return jax.vmap(self.conditioned.log_r)(to_data(self.shaped(x))).reshape(x.shape[:2])
 
     def of_entries(self, values: Any) -> Array:
         """Numbers that broadcast to an event, flat: `(d,)`, or `(1,)` for one for all."""
         values = jnp.asarray(values)
-        if values.ndim == 0:
-            return values.reshape(1)
-        return jnp.broadcast_to(values, self.reverse.event_shape).reshape(-1)
+        shape = self.reverse.event_shape if values.ndim else ()
+        return jnp.broadcast_to(values, shape).reshape(-1)
 
 
 class Reading(NamedTuple):
@@ -141,8 +138,8 @@ def measure(problem: Problem) -> Reading:
     """How well the network reads x_0 out of noise, at draws of x_T that all share.
 
     x̂_0 has variance τ² − w_T over x_T ~ π where the network is right. What it has above that is
-    error, and much of it, since x̂_0 divides what the network says by √ᾱ_T; seen as an error of the
-    noise in x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε it is about the same at every level.
+    error, large as x̂_0 divides what the network says by √ᾱ_T; seen as an error of the noise in
+    x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε it is about the same at every level.
     """
     reverse, n = problem.reverse, problem.reverse.n
     count = min(_PROBES, max(_FEW_PROBES, _PROBED_NUMBERS // problem.size))
@@ -239,13 +236,7 @@ class Given(NamedTuple):
 
 
 def condition(belief: Belief, hessian: _Matrix | None, mask: Array | None) -> Given:
-    """Work out a level.
-
-    Args:
-        belief: x_0 given the level.
-        hessian: H, or None where log r is not quadratic.
-        mask: True where an entry is known, `(d,)` or `(B, d)`, or None.
-    """
+    """Work out a level; H is None where log r is not quadratic, the mask where nothing is known."""
     d = belief.variance.shape[0]
     identity = jnp.eye(d)
     S = belief.axes * jnp.sqrt(belief.variance)
@@ -282,7 +273,7 @@ def pulled(given: Given, g: _Vector) -> _Vector:
     return times(given.gain, g) + jnp.where(is_there[..., None], rest, 0.0)
 
 
-def narrowing(precision: _Matrix, variance: Array) -> tuple[_Matrix, Float[Array, "..."]]:
+def _narrowing(precision: _Matrix, variance: Array) -> tuple[_Matrix, Float[Array, "..."]]:
     """N with N Nᵀ = (I + variance · P)⁻¹, and log det N."""
     root, log_det = _power(jnp.eye(precision.shape[-1]) + variance * precision, -0.5)
     return root, -0.5 * log_det
@@ -296,18 +287,25 @@ def times(matrix: _Matrix, x: _Vector) -> _Vector:
     return jnp.einsum("bij,pbj->pbi", matrix, flat).reshape(x.shape)
 
 
-def hessian_of(curvature: Callable[[Array], Array], zeros: Float[Array, "B d"]) -> _Matrix:
+def _hessian_of(curvature: Callable[[Array], Array], zeros: Float[Array, "B d"]) -> _Matrix:
     """H of a quadratic log r by d products."""
     d = zeros.shape[-1]
 
     def column(index: Array) -> Array:
         return curvature(jnp.broadcast_to(jnp.eye(d)[index], zeros.shape))
 
-    rows = jax.lax.map(column, jnp.arange(d))
-    hessian = jnp.moveaxis(rows, 0, -1)
-    hessian = 0.5 * (hessian + jnp.swapaxes(hessian, -1, -2))
-    values, vectors = eigh_each(hessian)  # positive curvature of log r counts as zero
-    return (vectors * jnp.maximum(values, 0.0)[..., None, :]) @ jnp.swapaxes(vectors, -1, -2)
+    hessian = jnp.moveaxis(jax.lax.map(column, jnp.arange(d)), 0, -1)
+    values, vectors = _eigen(hessian)  # positive curvature of log r counts as zero
+    return _scaled(vectors, jnp.maximum(values, 0.0))
+
+
+def _eigen(a: _Matrix) -> tuple[Float[Array, "*systems d"], _Matrix]:
+    """Eigenpairs of the symmetric part."""
+    return eigh_each(0.5 * (a + jnp.swapaxes(a, -1, -2)))
+
+
+def _scaled(vectors: _Matrix, values: Float[Array, "*systems d"]) -> _Matrix:
+    return (vectors * values[..., None, :]) @ jnp.swapaxes(vectors, -1, -2)
 
 
 def _shrink(a: _Matrix) -> tuple[_Matrix, _Matrix, _Matrix, Float[Array, "..."]]:
@@ -315,26 +313,20 @@ def _shrink(a: _Matrix) -> tuple[_Matrix, _Matrix, _Matrix, Float[Array, "..."]]
 
     By the eigenpairs of A and not of I + A, in which the 1 is lost where A is large.
     """
-    values, vectors = eigh_each(0.5 * (a + jnp.swapaxes(a, -1, -2)))
+    values, vectors = _eigen(a)
     least = a.shape[-1] * jnp.finfo(values.dtype).eps * values[..., -1:]
     is_there = values > least
     values = jnp.where(is_there, values, 0.0)
-
-    def scaled(factor: Array) -> _Matrix:
-        return (vectors * factor[..., None, :]) @ jnp.swapaxes(vectors, -1, -2)
-
-    shares = values / (1 + values)
     gain, untouched = jnp.where(is_there, 1 / (1 + values), 0.0), jnp.where(is_there, 0.0, 1.0)
-    log_det = jnp.sum(jnp.log1p(values), -1)
-    return scaled(gain), scaled(untouched), scaled(shares), log_det
+    parts = (_scaled(vectors, part) for part in (gain, untouched, values / (1 + values)))
+    return *parts, jnp.sum(jnp.log1p(values), -1)
 
 
 def _power(matrix: _Matrix, exponent: float) -> tuple[_Matrix, Float[Array, "..."]]:
     """A power of a positive definite matrix, and its log det; one LAPACK call for each matrix."""
-    values, vectors = eigh_each(0.5 * (matrix + jnp.swapaxes(matrix, -1, -2)))
+    values, vectors = _eigen(matrix)
     values = jnp.maximum(values, jnp.finfo(values.dtype).eps * values[..., -1:])
-    scaled = vectors * (values**exponent)[..., None, :]
-    return scaled @ jnp.swapaxes(vectors, -1, -2), jnp.sum(jnp.log(values), -1)
+    return _scaled(vectors, values**exponent), jnp.sum(jnp.log(values), -1)
 
 
 class Common(NamedTuple):
@@ -353,7 +345,7 @@ def hessian(problem: Problem) -> Float[Array, "*B d d"] | None:
         return jnp.zeros((problem.size, problem.size))
     zeros = jnp.zeros((problem.systems, problem.size))
     at = local(problem.log_r, zeros[None])
-    return hessian_of(lambda v: at.curvature(v[None])[0], zeros)
+    return _hessian_of(lambda v: at.curvature(v[None])[0], zeros)
 
 
 def common(problem: Problem, reading: Reading, hessian: Array | None, t: Any) -> Common:
@@ -361,9 +353,7 @@ def common(problem: Problem, reading: Reading, hessian: Array | None, t: Any) ->
     covariance = problem.draw.covariance
     along = spread(problem, reading, covariance.variances)
     axes = jnp.asarray(covariance.axes, along.variance.dtype)
-    belief, nearer = (
-        Belief(axes, along.variance[t - down], along.slope[t - down]) for down in (1, 2)
-    )
+    belief, nearer = (Belief(axes, along.variance[i], along.slope[i]) for i in (t - 1, t - 2))
     given, ahead = (condition(b, hessian, problem.mask) for b in (belief, nearer))
     step, of_step = problem.reverse.steps.at(t, 0), problem.reverse.variance
     if of_step is not None:
@@ -371,6 +361,6 @@ def common(problem: Problem, reading: Reading, hessian: Array | None, t: Any) ->
     else:  # for every particle alike
         weight_0, _ = bridge_weights(step)
         variance = bridge_variance(step) + weight_0**2 * jnp.mean(belief.variance)
-    matrix, log_det = narrowing(ahead.precision, variance)
+    matrix, log_det = _narrowing(ahead.precision, variance)
     matrix = jnp.broadcast_to(matrix, (problem.systems, *matrix.shape[-2:]))
     return Common(given, nearer, (matrix, jnp.broadcast_to(log_det, problem.systems)))

@@ -16,7 +16,7 @@ a twist that changes nothing leaves weights that are exactly one.
 Source: Hesterberg (1995), defensive mixtures.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,16 +90,15 @@ class SymbolProposal(NamedTuple):
     """log q of each state; at `_EXCLUDED` or below where the state is ruled out."""
     pinned: Float[Array, " N"]  # log p of the entries that are set exactly, summed
 
-    def draw(self, key: Array, common: Any) -> tuple[Array, Array]:
+    def draw(self, key: Array, common: None) -> tuple[Array, Array]:
         """x_s and log p(x_s | x_t) − log of the mixture it was drawn from."""
         key_which, key_q, key_open = jax.random.split(key, 3)
         log_open = self._log_open()
         is_open = jax.random.bernoulli(key_which, _OPEN, self.pinned.shape)
         from_q, from_open = States(self.log_q).sample(key_q), States(log_open).sample(key_open)
         x_s = jnp.where(is_open[:, None], from_open, from_q)
-        log_p, log_q, log_open = (
-            States(law).log_prob(x_s) for law in (self.log_p, self.log_q, log_open)
-        )
+        laws = self.log_p, self.log_q, log_open
+        log_p, log_q, log_open = (States(law).log_prob(x_s) for law in laws)
         gap = jnp.sum(log_open - log_q, -1)
         return x_s, jnp.sum(log_p - log_q, -1) - _log_mixture(gap) + self.pinned
 

@@ -41,6 +41,7 @@ _BLOCK = 64  # changes of one entry tried at once
 
 _Symbols = Int[Array, "P B d"]
 _LogLaw = Float[Array, "P B d K"]
+_Known = Array | None
 _LogR = Callable[[_Symbols], Float[Array, "P B"]]
 
 
@@ -68,7 +69,7 @@ class SymbolTwist(Twist):
         return "twist of symbols"
 
     def __call__(self, view: View) -> Tilt:
-        """Symbols do not move by a shift; `look` says what they do."""
+        """Refused, as symbols do not move by a shift; see `look`."""
         raise TypeError("a twist of symbols has no tilt; see look")
 
     def look(self, view: View) -> Look:
@@ -114,7 +115,7 @@ def _log_r(view: View) -> _LogR | None:
     return (lambda x: view.problem.log_r(x, on_grid=True)) if view.problem.is_observed else None
 
 
-def _look(log_p: _LogLaw, log_q: _LogLaw, log_psi: Array, known: Any, mask: Any) -> Look:
+def _look(log_p: _LogLaw, log_q: _LogLaw, log_psi: Array, known: _Known, mask: _Known) -> Look:
     """Known entries at the end are set, their mass counted."""
     pinned = jnp.zeros(log_psi.shape)
     if known is not None:
@@ -148,15 +149,8 @@ def _predicted(view: View, x_t: Array, outputs: tuple[Array, ...]) -> _LogLaw:
     return _normalise(_flat(view, jnp.where(can_reach, log_p_0, -jnp.inf)))[0]
 
 
-def inform(log_p_0: _LogLaw, log_r: _LogR | None, known: Any, mask: Any) -> Informed:
-    """Multiply a factorised law of x_0 by r.
-
-    Args:
-        log_p_0: log p_i(k).
-        log_r: log r of states; None where r is 1.
-        known: Known states, or None.
-        mask: True where a state is known.
-    """
+def inform(log_p_0: _LogLaw, log_r: _LogR | None, known: _Known, mask: _Known) -> Informed:
+    """Multiply a factorised law log p_i(k) of x_0 by r, 1 for None, and set known states."""
     log_psi = 0.0
     if known is not None:
         is_state = known[..., None] == jnp.arange(log_p_0.shape[-1])
@@ -196,8 +190,8 @@ def _around_mode(log_p_0: _LogLaw, log_r: _LogR) -> tuple[Float[Array, "P B"], _
         is_true = jnp.abs(together - base - jnp.sum(_pick(gains, best), -1)) < _ADDITIVE
         rise = jnp.max(rises, -1)
         where = jax.nn.one_hot(jnp.argmax(rise, -1), rise.shape[-1], dtype=bool)
-        single = jnp.where(where, best, x_hat)
-        return _Mode(x_hat, base, gains, single, is_true | (jnp.max(rise, -1) <= 0), moves)
+        is_done = is_true | (jnp.max(rise, -1) <= 0)
+        return _Mode(x_hat, base, gains, jnp.where(where, best, x_hat), is_done, moves)
 
     def climb(mode: _Mode) -> _Mode:
         new = look(mode.next_x, log_r(mode.next_x), mode.moves + 1)
