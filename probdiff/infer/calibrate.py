@@ -58,7 +58,7 @@ class _Runs(Protocol):
 
 
 def calibrate(
-    key: Array, program: Program, sampler: _Runs | Callable[..., Any], *,
+    key: Array, program: Program, sampler: _Runs | Callable, *,
     num_simulations: int = 200, num_draws: int | None = None, num_projections: int = 4,
     observed: Mapping[str, str] | None = None, progress: bool = False, **kwargs: Any,
 ) -> "xr.DataTree":  # fmt: skip
@@ -236,7 +236,7 @@ def _arguments(
     return arguments
 
 
-def _runner(sampler: Any, name: str) -> Callable[..., Any]:
+def _runner(sampler: Any, name: str) -> Callable:
     """The sampler as a function of a key and arguments that returns draws of x_0."""
     if isinstance(sampler, type):
         raise ValueError(f"sampler must be made with its program first; got {sampler}")
@@ -250,7 +250,7 @@ def _runner(sampler: Any, name: str) -> Callable[..., Any]:
     return run
 
 
-def _quietly(run: Callable[..., Any], key: Array, kwargs: dict) -> tuple[Any, bool]:
+def _quietly(run: Callable, key: Array, kwargs: dict) -> tuple[Any, bool]:
     """Draws, and whether there was an `InferenceWarning`: one of hundreds helps nobody."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", InferenceWarning)

@@ -53,14 +53,11 @@ class Health(NamedTuple):
     spread: np.ndarray  # largest less least log Ẑ
     least_ess: np.ndarray  # least effective number of any level and run, share of N
     ess: np.ndarray  # effective number of the pooled draws
-    ancestors: np.ndarray
-    """Distinct particles at the start, of all runs, from which the draws descend."""
+    ancestors: np.ndarray  # distinct particles at the start, of all runs, from which draws descend
     distinct: np.ndarray  # distinct particles among the draws
     resampled: np.ndarray  # times resampled, the most of any run
-    pareto_k: np.ndarray
-    """Pareto k of the pooled weights; nan where they are equal or fewer than 100."""
-    worst_pareto_k: np.ndarray
-    """Pareto k of one step's own weights, the step of least effective number; mean of the runs."""
+    pareto_k: np.ndarray  # of the pooled weights; nan where they are equal or fewer than 100
+    worst_pareto_k: np.ndarray  # of the weights of the step of least effective number; mean of runs
     r_hat: np.ndarray  # largest R-hat over runs, of log r and of coordinates; nan for one run
     bad: np.ndarray  # largest share of particles, of any level and run, whose twist was not finite
     left: np.ndarray  # ᾱ_T E|x_0|², on the scale of the diffusion; 0 for symbols

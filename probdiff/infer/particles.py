@@ -10,9 +10,9 @@ particles are resampled where their effective number falls below a share of N (s
     Ẑ = ∏ over stages of the mean weight
 
 is unbiased for Z = E_p[r(x_0)], whatever ψ is. A population is one run for one system (an entry of
-the plates around the prior), with N particles and a key of its own, so that nothing depends on who
-runs beside it. What is done to weights is written for one population and mapped over the S of them;
-network and program see all particles of a level at once, in blocks that fit memory.
+the plates around the prior): N particles and a key, so that nothing depends on who runs beside it.
+Weights are computed for one population and mapped over the S of them; network and program see all
+particles of a level at once, in blocks that fit memory.
 
 Sources: Del Moral et al. (2006); Guarniero et al. (2017) for twists; Wu et al. (2023) for
 diffusions.
@@ -48,8 +48,7 @@ class Options(NamedTuple):
     num_runs: int
     steps: int | None  # levels that are walked; all for None
     is_weighted: bool
-    threshold: float
-    """Share of N below which the effective number calls for resampling; 0 for never."""
+    threshold: float  # share of N below which the effective number resamples; 0 for never
     block_size: int
     mesh: Mesh | None = None
     is_diagonal: bool = False  # of the likelihood, as in `Problem`: found before a run
@@ -69,15 +68,12 @@ class State(NamedTuple):
     """Particles at a level, before they are looked at."""
 
     x: Array  # `(S, N, d)`
-    log_w: Float[Array, "S N"]
-    """Log weights since the last resampling, the twist of this level not yet in."""
+    log_w: Float[Array, "S N"]  # since the last resampling, without the twist of this level
     log_psi: Float[Array, "S N"]  # log ψ that the weights already hold and the next level takes out
-    held: Float[Array, "S N"]
-    """Log weights as the step began, so that what the step itself added can be told."""
+    held: Float[Array, "S N"]  # log weights as the step began, to tell what the step adds
     log_z: Float[Array, " S"]  # log of the product of mean weights up to the last resampling
     ancestor: Int[Array, "S N"]  # index of each particle's ancestor at the start
-    worst: Float[Array, "S N"]
-    """Log weights of the step whose own weights had the least effective number."""
+    worst: Float[Array, "S N"]  # log weights that the step of least effective number added
     worst_ess: Float[Array, " S"]  # that number
     trace: Trace
 
@@ -166,11 +162,9 @@ class Walk(NamedTuple):
         count, wanted = x.shape[0], max(1, self.options.block_size // self.problem.systems)
         size = next(s for s in range(min(wanted, count), 0, -1) if count % s == 0)
         if size == count:
-            out = at(x)
-        else:
-            out = jax.lax.map(at, x.reshape(count // size, size, *x.shape[1:]))
-            out = jax.tree.map(lambda a: a.reshape(count, *a.shape[2:]), out)
-        return jax.tree.map(self._populations, out)
+            return jax.tree.map(self._populations, at(x))
+        out = jax.lax.map(at, x.reshape(count // size, size, *x.shape[1:]))
+        return jax.tree.map(lambda a: self._populations(a.reshape(count, *a.shape[2:])), out)
 
     @property
     def _uses_covariance(self) -> bool:
@@ -266,13 +260,12 @@ class Outcome(NamedTuple):
     log_evidences: np.ndarray  # log Ẑ of each run, `(R, *plates)`
     log_r: np.ndarray  # log r of each particle, `(R, N, *plates)`
     ancestors: np.ndarray  # each particle's ancestor at the start, `(R, N, *plates)`
-    worst_log_weights: np.ndarray
-    """Log weights of the worst step, that of the least effective number, `(R, N, *plates)`."""
+    worst_log_weights: np.ndarray  # of the step of least effective number, `(R, N, *plates)`
     trace: Trace  # at levels n..0, `(n + 1, R, *plates)`
 
 
+# the program, known entries with their mask, and the keys: what is compiled once for all
 _Inputs = tuple[Conditioned, Array | None, Array | np.ndarray | None, Array]
-"""The program, known entries with their mask, and the keys: what is compiled once for all."""
 
 
 def run(read: Read, options: Options, key: Array, *, progress: bool) -> Outcome:
@@ -333,8 +326,8 @@ def _check(draw: PriorDraw, options: Options) -> None:
 def _known(conditioned: Conditioned) -> tuple[Array | None, np.ndarray | None]:
     """Known entries on the scale of the diffusion, `(B, d)`, and their mask.
 
-    The mask is `(d,)` where it is the same in all systems: then a level's matrices are worked out
-    once, which for images is most of the time.
+    The mask is `(d,)` where all systems share it: a level's matrices, most of the time for images,
+    are then worked out once.
     """
     draw = conditioned.draw
     if draw.known is None:

@@ -4,9 +4,9 @@ The runs r = 1..R are pooled, particle i of run r with weight
 
     W_ri = w_ri Ẑ_r / Σ_r Ẑ_r,    Σ_i w_ri = 1,
 
-and equally weighted draws are taken by systematic resampling of the pool, for each entry of the
-prior's plates on its own and with a key of its own, then put in random order: the first few draws
-are as good as any others, and draws of different entries are independent. The DataTree has groups
+and equally weighted draws are taken by systematic resampling of the pool, with a key for each entry
+of the prior's plates, then put in random order: the first few draws are as good as any others, and
+draws of different entries are independent. The DataTree has groups
 
     posterior               equally weighted draws of all runs (chain = 1)
     sample_stats            of the same draws: log r, and the particle each of them is
@@ -51,10 +51,8 @@ class Result(NamedTuple):
     options: Options
     key: Array
     outcome: Outcome
-    index: np.ndarray
-    """Particles, of all runs in a row, that are the equally weighted draws, `(M, *plates)`."""
-    in_runs: np.ndarray
-    """Particles of each run that are its equally weighted draws, `(R, N, *plates)`."""
+    index: np.ndarray  # particles, of all runs in a row, that are the draws, `(M, *plates)`
+    in_runs: np.ndarray  # particles of each run that are its draws, `(R, N, *plates)`
     health: Health
     complaints: tuple[str, ...]  # what was warned of
 
@@ -91,10 +89,8 @@ class Result(NamedTuple):
         is_lost = not whole.kernel.is_discrete and whole.variance is None
         if not (shorter.is_respaced and is_lost and shorter.variance is not None):
             return ""
-        return (
-            f"steps={shorter.n} has no learned variance, which belongs to T steps: the bridge's "
-            "is used"
-        )
+        text = "has no learned variance, which belongs to T steps: the bridge's is used"
+        return f"steps={shorter.n} {text}"
 
 
 def sample(

@@ -8,8 +8,8 @@ given level t. As x̂_0 is a martingale, the variances of its moves add up,
 
     Var[x_0 | x_t] = Var[x_0 | x_s] + slope_s² Var[x_s | x_t],
 
-and with the diffusion's own Var[x_s | x_t], which may be narrower, this is what it does; it matters
-where steps are long, near the data above all. A learned variance counts as ideal.
+which the diffusion's own Var[x_s | x_t], maybe narrower, is put into; it matters where steps are
+long, near the data above all. A learned variance counts as ideal.
 
 Where the data's covariance is known, x_0 ~ N(·, Σ), Σ = U diag(λ) Uᵀ, all this holds on the axes U,
 with λ for τ²; x_0 has covariance C_t = U diag(c_t) Uᵀ given the level, and a root S = U diag(√c_t).
@@ -47,8 +47,8 @@ from probdiff.types import Step
 
 _SLACK = 1.2
 """Variance of x̂_0, over that of a perfect network, which 1024 draws cannot tell from it."""
+# draws of x_T at which the network's error is measured; fewer where they would have more numbers
 _PROBES, _FEW_PROBES, _PROBED_NUMBERS = 1024, 64, 2**22
-"""Draws of x_T at which the network's error is told; fewer where they would have more numbers."""
 
 _Matrix = Float[Array, "*systems d d"]
 _Vector = Float[Array, "... d"]
@@ -60,8 +60,7 @@ class Problem(NamedTuple):
     conditioned: Conditioned
     reverse: Reverse  # the process that is walked
     known: Float[Array, "B d"] | None  # known entries
-    mask: Bool[Array, "*B d"] | None
-    """True where an entry is known; `(d,)` where it is the same in all systems."""
+    mask: Bool[Array, "*B d"] | None  # of known entries; `(d,)` where all systems share it
     is_diagonal: bool  # whether each entry of x_0 has a likelihood of its own
     is_quadratic: bool  # whether the curvature of log r is the same everywhere
 

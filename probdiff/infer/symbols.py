@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from probdiff.infer.steps import SymbolProposal
@@ -41,7 +42,7 @@ _BLOCK = 64  # changes of one entry tried at once
 
 _Symbols = Int[Array, "P B d"]
 _LogLaw = Float[Array, "P B d K"]
-_Known = Array | None
+_Known = ArrayLike | None
 _LogR = Callable[[_Symbols], Float[Array, "P B"]]
 
 

@@ -43,8 +43,7 @@ from probdiff.types import Step
 
 RANK = 4  # directions in which the curvature of log r is kept, where a twist says nothing else
 _LEAST = -1e4  # log ψ where a twist says 0 or nothing: ψ must be positive wherever x_t can be
-_FURTHEST = 5.0
-"""Standard deviations that a proposal's mean moves at most: beyond, the twist is wrong, not x_t."""
+_FURTHEST = 5.0  # standard deviations a proposal's mean moves at most: beyond, the twist is wrong
 
 
 class Tilt(NamedTuple):
@@ -72,6 +71,8 @@ class View:
         problem: The posterior that is looked for.
         t: The level; 1 is the last step, to the data.
         x_t: Particles, `(P, B, d)`.
+        known: Known entries, `(B, d)`, or None.
+        mask: True where an entry is known, or None.
         reading: How well the network reads x_0 out of noise.
         common: What all particles share under the data's covariance, or None.
     """
@@ -81,6 +82,7 @@ class View:
         common: Common | None = None,
     ):  # fmt: skip
         self.problem, self.x_t, self.t = problem, x_t, t
+        self.known, self.mask = problem.known, problem.mask
         self.reading, self.common = reading, common
 
     @property
@@ -162,16 +164,6 @@ class View:
     def slope(self, down: int = 0) -> Float[Array, "..."]:
         """∂x̂_0/∂x_t at level t, or levels below."""
         return self.spread.slope[self.t - 1 - down]
-
-    @property
-    def known(self) -> Float[Array, "B d"] | None:
-        """Known entries, or None."""
-        return self.problem.known
-
-    @property
-    def mask(self) -> Bool[Array, "*B d"] | None:
-        """True where an entry is known, or None."""
-        return self.problem.mask
 
 
 class Twist(abc.ABC):
