@@ -12,9 +12,8 @@ p(x_s | x_t), exact where it is quadratic. (The paper's table App. 1 stops at th
 moves the mean and leaves the variance.) It drops Z̃_s(x_t)/r(x_t)^c of the first, which `SMC` keeps
 as a weight; without it the draws tend to another law, p r² for Gaussian data with constant r.
 
-Unweighted draws of any twist are cheap, x_s ~ q(x_s | x_t) and that is all, with `PointTwist` the
-guidance of DPS. They tend to the wrong law, whatever their number, and nothing in them tells. So
-one small `SMC` runs beside them, and its means are compared:
+Unweighted draws x_s ~ q(x_s | x_t) of any twist are cheap, with `PointTwist` the guidance of DPS.
+They tend to the wrong law, and nothing in them tells. So the means of one small `SMC` are compared:
 
     difference = max over entries of |mean − mean of SMC| / (posterior standard deviation of SMC).
 
@@ -126,8 +125,8 @@ class Check(NamedTuple):
 class Guided(Sampler):
     """Draws led by a twist without weights: approximate, with `KernelTwist` the rule of 2015.
 
-    One walk for each draw, x_s ~ q(x_s | x_t), the proposal that `SMC` would weigh. Cheap, and in
-    its law as good as the twist: no number of draws mends it, and there is no evidence.
+    One walk for each draw, x_s ~ q(x_s | x_t), the proposal that `SMC` would weigh. Cheap; its law
+    is as good as the twist, whatever the number of draws, and there is no evidence.
 
     Args:
         program: As in `SMC`, like `steps`, `block_size` and `progress`.
@@ -140,14 +139,12 @@ class Guided(Sampler):
         ValueError: if an argument is out of range.
 
     Example:
-        A measurement y = 2, of noise 1, of a number x_0 ~ N(0, 1):
-
         >>> prior = standard_diffusion().prior({})
         >>> program = lambda y: numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
         >>> guided = infer.Guided(program, num_samples=4000, check=False)
         >>> guided.run(jax.random.key(0), y=2.0)
         >>> x_0 = guided.get_samples()["x_0"]
-        >>> x_0.shape, round(float(x_0.mean()), 1)  # here close to the posterior, N(1, 1/2)
+        >>> x_0.shape, round(float(x_0.mean()), 1)  # here close to the posterior of x_0, N(1, 1/2)
         ((4000,), 1.0)
         >>> guided.to_datatree().attrs["approximate"]
         1

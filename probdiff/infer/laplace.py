@@ -91,9 +91,8 @@ class Known(NamedTuple):
 class LaplaceTwist(Twist):
     """∫ r N(x̂_0, w_t I), log r to second order at x̂_0: for any smooth likelihood.
 
-    Exact where log r is quadratic and x_0 given x_t Gaussian. Where the prior has the covariance Σ
-    of the data, Σ (I + ᾱ_t/(1−ᾱ_t) Σ)⁻¹ takes the place of w_t I. The default of `SMC` and
-    `Guided`.
+    Exact where log r is quadratic and x_0 given x_t Gaussian. Where the prior has the covariance
+    of the data, C_t takes the place of w_t I. The default of `SMC` and `Guided`.
 
     Args:
         rank: Directions in which the curvature of log r is kept, where it is not diagonal, at least
@@ -129,10 +128,8 @@ class LaplaceTwist(Twist):
         if view.common is not None:
             return self.with_covariance(view, view.common.given)
         w_t, w_s, slope = view.w(), view.w(1), view.slope(1)
-        point, sd = complete(view.x_0_hat, jnp.sqrt(w_t), view)
-        log_psi, e = self.integrate(point, sd, view)
-        pull = e.pull
-        precision = slope**2 * e.diagonal / (1 + w_s * e.diagonal)
+        log_psi, e = self.integrate(*complete(view.x_0_hat, jnp.sqrt(w_t), view), view)
+        pull, precision = e.pull, slope**2 * e.diagonal / (1 + w_s * e.diagonal)
         if view.known is not None:
             known = self.of_known(view)
             pull = jnp.where(view.mask, known.pull, pull)
@@ -177,7 +174,7 @@ class LaplaceTwist(Twist):
         return Tilt(log_psi, limited(shift, view), jnp.zeros(mean.shape, mean.dtype), factors)
 
     def _by_lanczos(
-        self, view: View, given: Given, at: Local, g: Array, projected: Callable[[Array], Array]
+        self, view: View, given: Given, at: Local, g: Array, projected: Callable
     ) -> tuple[Array, Array, Array]:
         """(I + A)⁻¹ g, log det(I + A) and the rows that ψ_s adds, where log r is not quadratic."""
         belief, nearer = given.belief, view.common.nearer
@@ -188,11 +185,10 @@ class LaplaceTwist(Twist):
         values, vectors = krylov(g, operator, min(self.rank, g.shape[-1]))
         along = jnp.sum(vectors * g, -1)
         u = jnp.sum(vectors * (along / (1 + values))[..., None], 0)
-        log_det = jnp.sum(jnp.log1p(values), 0)
         narrowing = jnp.sum(vectors**2 * (nearer.variance / belief.variance), -1)
         rows = vectors * jnp.sqrt(values / (1 + narrowing * values))[..., None]
         rows = (rows * nearer.slope / jnp.sqrt(belief.variance)) @ belief.axes.T
-        return u, log_det, rows
+        return u, jnp.sum(jnp.log1p(values), 0), rows
 
 
 @dataclasses.dataclass(frozen=True)

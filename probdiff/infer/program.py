@@ -17,6 +17,7 @@ Source: Sohl-Dickstein et al. (2015), section 2.5, eqs. 16 to 18.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -134,22 +135,19 @@ def read(program: Program, args: tuple, kwargs: dict) -> Read:
         observed = _observed(sites, site, draw)
         batch_shape = site["fn"].batch_shape
         leaves, tree = jax.tree.flatten(draw)
-        is_computed = [isinstance(leaf, jax.core.Tracer) for leaf in leaves]
         # of the prior only what depends on the arguments is computed: weights stay where they are
+        computed = [isinstance(leaf, jax.core.Tracer) for leaf in leaves]
         found.update(
-            leaves=[None if c else leaf for leaf, c in zip(leaves, is_computed, strict=True)],
-            tree=tree, is_computed=is_computed, batch_shape=batch_shape, observed=observed,
+            leaves=[None if c else leaf for leaf, c in zip(leaves, computed, strict=True)],
+            tree=tree, is_computed=computed, batch_shape=batch_shape, observed=observed,
             names=_names(sites, site, draw, observed), programs=site["infer"]["programs"],
         )  # fmt: skip
-        return [leaf for leaf, c in zip(leaves, is_computed, strict=True) if c]
+        return list(itertools.compress(leaves, computed))
 
     computed = trace(look, arrays)
     values = iter(found["programs"](call, computed, arrays))
-    leaves = [
-        next(values) if c else leaf
-        for leaf, c in zip(found["leaves"], found["is_computed"], strict=True)
-    ]
-    draw = jax.tree.unflatten(found["tree"], leaves)
+    both = zip(found["leaves"], found["is_computed"], strict=True)
+    draw = jax.tree.unflatten(found["tree"], [next(values) if c else leaf for leaf, c in both])
     batch_shape, observed = found["batch_shape"], found["observed"]
 
     def likelihood(arrays: list[Array], x_0: Array) -> dict[str, Array]:
@@ -163,22 +161,17 @@ def read(program: Program, args: tuple, kwargs: dict) -> Read:
     return Read(program, args, kwargs, conditioned, found["names"], found["programs"])
 
 
-def _arrays(
-    args: tuple, kwargs: dict
-) -> tuple[list[Array], Callable[[list[Array]], tuple[tuple, dict]]]:
+def _arrays(args: tuple, kwargs: dict) -> tuple[list[Array], Callable]:
     """Array arguments, and how to put others in their place."""
     leaves, tree = jax.tree.flatten((args, kwargs))
     # NumPy's floats count as arrays: values of data, of which each would be compiled for otherwise.
     is_array = [isinstance(leaf, jax.Array | np.ndarray | np.floating) for leaf in leaves]
-    arrays = [jnp.asarray(leaf) for leaf, a in zip(leaves, is_array, strict=True) if a]
 
     def rebuild(arrays: list[Array]) -> tuple[tuple, dict]:
-        given = iter(arrays)
-        return jax.tree.unflatten(
-            tree, [next(given) if a else leaf for leaf, a in zip(leaves, is_array, strict=True)]
-        )
+        given, both = iter(arrays), zip(leaves, is_array, strict=True)
+        return jax.tree.unflatten(tree, [next(given) if a else leaf for leaf, a in both])
 
-    return arrays, rebuild
+    return [jnp.asarray(leaf) for leaf in itertools.compress(leaves, is_array)], rebuild
 
 
 class _Place(Messenger):
@@ -197,9 +190,8 @@ class _Place(Messenger):
             self._drawn.add(_drawn(draw))
             msg["value"] = jnp.zeros(msg["fn"].shape(), draw.reverse.kernel.dtype)
         elif msg["name"] in self._drawn and not msg["is_observed"]:
-            fn = msg["fn"]
             dtype = self.priors[-1]["infer"]["prior"].reverse.kernel.dtype
-            msg["value"] = jnp.zeros(fn.shape(), dtype) if self.x_0 is None else self.x_0
+            msg["value"] = jnp.zeros(msg["fn"].shape(), dtype) if self.x_0 is None else self.x_0
 
 
 def _sites(program: Program, args: tuple, kwargs: dict, x_0: Any) -> tuple[Sites, list[Site]]:

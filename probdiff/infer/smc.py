@@ -177,14 +177,11 @@ class SMC(Sampler):
         program: Any NumPyro program with one `prior()` and observed sites or factors below it.
         num_particles: Particles N of one run, at least 1. What a posterior needs, a run must hold:
             more runs do not help where one of them collapses.
-        num_runs: Independent runs R, at least 1, between which errors are told; with one of them
-            `log_evidence_se` is nan.
+        num_runs: Independent runs R, at least 1, whose spread is the error; of one it is nan.
         twist: Guess of E[r(x_0) | x_t], `LaplaceTwist()` if absent, for symbols `SymbolTwist()`;
             `ReadoutTwist()` where many entries are known exactly and the readout is a `Mixture`.
-        steps: Number n in 2..T of levels to walk, another model than the T-step diffusion; T if
-            absent.
-        ess_threshold: Share of N in [0, 1] below which the effective number calls for resampling;
-            0 for never.
+        steps: Number n in 2..T of levels to walk, another model than that of all T, the default.
+        ess_threshold: Share of N in [0, 1] below which the effective number resamples; 0 for never.
         block_size: Particles, times entries of the plates, that the network sees at once.
         mesh: Devices that share out the runs; `num_runs` is a multiple of their number.
         progress: Show a bar.
@@ -208,8 +205,7 @@ class SMC(Sampler):
         >>> round(smc.log_evidence, 1), round(float(exact), 1)
         (-2.3, -2.3)
 
-    Sources: Sohl-Dickstein et al. (2015), section 2.5, for r; Del Moral et al. (2006); Wu et al.
-    (2023) for twists of diffusions.
+    Sources: Del Moral et al. (2006); Wu et al. (2023) for twists of diffusions.
     """
 
     def __init__(

@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Num
 
 from probdiff.infer.program import Conditioned
 from probdiff.infer.quadratic import eigh_each, local
@@ -59,7 +59,7 @@ class Problem(NamedTuple):
 
     conditioned: Conditioned
     reverse: Reverse  # the process that is walked
-    known: Float[Array, "B d"] | None  # known entries
+    known: Num[Array, "B d"] | None  # known entries
     mask: Bool[Array, "*B d"] | None  # of known entries; `(d,)` where all systems share it
     is_diagonal: bool  # whether each entry of x_0 has a likelihood of its own
     is_quadratic: bool  # whether the curvature of log r is the same everywhere
@@ -84,7 +84,7 @@ class Problem(NamedTuple):
         """Whether sites other than known entries are observed."""
         return bool(self.conditioned.observed)
 
-    def shaped(self, x: Float[Array, "P B d"]) -> Array:
+    def shaped(self, x: Num[Array, "P B d"]) -> Array:
         """As network and program see particles, `(P, *plates, *event_shape)`."""
         return x.reshape(len(x), *self.conditioned.batch_shape, *self.reverse.event_shape)
 
@@ -92,7 +92,7 @@ class Problem(NamedTuple):
         """The way back."""
         return x.reshape(len(x), self.systems, self.size)
 
-    def log_r(self, x: Float[Array, "P B d"], *, on_grid: bool = False) -> Float[Array, "P B"]:
+    def log_r(self, x: Num[Array, "P B d"], *, on_grid: bool = False) -> Float[Array, "P B"]:
         """log r; between the values of a grid unless told to put x_0 on it."""
         to_data = self.reverse.to_data if on_grid else self.reverse.units.to_data
         return jax.vmap(self.conditioned.log_r)(to_data(self.shaped(x))).reshape(x.shape[:2])

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Num
 
 from probdiff.infer.quadratic import Expansion, Local, diagonal, local, low_rank, settle
 from probdiff.infer.spread import (
@@ -78,7 +78,7 @@ class View:
     """
 
     def __init__(
-        self, problem: Problem, x_t: Float[Array, "P B d"], t: Any, reading: Reading = PERFECT,
+        self, problem: Problem, x_t: Num[Array, "P B d"], t: Any, reading: Reading = PERFECT,
         common: Common | None = None,
     ):  # fmt: skip
         self.problem, self.x_t, self.t = problem, x_t, t
@@ -95,7 +95,7 @@ class View:
         """Coefficients of the step."""
         return self.problem.reverse.steps.at(self.t, 1)
 
-    @functools.cached_property
+    @property
     def outputs(self) -> tuple[Array, ...]:
         """What the network says at x_t."""
         return self._denoised[2]
@@ -120,15 +120,12 @@ class View:
     @functools.cached_property
     def mean(self) -> Float[Array, "P B d"]:
         """Mean of p(x_s | x_t)."""
-        return self._of_law(self.law.loc)
+        return self.problem.flat(jnp.broadcast_to(self.law.loc, self.law.batch_shape))
 
     @functools.cached_property
     def variance(self) -> Float[Array, "P B d"]:
         """Variance of p(x_s | x_t)."""
-        return self._of_law(self.law.scale) ** 2
-
-    def _of_law(self, a: Array) -> Float[Array, "P B d"]:
-        return self.problem.flat(jnp.broadcast_to(a, self.law.batch_shape))
+        return self.problem.flat(jnp.broadcast_to(self.law.scale, self.law.batch_shape)) ** 2
 
     @functools.cached_property
     def x_0_hat(self) -> Float[Array, "P B d"]:
@@ -147,7 +144,7 @@ class View:
         x_t = self.problem.shaped(self.x_t)
         return self.problem.reverse.x_0_given(x_t, self.t, self.outputs)
 
-    def log_r(self, x: Float[Array, "P B d"]) -> Float[Array, "P B"]:
+    def log_r(self, x: Num[Array, "P B d"]) -> Float[Array, "P B"]:
         """log r, between the values of a grid: what a twist expands."""
         return self.problem.log_r(x)
 
@@ -277,13 +274,12 @@ def shift_of(step: Step, gradient: Array) -> Array:
 def limited(shift: Array, view: View) -> Array:
     """A shift as far as p(x_s | x_t) follows it.
 
-    Over a long step near the data a diffusion with the bridge's variance is much narrower than an
-    ideal one, and x_s can move only by V ∇ log ψ_s: hence the ratio of the two variances.
+    Over a long step near the data the bridge's variance is far below the ideal one, and x_s can
+    move only by V ∇ log ψ_s: hence the ratio of the two variances.
     """
     step = view.step
-    weight_0, _ = bridge_weights(step)
     ideal = step.noise_t / jnp.sqrt(step.alpha_bar_t) * view.slope()
-    shift *= view.variance / (bridge_variance(step) + weight_0**2 * ideal)
+    shift *= view.variance / (bridge_variance(step) + bridge_weights(step)[0] ** 2 * ideal)
     furthest = jnp.max(jnp.abs(shift) / jnp.sqrt(view.variance), axis=-1, keepdims=True)
     shift = jnp.where(jnp.isfinite(furthest), shift, 0.0)
     return shift * jnp.minimum(1.0, _FURTHEST / jnp.where(furthest > 0, furthest, 1.0))
