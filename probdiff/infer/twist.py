@@ -78,8 +78,8 @@ class View:
     """
 
     def __init__(
-        self, problem: Problem, x_t: Num[Array, "P B d"], t: Any, reading: Reading = PERFECT,
-        common: Common | None = None,
+        self, problem: Problem, x_t: Num[Array, "P B d"], t: Any,
+        reading: Reading | None = PERFECT, common: Common | None = None,
     ):  # fmt: skip
         self.problem, self.x_t, self.t = problem, x_t, t
         self.known, self.mask = problem.known, problem.mask
