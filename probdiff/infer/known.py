@@ -1,8 +1,7 @@
 """Known entries by the readout's own law of each, and the bridge to them as proposal.
 
-A Gaussian of the data's covariance knows how numbers depend on each other and nothing of their
-shape. The `Mixture` readout knows the shape of each, levels of grey and all, and nothing of their
-dependence. For a known entry, x_0,i = y_i, the second says
+A Gaussian of the data's covariance knows how numbers depend on each other, not their shape. The
+`Mixture` readout knows the shape of each, not their dependence. For known x_0,i = y_i it says
 
     log ψ_t = γ_t Σ_{i known} log p(x_0,i = y_i | x_t),         its mass where x_0 is on a grid,
 

@@ -25,8 +25,9 @@ from jaxtyping import Array, Float
 from probdiff.infer.quadratic import eigh
 from probdiff.kernels import States
 
-# share of a symbol proposal that stays with p: weights exceed what p would give by 1/_OPEN at most,
-_OPEN = 0.1  # even where r joins entries and each on its own looks decided
+# Share of a symbol proposal that stays with p: no weight exceeds what p would give by more than
+# 1/_OPEN, even where r joins entries and each on its own looks decided.
+_OPEN = 0.1
 _EXCLUDED = -5e3  # log-probability at or below which a proposal says never
 
 
