@@ -8,8 +8,8 @@ given level t. As x̂_0 is a martingale, the variances of its moves add up,
 
     Var[x_0 | x_t] = Var[x_0 | x_s] + slope_s² Var[x_s | x_t],
 
-which the diffusion's own Var[x_s | x_t], maybe narrower, is put into; it matters where steps are
-long, near the data above all. A learned variance counts as ideal.
+with the diffusion's own Var[x_s | x_t]. It may be narrower than the ideal one, which matters where
+steps are long, near the data above all. A learned variance counts as ideal.
 
 Where the data's covariance is known, x_0 ~ N(·, Σ), Σ = U diag(λ) Uᵀ, all this holds on the axes U,
 with λ for τ²; x_0 has covariance C_t = U diag(c_t) Uᵀ given the level, and a root S = U diag(√c_t).
