@@ -6,11 +6,11 @@ sees what it reads now. `Traced` is what comes of it: the operations, and beside
 that they read. It is a pytree. Its leaves are the constants; the rest compares by content, so that
 two tracings of the same code over other data have the same structure.
 
-What is compiled are functions of such values, of weights and of data: all that varies is an
-argument. `Programs` keeps them by function, static options, and structure and shapes of the
-arguments. So nothing is compiled again unless what is computed has changed, and nothing stale is
-run. Each object with code of its own (a network bound by `Diffusion`, an `SVI`) has its `Programs`,
-which keep the last few and go with the object.
+Functions of such values, of weights and of data are compiled: all that varies is an argument.
+`Programs` keeps them by function, static options, and structure and shapes of the arguments. So
+nothing is compiled again unless what is computed has changed, and nothing stale is run. Each object
+with its own code (a network bound by `Diffusion`, an `SVI`) has its `Programs`, which keep the last
+few and go with the object.
 """
 
 import collections
@@ -25,17 +25,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-KEPT = 24
-"""Compiled functions that one object keeps: each holds some tens of memory maps, of which a process
-has 65,530."""
-RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
-"""Operations whose parameters hold Python functions that are new at each trace."""
+KEPT = 24  # compiled functions of one object: each holds tens of a process's 65,530 memory maps
+# operations whose parameters hold Python functions that are new at each trace
+_RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 
 
 class Code:
     """Operations and the structure of what they return; equal if they compute the same."""
 
-    def __init__(self, jaxpr: core.Jaxpr, out_tree: Any):
+    def __init__(self, jaxpr: core.Jaxpr, out_tree: jax.tree_util.PyTreeDef):
         self.jaxpr, self.out_tree = jaxpr, out_tree
         self._digest = hashlib.sha256(_text(jaxpr).encode()).hexdigest()
 
@@ -54,12 +52,12 @@ class Traced:
     def __init__(self, consts: Any, code: Code):
         self.consts, self.code = consts, code
 
-    def tree_flatten(self) -> tuple[tuple[Any], Code]:
+    def tree_flatten(self) -> tuple[tuple, Code]:
         """The constants, and the operations."""
         return (self.consts,), self.code
 
     @classmethod
-    def tree_unflatten(cls, code: Code, children: tuple[Any]) -> "Traced":
+    def tree_unflatten(cls, code: Code, children: tuple) -> "Traced":
         """The way back."""
         return cls(*children, code)
 
@@ -75,7 +73,7 @@ class Traced:
         return jax.tree.unflatten(self.code.out_tree, leaves)
 
 
-def trace(function: Callable[..., Any], *args: Any) -> Traced:
+def trace(function: Callable, *args: Any) -> Traced:
     """Trace a function of pytrees of arrays, or of their shapes."""
 
     def anew(*args: Any) -> Any:  # JAX would keep what it traced of `function` itself
@@ -91,9 +89,9 @@ class Programs:
     """The compiled functions of one object, the last few that were used."""
 
     def __init__(self) -> None:
-        self._kept: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
+        self._kept: collections.OrderedDict[Hashable, Callable] = collections.OrderedDict()
 
-    def __call__(self, function: Callable[..., Any], *args: Any, **static: Hashable) -> Any:
+    def __call__(self, function: Callable, *args: Any, **static: Hashable) -> Any:
         """`function(*args, **static)`, compiled at most once for arguments like these.
 
         Args:
@@ -112,7 +110,7 @@ class Programs:
         return self._kept[key](*args)
 
 
-def call(function: Callable[..., Any], *args: Any) -> Any:
+def call(function: Callable, *args: Any) -> Any:
     """`function(*args)`: what `Programs` compile of a `Traced` by itself."""
     return function(*args)
 
@@ -123,16 +121,16 @@ def _shape(leaf: Any) -> Hashable:
 
 def _text(jaxpr: core.Jaxpr) -> str:
     """All that a jaxpr computes, as text: variables by number, constants by their bytes."""
-    numbers: dict[Any, int] = {}
+    numbers: dict[core.Var, int] = {}
 
-    def atom(a: Any) -> str:
+    def atom(a: core.Var | core.Literal) -> str:
         if isinstance(a, core.Literal):
             return _value(np.asarray(a.val)) + repr(a.aval)
         return f"{numbers.setdefault(a, len(numbers))}{a.aval!r}"
 
     lines = [" ".join(map(atom, (*jaxpr.constvars, *jaxpr.invars)))]
     for eqn in jaxpr.eqns:
-        is_rule = eqn.primitive.name in RULES
+        is_rule = eqn.primitive.name in _RULES
         params = (f"{k}={_value(v, is_rule=is_rule)}" for k, v in sorted(eqn.params.items()))
         inputs, outputs = (" ".join(map(atom, side)) for side in (eqn.invars, eqn.outvars))
         lines.append(f"{eqn.primitive.name}[{' '.join(params)}] {inputs} -> {outputs}")

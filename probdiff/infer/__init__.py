@@ -25,8 +25,8 @@ the exact twist in 8 and 80 dimensions, that of `LaplaceTwist` 1.07 to 1.73 time
 for exact pixels: for 392 known ones of a digit it found a log evidence of −276 with 64 particles,
 `LaplaceTwist` with the covariance of the data −427 with 32, at four times the cost of a particle.
 
-Source: Sohl-Dickstein et al. (2015), section 2.5, multiplying by r(x); Wu et
-al. (2023) for twists in SMC; Song et al. (2023) for the width; Boys et al. (2023) for C_t.
+Sources: Sohl-Dickstein et al. (2015), section 2.5, multiplying by r(x); Wu et al. (2023) for twists
+in SMC; Song et al. (2023) for the width; Boys et al. (2023) for C_t.
 """
 
 from probdiff.infer.calibrate import calibrate

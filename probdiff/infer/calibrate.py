@@ -10,15 +10,15 @@ is uniform on (0, 1): exactly so for L independent draws, ties or none. The quan
 
     every coordinate of x_0,  projections of x_0 on random directions,  log r(x_0) = log p(y | x_0).
 
-The last makes it a test of conditioning. A sampler that returns draws of the prior, whatever y is,
-has uniform ranks in all that depends on x_0 alone; but its draws explain y worse than x_0* does,
-and the rank of log r says so.
+The last makes it a test of conditioning. Draws of the prior, whatever y is, have uniform ranks in
+all that depends on x_0 alone; but they explain y worse than x_0* does, and the rank of log r says
+so.
 
 Draws of one SMC run are exchangeable but dependent, by common ancestors and by resampling. Their
-ranks are uniform up to the bias of SMC, of order 1/N, and to an error of order one over the
-effective number of draws: too little to see in hundreds of simulations, unless runs collapse, which
-ranks then rightly show as a posterior too narrow. Draws of MCMC must be thinned, by `num_draws`,
-until they are nearly independent.
+ranks are uniform up to the bias of SMC, of order 1/N, and an error of order one over the effective
+number of draws: too little to see in hundreds of simulations, unless runs collapse, which ranks
+rightly show as a posterior too narrow. Draws of MCMC must be thinned, by `num_draws`, until they
+are nearly independent.
 
 Sources: Talts et al. (2018); Modrák et al. (2023) for the likelihood as a quantity.
 """
@@ -38,17 +38,16 @@ from probdiff import bars
 from probdiff.arguments import check_at_least
 from probdiff.compilation import call, trace
 from probdiff.infer.health import InferenceWarning
-from probdiff.infer.program import BLOCK, Conditioned, Program, read
+from probdiff.infer.program import BLOCK, Conditioned, Program, Sites, read
 
 if TYPE_CHECKING:
     import xarray as xr
 
-LEVEL = 0.01
-"""Probability that one or more of all the tests reject what is right, at most."""
+_LEVEL = 0.01  # probability that one or more of all the tests reject what is right, at most
 
 
 @runtime_checkable
-class Runs(Protocol):
+class _Runs(Protocol):
     """`SMC`, `Guided`, NumPyro's `MCMC`: what runs on a key and arguments and then has samples."""
 
     def run(self, key: Any, *args: Any, **kwargs: Any) -> Any:
@@ -59,17 +58,10 @@ class Runs(Protocol):
 
 
 def calibrate(
-    key: Array,
-    program: Program,
-    sampler: Runs | Callable[..., Any],
-    *,
-    num_simulations: int = 200,
-    num_draws: int | None = None,
-    num_projections: int = 4,
-    observed: Mapping[str, str] | None = None,
-    progress: bool = False,
-    **kwargs: Any,
-) -> "xr.DataTree":
+    key: Array, program: Program, sampler: _Runs | Callable, *,
+    num_simulations: int = 200, num_draws: int | None = None, num_projections: int = 4,
+    observed: Mapping[str, str] | None = None, progress: bool = False, **kwargs: Any,
+) -> "xr.DataTree":  # fmt: skip
     """Rank x_0* among the draws of a sampler on data simulated from x_0*, many times.
 
         def denoise(y=None, sigma=0.5):
@@ -80,9 +72,8 @@ def calibrate(
 
     A small p-value says that the sampler is wrong for this program; a large one that the
     simulations do not tell. Simulations run one after another, compiled once. Each entry of plates
-    around the prior is a simulation of its own, so that a program with its examples in a plate has
-    many for the price of one run. x_0* comes from all T steps: a sampler of `steps=n` is tested for
-    that difference, too.
+    around the prior is a simulation: a program with its examples in a plate has many for the price
+    of one run. x_0* comes from all T steps: a sampler of `steps=n` is tested for that, too.
 
     Args:
         key: Randomness.
@@ -92,37 +83,31 @@ def calibrate(
             `get_samples()`; or a function of the same arguments that returns draws of x_0,
             `(M, *plates, *event_shape)`. Draws count equally.
         num_simulations: Number of data sets.
-        num_draws: Number L of draws ranked against, evenly spread over those there are; all of them
-            if absent.
+        num_draws: Number L of draws ranked against, evenly spread over those there are; else all.
         num_projections: Number of random directions, none where x_0 is a single number.
-        observed: Argument that gives each observed site its value, by site name; sites that are not
-            in it have an argument of their own name.
+        observed: Argument that gives a site its value, by site name; by default that of its name.
         progress: Show a bar.
         **kwargs: All other arguments of the program, handed to the sampler as well.
 
     Returns:
         Group `prior_sbc`: PITs in (0, 1) of x_0, `projection` and `log_r`, with dims `chain` (one),
-        `draw` (the simulations) and those of x_0, which `arviz_plots.plot_ecdf_pit(tree,
-        coverage=False)` reads. Group `uniformity`: their Kolmogorov-Smirnov p-values. Attributes of
-        the tree: `sampler`, `num_simulations`, entries of plates counted, `num_draws`,
+        `draw` (the simulations) and those of x_0, as `arviz_plots.plot_ecdf_pit(tree,
+        coverage=False)` reads them. Group `uniformity`: their Kolmogorov-Smirnov p-values.
+        Attributes: `sampler`, `num_simulations`, entries of plates counted, `num_draws`,
         `num_warned`, the runs that gave an `InferenceWarning`, `num_tests` m, `least_p_value`,
-        where it is, `least_at`, and `bound` = 0.01/m: a least p-value below rejects the sampler.
+        `least_at`, and `bound` = 0.01/m: a least p-value below rejects the sampler.
 
     Raises:
         ValueError: if an argument is out of range, the program is not one prior with sites that
             can be drawn, a site has no argument, or draws have another shape or are not finite.
 
     Example:
-        A sampler is on trial; here a function that draws of N(y/2, 1/2), which is right, and one
-        that does not look at y:
+        Draws of N(y/2, 1/2), which are right, and others that do not look at y:
 
         >>> prior = standard_diffusion(T=4).prior({})  # x_0 ~ N(0, 1)
-        >>> def program(y=None):
-        ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
-        >>> def right(key, y):
-        ...     return y / 2 + 0.5**0.5 * jax.random.normal(key, (99,))
-        >>> def blind(key, y):
-        ...     return jax.random.normal(key, (99,))
+        >>> program = lambda y=None: numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+        >>> right = lambda key, y: y / 2 + 0.5**0.5 * jax.random.normal(key, (99,))
+        >>> blind = lambda key, y: jax.random.normal(key, (99,))
         >>> for sampler in (right, blind):
         ...     tree = infer.calibrate(jax.random.key(0), program, sampler, num_simulations=60)
         ...     print(tree.attrs["least_p_value"] < tree.attrs["bound"], tree.attrs["least_at"])
@@ -146,25 +131,36 @@ def calibrate(
         pits.append(_pits(keys[2], simulator.quantities(data, x_star, draws)))
         num_warned += is_warned
     stacked = {name: np.concatenate([pit[name] for pit in pits]) for name in pits[0]}
-    counts = {"num_draws": len(draws), "num_warned": num_warned}
-    return _tree(stacked, simulator.name, {"sampler": _name(sampler)} | counts)
+    attrs = {"sampler": _name(sampler), "num_draws": len(draws), "num_warned": num_warned}
+    return _tree(stacked, simulator.name, attrs)
 
 
 class _Simulator:
     """A program as a law of x_0* and its data, and the quantities that are ranked."""
 
     def __init__(
-        self, key: Array, program: Program, observed: Any, num_projections: int, kwargs: Any
+        self, key: Array, program: Program, observed: Any, num_projections: int, kwargs: dict
     ):
-        self._program, self.kwargs = program, _without_data(program, kwargs)
+        # nothing is observed under None for each argument that has no value and needs one
+        parameters = inspect.signature(program).parameters.values()
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        needed = {p.name: None for p in parameters if p.kind in named and p.default is p.empty}
+        self._program, self.kwargs = program, needed | kwargs
         sites = self._sites(key)
-        site = _prior_site(sites)
+        priors = [site for site in sites.values() if "prior" in site.get("infer", {})]
+        if len(priors) != 1:
+            raise ValueError(
+                "program must call a prior made by Diffusion.prior exactly once; got "
+                f"{len(priors)} calls"
+            )
+        (site,) = priors
         draw, self._batch_shape = site["infer"]["prior"], site["fn"].batch_shape
         self.name, self._reverse = draw.name, draw.reverse
         self._programs = site["infer"]["programs"]
         self._arguments = _arguments(sites, {site["name"], self.name}, observed or {}, program)
         size = math.prod(self._reverse.event_shape)
-        self._directions = _directions(key, num_projections if size > 1 else 0, size)
+        z = np.asarray(jax.random.normal(key, (num_projections if size > 1 else 0, size)))
+        self._directions = z / np.linalg.norm(z, axis=1, keepdims=True)  # unit vectors
         self._draw = trace(self._simulate, key)
 
     def draw(self, key: Array) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -181,7 +177,9 @@ class _Simulator:
             raise ValueError("sampler must give finite draws; got some that are not")
         return draws
 
-    def quantities(self, data: Any, x_star: np.ndarray, draws: np.ndarray) -> dict[str, np.ndarray]:
+    def quantities(
+        self, data: dict, x_star: np.ndarray, draws: np.ndarray
+    ) -> dict[str, np.ndarray]:
         """Quantities of x_0* and, behind it, of the draws, `(1 + L, entries of plates, ...)`."""
         x_0 = np.concatenate([x_star[None], draws])
         conditioned = read(self._program, (), self.kwargs | data).conditioned
@@ -192,11 +190,11 @@ class _Simulator:
         first = 1 + len(self._batch_shape)
         return {k: np.reshape(v, (len(v), -1, *v.shape[first:])) for k, v in values.items()}
 
-    def _sites(self, key: Array) -> dict[str, Any]:
+    def _sites(self, key: Array) -> Sites:
         with handlers.block():
             return handlers.trace(handlers.seed(self._program, key)).get_trace(**self.kwargs)
 
-    def _simulate(self, key: Array) -> tuple[Any, dict[str, Any]]:
+    def _simulate(self, key: Array) -> tuple[Array, dict]:
         sites = self._sites(key)
         data = {name: sites[site]["value"] for site, name in self._arguments.items()}
         return sites[self.name]["value"], data
@@ -206,26 +204,8 @@ def _log_r(conditioned: Conditioned, x_0: Array) -> Array:
     return jax.lax.map(conditioned.log_r, x_0, batch_size=BLOCK)
 
 
-def _without_data(program: Program, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments under which nothing is observed: None for each that has no value and needs one."""
-    parameters = inspect.signature(program).parameters.values()
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    needed = {p.name: None for p in parameters if p.kind in named and p.default is p.empty}
-    return needed | kwargs
-
-
-def _prior_site(sites: dict[str, Any]) -> dict[str, Any]:
-    priors = [site for site in sites.values() if "prior" in site.get("infer", {})]
-    if len(priors) != 1:
-        raise ValueError(
-            "program must call a prior made by Diffusion.prior exactly once; got "
-            f"{len(priors)} calls"
-        )
-    return priors[0]
-
-
 def _arguments(
-    sites: dict[str, Any], ours: set[str], observed: Mapping[str, str], program: Program
+    sites: Sites, ours: set[str], observed: Mapping[str, str], program: Program
 ) -> dict[str, str]:
     """Argument of each site that is drawn below the prior, by site name."""
     samples = {name: site for name, site in sites.items() if site["type"] == "sample"}
@@ -256,17 +236,11 @@ def _arguments(
     return arguments
 
 
-def _directions(key: Array, count: int, size: int) -> np.ndarray:
-    """Unit vectors, `(count, size)`."""
-    z = np.asarray(jax.random.normal(key, (count, size)))
-    return z / np.linalg.norm(z, axis=1, keepdims=True)
-
-
-def _runner(sampler: Any, name: str) -> Callable[..., Any]:
+def _runner(sampler: Any, name: str) -> Callable:
     """The sampler as a function of a key and arguments that returns draws of x_0."""
     if isinstance(sampler, type):
         raise ValueError(f"sampler must be made with its program first; got {sampler}")
-    if not isinstance(sampler, Runs):
+    if not isinstance(sampler, _Runs):
         return sampler
 
     def run(key: Array, **kwargs: Any) -> Any:
@@ -276,7 +250,7 @@ def _runner(sampler: Any, name: str) -> Callable[..., Any]:
     return run
 
 
-def _quietly(run: Callable[..., Any], key: Array, kwargs: dict[str, Any]) -> tuple[Any, bool]:
+def _quietly(run: Callable, key: Array, kwargs: dict) -> tuple[Any, bool]:
     """Draws, and whether there was an `InferenceWarning`: one of hundreds helps nobody."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", InferenceWarning)
@@ -310,11 +284,12 @@ def _pits(key: Array, quantities: dict[str, np.ndarray]) -> dict[str, np.ndarray
     return pits
 
 
-def _tree(pits: dict[str, np.ndarray], name: str, attrs: dict[str, Any]) -> "xr.DataTree":
+def _tree(pits: dict[str, np.ndarray], name: str, attrs: dict) -> "xr.DataTree":
     """PITs and their p-values with named dims."""
     import xarray as xr  # slow to import
 
-    names = {k: _dims(k, pit.ndim - 1, name) for k, pit in pits.items()}
+    names = {k: [f"{name}_dim_{i}" for i in range(pit.ndim - 1)] for k, pit in pits.items()}
+    names |= {"projection": ["direction"]}
     p_values = {k: p_values_of(pit) for k, pit in pits.items()}
     attrs |= {"num_simulations": len(pits["log_r"])} | verdict(p_values)
     named = {k: (("chain", "draw", *names[k]), pit[None]) for k, pit in pits.items()}
@@ -326,14 +301,8 @@ def _tree(pits: dict[str, np.ndarray], name: str, attrs: dict[str, Any]) -> "xr.
     return tree
 
 
-def _dims(quantity: str, count: int, name: str) -> list[str]:
-    if quantity == "projection":
-        return ["direction"]
-    return [f"{name}_dim_{i}" for i in range(count)]
-
-
 def _name(sampler: Any) -> str:
-    is_object = isinstance(sampler, Runs)
+    is_object = isinstance(sampler, _Runs)
     return type(sampler).__name__ if is_object else getattr(sampler, "__name__", repr(sampler))
 
 
@@ -351,14 +320,11 @@ def p_values_of(pits: np.ndarray) -> np.ndarray:
     return np.asarray(np.apply_along_axis(lambda u: stats.kstest(u, "uniform").pvalue, 0, pits))
 
 
-def verdict(p_values: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Number m of tests, least p-value and where it is, and LEVEL/m, below which it rejects."""
+def verdict(p_values: dict[str, np.ndarray]) -> dict:
+    """Number m of tests, least p-value and where it is, and _LEVEL/m, below which it rejects."""
     least = min(p_values, key=lambda name: p_values[name].min())
     place = np.unravel_index(p_values[least].argmin(), p_values[least].shape)
     num_tests = sum(p.size for p in p_values.values())
-    return {
-        "num_tests": num_tests,
-        "least_p_value": float(p_values[least].min()),
-        "least_at": least + (str([int(i) for i in place]) if place else ""),
-        "bound": LEVEL / num_tests,
-    }
+    at = least + (str([int(i) for i in place]) if place else "")
+    found = {"num_tests": num_tests, "least_p_value": float(p_values[least].min()), "least_at": at}
+    return found | {"bound": _LEVEL / num_tests}

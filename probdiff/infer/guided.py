@@ -12,13 +12,12 @@ p(x_s | x_t), exact where it is quadratic. (The paper's table App. 1 stops at th
 moves the mean and leaves the variance.) It drops Z̃_s(x_t)/r(x_t)^c of the first, which `SMC` keeps
 as a weight; without it the draws tend to another law, p r² for Gaussian data with constant r.
 
-Unweighted draws of any twist are cheap, x_s ~ q(x_s | x_t) and that is all, with `PointTwist` the
-guidance of DPS. They tend to the wrong law, whatever their number, and nothing in them tells. So
-one small `SMC` runs beside them, and its means are compared:
+Unweighted draws x_s ~ q(x_s | x_t) of any twist are cheap, with `PointTwist` the guidance of DPS.
+They tend to the wrong law, and nothing in them tells. So the means of one small `SMC` are compared:
 
     difference = max over entries of |mean − mean of SMC| / (posterior standard deviation of SMC).
 
-Small differences prove nothing: a mode that both miss is not seen.
+Small differences prove nothing: both may miss a mode.
 
 Sources: Sohl-Dickstein et al. (2015), section 2.5 and appendix C; Chung et al. (2023) for DPS.
 """
@@ -39,12 +38,10 @@ from probdiff.infer.results import Result
 from probdiff.infer.smc import Sampler
 from probdiff.infer.twist import Tilt, Twist, View
 
-CHECK = 2**31 - 3
-"""Folded into the run's key for the small SMC."""
-CHECK_PARTICLES, CHECK_RUNS = 64, 2
-APART = 0.5
-"""Difference of means, in standard deviations, that is warned of."""
-APPROXIMATE = "approximate: not weighed, so the draws do not tend to the posterior"
+_CHECK = 2**31 - 3  # folded into the run's key for the small SMC
+_CHECK_PARTICLES, _CHECK_RUNS = 64, 2
+_APART = 0.5  # difference of means, in standard deviations, that is warned of
+_APPROXIMATE = "approximate: not weighed, so the draws do not tend to the posterior"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +55,10 @@ class KernelTwist(Twist):
         decays: Whether c = (T − t)/T, which is 0 at t = T, instead of 1 throughout.
 
     Example:
-        A measurement y = 2, of noise 1, of x_0 ~ N(0, 1): the posterior has mean 1, what the rule
-        tends to, p r², has mean 4/3.
+        y = 2, of noise 1, is measured of x_0 ~ N(0, 1). The posterior has mean 1, p r² has 4/3:
 
         >>> prior = standard_diffusion().prior({})
-        >>> def program(y):
-        ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+        >>> program = lambda y: numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
         >>> twist = infer.KernelTwist()
         >>> guided = infer.Guided(program, twist=twist, num_samples=4000, check=False)
         >>> guided.run(jax.random.key(0), y=2.0)
@@ -94,8 +89,8 @@ class KernelTwist(Twist):
 
     def _multiply(self, view: View, power: Array | float) -> Tilt:
         """log r to second order at the mean."""
-        log_psi = self._power(view, 0) * view.log_r(view.x_t)
-        return super().last(_Powered(view, power))._replace(log_psi=log_psi)
+        tilt = super().last(_Powered(view, power))
+        return tilt._replace(log_psi=self._power(view, 0) * view.log_r(view.x_t))
 
     def products(self, size: int, *, is_known_alone: bool) -> int:
         """None: r is asked at x_t."""
@@ -121,10 +116,8 @@ class _Powered(View):
 class Check(NamedTuple):
     """What one small SMC says, for each entry of the plates."""
 
-    log_evidence: np.ndarray
-    """log Z, nats."""
-    ess: np.ndarray
-    """Its effective number of draws, of 128."""
+    log_evidence: np.ndarray  # log Z, nats
+    ess: np.ndarray  # its effective number of draws, of 128
     difference: np.ndarray
     """Largest difference of a posterior mean, in posterior standard deviations."""
 
@@ -132,33 +125,26 @@ class Check(NamedTuple):
 class Guided(Sampler):
     """Draws led by a twist without weights: approximate, with `KernelTwist` the rule of 2015.
 
-    One walk for each draw, x_s ~ q(x_s | x_t), the proposal that `SMC` would weigh. Cheap, and in
-    its law as good as the twist: no number of draws mends it, and there is no evidence.
+    One walk for each draw, x_s ~ q(x_s | x_t), the proposal that `SMC` would weigh. Cheap; its law
+    is as good as the twist, whatever the number of draws, and there is no evidence.
 
     Args:
-        program: Any NumPyro program with one `prior()` and observed sites or factors below it.
-        twist: What leads the draws, `LaplaceTwist()` if absent. Diffusions of symbols have one of
-            their own.
+        program: As in `SMC`, like `steps`, `block_size` and `progress`.
+        twist: What leads the draws, by default as in `SMC`.
         num_samples: Number of draws, at least 1, independent of each other.
-        steps: Number n in 2..T of levels to walk; T if absent.
         check: Whether to run one small SMC, 2 runs of 64 particles with a `LaplaceTwist`, and
             compare means; the attribute `check` then holds what it says.
-        block_size: Draws, times entries of the plates, that the network sees at once.
-        progress: Show a bar.
 
     Raises:
         ValueError: if an argument is out of range.
 
     Example:
-        A measurement y = 2, of noise 1, of a number x_0 ~ N(0, 1):
-
         >>> prior = standard_diffusion().prior({})
-        >>> def program(y):
-        ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+        >>> program = lambda y: numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
         >>> guided = infer.Guided(program, num_samples=4000, check=False)
         >>> guided.run(jax.random.key(0), y=2.0)
         >>> x_0 = guided.get_samples()["x_0"]
-        >>> x_0.shape, round(float(x_0.mean()), 1)  # here close to the posterior, N(1, 1/2)
+        >>> x_0.shape, round(float(x_0.mean()), 1)  # here close to the posterior of x_0, N(1, 1/2)
         ((4000,), 1.0)
         >>> guided.to_datatree().attrs["approximate"]
         1
@@ -167,37 +153,21 @@ class Guided(Sampler):
     """
 
     def __init__(
-        self,
-        program: Program,
-        *,
-        twist: Twist | None = None,
-        num_samples: int = 1000,
-        steps: int | None = None,
-        check: bool = True,
-        block_size: int = 4096,
+        self, program: Program, *, twist: Twist | None = None, num_samples: int = 1000,
+        steps: int | None = None, check: bool = True, block_size: int = 4096,
         progress: bool = False,
-    ):
+    ):  # fmt: skip
         """Prepare the sampler; the arguments are those of the class."""
         check_at_least(1, num_samples=num_samples)
-        options = {
-            "num_particles": num_samples, "num_runs": 1, "steps": steps, "is_weighted": False,
-            "threshold": 0.0, "block_size": block_size,
-        }  # fmt: skip
-        super().__init__(program, twist, options, progress=progress)
+        super().__init__(
+            program, progress, twist, num_particles=num_samples, num_runs=1, steps=steps,
+            is_weighted=False, threshold=0.0, block_size=block_size,
+        )  # fmt: skip
         self.check: Check | None = None
         self._checks = check
 
     def run(self, key: Array, *args: Any, **kwargs: Any) -> None:
-        """Draw at these arguments of the program, and check the draws.
-
-        Args:
-            key: Randomness; entry b of the prior's plates uses `fold_in(key, b)`.
-            *args: Arguments of the program.
-            **kwargs: Keyword arguments of the program.
-
-        Raises:
-            ValueError: if the program is not one prior with observed sites inside its plates, or
-                the twist does not fit.
+        """Draw at these arguments of the program, and check the draws; arguments as in `SMC.run`.
 
         Warns:
             InferenceWarning: if the means are elsewhere than those of the small SMC, a twist was
@@ -208,8 +178,7 @@ class Guided(Sampler):
 
             >>> import warnings
             >>> prior = standard_diffusion().prior({})
-            >>> def program(y):
-            ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+            >>> program = lambda y: numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
             >>> guided = infer.Guided(program, twist=infer.KernelTwist())
             >>> with warnings.catch_warnings(record=True) as caught:
             ...     warnings.simplefilter("always", infer.InferenceWarning)
@@ -222,11 +191,11 @@ class Guided(Sampler):
         options, run = self._options, (args, kwargs)
         result = results.sample(self.program, options, key, *run, progress=self.progress)
         if self._checks:
+            size = {"num_particles": _CHECK_PARTICLES, "num_runs": _CHECK_RUNS}
             small = options._replace(
-                twist=None, num_particles=CHECK_PARTICLES, num_runs=CHECK_RUNS, is_weighted=True,
-                threshold=0.5, stand_in=None,
-            )  # fmt: skip
-            key = jax.random.fold_in(key, CHECK)
+                twist=None, is_weighted=True, threshold=0.5, stand_in=None, **size
+            )
+            key = jax.random.fold_in(key, _CHECK)
             beside = results.sample(self.program, small, key, *run, progress=False)
             self.check = _compare(result, beside)
             result = result._replace(complaints=result.complaints + _doubts(result, self.check))
@@ -236,21 +205,19 @@ class Guided(Sampler):
         return f"num_samples={self._options.num_particles}"
 
     def _lines(self, limit: int) -> list[str]:
-        lines = [APPROXIMATE, results.cost_line(self.result)]
+        lines = [_APPROXIMATE, results.cost_line(self.result)]
         if self.check is not None:
             lines.append(
-                f"a small SMC ({CHECK_RUNS} runs of {CHECK_PARTICLES} particles, LaplaceTwist): "
+                f"a small SMC ({_CHECK_RUNS} runs of {_CHECK_PARTICLES} particles, LaplaceTwist): "
                 f"log evidence {_range(self.check.log_evidence, '.2f')}, effective number "
                 f"{_range(self.check.ess, '.0f')}, means apart by {_range(self.check.difference)} "
                 "posterior standard deviations"
             )
-        return lines + results.warning_lines(self.result.complaints)
+        return lines
 
     def _attrs(self) -> dict[str, Any]:
-        attrs: dict[str, Any] = {"sampler": "Guided"}
-        if self.check is not None:
-            attrs |= {f"check_{name}": value for name, value in self.check._asdict().items()}
-        return attrs
+        check = {} if self.check is None else self.check._asdict()
+        return {"sampler": "Guided"} | {f"check_{name}": value for name, value in check.items()}
 
 
 def _compare(result: Result, small: Result) -> Check:
@@ -263,14 +230,14 @@ def _compare(result: Result, small: Result) -> Check:
     sd = np.sqrt(np.sum(weights * (other - mean) ** 2, 0))
     apart = np.abs(x_0.mean(0) - mean) / np.where(sd > 0, sd, np.inf)
     axes = tuple(range(small.health.ess.ndim, apart.ndim))
-    difference = np.asarray(apart.max(axes))
-    return Check(results.log_evidence(small.outcome), small.health.ess, difference)
+    evidence = results.log_evidence(small.outcome)
+    return Check(evidence, small.health.ess, np.asarray(apart.max(axes)))
 
 
 def _doubts(result: Result, check: Check) -> tuple[str, ...]:
     """Warnings from the check: means that are further apart than both their errors allow."""
     noise = 4 * np.sqrt(1 / check.ess + 1 / result.options.num_particles)
-    is_apart = check.difference > np.maximum(APART, noise)
+    is_apart = check.difference > np.maximum(_APART, noise)
     if not np.any(is_apart):
         return ()
     return (

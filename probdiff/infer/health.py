@@ -19,26 +19,23 @@ import numpy as np
 
 from probdiff.infer.particles import Options, Outcome
 
-MAX_SERIES = 2000
-"""Coordinates whose R-hat is computed, evenly picked where there are more."""
-FEWEST_FOR_PARETO = 100
+_MAX_SERIES = 2000  # coordinates whose R-hat is computed, evenly picked where there are more
+_FEWEST_FOR_PARETO = 100
 """Weights that a Pareto fit needs: a fifth of them is the tail, and k of fewer is mostly noise."""
 
 
 class InferenceWarning(UserWarning):
     """A posterior, an evidence or a diffusion that is not to be trusted as it is.
 
-    Its text says what is wrong, in how many systems, and what to do; the file's docstring has the
-    limits. The texts of a run are in `print_summary` and in the attribute `warnings` of its
-    DataTree.
+    Its text says what is wrong, in how many systems, and what to do. `print_summary` and the
+    attribute `warnings` of the DataTree hold the texts of a run.
 
     Example:
-        Stop at a posterior that may be wrong instead of going on with it:
+        Stop at a posterior that may be wrong:
 
         >>> import warnings
         >>> prior = standard_diffusion().prior({})
-        >>> def program(y):
-        ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+        >>> program = lambda y: numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
         >>> smc = infer.SMC(program, num_particles=10)  # 4 runs of 10: too few
         >>> with warnings.catch_warnings():
         ...     warnings.simplefilter("error", infer.InferenceWarning)
@@ -46,48 +43,34 @@ class InferenceWarning(UserWarning):
         Traceback (most recent call last):
             ...
         probdiff.infer.health.InferenceWarning: the final effective number of draws is ...
-
-    Source: Vehtari et al. (2021) for R-hat, (2024) for Pareto k.
     """
 
 
 class Health(NamedTuple):
     """Measures of a run, one value for each entry of the plates, `(*plates,)`; R runs."""
 
-    is_dead: np.ndarray
-    """Whether all weights of all runs are zero."""
-    spread: np.ndarray
-    """Largest less least log Ẑ."""
-    least_ess: np.ndarray
-    """Least effective number of any level and run, share of N."""
-    ess: np.ndarray
-    """Effective number of the pooled draws."""
-    ancestors: np.ndarray
-    """Distinct particles at the start, of all runs, from which the draws descend."""
-    distinct: np.ndarray
-    """Distinct particles among the draws."""
-    resampled: np.ndarray
-    """Times resampled, the most of any run."""
-    pareto_k: np.ndarray
-    """Pareto k of the pooled weights; nan where they are equal or fewer than 100."""
-    worst_pareto_k: np.ndarray
-    """Pareto k of one step's own weights, the step of least effective number; mean of the runs."""
-    r_hat: np.ndarray
-    """Largest R-hat over runs, of log r and of coordinates; nan for one run."""
-    bad: np.ndarray
-    """Largest share of particles, of any level and run, whose twist was not finite."""
-    left: np.ndarray
-    """ᾱ_T E|x_0|², on the scale of the diffusion; 0 for symbols."""
+    is_dead: np.ndarray  # whether all weights of all runs are zero
+    spread: np.ndarray  # largest less least log Ẑ
+    least_ess: np.ndarray  # least effective number of any level and run, share of N
+    ess: np.ndarray  # effective number of the pooled draws
+    ancestors: np.ndarray  # distinct particles at the start, of all runs, from which draws descend
+    distinct: np.ndarray  # distinct particles among the draws
+    resampled: np.ndarray  # times resampled, the most of any run
+    pareto_k: np.ndarray  # of the pooled weights; nan where they are equal or fewer than 100
+    worst_pareto_k: np.ndarray  # of the weights of the step of least effective number; mean of runs
+    r_hat: np.ndarray  # largest R-hat over runs, of log r and of coordinates; nan for one run
+    bad: np.ndarray  # largest share of particles, of any level and run, whose twist was not finite
+    left: np.ndarray  # ᾱ_T E|x_0|², on the scale of the diffusion; 0 for symbols
 
 
 def health(
-    outcome: Outcome, log_weights: np.ndarray, index: np.ndarray, in_runs: np.ndarray, left: Any
+    outcome: Outcome, log_w: np.ndarray, index: np.ndarray, in_runs: np.ndarray, left: Any
 ) -> Health:
     """Measure a run.
 
     Args:
         outcome: The run.
-        log_weights: Pooled and normalised, `(R·N, *plates)`.
+        log_w: Log weights, pooled and normalised, `(R·N, *plates)`.
         index: Particles that are the draws, `(R·N, *plates)`.
         in_runs: Particles that are equally weighted draws of each run, `(R, N, *plates)`.
         left: ᾱ_T E|x_0|² of the draws.
@@ -97,28 +80,21 @@ def health(
     finite = np.where(is_dead, 0.0, z)
     runs, size = outcome.log_weights.shape[:2]
     run_of = np.arange(runs).reshape(-1, *[1] * (index.ndim))
-    ancestors = (outcome.ancestors + size * run_of).reshape(log_weights.shape)
+    ancestors = (outcome.ancestors + size * run_of).reshape(log_w.shape)
     measures = (
-        is_dead,
-        finite.max(0) - finite.min(0),
-        trace.ess.min((0, 1)) / size,
-        1 / np.sum(np.exp(2 * log_weights), 0),
-        _count_distinct(np.take_along_axis(ancestors, index, 0)),
-        _count_distinct(index),
-        trace.resampled.sum(0).max(0),
-        pareto_k(log_weights),
+        is_dead, finite.max(0) - finite.min(0), trace.ess.min((0, 1)) / size,
+        1 / np.sum(np.exp(2 * log_w), 0), _count_distinct(np.take_along_axis(ancestors, index, 0)),
+        _count_distinct(index), trace.resampled.sum(0).max(0), pareto_k(log_w),
         np.mean([pareto_k(run) for run in outcome.worst_log_weights], 0),
-        _r_hat(outcome, in_runs),
-        trace.bad.max((0, 1)),
-        np.broadcast_to(left, np.shape(is_dead)),
-    )
+        _r_hat(outcome, in_runs), trace.bad.max((0, 1)), np.broadcast_to(left, np.shape(is_dead)),
+    )  # fmt: skip
     return Health(*map(np.asarray, measures))
 
 
 def pareto_k(log_w: np.ndarray) -> np.ndarray:
     """Pareto k of log weights `(M, *plates)`, over the first axis; nan where there is no tail."""
     columns = log_w.reshape(len(log_w), -1).astype(np.float64).T
-    return np.array([_pareto_k(column) for column in columns]).reshape(log_w.shape[1:])
+    return np.array(list(map(_pareto_k, columns))).reshape(log_w.shape[1:])
 
 
 def _pareto_k(log_w: np.ndarray) -> float:
@@ -127,7 +103,7 @@ def _pareto_k(log_w: np.ndarray) -> float:
 
     top = log_w.max()
     is_there = log_w > top - 100  # psislw takes logs of what it fits
-    if is_there.sum() < FEWEST_FOR_PARETO or top - log_w[is_there].min() < 1e-3:
+    if is_there.sum() < _FEWEST_FOR_PARETO or top - log_w[is_there].min() < 1e-3:
         return np.nan
     with np.errstate(all="ignore"):
         try:
@@ -154,7 +130,7 @@ def _r_hat(outcome: Outcome, in_runs: np.ndarray) -> np.ndarray:
     x_0 = take_in_runs(outcome.x_0, in_runs).reshape(runs, size, int(np.prod(plates)), -1)
     log_r = take_in_runs(outcome.log_r, in_runs).reshape(runs, size, -1, 1)
     values = np.concatenate([log_r, x_0], -1)
-    every = -(-values.shape[2] * x_0.shape[3] // MAX_SERIES)
+    every = -(-values.shape[2] * x_0.shape[3] // _MAX_SERIES)
     picked = np.r_[0, 1 : values.shape[3] : every]
     with np.errstate(all="ignore"):
         r_hat = array_stats.rhat(values[..., picked].astype(np.float64), chain_axis=0, draw_axis=1)
@@ -175,22 +151,18 @@ def complaints(options: Options, health: Health, advice: str) -> tuple[str, ...]
     found = _of_weights(options, health, advice) if options.is_weighted else []
     is_alive = ~(health.is_dead & options.is_weighted)
     found += [
-        _say(
-            health.bad > 0,
+        _say(health.bad > 0,
             "the twist was not finite for up to {:.1%} of the particles of a level, which were "
             "counted as almost impossible there. Check that log r and its gradient are finite "
             "wherever x_0 may lie",
-            np.max(health.bad),
-        ),
-        _say(
-            is_alive & (health.left > 0.1),
+            np.max(health.bad)),
+        _say(is_alive & (health.left > 0.1),
             "alpha_bar_T times E|x_0|^2 is {:.2g}, more than 0.1: the diffusion starts from noise "
             "at a level where the data are still seen, so that its own law is not quite that of "
             "the data. Train with a smaller alpha_bar_T",
-            np.max(health.left),
-        ),
-    ]
-    return tuple(text for text in found if text)
+            np.max(health.left)),
+    ]  # fmt: skip
+    return tuple(filter(None, found))
 
 
 def _of_weights(options: Options, health: Health, advice: str) -> list[str]:
@@ -204,50 +176,37 @@ def _of_weights(options: Options, health: Health, advice: str) -> list[str]:
         "it should be met",
     )
     others = [
-        _say(
-            is_alive & (health.spread > 1),
+        _say(is_alive & (health.spread > 1),
             "log evidence differs by up to {:.1f} nats between runs, more than 1: log_evidence_se "
             "is not to be trusted. ",
-            np.max(health.spread),
-        ),
-        _say(
-            is_alive & (health.least_ess < 0.1),
+            np.max(health.spread)),
+        _say(is_alive & (health.least_ess < 0.1),
             "the effective number of particles fell to {:.1%} of num_particles at one level, below "
             "10%. ",
-            _least(health.least_ess, is_alive),
-        ),
-        _say(
-            is_alive & (health.ess < 100),
+            _least(health.least_ess, is_alive)),
+        _say(is_alive & (health.ess < 100),
             "the final effective number of draws is {:.0f}, below 100. ",
-            _least(health.ess, is_alive),
-        ),
-        _say(
-            few,
+            _least(health.ess, is_alive)),
+        _say(few,
             "the {} draws are down to {} distinct ones, which descend from {} particles at the "
             "start; below 5%. ",
-            total, _least(health.distinct, few), _least(health.ancestors, few),
-        ),
-        _say(
-            is_alive & (k > 0.7),
+            total, _least(health.distinct, few), _least(health.ancestors, few)),
+        _say(is_alive & (k > 0.7),
             "Pareto k of the final weights is {:.2f}, above 0.7: a few particles carry the result, "
             "and its error is not known. ",
-            np.max(k),
-        ),
+            np.max(k)),
         _say(
             is_alive & (health.resampled > 0) & (worst_k > 0.7),  # else the final weights show it
             "Pareto k of the worst step's weights is {:.2f}, above 0.7: large weights may be too "
             "rare to have been met there, which the final weights do not show. ",
-            np.max(worst_k),
-        ),
-        _say(
-            is_alive & (r_hat > 1.05),
+            np.max(worst_k)),
+        _say(is_alive & (r_hat > 1.05),
             "R-hat over the runs is {:.2f}, above 1.05: the runs put their draws in different "
             "places. ",
-            np.max(r_hat),
-        ),
+            np.max(r_hat)),
     ]  # fmt: skip
-    texts = [text for text in others if text]
-    return [dead, *(text.strip() for text in texts[:-1]), *(text + advice for text in texts[-1:])]
+    texts = list(filter(None, others))
+    return [dead, *map(str.strip, texts[:-1]), *(text + advice for text in texts[-1:])]
 
 
 def _say(is_so: Any, text: str, *values: Any) -> str:

@@ -1,8 +1,7 @@
 """Known entries by the readout's own law of each, and the bridge to them as proposal.
 
-A Gaussian of the data's covariance knows how numbers depend on each other and nothing of their
-shape. The `Mixture` readout knows the shape of each, levels of grey and all, and nothing of their
-dependence. For a known entry, x_0,i = y_i, the second says
+A Gaussian of the data's covariance knows how numbers depend on each other, not their shape. The
+`Mixture` readout knows the shape of each, not their dependence. For known x_0,i = y_i it says
 
     log ψ_t = γ_t Σ_{i known} log p(x_0,i = y_i | x_t),         its mass where x_0 is on a grid,
 
@@ -46,7 +45,7 @@ class ReadoutTwist(LaplaceTwist):
     for the network's own error. Other observed sites count as in `LaplaceTwist`.
 
     Args:
-        rank: As for `LaplaceTwist`, for the other sites; at least 1.
+        rank: As in `LaplaceTwist`, for the other sites.
 
     Raises:
         ValueError: if `rank` is below 1; at the run, if the readout is not a `Mixture`.
@@ -54,15 +53,10 @@ class ReadoutTwist(LaplaceTwist):
     Example:
         Two pixels near −1 or 1, as ½ N(−1, ¼) + ½ N(1, ¼) each, of which the first is seen:
 
-        >>> diffusion = Diffusion(
-        ...     GaussianKernel(), schedules.log_snr_linear(30, beta_1=1e-3, alpha_bar_T=1e-3),
-        ...     lambda x_t, t: jnp.zeros((len(x_t), 12)),  # the readout's own components
-        ...     event_shape=(2,), readout=readouts.Mixture(2, -1.0, 1.0),
-        ...     last_step=readouts.Learned(),
-        ... )
-        >>> prior = diffusion.prior({})
-        >>> def program(known):
-        ...     prior(known=known, mask=np.array([True, False]))
+        >>> rates = schedules.log_snr_linear(30, beta_1=1e-3, alpha_bar_T=1e-3)
+        >>> options = {"readout": readouts.Mixture(2, -1.0, 1.0), "last_step": readouts.Learned()}
+        >>> prior = standard_diffusion((2,), beta=rates, **options).prior({})
+        >>> program = lambda known: prior(known=known, mask=np.array([True, False]))
         >>> smc = infer.SMC(program, num_particles=1000, twist=infer.ReadoutTwist())
         >>> smc.run(jax.random.key(0), jnp.array([1.0, 0.0]))
         >>> round(smc.log_evidence, 1)  # log ½ N(1; 1, ¼) = −0.9
@@ -90,11 +84,8 @@ class ReadoutTwist(LaplaceTwist):
             return tilt
         target, _ = _x_0_known(view)
         to_known = bridge_mean(view.x_t, target, view.step) - view.mean
-        shift = tilt.shift if view.problem.is_observed else 0.0
-        return tilt._replace(
-            shift=jnp.where(view.mask, to_known, shift),
-            factors=jnp.where(view.mask, 0.0, tilt.factors),
-        )
+        shift = jnp.where(view.mask, to_known, tilt.shift if view.problem.is_observed else 0.0)
+        return tilt._replace(shift=shift, factors=jnp.where(view.mask, 0.0, tilt.factors))
 
     def of_known(self, view: View) -> Known:
         """Their law, and the precision of the bridge."""
@@ -114,8 +105,8 @@ class ReadoutTwist(LaplaceTwist):
 def _x_0_known(view: View) -> tuple[Array, Array]:
     """Mean and variance of a known x_0 given x_t: of its cell, where it is on a grid.
 
-    A cell counts as the Gaussian of its variance Δ²/12: a law that is wider leaves the cell, one
-    that is narrower itself.
+    A cell counts as the Gaussian of its variance Δ²/12: a wider law leaves the cell, a narrower
+    one itself.
     """
     law, cell = view.x_0_given(), within_cells(view.problem)
     mean, variance = (view.problem.flat(a) for a in (law.mean, law.variance))
@@ -144,10 +135,7 @@ def _log_law(view: View) -> Float[Array, "P B d"]:
 def power(problem: Problem, step: Step, error: Array | float) -> Float[Array, "*B"]:
     """γ_t, one for all systems, or one for each where they differ in what is known.
 
-    Args:
-        problem: What is known.
-        step: The level.
-        error: Mean squared error of the noise that the network reads.
+    `error` is the mean squared error of the noise that the network reads.
     """
     dtype, covariance = step.alpha_bar_t.dtype, problem.draw.covariance
     signal, noise = step.alpha_bar_t, step.noise_t

@@ -11,9 +11,8 @@ With log r to second order at x̂_0, its gradient g and curvature −H, and A = 
 settled by the value of log r where it says x_0 is. Known entries are a likelihood without width.
 Where the prior has the covariance Σ of the data, C_t = Σ (I + ᾱ_t/(1−ᾱ_t) Σ)⁻¹ (see `spread`).
 
-By Tweedie's formula one product with the network's C_t is one pull-back through it, so H C_t is
-kept in a few directions, by Lanczos in the inner product of C_t. It tells modes apart that one
-width for all x_t cannot.
+A product with the network's C_t is one pull-back through it, so H C_t is kept in a few directions,
+by Lanczos in the inner product of C_t. It tells modes apart that one width for all x_t cannot.
 
 Sources: Chung et al. (2023) for the point; Song et al. (2023) for the width; Boys et al. (2023) for
 the network's covariance.
@@ -26,6 +25,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from probdiff.arguments import check_at_least
 from probdiff.infer.quadratic import Basis, Local, krylov, local, ritz, rotated, settle
 from probdiff.infer.spread import Given, pulled, times
 from probdiff.infer.twist import (
@@ -33,7 +33,6 @@ from probdiff.infer.twist import (
     Tilt,
     Twist,
     View,
-    check_rank,
     complete,
     limited,
     log_known,
@@ -41,26 +40,24 @@ from probdiff.infer.twist import (
 )
 from probdiff.kernels import bridge_weights
 
-SOFTNESS = 1e-2
-"""Variance that known entries get in a Tweedie twist, as a share of w_t."""
+_SOFTNESS = 1e-2  # variance that known entries get in a Tweedie twist, as a share of w_t
 
 
 @dataclasses.dataclass(frozen=True)
 class PointTwist(Twist):
     """r(x̂_0), without width: the guidance of DPS as a twist.
 
-    It counts x_0 as known where it is not. It is too sharp while x_t is noisy, and particles
-    collapse where r is narrow; `LaplaceTwist` puts the width in. It takes no arguments.
+    Too sharp while x_t is noisy: particles collapse where r is narrow. `LaplaceTwist` puts the
+    width in. It takes no arguments.
 
     Example:
         A measurement y = 2, of noise 1, of x_0 ~ N(0, 1), whose posterior has mean 1; without
         weights the draws go too far:
 
         >>> prior = standard_diffusion().prior({})
-        >>> def program(y):
-        ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
-        >>> twist = infer.PointTwist()
-        >>> guided = infer.Guided(program, twist=twist, num_samples=10_000, check=False)
+        >>> program = lambda y: numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+        >>> options = {"num_samples": 10_000, "check": False}
+        >>> guided = infer.Guided(program, twist=infer.PointTwist(), **options)
         >>> guided.run(jax.random.key(0), y=2.0)
         >>> round(float(guided.get_samples()["x_0"].mean()), 1)
         1.3
@@ -86,19 +83,16 @@ class Known(NamedTuple):
     """What known entries do to a level; the last two count there only."""
 
     log_psi: Float[Array, "P B"]
-    pull: Array | float
-    """∂ log ψ_t/∂x̂_0, to be pulled back to x_t."""
-    precision: Array
-    """That ψ_s adds to p(x_s | x_t)."""
+    pull: Array | float  # ∂ log ψ_t/∂x̂_0, to be pulled back to x_t
+    precision: Array  # that ψ_s adds to p(x_s | x_t)
 
 
 @dataclasses.dataclass(frozen=True)
 class LaplaceTwist(Twist):
     """∫ r N(x̂_0, w_t I), log r to second order at x̂_0: for any smooth likelihood.
 
-    Exact where log r is quadratic and x_0 given x_t Gaussian. Where the prior has the covariance Σ
-    of the data, Σ (I + ᾱ_t/(1−ᾱ_t) Σ)⁻¹ takes the place of w_t I. The default of `SMC` and
-    `Guided`.
+    Exact where log r is quadratic and x_0 given x_t Gaussian. Where the prior has the covariance
+    of the data, C_t takes the place of w_t I. The default of `SMC` and `Guided`.
 
     Args:
         rank: Directions in which the curvature of log r is kept, where it is not diagonal, at least
@@ -111,8 +105,7 @@ class LaplaceTwist(Twist):
         A count y = 3 of mean exp(x_0), its evidence beside ∫ p(y | x) N(x; 0, 1) dx:
 
         >>> prior = standard_diffusion().prior({})  # x_0 ~ N(0, 1)
-        >>> def program(y):
-        ...     numpyro.sample("y", dist.Poisson(jnp.exp(prior())), obs=y)
+        >>> program = lambda y: numpyro.sample("y", dist.Poisson(jnp.exp(prior())), obs=y)
         >>> smc = infer.SMC(program, num_particles=1000, twist=infer.LaplaceTwist())
         >>> smc.run(jax.random.key(0), y=3)
         >>> x = jnp.linspace(-6.0, 6.0, 2001)
@@ -128,17 +121,15 @@ class LaplaceTwist(Twist):
     uses_covariance = True
 
     def __post_init__(self) -> None:
-        check_rank(self.rank)
+        check_at_least(1, rank=self.rank)
 
     def __call__(self, view: View) -> Tilt:
         """The integral of r against N(x̂_0, C_t)."""
         if view.common is not None:
             return self.with_covariance(view, view.common.given)
         w_t, w_s, slope = view.w(), view.w(1), view.slope(1)
-        point, sd = complete(view.x_0_hat, jnp.sqrt(w_t), view)
-        log_psi, e = self.integrate(point, sd, view)
-        pull = e.pull
-        precision = slope**2 * e.diagonal / (1 + w_s * e.diagonal)
+        log_psi, e = self.integrate(*complete(view.x_0_hat, jnp.sqrt(w_t), view), view)
+        pull, precision = e.pull, slope**2 * e.diagonal / (1 + w_s * e.diagonal)
         if view.known is not None:
             known = self.of_known(view)
             pull = jnp.where(view.mask, known.pull, pull)
@@ -151,12 +142,8 @@ class LaplaceTwist(Twist):
 
     def of_known(self, view: View) -> Known:
         """Known entries as N(x̂_0, w_t) has them."""
-        w_t, w_s = view.w(), view.w(1)
-        return Known(
-            log_known(view, view.x_0_hat, w_t),
-            (view.known - view.x_0_hat) / w_t,
-            view.slope(1) ** 2 / w_s,
-        )
+        w_t, pull = view.w(), (view.known - view.x_0_hat) / view.w()
+        return Known(log_known(view, view.x_0_hat, w_t), pull, view.slope(1) ** 2 / view.w(1))
 
     def with_covariance(self, view: View, given: Given) -> Tilt:
         """The same with C_t from the data's covariance instead of w_t I."""
@@ -187,7 +174,7 @@ class LaplaceTwist(Twist):
         return Tilt(log_psi, limited(shift, view), jnp.zeros(mean.shape, mean.dtype), factors)
 
     def _by_lanczos(
-        self, view: View, given: Given, at: Local, g: Array, projected: Callable[[Array], Array]
+        self, view: View, given: Given, at: Local, g: Array, projected: Callable
     ) -> tuple[Array, Array, Array]:
         """(I + A)⁻¹ g, log det(I + A) and the rows that ψ_s adds, where log r is not quadratic."""
         belief, nearer = given.belief, view.common.nearer
@@ -198,11 +185,10 @@ class LaplaceTwist(Twist):
         values, vectors = krylov(g, operator, min(self.rank, g.shape[-1]))
         along = jnp.sum(vectors * g, -1)
         u = jnp.sum(vectors * (along / (1 + values))[..., None], 0)
-        log_det = jnp.sum(jnp.log1p(values), 0)
         narrowing = jnp.sum(vectors**2 * (nearer.variance / belief.variance), -1)
         rows = vectors * jnp.sqrt(values / (1 + narrowing * values))[..., None]
         rows = (rows * nearer.slope / jnp.sqrt(belief.variance)) @ belief.axes.T
-        return u, log_det, rows
+        return u, jnp.sum(jnp.log1p(values), 0), rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,25 +199,16 @@ class TweedieTwist(Twist):
     network whose prior has modes far apart that an observation leaves open.
 
     Args:
-        rank: Directions kept of H C_t, H the curvature of −log r, at least 1; the number of
-            measurements is enough.
-
-    Raises:
-        ValueError: if `rank` is below 1.
+        rank: Directions kept of H C_t, H the curvature of −log r, as in `LaplaceTwist`.
 
     Example:
         Two numbers near −1 or 1, as ½ N(−1, ¼) + ½ N(1, ¼) each, and their sum y = 0 measured: one
         is high and one is low, and which is left open.
 
-        >>> diffusion = Diffusion(
-        ...     GaussianKernel(), schedules.log_snr_linear(30, beta_1=1e-3, alpha_bar_T=1e-3),
-        ...     lambda x_t, t: jnp.zeros((len(x_t), 12)),  # the readout's own components
-        ...     event_shape=(2,), readout=readouts.Mixture(2, -1.0, 1.0),
-        ...     last_step=readouts.Learned(),
-        ... )
-        >>> prior = diffusion.prior({})
-        >>> def program(y):
-        ...     numpyro.sample("y", dist.Normal(prior().sum(-1), 0.5), obs=y)
+        >>> rates = schedules.log_snr_linear(30, beta_1=1e-3, alpha_bar_T=1e-3)
+        >>> options = {"readout": readouts.Mixture(2, -1.0, 1.0), "last_step": readouts.Learned()}
+        >>> prior = standard_diffusion((2,), beta=rates, **options).prior({})
+        >>> program = lambda y: numpyro.sample("y", dist.Normal(prior().sum(-1), 0.5), obs=y)
         >>> smc = infer.SMC(program, num_particles=1000, twist=infer.TweedieTwist(rank=1))
         >>> smc.run(jax.random.key(0), y=0.0)
         >>> round(smc.log_evidence, 1)  # log [½ N(0; 0, ¾) + ½ N(2; 0, ¾)]
@@ -246,7 +223,7 @@ class TweedieTwist(Twist):
     rank: int = RANK
 
     def __post_init__(self) -> None:
-        check_rank(self.rank)
+        check_at_least(1, rank=self.rank)
 
     def __call__(self, view: View) -> Tilt:
         """By Lanczos in the inner product of C: vectors v with their images u = C v, vᵢ·uⱼ = 1."""
@@ -290,5 +267,5 @@ def _soft_known(view: View) -> Callable[[Array], Array]:
     """log r with known entries counted as measurements with a little noise."""
     if view.known is None:
         return view.log_r
-    variance = SOFTNESS * view.w()
+    variance = _SOFTNESS * view.w()
     return lambda x: view.log_r(x) + log_known(view, x, variance)

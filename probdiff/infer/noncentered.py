@@ -9,10 +9,8 @@ event shape `(T + 1, *event_shape)` with level t at index t. The prior of z is N
 rates: for N(0, 1) data in two dimensions, T = 40 and a likelihood of standard deviation 0.15, NUTS
 took 31 leapfrog steps an iteration over z, and 46, 91, 213 over x_1..x_T at β_1 = 1e-2, 1e-3, 1e-4
 (log_snr_linear), though each of those is one batched network call instead of T calls in turn.
-x_0 is deterministic and recorded; the trajectory is not, T times as large.
-
-With `steps=n` the map is that of the n-step diffusion, another model than the T-step one, as in
-`SMC`.
+x_0 is deterministic and recorded; the trajectory is not, T times as large. With `steps=n` the map
+is that of the n-step diffusion, another model than the T-step one, as in `SMC`.
 
 NUTS crosses between modes poorly. `initial_noise` starts chains at draws of `SMC`: from each x_0
 a trajectory is drawn forward, and the reverse steps are solved for the noise,
@@ -22,6 +20,7 @@ a trajectory is drawn forward, and the reverse steps are solved for the noise,
 Sources: Sohl-Dickstein et al. (2015), section 2.2; Papaspiliopoulos et al. (2007) for noncentering.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -34,12 +33,12 @@ from numpyro.distributions import biject_to
 from numpyro.primitives import Messenger
 
 from probdiff.arguments import shape_text
-from probdiff.infer.program import Program
+from probdiff.infer.program import Program, Site
 from probdiff.reverse import Reverse
 from probdiff.trajectories import ReverseTrajectory, SampledTimes
 
-Noise = Float[Array, "levels *shape"]
-State = Float[Array, "*shape"]
+_Noise = Float[Array, "levels *shape"]
+_State = Float[Array, "*shape"]
 
 
 def noncentered(program: Program, *, steps: int | None = None) -> Program:
@@ -62,18 +61,15 @@ def noncentered(program: Program, *, steps: int | None = None) -> Program:
 
     Example:
         >>> prior = standard_diffusion(T=4).prior({})  # x_0 ~ N(0, 1)
-        >>> def program(y):
-        ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
-        >>> kernel = NUTS(infer.noncentered(program))
-        >>> mcmc = MCMC(kernel, num_warmup=200, num_samples=1000, progress_bar=False)
+        >>> program = lambda y: numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+        >>> options = {"num_warmup": 200, "num_samples": 1000, "progress_bar": False}
+        >>> mcmc = MCMC(NUTS(infer.noncentered(program)), **options)
         >>> mcmc.run(jax.random.key(0), y=2.0)
         >>> draws = mcmc.get_samples()
         >>> draws["x_0_noise"].shape  # levels 0..4
         (1000, 5)
         >>> abs(float(draws["x_0"].mean()) - 1.0) < 0.2  # y/2
         True
-
-    Source: Papaspiliopoulos et al. (2007).
     """
 
     def over_noise(*args: Any, **kwargs: Any) -> Any:
@@ -92,10 +88,8 @@ def initial_noise(
 ) -> dict[str, Any]:
     """Where to start chains, `MCMC.run(init_params=...)`, so that they are at given x_0.
 
-    The trajectories between are drawn forward, so that equal x_0 differ in their noise.
-
     Args:
-        key: Randomness, of the trajectories.
+        key: Randomness, of the trajectories: equal x_0 differ in their noise.
         program: What `noncentered` returned.
         draws: Values of all its other latent sites and of x_0 by site name, `(num_chains, ...)`;
             x_0 in the user's units, `(num_chains, *plates, *event_shape)`. Other names are not
@@ -114,8 +108,7 @@ def initial_noise(
         Two chains that are to start at x_0 = −1.5 and 1.5, say draws of `SMC`:
 
         >>> prior = standard_diffusion(T=4).prior({})  # x_0 ~ N(0, 1)
-        >>> def program(y=None):
-        ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+        >>> program = lambda y=None: numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
         >>> over_noise = infer.noncentered(program)
         >>> x_0 = jnp.array([-1.5, 1.5])
         >>> start = infer.initial_noise(jax.random.key(0), over_noise, {"x_0": x_0}, y=2.0)
@@ -131,18 +124,13 @@ def initial_noise(
         shapes = {name: value.shape for name, value in draws.items()}
         raise ValueError(f"draws must have one row for each chain; got shapes {shapes}")
 
-    def start(key: Array, values: dict[str, Any]) -> dict[str, Any]:
-        def choose(site: dict[str, Any]) -> Any:
-            return _value(site, values)
-
+    def start(key: Array, values: dict) -> dict:
+        choose = functools.partial(_value, draws=values)
         run = handlers.substitute(handlers.seed(program, key), substitute_fn=choose)
         with handlers.block():
             sites = handlers.trace(run).get_trace(*args, **kwargs)
-        return {
-            name: biject_to(site["fn"].support).inv(site["value"])
-            for name, site in sites.items()
-            if _is_latent(site)
-        }
+        latent = {name: site for name, site in sites.items() if _is_latent(site)}
+        return {n: biject_to(site["fn"].support).inv(site["value"]) for n, site in latent.items()}
 
     ((num_chains,),) = counts
     if num_chains == 1:
@@ -155,19 +143,21 @@ class _Driven(NamedTuple):
 
     name: str
     reverse: Reverse
-    lead: tuple[int, ...]
-    """Shape of the plates around the prior."""
+    lead: tuple[int, ...]  # shape of the plates around the prior
 
 
 class _Retreat(Messenger):
-    """Puts noise, and what follows from it, in place of a prior's trajectory and x_0."""
+    """Puts noise, and what follows from it, in place of a prior's trajectory and x_0.
+
+    `stop` hides the two from all handlers outside.
+    """
 
     def __init__(self, steps: int | None):
         super().__init__()
         self.steps = steps
-        self.noise_0: dict[str, Any] = {}
+        self.noise_0: dict[str, Array] = {}
 
-    def process_message(self, msg: dict[str, Any]) -> None:
+    def process_message(self, msg: Site) -> None:
         if msg["type"] == "param" and msg["value"] is None:
             raise ValueError(
                 f"param {msg['name']!r} is unbound in the program, and MCMC would keep its initial "
@@ -181,36 +171,35 @@ class _Retreat(Messenger):
         elif msg["name"] in self.noise_0 and not msg["is_observed"]:
             self._put_data(msg)
 
-    def _put_trajectory(self, msg: dict[str, Any]) -> None:
+    def _put_trajectory(self, msg: Site) -> None:
         draw = msg["infer"]["prior"]
         name, reverse = draw.name, draw.reverse.respaced(self.steps)
         _check(msg)
         driven = _Driven(name, reverse, msg["fn"].batch_shape)
-        event_shape = (reverse.n + 1, *reverse.event_shape)
-        normal = dist.Normal(0.0, 1.0).expand((*driven.lead, *event_shape))
-        noise = numpyro.sample(
-            f"{name}_noise", normal.to_event(len(event_shape)), infer={"walk": driven}
-        )
-        noise = jnp.moveaxis(noise, -len(event_shape), 0)
+        event_dim = 1 + reverse.event_dim
+        shape = (*driven.lead, reverse.n + 1, *reverse.event_shape)
+        normal = dist.Normal(0.0, 1.0).expand(shape).to_event(event_dim)
+        noise = numpyro.sample(f"{name}_noise", normal, infer={"walk": driven})
+        noise = jnp.moveaxis(noise, -event_dim, 0)
         self.noise_0[name if draw.known is None else f"{name}_free"] = noise[0]
-        _keep(msg, _only(_x_1_of_noise(reverse, noise), len(driven.lead)))
+        x_1 = _x_1_of_noise(reverse, noise)
+        msg["value"], msg["stop"] = _only(x_1, len(driven.lead)), True
 
-    def _put_data(self, msg: dict[str, Any]) -> None:
+    def _put_data(self, msg: Site) -> None:
         name, law = msg["name"], _unexpanded(msg["fn"])
         x_0 = law.units.to_data(law.base.loc + law.base.scale * self.noise_0[name])
-        _keep(msg, x_0)
+        msg["value"], msg["stop"] = x_0, True
         if not name.endswith("_free"):
             numpyro.deterministic(name, x_0)
 
 
-def _x_1_of_noise(reverse: Reverse, noise: Noise) -> State:
+def _x_1_of_noise(reverse: Reverse, noise: _Noise) -> _State:
     """x_1 from the noise z_0..z_n, levels in front, on the scale of the diffusion.
 
-    Backwards through the walk, each step is computed again: what is kept is one level for each
-    step, whatever the network holds inside.
+    Steps are computed again for the gradient: one level is kept for each, nothing of the network.
     """
 
-    def retreat(x_t: Any, inputs: Any) -> Any:
+    def retreat(x_t: _State, inputs: tuple) -> tuple:
         t, z_s = inputs
         law = reverse.step(x_t, t)
         return law.loc + law.scale * z_s, None
@@ -220,14 +209,11 @@ def _x_1_of_noise(reverse: Reverse, noise: Noise) -> State:
     return jax.lax.scan(again, noise[-1], (t, noise[1:-1]), reverse=True)[0]
 
 
-def _noise_of_data(key: Array, reverse: Reverse, x_0: State) -> Noise:
-    """Noise z_0..z_n, levels in front, that leads to x_0 (on the scale of the diffusion).
-
-    One draw: the trajectory between is drawn forward.
-    """
+def _noise_of_data(key: Array, reverse: Reverse, x_0: _State) -> _Noise:
+    """One noise z_0..z_n, levels in front, that leads to x_0 (on the scale of the diffusion)."""
     kernel, keys = reverse.kernel, jax.random.split(key, reverse.n)
 
-    def climb(x_s: Any, inputs: Any) -> Any:
+    def climb(x_s: _State, inputs: tuple) -> tuple:
         t, key = inputs
         x_t = kernel.transition(x_s, reverse.coefficients(t)).sample(key)
         return x_t, _solve(reverse.step(x_t, t), x_s)
@@ -238,32 +224,23 @@ def _noise_of_data(key: Array, reverse: Reverse, x_0: State) -> Noise:
     return jnp.concatenate([z_0[None], z, x_n[None]])
 
 
-def _solve(law: Any, x_s: Any) -> Any:
+def _solve(law: dist.Distribution, x_s: _State) -> _State:
     return (x_s - law.loc) / law.scale
 
 
-def _keep(msg: dict[str, Any], value: Any) -> None:
-    """Give the site its value and hide it from all handlers outside."""
-    msg["value"], msg["stop"] = value, True
-
-
-def _only(x_1: Any, lead_dim: int) -> SampledTimes:
+def _only(x_1: _State, lead_dim: int) -> SampledTimes:
     """A trajectory of which x_1 is kept, all that a prior reads of it."""
-    lead = x_1.shape[:lead_dim]
-    none = jnp.zeros((0, *lead))
+    none = jnp.zeros((0, *x_1.shape[:lead_dim]))
     return SampledTimes(x_1, jnp.zeros((0, *x_1.shape)), none.astype(jnp.int32), none)
 
 
-def _check(msg: dict[str, Any]) -> None:
+def _check(msg: Site) -> None:
     name, draw = msg["name"], msg["infer"]["prior"]
     reverse = draw.reverse
     if reverse.kernel.is_discrete or reverse.grid is not None:
-        numbers = "numbers, which are" if reverse.kernel.is_discrete else "numbers that are"
-        other = (
-            f"symbols, {reverse.kernel}"
-            if reverse.kernel.is_discrete
-            else f"numbers on a grid, {reverse.last_step}"
-        )
+        numbers, other = "numbers that are", f"numbers on a grid, {reverse.last_step}"
+        if reverse.kernel.is_discrete:
+            numbers, other = "numbers, which are", f"symbols, {reverse.kernel}"
         raise ValueError(
             f"prior {draw.name!r} must be one of {numbers} smooth in their noise; got {other}. Use "
             "infer.SMC"
@@ -288,13 +265,13 @@ def _unexpanded(law: dist.Distribution) -> Any:
     return law
 
 
-def _is_latent(site: dict[str, Any]) -> bool:
+def _is_latent(site: Site) -> bool:
     """Whether NUTS walks over the site: it sums over discrete ones."""
     is_drawn = site["type"] == "sample" and not site["is_observed"]
     return is_drawn and not site["fn"].support.is_discrete
 
 
-def _value(site: dict[str, Any], draws: dict[str, Any]) -> Any:
+def _value(site: Site, draws: dict) -> Any:
     """Value of a latent site of a noncentered program."""
     if not _is_latent(site):
         return None

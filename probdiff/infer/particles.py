@@ -10,9 +10,9 @@ particles are resampled where their effective number falls below a share of N (s
     Ẑ = ∏ over stages of the mean weight
 
 is unbiased for Z = E_p[r(x_0)], whatever ψ is. A population is one run for one system (an entry of
-the plates around the prior), with N particles and a key of its own, so that nothing depends on who
-runs beside it. What is done to weights is written for one population and mapped over the S of them;
-network and program see all particles of a level at once, in blocks that fit memory.
+the plates around the prior): N particles and a key, so that nothing depends on who runs beside it.
+Weights are computed for one population and mapped over the S of them; network and program see all
+particles of a level at once, in blocks that fit memory.
 
 Sources: Del Moral et al. (2006); Guarniero et al. (2017) for twists; Wu et al. (2023) for
 diffusions.
@@ -36,31 +36,24 @@ from probdiff.infer.spread import PERFECT, Common, Problem, Reading, common, hes
 from probdiff.infer.twist import Look, Twist, View
 from probdiff.prior import PriorDraw
 
-PROBES = 8
-"""Points at which the likelihood is tried before a run."""
-CHUNKS = 20
-"""Parts of a run between which the progress bar moves."""
+_PROBES = 8  # points at which the likelihood is tried before a run
+_CHUNKS = 20  # parts of a run between which the progress bar moves
 
 
 class Options(NamedTuple):
     """How to run: all that is part of what is compiled."""
 
-    twist: Twist | None
-    """None for the default, until the program is read."""
+    twist: Twist | None  # None for the default, until the program is read
     num_particles: int
     num_runs: int
-    steps: int | None
-    """Levels that are walked; all for None."""
+    steps: int | None  # levels that are walked; all for None
     is_weighted: bool
-    threshold: float
-    """Share of N below which the effective number calls for resampling; 0 for never."""
+    threshold: float  # share of N below which the effective number resamples; 0 for never
     block_size: int
     mesh: Mesh | None = None
-    is_diagonal: bool = False
-    """Of the likelihood, as in `Problem`: found before a run."""
+    is_diagonal: bool = False  # of the likelihood, as in `Problem`: found before a run
     is_quadratic: bool = False
-    stand_in: Any = None
-    """Compared in place of a user's own twist, which may change: each sampler has another."""
+    stand_in: Any = None  # compared in place of a user's own twist: each sampler has another
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Options) and self._compared == other._compared
@@ -76,35 +69,23 @@ class Options(NamedTuple):
 class Trace(NamedTuple):
     """What happened at each level, `(n + 1, S)`, the level's number first; 0 is the end."""
 
-    ess: Float[Array, "levels S"]
-    """Effective number of particles before resampling."""
-    resampled: Bool[Array, "levels S"]
-    """Whether they were resampled."""
-    shift: Float[Array, "levels S"]
-    """Largest move of a particle's mean, in standard deviations."""
-    bad: Float[Array, "levels S"]
-    """Share of particles whose twist was not finite."""
+    ess: Float[Array, "levels S"]  # effective number of particles before resampling
+    resampled: Bool[Array, "levels S"]  # whether they were resampled
+    shift: Float[Array, "levels S"]  # largest move of a particle's mean, in standard deviations
+    bad: Float[Array, "levels S"]  # share of particles whose twist was not finite
 
 
 class State(NamedTuple):
     """Particles at a level, before they are looked at."""
 
-    x: Array
-    """`(S, N, d)`."""
-    log_w: Float[Array, "S N"]
-    """Log weights since the last resampling, the twist of this level not yet in."""
-    log_psi: Float[Array, "S N"]
-    """log ψ that the weights already hold and the next level takes out."""
-    held: Float[Array, "S N"]
-    """Log weights as the step began, so that what the step itself added can be told."""
-    log_z: Float[Array, " S"]
-    """Log of the product of mean weights up to the last resampling."""
-    ancestor: Int[Array, "S N"]
-    """Index of each particle's ancestor at the start."""
-    worst: Float[Array, "S N"]
-    """Log weights of the step whose own weights had the least effective number."""
-    worst_ess: Float[Array, " S"]
-    """That number."""
+    x: Array  # `(S, N, d)`
+    log_w: Float[Array, "S N"]  # since the last resampling, without the twist of this level
+    log_psi: Float[Array, "S N"]  # log ψ that the weights already hold and the next level takes out
+    held: Float[Array, "S N"]  # log weights as the step began, to tell what the step adds
+    log_z: Float[Array, " S"]  # log of the product of mean weights up to the last resampling
+    ancestor: Int[Array, "S N"]  # index of each particle's ancestor at the start
+    worst: Float[Array, "S N"]  # log weights that the step of least effective number added
+    worst_ess: Float[Array, " S"]  # that number
     trace: Trace
 
 
@@ -133,11 +114,9 @@ class Walk(NamedTuple):
 
     problem: Problem
     options: Options
-    keys: Array
-    """Of each population, `(S,)`."""
+    keys: Array  # of each population, `(S,)`
     reading: Reading = PERFECT
-    hessian: Array | None = None
-    """Of a quadratic log r, where the covariance of the data is used."""
+    hessian: Array | None = None  # of a quadratic log r, where the covariance of the data is used
 
     def prepared(self) -> "Walk":
         """With what is worked out once for a run."""
@@ -151,22 +130,18 @@ class Walk(NamedTuple):
         n, reverse = self.options.num_particles, self.problem.reverse
 
         def draw(key: Array) -> Array:
-            x = reverse.kernel.stationary((n, *reverse.event_shape)).sample(key)
-            return x.reshape(n, -1)
+            return reverse.kernel.stationary((n, *reverse.event_shape)).sample(key).reshape(n, -1)
 
-        x = self._constrain(jax.vmap(draw)(_fold(self.keys, reverse.n + 1)))
-        shape = x.shape[:2]
-        zeros, flat = jnp.zeros(shape), jnp.zeros((reverse.n + 1, shape[0]))
-        ancestor = jnp.broadcast_to(jnp.arange(n), shape)
-        least = jnp.full(shape[0], jnp.inf)
-        trace = Trace(flat, flat > 1, flat, flat)
+        x = self._constrain(jax.vmap(draw)(fold(self.keys, reverse.n + 1)))
+        zeros, flat = jnp.zeros(x.shape[:2]), jnp.zeros((reverse.n + 1, len(x)))
+        ancestor = jnp.broadcast_to(jnp.arange(n), zeros.shape)
+        trace, least = Trace(flat, flat > 1, flat, flat), jnp.full(len(x), jnp.inf)
         return State(x, zeros, zeros, zeros, zeros[:, 0], ancestor, zeros, least, trace)
 
     def advance(self, state: State, t: Array) -> State:
         """From level t ≥ 2 down to the one before."""
-        shared = None
-        if self._uses_covariance:
-            shared = common(self.problem, self.reading, self.hessian, t)
+        is_common = self._uses_covariance
+        shared = common(self.problem, self.reading, self.hessian, t) if is_common else None
 
         def look(x: Array) -> Look:
             return self.options.twist.look(View(self.problem, x, t, self.reading, shared))
@@ -193,25 +168,23 @@ class Walk(NamedTuple):
         return jnp.swapaxes(x.reshape(R, N, *x.shape[1:]), 1, 2).reshape(R * B, N, *x.shape[2:])
 
     def _in_blocks(self, x: Array, at: Callable[[Array], Any]) -> Any:
-        """Apply a function of particles as the program sees them, in blocks that fit memory."""
+        """A function of particles as the program sees them, in blocks that fit memory."""
         x = self.rows(x)
         count, wanted = x.shape[0], max(1, self.options.block_size // self.problem.systems)
         size = next(s for s in range(min(wanted, count), 0, -1) if count % s == 0)
         if size == count:
-            out = at(x)
-        else:
-            out = jax.lax.map(at, x.reshape(count // size, size, *x.shape[1:]))
-            out = jax.tree.map(lambda a: a.reshape(count, *a.shape[2:]), out)
-        return jax.tree.map(self._populations, out)
+            return jax.tree.map(self._populations, at(x))
+        out = jax.lax.map(at, x.reshape(count // size, size, *x.shape[1:]))
+        return jax.tree.map(lambda a: self._populations(a.reshape(count, *a.shape[2:])), out)
 
     @property
     def _uses_covariance(self) -> bool:
         """Whether the twist works with the covariance of the data."""
         return self.problem.draw.covariance is not None and self.options.twist.uses_covariance
 
-    def _move(self, state: State, look: Look, t: Any, shared: Common | None) -> State:
+    def _move(self, state: State, look: Look, t: Array | int, shared: Common | None) -> State:
         """Weigh by ψ_t, resample where needed, propose the next level."""
-        keys_draw, keys_resample = (_fold(_fold(self.keys, t), use) for use in (0, 1))
+        keys_draw, keys_resample = (fold(fold(self.keys, t), use) for use in (0, 1))
         state = _weigh(state, look.log_psi)
         trace = state.trace._replace(
             shift=state.trace.shift.at[t].set(jnp.max(look.shift, 1)),
@@ -219,19 +192,16 @@ class Walk(NamedTuple):
         )
         state = state._replace(trace=trace, log_psi=look.log_psi)
         state, look = self._resample(keys_resample, state, look, t)
-        narrowing = None
-        if shared is not None:
-            narrowing = jax.tree.map(
-                lambda a: jnp.tile(a, (self.options.num_runs, *[1] * (a.ndim - 1))),
-                shared.narrowing,
-            )
-        x, log_ratio = jax.vmap(lambda key, proposal, common: proposal.draw(key, common))(
-            keys_draw, look.proposal, narrowing
-        )
+        narrowing, R = None if shared is None else shared.narrowing, self.options.num_runs
+        narrowing = jax.tree.map(lambda a: jnp.tile(a, (R, *[1] * (a.ndim - 1))), narrowing)
+        draw = jax.vmap(lambda key, proposal, common: proposal.draw(key, common))
+        x, log_ratio = draw(keys_draw, look.proposal, narrowing)
         held = state.log_w
         return state._replace(x=self._constrain(x), log_w=held + log_ratio, held=held)
 
-    def _resample(self, keys: Array, state: State, look: Look, t: Any) -> tuple[State, Look]:
+    def _resample(
+        self, keys: Array, state: State, look: Look, t: Array | int
+    ) -> tuple[State, Look]:
         ess = jax.vmap(effective_number)(state.log_w)
         is_due = (ess < self.options.threshold * self.options.num_particles) & (ess > 0)
         trace = state.trace._replace(
@@ -241,8 +211,8 @@ class Walk(NamedTuple):
         if self.options.threshold == 0:
             return state, look
 
-        def gather(moving: tuple[Any, ...]) -> tuple[Any, ...]:
-            def of_one(key: Array, log_w: Array, due: Array, moving: tuple[Any, ...]) -> Any:
+        def gather(moving: tuple) -> tuple:
+            def of_one(key: Array, log_w: Array, due: Array, moving: tuple) -> tuple:
                 index = jnp.where(due, systematic(key, log_w), jnp.arange(len(log_w)))
                 return jax.tree.map(lambda a: a[index], moving)
 
@@ -259,9 +229,8 @@ class Walk(NamedTuple):
         mesh = self.options.mesh
         if mesh is None:
             return x
-        return jax.lax.with_sharding_constraint(
-            x, NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        )
+        sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        return jax.lax.with_sharding_constraint(x, sharding)
 
 
 def _weigh(state: State, log_psi: Float[Array, "S N"]) -> State:
@@ -269,13 +238,12 @@ def _weigh(state: State, log_psi: Float[Array, "S N"]) -> State:
     log_w = state.log_w + log_psi - state.log_psi
     added = log_w - jnp.where(jnp.isfinite(state.held), state.held, 0.0)
     ess = jax.vmap(effective_number)(added)
-    is_worst = ess < state.worst_ess
-    worst = jnp.where(is_worst[:, None], added, state.worst)
-    worst_ess = jnp.minimum(ess, state.worst_ess)
-    return state._replace(log_w=log_w, worst=worst, worst_ess=worst_ess)
+    worst = jnp.where((ess < state.worst_ess)[:, None], added, state.worst)
+    return state._replace(log_w=log_w, worst=worst, worst_ess=jnp.minimum(ess, state.worst_ess))
 
 
-def _fold(keys: Array, value: Any) -> Array:
+def fold(keys: Array, value: Array | int) -> Array:
+    """`fold_in` of one value into every key."""
     return jax.vmap(jax.random.fold_in, (0, None))(keys, value)
 
 
@@ -286,11 +254,10 @@ def entry_keys(key: Array, batch_shape: tuple[int, ...]) -> Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(math.prod(batch_shape)))
 
 
-def population_keys(key: Array, batch_shape: tuple[int, ...], num_runs: int) -> Array:
+def _population_keys(key: Array, batch_shape: tuple[int, ...], num_runs: int) -> Array:
     """Key of each run of each entry of the plates, `(num_runs · entries,)`."""
-    keys = entry_keys(key, batch_shape)
-    of_runs = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
-    return of_runs(keys, jnp.arange(num_runs)).reshape(-1)
+    of_runs = jax.vmap(fold, (None, 0))
+    return of_runs(entry_keys(key, batch_shape), jnp.arange(num_runs)).reshape(-1)
 
 
 # a run, compiled
@@ -299,24 +266,17 @@ def population_keys(key: Array, batch_shape: tuple[int, ...], num_runs: int) -> 
 class Outcome(NamedTuple):
     """What a run leaves, NumPy arrays; R runs, N particles, plates as the prior has them."""
 
-    x_0: np.ndarray
-    """`(R, N, *plates, *event_shape)`, the user's units."""
-    log_weights: np.ndarray
-    """Normalised over N, `(R, N, *plates)`."""
-    log_evidences: np.ndarray
-    """log Ẑ of each run, `(R, *plates)`."""
-    log_r: np.ndarray
-    """log r of each particle, `(R, N, *plates)`."""
-    ancestors: np.ndarray
-    """Each particle's ancestor at the start, `(R, N, *plates)`."""
-    worst_log_weights: np.ndarray
-    """Log weights of the worst step, that of the least effective number, `(R, N, *plates)`."""
-    trace: Trace
-    """At levels n..0, `(n + 1, R, *plates)`."""
+    x_0: np.ndarray  # `(R, N, *plates, *event_shape)`, the user's units
+    log_weights: np.ndarray  # normalised over N, `(R, N, *plates)`
+    log_evidences: np.ndarray  # log Ẑ of each run, `(R, *plates)`
+    log_r: np.ndarray  # log r of each particle, `(R, N, *plates)`
+    ancestors: np.ndarray  # each particle's ancestor at the start, `(R, N, *plates)`
+    worst_log_weights: np.ndarray  # of the step of least effective number, `(R, N, *plates)`
+    trace: Trace  # at levels n..0, `(n + 1, R, *plates)`
 
 
-Inputs = tuple[Conditioned, Any, Any, Array]
-"""The program, known entries with their mask, and the keys: what is compiled once for all."""
+# the program, known entries with their mask, and the keys: what is compiled once for all
+_Inputs = tuple[Conditioned, Array | None, Array | np.ndarray | None, Array]
 
 
 def run(read: Read, options: Options, key: Array, *, progress: bool) -> Outcome:
@@ -333,11 +293,10 @@ def run(read: Read, options: Options, key: Array, *, progress: bool) -> Outcome:
     conditioned, programs = read.conditioned, read.programs
     _check(conditioned.draw, options)
     known, mask = _known(conditioned)
-    keys = population_keys(key, conditioned.batch_shape, options.num_runs)
+    keys = _population_keys(key, conditioned.batch_shape, options.num_runs)
     inputs = conditioned, known, mask, keys
-    is_diagonal, is_quadratic, is_impossible, is_coupled = map(
-        bool, programs(_probe, inputs, options=options)
-    )
+    found = map(bool, programs(_probe, inputs, options=options))
+    is_diagonal, is_quadratic, is_impossible, is_coupled = found
     if is_coupled:
         raise ValueError(
             "program must keep the entries of the plates around the prior apart; log r of one "
@@ -351,7 +310,7 @@ def run(read: Read, options: Options, key: Array, *, progress: bool) -> Outcome:
     options = options._replace(is_diagonal=is_diagonal, is_quadratic=is_quadratic)
     n = conditioned.reverse.T if options.steps is None else options.steps
     shared, state = programs(_begin, inputs, options=options)
-    stops = np.unique(np.linspace(1, n, CHUNKS + 1 if progress else 2).astype(int))[::-1]
+    stops = np.unique(np.linspace(1, n, _CHUNKS + 1 if progress else 2).astype(int))[::-1]
     with bars.bar(total=n, desc="infer", disable=not progress) as bar:
         for high, low in itertools.pairwise(stops):
             state = programs(_advance, inputs, shared, state, high, low, options=options)
@@ -375,11 +334,11 @@ def _check(draw: PriorDraw, options: Options) -> None:
         )
 
 
-def _known(conditioned: Conditioned) -> tuple[Any, Any]:
+def _known(conditioned: Conditioned) -> tuple[Array | None, np.ndarray | None]:
     """Known entries on the scale of the diffusion, `(B, d)`, and their mask.
 
-    The mask is `(d,)` where it is the same in all systems: then a level's matrices are worked out
-    once, which for images is most of the time.
+    The mask is `(d,)` where all systems share it: a level's matrices, most of the time for images,
+    are then worked out once.
     """
     draw = conditioned.draw
     if draw.known is None:
@@ -394,15 +353,14 @@ def _known(conditioned: Conditioned) -> tuple[Any, Any]:
     return known, rows[0] if (rows == rows[0]).all() else rows
 
 
-def _problem(inputs: Inputs, options: Options) -> Problem:
+def _problem(inputs: _Inputs, options: Options) -> Problem:
     conditioned, known, mask, _ = inputs
     reverse = conditioned.reverse.respaced(options.steps)
     return Problem(conditioned, reverse, known, mask, options.is_diagonal, options.is_quadratic)
 
 
-def _probe(inputs: Inputs, *, options: Options) -> tuple[Array, ...]:
-    """Whether the curvature of log r is diagonal, whether it is the same everywhere, whether r is 0
-    at all points, and whether systems are coupled."""
+def _probe(inputs: _Inputs, *, options: Options) -> tuple[Array, ...]:
+    """Is log r of diagonal, of constant curvature, r 0 throughout, are systems coupled?"""
     problem, key = _problem(inputs, options), jax.random.key(0)
     reverse, shape = problem.reverse, (problem.systems, problem.size)
     if reverse.kernel.is_discrete:
@@ -411,7 +369,7 @@ def _probe(inputs: Inputs, *, options: Options) -> tuple[Array, ...]:
         curvature = jnp.zeros(3, bool)
     else:
         tau2 = problem.of_entries(problem.draw.variance).astype(reverse.kernel.dtype)
-        points = jax.random.normal(key, (PROBES, *shape)) * jnp.sqrt(tau2)
+        points = jax.random.normal(key, (_PROBES, *shape)) * jnp.sqrt(tau2)
         curvature = _curvature(problem, points, key)
     x_0 = reverse.units.to_data(problem.shaped(points))
     return *curvature, systems_are_coupled(problem.conditioned, x_0[0], x_0[1])
@@ -430,25 +388,23 @@ def _curvature(problem: Problem, points: Array, key: Array) -> tuple[Array, Arra
     return jnp.all(off <= 1e-3 * on), is_same, ~jnp.any(is_finite)
 
 
-def _walk(inputs: Inputs, options: Options, shared: Any = ()) -> Walk:
+def _walk(inputs: _Inputs, options: Options, shared: tuple = ()) -> Walk:
     return Walk(_problem(inputs, options), options, inputs[-1], *shared)
 
 
-def _begin(inputs: Inputs, *, options: Options) -> tuple[Any, State]:
+def _begin(inputs: _Inputs, *, options: Options) -> tuple[tuple, State]:
     walk = _walk(inputs, options).prepared()
     return (walk.reading, walk.hessian), walk.start()
 
 
 def _advance(
-    inputs: Inputs, shared: Any, state: State, high: Array, low: Array, *, options: Options
+    inputs: _Inputs, shared: tuple, state: State, high: Array, low: Array, *, options: Options
 ) -> State:
     walk = _walk(inputs, options, shared)
-    return jax.lax.fori_loop(
-        0, high - low, lambda down, state: walk.advance(state, high - down), state
-    )
+    return jax.lax.fori_loop(0, high - low, lambda i, s: walk.advance(s, high - i), state)
 
 
-def _end(inputs: Inputs, shared: Any, state: State, *, options: Options) -> Outcome:
+def _end(inputs: _Inputs, shared: tuple, state: State, *, options: Options) -> Outcome:
     walk = _walk(inputs, options, shared)
     state, problem = walk.finish(state), walk.problem
     draw, batch_shape = problem.draw, problem.conditioned.batch_shape
@@ -462,20 +418,12 @@ def _end(inputs: Inputs, shared: Any, state: State, *, options: Options) -> Outc
     log_w = jnp.where(jnp.isfinite(total), log_w - total, even)
     log_r = jax.vmap(problem.conditioned.log_r)(x_0)
 
-    def by_run(a: Array) -> Array:
-        return a.reshape(options.num_runs, options.num_particles, *batch_shape, *a.shape[2:])
-
-    def of_systems(a: Array) -> Array:
-        return by_run(walk.rows(a))
-
+    R, N = options.num_runs, options.num_particles
+    by_run = [
+        walk.rows(a).reshape(R, N, *batch_shape) for a in (log_w, state.ancestor, state.worst)
+    ]
     return Outcome(
-        x_0.reshape(options.num_runs, options.num_particles, *x_0.shape[1:]),
-        of_systems(log_w),
-        log_z.reshape(options.num_runs, *batch_shape),
-        log_r.reshape(options.num_runs, options.num_particles, *batch_shape),
-        of_systems(state.ancestor),
-        of_systems(state.worst),
-        jax.tree.map(
-            lambda a: a[::-1].reshape(a.shape[0], options.num_runs, *batch_shape), state.trace
-        ),
-    )
+        x_0.reshape(R, N, *x_0.shape[1:]), by_run[0], log_z.reshape(R, *batch_shape),
+        log_r.reshape(R, N, *batch_shape), *by_run[1:],
+        jax.tree.map(lambda a: a[::-1].reshape(len(a), R, *batch_shape), state.trace),
+    )  # fmt: skip

@@ -9,14 +9,15 @@ split the program into systems, independent posteriors side by side; log r has o
 So an observed site must lie inside those plates, and no other latent site may be there.
 
 A program is read anew at every run: once to find the prior and check the sites, once to trace r.
-Its array arguments are arguments of r; what else it reads, closures and globals, is part of what
-was traced (see `compilation`), so that nothing is stale.
+Its array arguments are arguments of r; the closures and globals that it reads are part of what was
+traced (see `compilation`), so that nothing is stale.
 
 Source: Sohl-Dickstein et al. (2015), section 2.5, eqs. 16 to 18.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -34,12 +35,12 @@ from probdiff.prior import PriorDraw
 from probdiff.reverse import Reverse
 
 Program = Callable[..., Any]
-Sites = dict[str, dict[str, Any]]
+Site = dict[str, Any]
+Sites = dict[str, Site]
 
-TAKEN = {"chain", "draw", "level", "run"}
+_TAKEN = {"chain", "draw", "level", "run"}
 """Names of dims that a plate may not have: it becomes `name_plate`."""
-BLOCK = 256
-"""Draws at which sites of a program are computed at once."""
+BLOCK = 256  # draws at which sites of a program are computed at once
 
 
 @functools.partial(
@@ -51,16 +52,11 @@ BLOCK = 256
 class Conditioned:
     """A prior and a likelihood: what a compiled sampler is given of a program."""
 
-    draw: PriorDraw
-    """The prior."""
-    likelihood: Traced
-    """log p(site | x_0) of the observed sites, from the arrays and x_0."""
-    arrays: list[Array]
-    """The program's array arguments."""
-    batch_shape: tuple[int, ...]
-    """Shape of the plates around the prior: one system each."""
-    observed: tuple[str, ...]
-    """Names of the observed sites, factors among them."""
+    draw: PriorDraw  # the prior
+    likelihood: Traced  # log p(site | x_0) of the observed sites, from the arrays and x_0
+    arrays: list[Array]  # the program's array arguments
+    batch_shape: tuple[int, ...]  # shape of the plates around the prior: one system each
+    observed: tuple[str, ...]  # names of the observed sites, factors among them
 
     @property
     def reverse(self) -> Reverse:
@@ -79,26 +75,21 @@ class Conditioned:
 class Names(NamedTuple):
     """Names of what a sampler returns: axes have those of the program's plates, as in ArviZ."""
 
-    x_0: str
-    """Site of x_0."""
-    plates: tuple[str, ...]
-    """Plates around the prior."""
-    dims: dict[str, list[str]]
-    """Dims of each site's value."""
-    batch_dims: dict[str, list[str]]
-    """Dims of each observed site's log density."""
+    x_0: str  # site of x_0
+    plates: tuple[str, ...]  # plates around the prior
+    dims: dict[str, list[str]]  # dims of each site's value
+    batch_dims: dict[str, list[str]]  # dims of each observed site's log density
 
 
 class Read(NamedTuple):
     """A program at its arguments, as it was read."""
 
     program: Program
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: tuple
+    kwargs: dict
     conditioned: Conditioned
     names: Names
-    programs: Programs
-    """Where what is compiled is kept."""
+    programs: Programs  # where what is compiled is kept
 
     def map(self, function: Callable[..., Any], x_0: Any, *rows: Any) -> Any:
         """`function(sites, *row)` for every draw of x_0, `(M, *plates, *event_shape)`; NumPy."""
@@ -115,11 +106,11 @@ class Read(NamedTuple):
         return jax.tree.map(np.asarray, out)
 
 
-def _map(traced: Traced, arrays: list[Array], rows: tuple[Any, ...]) -> Any:
+def _map(traced: Traced, arrays: list[Array], rows: tuple) -> Any:
     return jax.lax.map(lambda row: traced(arrays, *row), rows, batch_size=BLOCK)
 
 
-def read(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Read:
+def read(program: Program, args: tuple, kwargs: dict) -> Read:
     """Read a program as prior and likelihood.
 
     Raises:
@@ -131,29 +122,32 @@ def read(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rea
 
     def look(arrays: list[Array]) -> list[Array]:
         sites, priors = _sites(program, *rebuild(arrays), None)
-        site = _the_prior(priors)
+        if len(priors) != 1:
+            names = sorted(site["name"] for site in priors)
+            raise ValueError(
+                "program must call a prior made by Diffusion.prior exactly once; got "
+                f"{len(names)} calls {names}"
+            )
+        (site,) = priors
         draw = site["infer"]["prior"]
         _check_plates(site, draw.name)
         _check_latents(sites, {site["name"], _drawn(draw)})
         observed = _observed(sites, site, draw)
         batch_shape = site["fn"].batch_shape
         leaves, tree = jax.tree.flatten(draw)
-        is_computed = [isinstance(leaf, jax.core.Tracer) for leaf in leaves]
         # of the prior only what depends on the arguments is computed: weights stay where they are
+        computed = [isinstance(leaf, jax.core.Tracer) for leaf in leaves]
         found.update(
-            leaves=[None if c else leaf for leaf, c in zip(leaves, is_computed, strict=True)],
-            tree=tree, is_computed=is_computed, batch_shape=batch_shape, observed=observed,
+            leaves=[None if c else leaf for leaf, c in zip(leaves, computed, strict=True)],
+            tree=tree, is_computed=computed, batch_shape=batch_shape, observed=observed,
             names=_names(sites, site, draw, observed), programs=site["infer"]["programs"],
         )  # fmt: skip
-        return [leaf for leaf, c in zip(leaves, is_computed, strict=True) if c]
+        return list(itertools.compress(leaves, computed))
 
     computed = trace(look, arrays)
     values = iter(found["programs"](call, computed, arrays))
-    leaves = [
-        next(values) if c else leaf
-        for leaf, c in zip(found["leaves"], found["is_computed"], strict=True)
-    ]
-    draw = jax.tree.unflatten(found["tree"], leaves)
+    both = zip(found["leaves"], found["is_computed"], strict=True)
+    draw = jax.tree.unflatten(found["tree"], [next(values) if c else leaf for leaf, c in both])
     batch_shape, observed = found["batch_shape"], found["observed"]
 
     def likelihood(arrays: list[Array], x_0: Array) -> dict[str, Array]:
@@ -167,22 +161,17 @@ def read(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rea
     return Read(program, args, kwargs, conditioned, found["names"], found["programs"])
 
 
-def _arrays(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[list[Array], Callable[[list[Array]], tuple[Any, Any]]]:
+def _arrays(args: tuple, kwargs: dict) -> tuple[list[Array], Callable]:
     """Array arguments, and how to put others in their place."""
     leaves, tree = jax.tree.flatten((args, kwargs))
     # NumPy's floats count as arrays: values of data, of which each would be compiled for otherwise.
     is_array = [isinstance(leaf, jax.Array | np.ndarray | np.floating) for leaf in leaves]
-    arrays = [jnp.asarray(leaf) for leaf, a in zip(leaves, is_array, strict=True) if a]
 
-    def rebuild(arrays: list[Array]) -> tuple[Any, Any]:
-        given = iter(arrays)
-        return jax.tree.unflatten(
-            tree, [next(given) if a else leaf for leaf, a in zip(leaves, is_array, strict=True)]
-        )
+    def rebuild(arrays: list[Array]) -> tuple[tuple, dict]:
+        given, both = iter(arrays), zip(leaves, is_array, strict=True)
+        return jax.tree.unflatten(tree, [next(given) if a else leaf for leaf, a in both])
 
-    return arrays, rebuild
+    return [jnp.asarray(leaf) for leaf in itertools.compress(leaves, is_array)], rebuild
 
 
 class _Place(Messenger):
@@ -192,7 +181,7 @@ class _Place(Messenger):
         super().__init__()
         self.x_0, self.priors, self._drawn = x_0, [], set()
 
-    def process_message(self, msg: dict[str, Any]) -> None:
+    def process_message(self, msg: Site) -> None:
         if msg["type"] != "sample":
             return
         if "prior" in msg["infer"]:
@@ -201,14 +190,11 @@ class _Place(Messenger):
             self._drawn.add(_drawn(draw))
             msg["value"] = jnp.zeros(msg["fn"].shape(), draw.reverse.kernel.dtype)
         elif msg["name"] in self._drawn and not msg["is_observed"]:
-            fn = msg["fn"]
             dtype = self.priors[-1]["infer"]["prior"].reverse.kernel.dtype
-            msg["value"] = jnp.zeros(fn.shape(), dtype) if self.x_0 is None else self.x_0
+            msg["value"] = jnp.zeros(msg["fn"].shape(), dtype) if self.x_0 is None else self.x_0
 
 
-def _sites(
-    program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], x_0: Any
-) -> tuple[Sites, list[dict[str, Any]]]:
+def _sites(program: Program, args: tuple, kwargs: dict, x_0: Any) -> tuple[Sites, list[Site]]:
     """All sites of a program at x_0 (zeros for None), and those of its priors."""
     place = _Place(x_0)
     try:
@@ -228,17 +214,7 @@ def _drawn(draw: PriorDraw) -> str:
     return draw.name if draw.known is None else f"{draw.name}_free"
 
 
-def _the_prior(priors: list[dict[str, Any]]) -> dict[str, Any]:
-    if len(priors) != 1:
-        names = sorted(site["name"] for site in priors)
-        raise ValueError(
-            "program must call a prior made by Diffusion.prior exactly once; got "
-            f"{len(names)} calls {names}"
-        )
-    return priors[0]
-
-
-def _check_plates(site: dict[str, Any], prior: str) -> None:
+def _check_plates(site: Site, prior: str) -> None:
     for frame in site["cond_indep_stack"]:
         if site["fn"].batch_shape[frame.dim] != frame.size:
             raise ValueError(
@@ -267,18 +243,17 @@ def _check_latents(sites: Sites, ours: set[str]) -> None:
             )
 
 
-def _observed(sites: Sites, prior: dict[str, Any], draw: PriorDraw) -> tuple[str, ...]:
+def _observed(sites: Sites, prior: Site, draw: PriorDraw) -> tuple[str, ...]:
     """Names of the observed sites, each of them fit to be a likelihood."""
-    factor, plates = f"{draw.name}_known", {frame.name for frame in prior["cond_indep_stack"]}
-    names = tuple(
-        n for n, s in sites.items() if s["type"] == "sample" and s["is_observed"] and n != factor
-    )
+    plates = {frame.name for frame in prior["cond_indep_stack"]}
+    observed = (n for n, s in sites.items() if s["type"] == "sample" and s["is_observed"])
+    names = tuple(name for name in observed if name != f"{draw.name}_known")
     for name in names:
         _check_observed(sites[name], plates, draw.name)
     return names
 
 
-def _check_observed(site: dict[str, Any], plates: set[str], prior: str) -> None:
+def _check_observed(site: Site, plates: set[str], prior: str) -> None:
     name = site["name"]
     if isinstance(unwrapped(site["fn"]), dist.Delta):
         raise ValueError(
@@ -296,7 +271,7 @@ def _check_observed(site: dict[str, Any], plates: set[str], prior: str) -> None:
         _check_rows(site, prior)
 
 
-def _check_rows(site: dict[str, Any], prior: str) -> None:
+def _check_rows(site: Site, prior: str) -> None:
     """A batch without a plate would be taken for repeated measurements of one x_0."""
     law, shape = site["fn"], jnp.shape(site["value"])
     first = len(shape) - law.event_dim
@@ -327,19 +302,18 @@ def unwrapped(law: dist.Distribution) -> dist.Distribution:
     return law
 
 
-def is_factor(site: dict[str, Any]) -> bool:
+def is_factor(site: Site) -> bool:
     """Whether a site is a `numpyro.factor`, which has no value."""
     return isinstance(unwrapped(site["fn"]), dist.Unit)
 
 
-def _per_system(site: dict[str, Any], batch_shape: tuple[int, ...]) -> Float[Array, "..."]:
+def _per_system(site: Site, batch_shape: tuple[int, ...]) -> Float[Array, "..."]:
     """The site's log density, summed over all but the systems' axes."""
     log_prob = site["fn"].log_prob(site["value"])
     if site["scale"] is not None:
         log_prob *= site["scale"]
     log_prob = jnp.broadcast_to(log_prob, jnp.broadcast_shapes(jnp.shape(log_prob), batch_shape))
-    extra = log_prob.ndim - len(batch_shape)
-    log_prob = jnp.sum(log_prob, axis=tuple(range(extra)))
+    log_prob = jnp.sum(log_prob, axis=tuple(range(log_prob.ndim - len(batch_shape))))
     ones = tuple(i for i, size in enumerate(batch_shape) if size == 1)
     return jnp.sum(log_prob, axis=ones, keepdims=True)
 
@@ -351,13 +325,10 @@ def systems_are_coupled(conditioned: Conditioned, x_0: Array, other: Array) -> A
     event_dim = jnp.ndim(x_0) - len(batch_shape)
     moved = jnp.where(jnp.expand_dims(is_first, range(-event_dim, 0)), other, x_0)
     before, after = conditioned.log_r(x_0), conditioned.log_r(moved)
-    differ = jnp.abs(before - after) > 1e-4 * (1 + jnp.abs(before))
-    return jnp.any(~is_first & differ)
+    return jnp.any(~is_first & (jnp.abs(before - after) > 1e-4 * (1 + jnp.abs(before))))
 
 
-def _names(
-    sites: Sites, prior: dict[str, Any], draw: PriorDraw, observed: tuple[str, ...]
-) -> Names:
+def _names(sites: Sites, prior: Site, draw: PriorDraw, observed: tuple[str, ...]) -> Names:
     batch_shape, name = prior["fn"].batch_shape, draw.name
     plates = plate_dims(prior, "plate", batch_shape)
     dims = {name: [*plates, *numbered(name, 0, draw.reverse.event_dim)]}
@@ -382,21 +353,18 @@ def _deterministic(sites: Sites, x_0: str) -> list[str]:
     return [n for n, s in sites.items() if s["type"] == "deterministic" and n != x_0]
 
 
-def plate_dims(site: dict[str, Any], name: str, batch_shape: tuple[int, ...]) -> list[str]:
+def plate_dims(site: Site, name: str, batch_shape: tuple[int, ...]) -> list[str]:
     """Plates that make the axes of a site's batch; an axis without one is `name_dim_i`."""
     frames = {frame.dim: _free(frame.name) for frame in site["cond_indep_stack"]}
     count = len(batch_shape)
     return [frames.get(axis - count, f"{name}_dim_{axis}") for axis in range(count)]
 
 
-def _deterministic_dims(
-    site: dict[str, Any], plates: list[str], batch_shape: tuple[int, ...]
-) -> list[str]:
+def _deterministic_dims(site: Site, plates: list[str], batch_shape: tuple[int, ...]) -> list[str]:
     """Plates in front where the value has their shape; what else it has is not known."""
     shape, count = np.shape(site["value"]), len(plates)
     own = {_free(frame.name) for frame in site["cond_indep_stack"]}
-    is_inside = own >= set(plates) and shape[:count] == batch_shape
-    first = count if is_inside else 0
+    first = count if own >= set(plates) and shape[:count] == batch_shape else 0
     return plates[:first] + numbered(site["name"], first, len(shape))
 
 
@@ -406,4 +374,4 @@ def numbered(name: str, first: int, last: int) -> list[str]:
 
 
 def _free(plate: str) -> str:
-    return f"{plate}_plate" if plate in TAKEN else plate
+    return f"{plate}_plate" if plate in _TAKEN else plate

@@ -12,9 +12,8 @@ both the integral and the law of x_0 given r are closed:
 H is never formed. Where every entry of x_0 has a likelihood of its own H is diagonal, and one
 product H·1 gives all of it. Else k steps of Lanczos from g span the directions that count: exact
 for a linear-Gaussian r of rank up to k. Where g is all but an eigenvector of H, its images say
-nothing new, and the image of a fixed vector goes on: else that particle, and few others, would lack
-the rest of H in its log det. Positive curvature of log r (negative H) counts as zero, so that the
-integral exists.
+nothing new, and the image of a fixed vector goes on, for the rest of H in the log det. Positive
+curvature of log r (negative H) counts as zero, so that the integral exists.
 
 Vectors are the d numbers of x_0 on the last axis; all functions map over the axes in front.
 
@@ -30,68 +29,57 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-Lead = Float[Array, "..."]
-Vector = Float[Array, "... d"]
+_Lead = Float[Array, "..."]
+_Vector = Float[Array, "... d"]
+_Eigen = tuple[Float[Array, "k ..."], Float[Array, "k k ..."]]
 
-TINY = 1e-20
-"""Squared length below which a direction is taken for none."""
-ROUNDING = 1e-6
+_TINY = 1e-20  # squared length below which a direction is taken for none
+_ROUNDING = 1e-6
 """Share of its squared length below which what orthogonalisation leaves is taken for rounding."""
-SHARES = (1.0, 0.5, 0.25, 0.125)
-"""Shares of the move towards E[x_0 | r] that are tried."""
-SWEEPS = 6
-"""Of Jacobi rotations: enough for float64 up to eight rows."""
-LARGEST = 8
-"""Rows from which LAPACK is the better choice."""
+_SHARES = (1.0, 0.5, 0.25, 0.125)  # shares of the move towards E[x_0 | r] that are tried
+_SWEEPS = 6  # of Jacobi rotations: enough for float64 up to eight rows
+_LARGEST = 8  # rows from which LAPACK is the better choice
 
 
 class Local(NamedTuple):
     """log r around one point per particle."""
 
-    value: Lead
-    """log r there, nats."""
-    gradient: Vector
-    """g."""
-    curvature: Callable[[Vector], Vector]
-    """v ↦ H v, without regard to its sign."""
+    value: _Lead  # log r there, nats
+    gradient: _Vector  # g
+    curvature: Callable[[_Vector], _Vector]  # v ↦ H v, without regard to its sign
 
 
 class Expansion(NamedTuple):
     """What r does to N(m, C)."""
 
-    log_det: Lead
-    """log det(I + H C)."""
-    pull: Vector
-    """(I + H C)⁻¹ g, so that E[x_0 | r] = m + C · pull."""
-    diagonal: Vector
-    """Entries of a diagonal H, zero where it is given by `factors`."""
-    factors: Float[Array, "k ... d"]
-    """Rows f with H ≈ Σ f fᵀ."""
-    sizes: Float[Array, "k ..."]
-    """Eigenvalues of H C along them."""
+    log_det: _Lead  # log det(I + H C)
+    pull: _Vector  # (I + H C)⁻¹ g, so that E[x_0 | r] = m + C · pull
+    diagonal: _Vector  # entries of a diagonal H, zero where it is given by `factors`
+    factors: Float[Array, "k ... d"]  # rows f with H ≈ Σ f fᵀ
+    sizes: Float[Array, "k ..."]  # eigenvalues of H C along them
 
 
-def local(log_r: Callable[[Vector], Lead], x: Vector) -> Local:
+def local(log_r: Callable[[_Vector], _Lead], x: _Vector) -> Local:
     """Value, gradient and curvature of log r, all finite: where r is 0 there is no direction."""
 
-    def total(x: Vector) -> tuple[Array, Lead]:
+    def total(x: _Vector) -> tuple[Array, _Lead]:
         value = log_r(x)
         return jnp.sum(value), value
 
-    def slope(x: Vector) -> tuple[Vector, Lead]:
+    def slope(x: _Vector) -> tuple[_Vector, _Lead]:
         return jax.grad(total, has_aux=True)(x)
 
     gradient, product, value = jax.vjp(slope, x, has_aux=True)
     keep = (jnp.isfinite(value) & jnp.isfinite(jnp.sum(gradient, -1)))[..., None]
 
-    def curvature(v: Vector) -> Vector:
+    def curvature(v: _Vector) -> _Vector:
         product_v = product(jnp.where(keep, v, 0.0))[0]
         return jnp.where(jnp.isfinite(product_v) & keep, -product_v, 0.0)
 
     return Local(value, jnp.where(keep, gradient, 0.0), curvature)
 
 
-def diagonal(at: Local, sd: Vector) -> Expansion:
+def diagonal(at: Local, sd: _Vector) -> Expansion:
     """Expansion where H is diagonal and C = sd²."""
     curvature = jnp.maximum(at.curvature(jnp.ones_like(at.gradient)), 0.0)
     size = curvature * sd**2
@@ -100,12 +88,12 @@ def diagonal(at: Local, sd: Vector) -> Expansion:
     return Expansion(log_det, at.gradient / (1 + size), curvature, none, none[..., 0])
 
 
-def low_rank(at: Local, sd: Vector, rank: int) -> Expansion:
+def low_rank(at: Local, sd: _Vector, rank: int) -> Expansion:
     """Expansion by `rank` steps of Lanczos, C = sd²."""
     g = at.gradient * sd
     values, vectors = krylov(g, lambda v: sd * at.curvature(sd * v), rank)
-    along = jnp.sum(vectors * g, -1)  # g lies in their span, and where r is sharp what is left of
-    left = along / (1 + values)  # it is a hundred thousandth: never g minus the rest
+    # g lies in their span, and where r is sharp a hundred thousandth is left: never g less the rest
+    left = jnp.sum(vectors * g, -1) / (1 + values)
     pull = jnp.sum(vectors * left[..., None], 0)
     log_det = jnp.sum(jnp.log1p(values), 0)
     per_sd = 1 / jnp.where(sd > 0, sd, 1.0)  # vectors and g are 0 where there is no width
@@ -114,18 +102,17 @@ def low_rank(at: Local, sd: Vector, rank: int) -> Expansion:
 
 
 def settle(
-    log_r: Callable[[Vector], Lead], point: Vector, value: Lead, move: Vector, square: Lead
-) -> tuple[Lead, Lead]:
+    log_r: Callable[[_Vector], _Lead], point: _Vector, value: _Lead, move: _Vector, square: _Lead
+) -> tuple[_Lead, _Lead]:
     """Where along a move log r(m + a·move) − ½ a² · square is greatest: that value, and a.
 
     With `move` = C · pull and `square` = moveᵀ C⁻¹ move a quadratic log r has its greatest value at
-    a = 1, and there it is log r(m) + ½ gᵀ C (I + H C)⁻¹ g. For other likelihoods, of heavy tails
-    above all, that expression overshoots, as it trusts the slope far away; this one cannot exceed
-    the greatest log r.
+    a = 1, log r(m) + ½ gᵀ C (I + H C)⁻¹ g. For others, of heavy tails above all, that expression
+    overshoots, as it trusts the slope far away; this one cannot exceed the greatest log r.
     """
-    shares = jnp.asarray((*SHARES, 0.0), value.dtype)
+    shares = jnp.asarray((*_SHARES, 0.0), value.dtype)
 
-    def gain(share: Array) -> Lead:
+    def gain(share: Array) -> _Lead:
         return log_r(point + share * move) - 0.5 * share**2 * square
 
     gains = jnp.concatenate([jax.vmap(gain)(shares[:-1]), value[None]])
@@ -137,29 +124,29 @@ class Basis:
     """Vectors made orthonormal one by one, in the inner product that their duals give."""
 
     def __init__(self) -> None:
-        self.vectors: list[Vector] = []
-        self.duals: list[Vector] = []
+        self.vectors: list[_Vector] = []
+        self.duals: list[_Vector] = []
 
-    def remainder(self, v: Vector) -> tuple[Vector, Bool[Array, "..."]]:
+    def _remainder(self, v: _Vector) -> tuple[_Vector, Bool[Array, "..."]]:
         """v without its parts along the basis; whether that is not rounding."""
         length = jnp.sum(v * v, -1)
         for b, dual in 2 * list(zip(self.vectors, self.duals, strict=True)):  # twice is enough
             v = v - b * jnp.sum(v * dual, -1)[..., None]
-        return v, jnp.sum(v * v, -1) > ROUNDING * length
+        return v, jnp.sum(v * v, -1) > _ROUNDING * length
 
     def following(
-        self, v: Vector, operator: Callable[[Vector], Vector]
-    ) -> tuple[Vector, Bool[Array, "..."]]:
+        self, v: _Vector, operator: Callable[[_Vector], _Vector]
+    ) -> tuple[_Vector, Bool[Array, "..."]]:
         """The next direction: v, or where it says nothing new the image of a vector of signs."""
-        v, is_new = self.remainder(v)
+        v, is_new = self._remainder(v)
         signs = jax.random.rademacher(jax.random.key(len(self.vectors)), v.shape[-1:], v.dtype)
-        other, other_is_new = self.remainder(operator(jnp.broadcast_to(signs, v.shape)))
+        other, other_is_new = self._remainder(operator(jnp.broadcast_to(signs, v.shape)))
         return jnp.where(is_new[..., None], v, other), is_new | other_is_new
 
-    def add(self, v: Vector, dual: Vector, is_new: Bool[Array, "..."] | bool) -> Lead:
+    def add(self, v: _Vector, dual: _Vector, is_new: Bool[Array, "..."] | bool) -> _Lead:
         """Take v and its dual in, scaled to v · dual = 1, or zeros; their product before."""
         square = jnp.sum(dual * v, -1)
-        is_new &= square > TINY
+        is_new &= square > _TINY
         scale = jnp.where(is_new, jax.lax.rsqrt(jnp.where(is_new, square, 1.0)), 0.0)[..., None]
         self.vectors.append(v * scale)
         self.duals.append(dual * scale)
@@ -167,14 +154,13 @@ class Basis:
 
 
 def krylov(
-    start: Vector, operator: Callable[[Vector], Vector], rank: int
+    start: _Vector, operator: Callable[[_Vector], _Vector], rank: int
 ) -> tuple[Float[Array, "k ..."], Float[Array, "k ... d"]]:
     """Eigenpairs of a symmetric operator in the space that `rank` steps from `start` span.
 
     Returns:
-        Eigenvalues, negative ones set to zero, `(rank, ...)`, and orthonormal vectors. A space that
-        closes early is opened again by the image of a vector of signs, and filled up with zero
-        vectors where that adds nothing.
+        `rank` eigenvalues, negative ones set to zero, and orthonormal vectors. A space that closes
+        early goes on from the image of a vector of signs, or with zero vectors.
     """
     basis, images, v, is_new = Basis(), [], start, True
     for j in range(rank):
@@ -187,23 +173,19 @@ def krylov(
     return values, rotated(rotation, basis.vectors)
 
 
-def ritz(
-    vectors: list[Vector], images: list[Vector]
-) -> tuple[Float[Array, "k ..."], Float[Array, "k k ..."]]:
+def ritz(vectors: list[_Vector], images: list[_Vector]) -> _Eigen:
     """Eigenvalues of an operator in the span of vectors, negative ones zero, and the rotation."""
     matrix = jnp.sum(jnp.stack(vectors)[:, None] * jnp.stack(images)[None], -1)
     values, rotation = eigh(0.5 * (matrix + jnp.swapaxes(matrix, 0, 1)))
     return jnp.maximum(values, 0.0), rotation
 
 
-def rotated(rotation: Float[Array, "k k ..."], vectors: list[Vector]) -> Float[Array, "k ... d"]:
+def rotated(rotation: Float[Array, "k k ..."], vectors: list[_Vector]) -> Float[Array, "k ... d"]:
     """Vectors turned onto the axes of a rotation."""
     return jnp.sum(rotation[..., None] * jnp.stack(vectors)[:, None], 0)
 
 
-def eigh(
-    matrix: Float[Array, "k k ..."],
-) -> tuple[Float[Array, "k ..."], Float[Array, "k k ..."]]:
+def eigh(matrix: Float[Array, "k k ..."]) -> tuple[Float[Array, "k ..."], Float[Array, "k k ..."]]:
     """Eigenvalues, in no order, and eigenvectors in the second axis, of many small matrices.
 
     A rotation in the plane (p, q) by the angle whose tangent t solves t² + 2 t θ = 1, with
@@ -214,7 +196,7 @@ def eigh(
     k = matrix.shape[0]
     if k == 1:
         return matrix[0], jnp.ones_like(matrix)
-    if k > LARGEST:
+    if k > _LARGEST:
         values, vectors = eigh_each(jnp.moveaxis(matrix, (0, 1), (-2, -1)))
         return jnp.moveaxis(values, -1, 0), jnp.moveaxis(vectors, (-2, -1), (0, 1))
     rows = [[matrix[i, j] for j in range(k)] for i in range(k)]
@@ -226,17 +208,16 @@ def eigh(
             pair = _rotate(*pair, p, q)
         return pair
 
-    rows, vectors = jax.lax.fori_loop(0, SWEEPS, sweep, (rows, vectors))
+    rows, vectors = jax.lax.fori_loop(0, _SWEEPS, sweep, (rows, vectors))
     return jnp.stack([rows[i][i] for i in range(k)]), jnp.stack([jnp.stack(v) for v in vectors])
 
 
 def eigh_each(
     matrix: Float[Array, "*batch k k"],
 ) -> tuple[Float[Array, "*batch k"], Float[Array, "*batch k k"]]:
-    """Eigenpairs by LAPACK, one matrix at a time, ascending.
+    """Eigenpairs by LAPACK, ascending, one matrix at a time.
 
-    A whole batch at once is shared out among threads on a CPU, and two such calls of one program
-    can wait for each other for ever.
+    Threads of a CPU share out a batch, and two such calls of one program can wait for each other.
     """
     batch, k = matrix.shape[:-2], matrix.shape[-1]
     if not batch:
@@ -261,8 +242,6 @@ def _rotate(a: list, vectors: list, p: int, q: int) -> tuple[list, list]:
         return turned
 
     a = columns(a)
-    a[p], a[q] = (
-        [c * x - s * y for x, y in zip(a[p], a[q], strict=True)],
-        [s * x + c * y for x, y in zip(a[p], a[q], strict=True)],
-    )
+    both = list(zip(a[p], a[q], strict=True))
+    a[p], a[q] = [c * x - s * y for x, y in both], [s * x + c * y for x, y in both]
     return a, columns(vectors)

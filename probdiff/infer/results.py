@@ -4,9 +4,9 @@ The runs r = 1..R are pooled, particle i of run r with weight
 
     W_ri = w_ri Ẑ_r / Σ_r Ẑ_r,    Σ_i w_ri = 1,
 
-and equally weighted draws are taken by systematic resampling of the pool, for each entry of the
-prior's plates on its own and with a key of its own, then put in random order: the first few draws
-are as good as any others, and draws of different entries are independent. The DataTree has groups
+and equally weighted draws are taken by systematic resampling of the pool, with a key for each entry
+of the prior's plates, then put in random order: the first few draws are as good as any others, and
+draws of different entries are independent. The DataTree has groups
 
     posterior               equally weighted draws of all runs (chain = 1)
     sample_stats            of the same draws: log r, and the particle each of them is
@@ -23,7 +23,6 @@ Source: Del Moral et al. (2006).
 """
 
 import math
-from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,17 +33,15 @@ from jaxtyping import Array
 
 from probdiff.infer.health import Health, complaints, health, take_in_runs
 from probdiff.infer.laplace import LaplaceTwist
-from probdiff.infer.particles import Options, Outcome, entry_keys, run
-from probdiff.infer.program import Program, Read, Sites, deterministics, is_factor, read
+from probdiff.infer.particles import Options, Outcome, entry_keys, fold, run
+from probdiff.infer.program import Program, Read, Site, Sites, deterministics, is_factor, read
 from probdiff.infer.symbols import SymbolTwist
 
 if TYPE_CHECKING:
     import xarray as xr
 
-RESAMPLE = 2**31 - 1
-"""Folded into an entry's key for its final resampling; runs have 0, 1, …"""
-PREDICT = 2**31 - 2
-"""Folded into the run's key for posterior predictive draws."""
+_RESAMPLE = 2**31 - 1  # folded into an entry's key for its final resampling; runs have 0, 1, …
+_PREDICT = 2**31 - 2  # folded into the run's key for posterior predictive draws
 
 
 class Result(NamedTuple):
@@ -54,18 +51,15 @@ class Result(NamedTuple):
     options: Options
     key: Array
     outcome: Outcome
-    index: np.ndarray
-    """Particles, of all runs in a row, that are the equally weighted draws, `(M, *plates)`."""
-    in_runs: np.ndarray
-    """Particles of each run that are its equally weighted draws, `(R, N, *plates)`."""
+    index: np.ndarray  # particles, of all runs in a row, that are the draws, `(M, *plates)`
+    in_runs: np.ndarray  # particles of each run that are its draws, `(R, N, *plates)`
     health: Health
-    complaints: tuple[str, ...]
-    """What was warned of."""
+    complaints: tuple[str, ...]  # what was warned of
 
     @property
     def draws(self) -> np.ndarray:
         """Equally weighted draws of x_0, `(M, *plates, *event_shape)`."""
-        return taken(pooled(self.outcome.x_0), self.index)
+        return _taken(pooled(self.outcome.x_0), self.index)
 
     @property
     def num_steps(self) -> int:
@@ -95,20 +89,12 @@ class Result(NamedTuple):
         is_lost = not whole.kernel.is_discrete and whole.variance is None
         if not (shorter.is_respaced and is_lost and shorter.variance is not None):
             return ""
-        return (
-            f"steps={shorter.n} has no learned variance, which belongs to T steps: the bridge's "
-            "is used"
-        )
+        text = "has no learned variance, which belongs to T steps: the bridge's is used"
+        return f"steps={shorter.n} {text}"
 
 
 def sample(
-    program: Program,
-    options: Options,
-    key: Array,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    progress: bool,
+    program: Program, options: Options, key: Array, args: tuple, kwargs: dict, *, progress: bool
 ) -> Result:
     """Read the program, walk the particles, resample and measure."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
@@ -120,44 +106,32 @@ def sample(
     outcome = run(program_read, options, key, progress=progress)
     log_w = pooled_log_weights(outcome, options.is_weighted)
     index, in_runs = _equally_weighted(key, outcome, log_w, options.is_weighted)
-    x_0 = taken(pooled(outcome.x_0), index)
-    left = _left(program_read, x_0)
+    left = _left(program_read, _taken(pooled(outcome.x_0), index))
     measured = health(outcome, log_w, index, in_runs, left)
     found = complaints(options, measured, _advice(program_read, options))
     return Result(program_read, options, key, outcome, index, in_runs, measured, found)
 
 
-def _left(program: Read, x_0: np.ndarray) -> Any:
+def _left(program: Read, x_0: np.ndarray) -> np.ndarray | float:
     """ᾱ_T E|x_0|² over draws, on the scale of the diffusion; 0 for symbols."""
     reverse, plates = program.conditioned.reverse, program.conditioned.batch_shape
     if reverse.kernel.is_discrete:
         return 0.0
     x = np.asarray(reverse.units.to_state(x_0))
     square = np.sum(x**2, tuple(range(1 + len(plates), x.ndim)))
-    return np.asarray(reverse.trained.alpha_bar_t[-1]) * square.mean(0)
+    return np.asarray(np.asarray(reverse.trained.alpha_bar_t[-1]) * square.mean(0))
 
 
 def _advice(program: Read, options: Options) -> str:
     """What to do where particles are too few for the twist."""
-    conditioned = program.conditioned
-    is_respaced = conditioned.reverse.respaced(options.steps).is_respaced
+    is_respaced = program.conditioned.reverse.respaced(options.steps).is_respaced
     more = "num_particles or steps" if is_respaced else "num_particles"
-    has_covariance = conditioned.draw.covariance is not None
+    has_covariance = program.conditioned.draw.covariance is not None
     return options.twist.advice(more, has_covariance=has_covariance)
 
 
-def samples(result: Result) -> dict[str, np.ndarray]:
-    """Equally weighted draws by site name."""
-    return _with_deterministics(result, result.draws)
-
-
-def weighted_samples(result: Result) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """All particles by site name, and their log weights."""
-    log_w = pooled_log_weights(result.outcome, result.options.is_weighted)
-    return _with_deterministics(result, pooled(result.outcome.x_0)), log_w
-
-
-def _with_deterministics(result: Result, x_0: np.ndarray) -> dict[str, np.ndarray]:
+def by_site(result: Result, x_0: np.ndarray) -> dict[str, np.ndarray]:
+    """x_0, with the program's deterministic sites at it, by site name."""
     name = result.read.names.x_0
     return {name: x_0} | result.read.map(lambda sites: deterministics(sites, name), x_0)
 
@@ -200,7 +174,8 @@ def resample(keys: Array, log_w: np.ndarray) -> np.ndarray:
     """Systematic resampling of each entry on its own, in random order: indices `(M, *plates)`."""
     size = len(log_w)
     weights = np.exp(log_w.reshape(size, -1).astype(np.float64))
-    uniform, order = _uniform_and_order(keys, size)
+    uniform = np.asarray(jax.vmap(jax.random.uniform)(fold(keys, 0)))
+    order = np.asarray(jax.vmap(lambda k: jax.random.permutation(k, size))(fold(keys, 1)))
     indices = [
         np.searchsorted(np.cumsum(w), (np.arange(size) + u) / size * w.sum(), side="right")[o]
         for w, u, o in zip(weights.T, uniform, order, strict=True)
@@ -208,7 +183,7 @@ def resample(keys: Array, log_w: np.ndarray) -> np.ndarray:
     return np.minimum(np.stack(indices, 1), size - 1).reshape(log_w.shape)
 
 
-def taken(a: np.ndarray, index: np.ndarray) -> np.ndarray:
+def _taken(a: np.ndarray, index: np.ndarray) -> np.ndarray:
     """Rows `index` of `a`, entry by entry of the plates: `(M, *plates, ...)`."""
     return np.take_along_axis(a, np.expand_dims(index, tuple(range(index.ndim, a.ndim))), 0)
 
@@ -221,19 +196,9 @@ def _equally_weighted(
     if not is_weighted:
         each = np.broadcast_to(np.arange(size).reshape(-1, *[1] * len(plates)), (size, *plates))
         return each, each[None]  # one run
-    keys = _fold(entry_keys(key, tuple(plates)), RESAMPLE)
-    in_runs = [resample(_fold(keys, 1 + r), outcome.log_weights[r]) for r in range(runs)]
-    return resample(_fold(keys, 0), log_w), np.stack(in_runs)
-
-
-def _uniform_and_order(keys: Array, size: int) -> tuple[np.ndarray, np.ndarray]:
-    uniform = jax.vmap(jax.random.uniform)(_fold(keys, 0))
-    order = jax.vmap(lambda key: jax.random.permutation(key, size))(_fold(keys, 1))
-    return np.asarray(uniform), np.asarray(order)
-
-
-def _fold(keys: Array, value: int) -> Array:
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, value)
+    keys = fold(entry_keys(key, tuple(plates)), _RESAMPLE)
+    in_runs = [resample(fold(keys, 1 + r), outcome.log_weights[r]) for r in range(runs)]
+    return resample(fold(keys, 0), log_w), np.stack(in_runs)
 
 
 def _log_mean_exp(z: np.ndarray) -> np.ndarray:
@@ -289,15 +254,9 @@ def particle_lines(result: Result) -> list[str]:
     ]
 
 
-def cost_line(result: Result) -> str:
+def cost_line(of: Result) -> str:
     """Network calls of the run."""
-    calls = result.network_calls
-    return f"network calls: {calls}, {result.calls} a particle (Jacobian products included)"
-
-
-def warning_lines(found: tuple[str, ...]) -> list[str]:
-    """Warnings, one a line."""
-    return [f"warning: {text}" for text in found] or ["no warnings"]
+    return f"network calls: {of.network_calls}, {of.calls} a particle (Jacobian products included)"
 
 
 def _rest(count: int, of: str) -> list[str]:
@@ -323,42 +282,45 @@ def datatree(result: Result, attrs: dict[str, Any]) -> "xr.DataTree":
     import xarray as xr  # slow to import
     from arviz_base import from_dict
 
-    draws, names, program = samples(result), result.read.names, result.read
+    draws, names, program = by_site(result, result.draws), result.read.names, result.read
     observed = program.conditioned.observed
-    x_0, key = draws[names.x_0], jax.random.fold_in(result.key, PREDICT)
+    x_0, key = draws[names.x_0], jax.random.fold_in(result.key, _PREDICT)
+    of_runs = {names.x_0: result.outcome.x_0, "log_r": result.outcome.log_r}
 
     def likelihoods(sites: Sites) -> dict[str, Array]:
         return {name: _log_prob(sites[name]) for name in observed}
 
+    def with_values(sites: Sites) -> Sites:
+        return {name: sites[name] for name in observed if not is_factor(sites[name])}
+
     def predicted(sites: Sites, key: Array) -> dict[str, Array]:
-        laws = {n: sites[n]["fn"] for n in observed if not is_factor(sites[n])}
+        laws = {name: site["fn"] for name, site in with_values(sites).items()}
         keys = jax.random.split(key, max(1, len(laws)))
         return {name: law.sample(k) for (name, law), k in zip(laws.items(), keys, strict=False)}
 
     def values(sites: Sites) -> dict[str, Array]:
-        there = {n: sites[n] for n in observed if not is_factor(sites[n])}
-        return {
-            name: jnp.broadcast_to(
-                site["value"], jnp.broadcast_shapes(jnp.shape(site["value"]), site["fn"].shape())
-            )
-            for name, site in there.items()
-        }
+        def whole(site: Site) -> Array:
+            shape = jnp.broadcast_shapes(jnp.shape(site["value"]), site["fn"].shape())
+            return jnp.broadcast_to(site["value"], shape)
 
+        return {name: whole(site) for name, site in with_values(sites).items()}
+
+    predictive = program.map(predicted, x_0, jax.random.split(key, len(x_0)))
     groups = {
         "posterior": _one_chain(draws),
         "sample_stats": _one_chain(_sample_stats(result)),
         "log_likelihood": _one_chain(program.map(likelihoods, x_0)),
-        "posterior_predictive": _one_chain(
-            program.map(predicted, x_0, jax.random.split(key, len(x_0)))
-        ),
+        "posterior_predictive": _one_chain(predictive),
         "observed_data": {name: a[0] for name, a in program.map(values, x_0[:1]).items()},
-        "runs": _runs(result),
+        "runs": {name: take_in_runs(a, result.in_runs) for name, a in of_runs.items()},
     }
     tree = xr.DataTree(name="probdiff")
     for group, data in groups.items():
         known = names.batch_dims if group == "log_likelihood" else names.dims
         leading = 0 if group == "observed_data" else 2
-        dims = {n: _dims(known.get(n, names.plates), a.ndim - leading) for n, a in data.items()}
+        # the last names of dims: what is missing of a broadcast axis is missing in front
+        of = {n: list(known.get(n, names.plates)) for n in data}
+        dims = {n: of[n][len(of[n]) - data[n].ndim + leading :] for n in data}
         if data:
             tree[group] = from_dict({group: data}, dims=dims, check_conventions=False)[group]
     values_of, coords = _levels(result)
@@ -370,16 +332,12 @@ def datatree(result: Result, attrs: dict[str, Any]) -> "xr.DataTree":
 def _attrs(result: Result) -> dict[str, Any]:
     options, reverse = result.options, result.read.conditioned.reverse
     sampler = {
-        "T": reverse.T,
-        "steps": result.num_steps,
-        "num_particles": options.num_particles,
+        "T": reverse.T, "steps": result.num_steps, "num_particles": options.num_particles,
         "num_runs": options.num_runs,
         "twist": "symbols" if reverse.kernel.is_discrete else repr(options.twist),
-        "network_calls": result.network_calls,
-        "approximate": int(not options.is_weighted),
-        "note": result.note,
-        "warnings": "\n".join(result.complaints),
-    }
+        "network_calls": result.network_calls, "approximate": int(not options.is_weighted),
+        "note": result.note, "warnings": "\n".join(result.complaints),
+    }  # fmt: skip
     libraries = ("probdiff", "jax", "numpyro")
     return sampler | {f"{library}_version": _version(library) for library in libraries}
 
@@ -395,18 +353,12 @@ def _sample_stats(result: Result) -> dict[str, np.ndarray]:
     """Of the draws of `posterior`: log r, and the particle's weight, run and ancestor."""
     outcome, index, options = result.outcome, result.index, result.options
     return {
-        "log_r": taken(pooled(outcome.log_r), index),
-        "log_weight": taken(pooled_log_weights(outcome, options.is_weighted), index),
+        "log_r": _taken(pooled(outcome.log_r), index),
+        "log_weight": _taken(pooled_log_weights(outcome, options.is_weighted), index),
         "run": index // options.num_particles,
         "particle": index % options.num_particles,
-        "ancestor": taken(pooled(outcome.ancestors), index),
+        "ancestor": _taken(pooled(outcome.ancestors), index),
     }
-
-
-def _runs(result: Result) -> dict[str, np.ndarray]:
-    """Equally weighted draws of each run, `(R, N, *plates, ...)`."""
-    arrays = {result.read.names.x_0: result.outcome.x_0, "log_r": result.outcome.log_r}
-    return {name: take_in_runs(a, result.in_runs) for name, a in arrays.items()}
 
 
 def _levels(result: Result) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -426,27 +378,20 @@ def _levels(result: Result) -> tuple[dict[str, Any], dict[str, Any]]:
         values |= {
             "log_evidence_by_run": (by_run, outcome.log_evidences),
             "log_evidence": (plates, log_evidence(outcome)),
-            "log_evidence_se": (plates, log_evidence_se(outcome)),
-            "ess_final": (plates, of.ess),
-            "pareto_k": (plates, of.pareto_k),
-            "worst_pareto_k": (plates, of.worst_pareto_k),
+            "log_evidence_se": (plates, log_evidence_se(outcome)), "ess_final": (plates, of.ess),
+            "pareto_k": (plates, of.pareto_k), "worst_pareto_k": (plates, of.worst_pareto_k),
             "r_hat": (plates, of.r_hat),
-        }
+        }  # fmt: skip
     times = np.concatenate([[0], reverse.respaced(result.options.steps).times])
     coords = {"level": np.arange(len(times)), "t": ("level", times)}
     return values, coords | {"run": np.arange(result.options.num_runs)}
-
-
-def _dims(names: Sequence[str], count: int) -> list[str]:
-    """The last `count` names: what is missing of a broadcast axis is missing in front."""
-    return list(names)[len(names) - count :]
 
 
 def _one_chain(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: a[None] for name, a in arrays.items()}
 
 
-def _log_prob(site: dict[str, Any]) -> Array:
+def _log_prob(site: Site) -> Array:
     """The site's log density, value by value."""
     log_prob = site["fn"].log_prob(site["value"])
     log_prob = log_prob if site["scale"] is None else site["scale"] * log_prob

@@ -9,9 +9,8 @@ larger importance sample, and
 with Student-t intervals of R − 1 degrees of freedom. Z is the evidence of the diffusion that was
 walked, of all T steps or, where `steps=n`, of n of them; known entries of x_0 count in it.
 
-`Sampler` is what `SMC` and `Guided` share: both leave equally weighted draws of x_0, a summary in
-words and an ArviZ DataTree, and differ in what stands behind the draws: weights, or nothing but the
-guidance.
+`Sampler` is what `SMC` and `Guided` share: equally weighted draws of x_0, a summary in words and an
+ArviZ DataTree. Behind the draws stand weights, or nothing but the guidance.
 
 Source: Sohl-Dickstein et al. (2015), section 2.5, for conditioning by r; Del Moral et al. (2006).
 """
@@ -38,11 +37,12 @@ if TYPE_CHECKING:
 
 
 class Sampler(abc.ABC):
-    """Draws from the posterior of a program that holds a prior."""
+    """Draws from the posterior of a program that holds a prior.
 
-    def __init__(
-        self, program: Program, twist: Twist | None, options: dict[str, Any], *, progress: bool
-    ):
+    All that is read of a run raises a `ValueError` before `run`.
+    """
+
+    def __init__(self, program: Program, progress: bool, twist: Twist | None, **options: Any):
         counts = ("num_particles", "num_runs", "block_size")
         check_at_least(1, **{name: options[name] for name in counts})
         mesh, num_runs = options.get("mesh"), options["num_runs"]
@@ -88,11 +88,7 @@ class Sampler(abc.ABC):
 
     @property
     def result(self) -> Result:
-        """What the last run left.
-
-        Raises:
-            ValueError: before `run`.
-        """
+        """What the last run left."""
         if self._result is None:
             raise ValueError("run must be called first; there are no draws yet")
         return self._result
@@ -107,12 +103,7 @@ class Sampler(abc.ABC):
             Arrays `(M, *plates, *event_shape)`, the user's units; M is `num_runs · num_particles`,
             or `num_samples`.
 
-        Raises:
-            ValueError: before `run`.
-
         Example:
-            Deterministic sites of the program come along:
-
             >>> prior = standard_diffusion().prior({})
             >>> def program(y):
             ...     rate = numpyro.deterministic("rate", jnp.exp(prior()))
@@ -122,21 +113,14 @@ class Sampler(abc.ABC):
             >>> {name: draws.shape for name, draws in guided.get_samples().items()}
             {'x_0': (200,), 'rate': (200,)}
         """
-        return results.samples(self.result)
+        return results.by_site(self.result, self.result.draws)
 
     def print_summary(self, limit: int = 10) -> None:
-        """Print the entries of x_0, what they rest on, and warnings with what to do.
-
-        Args:
-            limit: Entries of x_0 and systems that are shown.
-
-        Raises:
-            ValueError: before `run`.
+        """Print `limit` entries of x_0 and systems, what they rest on, and warnings with advice.
 
         Example:
             >>> prior = standard_diffusion().prior({})
-            >>> def program(y):
-            ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+            >>> program = lambda y: numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
             >>> smc = infer.SMC(program, num_particles=200)
             >>> smc.run(jax.random.key(0), y=2.0)
             >>> smc.print_summary()
@@ -154,18 +138,15 @@ class Sampler(abc.ABC):
             f"T = {of.read.conditioned.reverse.T} steps, "
             f"{options.num_runs} run(s) of {options.num_particles} particles"
         )
-        lines = [title, of.note, *results.entry_lines(of, limit), *self._lines(limit)]
+        found = [f"warning: {text}" for text in of.complaints] or ["no warnings"]
+        lines = [title, of.note, *results.entry_lines(of, limit), *self._lines(limit), *found]
         print("\n".join(filter(None, lines)))
 
     def to_datatree(self) -> "xr.DataTree":
-        """The run as an ArviZ DataTree, NumPy arrays with named dims; see `infer.results`.
+        """The run as an ArviZ DataTree, NumPy arrays with named dims.
 
-        Returns:
-            Groups `posterior`, `sample_stats`, `log_likelihood`, `posterior_predictive`,
-            `observed_data`, `runs` and `smc`.
-
-        Raises:
-            ValueError: before `run`.
+        Groups `posterior`, `sample_stats`, `log_likelihood`, `posterior_predictive`,
+        `observed_data`, `runs` and `smc`; `infer.results` says what they hold.
 
         Example:
             >>> prior = standard_diffusion((2,)).prior({})
@@ -197,14 +178,11 @@ class SMC(Sampler):
         program: Any NumPyro program with one `prior()` and observed sites or factors below it.
         num_particles: Particles N of one run, at least 1. What a posterior needs, a run must hold:
             more runs do not help where one of them collapses.
-        num_runs: Independent runs R, at least 1, between which errors are told; with one of them
-            `log_evidence_se` is nan.
+        num_runs: Independent runs R, at least 1, whose spread is the error; of one it is nan.
         twist: Guess of E[r(x_0) | x_t], `LaplaceTwist()` if absent, for symbols `SymbolTwist()`;
             `ReadoutTwist()` where many entries are known exactly and the readout is a `Mixture`.
-        steps: Number n in 2..T of levels to walk, another model than the T-step diffusion; T if
-            absent.
-        ess_threshold: Share of N in [0, 1] below which the effective number calls for resampling;
-            0 for never.
+        steps: Number n in 2..T of levels to walk, another model than that of all T, the default.
+        ess_threshold: Share of N in [0, 1] below which the effective number resamples; 0 for never.
         block_size: Particles, times entries of the plates, that the network sees at once.
         mesh: Devices that share out the runs; `num_runs` is a multiple of their number.
         progress: Show a bar.
@@ -228,38 +206,27 @@ class SMC(Sampler):
         >>> round(smc.log_evidence, 1), round(float(exact), 1)
         (-2.3, -2.3)
 
-    Sources: Sohl-Dickstein et al. (2015), section 2.5, for r; Del Moral et al. (2006); Wu et al.
-    (2023) for twists of diffusions.
+    Sources: Del Moral et al. (2006); Wu et al. (2023) for twists of diffusions.
     """
 
     def __init__(
-        self,
-        program: Program,
-        *,
-        num_particles: int = 256,
-        num_runs: int = 4,
-        twist: Twist | None = None,
-        steps: int | None = None,
-        ess_threshold: float = 0.5,
-        block_size: int = 4096,
-        mesh: Mesh | None = None,
-        progress: bool = False,
-    ):
+        self, program: Program, *, num_particles: int = 256, num_runs: int = 4,
+        twist: Twist | None = None, steps: int | None = None, ess_threshold: float = 0.5,
+        block_size: int = 4096, mesh: Mesh | None = None, progress: bool = False,
+    ):  # fmt: skip
         """Prepare the sampler; the arguments are those of the class."""
         if not 0 <= ess_threshold <= 1:
             raise ValueError(f"ess_threshold must lie in [0, 1]; got {ess_threshold}")
-        options = {
-            "num_particles": num_particles, "num_runs": num_runs, "steps": steps,
-            "is_weighted": True, "threshold": ess_threshold, "block_size": block_size, "mesh": mesh,
-        }  # fmt: skip
-        super().__init__(program, twist, options, progress=progress)
+        super().__init__(
+            program, progress, twist, num_particles=num_particles, num_runs=num_runs, steps=steps,
+            is_weighted=True, threshold=ess_threshold, block_size=block_size, mesh=mesh,
+        )  # fmt: skip
 
     def run(self, key: Array, *args: Any, **kwargs: Any) -> None:
         """Sample the posterior of the program at these arguments.
 
-        The program is read anew at every run. What it computes is compiled once: arrays among its
-        arguments and what it closes over may change from run to run; a new number in the program
-        compiles anew.
+        What the program computes is compiled once: arrays among its arguments and what it closes
+        over may change from run to run; a new number in the program compiles anew.
 
         Args:
             key: Randomness; entry b of the prior's plates uses `fold_in(key, b)`.
@@ -287,22 +254,17 @@ class SMC(Sampler):
             >>> smc.log_evidence.shape
             (3,)
         """
-        self._keep(
-            results.sample(self.program, self._options, key, args, kwargs, progress=self.progress)
-        )
+        run = args, kwargs
+        self._keep(results.sample(self.program, self._options, key, *run, progress=self.progress))
 
     def _counts(self) -> str:
         return f"num_particles={self._options.num_particles}, num_runs={self._options.num_runs}"
 
     def _lines(self, limit: int) -> list[str]:
-        low, high = self.log_evidence_interval()
-        values = map(np.asarray, (self.log_evidence, low, high))
-        return [
-            *results.evidence_lines(*values, self.result, limit),
-            *results.particle_lines(self.result),
-            results.cost_line(self.result),
-            *results.warning_lines(self.result.complaints),
-        ]
+        of = self.result
+        values = map(np.asarray, (self.log_evidence, *self.log_evidence_interval()))
+        evidence = results.evidence_lines(*values, of, limit)
+        return [*evidence, *results.particle_lines(of), results.cost_line(of)]
 
     def _attrs(self) -> dict[str, Any]:
         return {"sampler": "SMC"}
@@ -314,40 +276,32 @@ class SMC(Sampler):
             Arrays `(num_runs · num_particles, *plates, *event_shape)` by site name, and log weights
             `(num_runs · num_particles, *plates)`, nats; the weights sum to one over the particles.
 
-        Raises:
-            ValueError: before `run`.
-
         Example:
-            Particles as the proposals of `PointTwist` left them, not once resampled: the weights
-            carry what these get wrong.
+            Never resampled, so that the weights carry what the proposals get wrong:
 
             >>> prior = standard_diffusion().prior({})
-            >>> def program(y):
-            ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
-            >>> smc = infer.SMC(
-            ...     program, num_particles=4000, twist=infer.PointTwist(), ess_threshold=0.0
-            ... )
+            >>> program = lambda y: numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+            >>> options = {"num_particles": 4000, "ess_threshold": 0.0}
+            >>> smc = infer.SMC(program, twist=infer.PointTwist(), **options)
             >>> smc.run(jax.random.key(0), y=2.0)
             >>> sites, log_weights = smc.get_weighted_samples()
             >>> weights, x_0 = np.exp(log_weights), sites["x_0"]
             >>> round(float(x_0.mean()), 1), round(float(weights @ x_0), 1)  # y/2 = 1
             (1.3, 1.0)
         """
-        return results.weighted_samples(self.result)
+        outcome = self.result.outcome
+        sites = results.by_site(self.result, results.pooled(outcome.x_0))
+        return sites, results.pooled_log_weights(outcome)
 
     @property
     def log_evidence(self) -> Any:
         """log Z, nats: a number, or `(*plates,)`; −inf where all weights are zero.
 
-        Raises:
-            ValueError: before `run`.
-
         Example:
-            Which of two likelihoods do the data prefer? The ratio of evidences, a Bayes factor:
+            Two likelihoods, whose ratio of evidences is a Bayes factor:
 
             >>> prior = standard_diffusion().prior({})
-            >>> def program(y, sigma):
-            ...     numpyro.sample("y", dist.Normal(prior(), sigma), obs=y)
+            >>> program = lambda y, sigma: numpyro.sample("y", dist.Normal(prior(), sigma), obs=y)
             >>> smc = infer.SMC(program, num_particles=1000)
             >>> log_evidence = []
             >>> for sigma in jnp.array([1.0, 3.0]):  # an array: compiled once for both
@@ -364,21 +318,17 @@ class SMC(Sampler):
         return _plain(results.log_evidence_se(self.result.outcome))
 
     def log_evidence_interval(self, prob: float = 0.95) -> tuple[Any, Any]:
-        """Student-t interval of log Z, num_runs − 1 degrees of freedom.
+        """Student-t interval of log Z, num_runs − 1 degrees of freedom; nan for one run.
 
         Args:
-            prob: Probability of the interval, in (0, 1).
+            prob: Probability of the interval, in (0, 1); else a `ValueError`.
 
         Returns:
-            Lower and upper end, each of the shape of `log_evidence`; nan for one run.
-
-        Raises:
-            ValueError: before `run`, or if `prob` is out of range.
+            Lower and upper end, each of the shape of `log_evidence`.
 
         Example:
             >>> prior = standard_diffusion().prior({})
-            >>> def program(y):
-            ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+            >>> program = lambda y: numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
             >>> smc = infer.SMC(program, num_particles=200, twist=infer.PointTwist())
             >>> smc.run(jax.random.key(0), y=2.0)
             >>> low, high = smc.log_evidence_interval(0.99)

@@ -8,8 +8,8 @@ given level t. As x̂_0 is a martingale, the variances of its moves add up,
 
     Var[x_0 | x_t] = Var[x_0 | x_s] + slope_s² Var[x_s | x_t],
 
-and with the diffusion's own Var[x_s | x_t], which may be narrower, this is what it does; it matters
-where steps are long, near the data above all. A learned variance counts as ideal.
+with the diffusion's own Var[x_s | x_t]. It may be narrower than the ideal one, which matters where
+steps are long, near the data above all. A learned variance counts as ideal.
 
 Where the data's covariance is known, x_0 ~ N(·, Σ), Σ = U diag(λ) Uᵀ, all this holds on the axes U,
 with λ for τ²; x_0 has covariance C_t = U diag(c_t) Uᵀ given the level, and a root S = U diag(√c_t).
@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, Num
 
 from probdiff.infer.program import Conditioned
 from probdiff.infer.quadratic import eigh_each, local
@@ -45,29 +45,24 @@ from probdiff.prior import PriorDraw
 from probdiff.reverse import Reverse
 from probdiff.types import Step
 
-SLACK = 1.2
+_SLACK = 1.2
 """Variance of x̂_0, over that of a perfect network, which 1024 draws cannot tell from it."""
-PROBES, FEW_PROBES, PROBED_NUMBERS = 1024, 64, 2**22
-"""Draws of x_T at which the network's error is told; fewer where they would have more numbers."""
+# draws of x_T at which the network's error is measured; fewer where they would have more numbers
+_PROBES, _FEW_PROBES, _PROBED_NUMBERS = 1024, 64, 2**22
 
-Matrix = Float[Array, "*systems d d"]
-Vector = Float[Array, "... d"]
+_Matrix = Float[Array, "*systems d d"]
+_Vector = Float[Array, "... d"]
 
 
 class Problem(NamedTuple):
     """The posterior that particles are to find."""
 
     conditioned: Conditioned
-    reverse: Reverse
-    """The process that is walked."""
-    known: Shaped[Array, "B d"] | None
-    """Known entries."""
-    mask: Bool[Array, "*B d"] | None
-    """True where an entry is known; `(d,)` where it is the same in all systems."""
-    is_diagonal: bool
-    """Whether each entry of x_0 has a likelihood of its own."""
-    is_quadratic: bool
-    """Whether the curvature of log r is the same everywhere."""
+    reverse: Reverse  # the process that is walked
+    known: Num[Array, "B d"] | None  # known entries
+    mask: Bool[Array, "*B d"] | None  # of known entries; `(d,)` where all systems share it
+    is_diagonal: bool  # whether each entry of x_0 has a likelihood of its own
+    is_quadratic: bool  # whether the curvature of log r is the same everywhere
 
     @property
     def draw(self) -> PriorDraw:
@@ -89,49 +84,41 @@ class Problem(NamedTuple):
         """Whether sites other than known entries are observed."""
         return bool(self.conditioned.observed)
 
-    def shaped(self, x: Shaped[Array, "P B d"]) -> Array:
+    def shaped(self, x: Num[Array, "P B d"]) -> Array:
         """As network and program see particles, `(P, *plates, *event_shape)`."""
-        shape = *self.conditioned.batch_shape, *self.reverse.event_shape
-        return x.reshape(x.shape[0], *shape)
+        return x.reshape(len(x), *self.conditioned.batch_shape, *self.reverse.event_shape)
 
     def flat(self, x: Array) -> Float[Array, "P B d"]:
         """The way back."""
-        return x.reshape(x.shape[0], self.systems, self.size)
+        return x.reshape(len(x), self.systems, self.size)
 
-    def log_r(self, x: Shaped[Array, "P B d"], *, on_grid: bool = False) -> Float[Array, "P B"]:
+    def log_r(self, x: Num[Array, "P B d"], *, on_grid: bool = False) -> Float[Array, "P B"]:
         """log r; between the values of a grid unless told to put x_0 on it."""
         to_data = self.reverse.to_data if on_grid else self.reverse.units.to_data
-        log_r = jax.vmap(self.conditioned.log_r)(to_data(self.shaped(x)))
-        return log_r.reshape(x.shape[0], self.systems)
+        return jax.vmap(self.conditioned.log_r)(to_data(self.shaped(x))).reshape(x.shape[:2])
 
     def of_entries(self, values: Any) -> Array:
         """Numbers that broadcast to an event, flat: `(d,)`, or `(1,)` for one for all."""
         values = jnp.asarray(values)
-        if values.ndim == 0:
-            return values.reshape(1)
-        return jnp.broadcast_to(values, self.reverse.event_shape).reshape(-1)
+        shape = self.reverse.event_shape if values.ndim else ()
+        return jnp.broadcast_to(values, shape).reshape(-1)
 
 
 class Reading(NamedTuple):
     """How well the network reads x_0 out of noise, told at x_T ~ π; zeros where it is perfect."""
 
-    error: Float[Array, ""] | float
-    """Mean squared error e² of the noise it reads."""
-    mean: Float[Array, " d"] | float
-    """Mean of x̂_0 over x_T ~ π, that is of x_0."""
+    error: Float[Array, ""] | float  # mean squared error e² of the noise it reads
+    mean: Float[Array, " d"] | float  # mean of x̂_0 over x_T ~ π, that is of x_0
 
 
-PERFECT = Reading(0.0, 0.0)
-"""What is said of the step to the data, which no twist has to guess."""
+PERFECT = Reading(0.0, 0.0)  # what is said of the step to the data, which no twist has to guess
 
 
 class Spread(NamedTuple):
     """How x_0 hangs on x_t, were the data N(·, τ²); level t at t − 1, by entries or axes."""
 
-    slope: Float[Array, "n d"]
-    """∂x̂_0/∂x_t = √ᾱ_t w_t/(1−ᾱ_t)."""
-    variance: Float[Array, "n d"]
-    """Var[x_0 | x_t] under the diffusion that is walked."""
+    slope: Float[Array, "n d"]  # ∂x̂_0/∂x_t = √ᾱ_t w_t/(1−ᾱ_t)
+    variance: Float[Array, "n d"]  # Var[x_0 | x_t] under the diffusion that is walked
 
 
 def within_cells(problem: Problem) -> Array | float:
@@ -150,11 +137,11 @@ def measure(problem: Problem) -> Reading:
     """How well the network reads x_0 out of noise, at draws of x_T that all share.
 
     x̂_0 has variance τ² − w_T over x_T ~ π where the network is right. What it has above that is
-    error, and much of it, since x̂_0 divides what the network says by √ᾱ_T; seen as an error of the
-    noise in x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε it is about the same at every level.
+    error, large as x̂_0 divides what the network says by √ᾱ_T; seen as an error of the noise in
+    x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε it is about the same at every level.
     """
     reverse, n = problem.reverse, problem.reverse.n
-    count = min(PROBES, max(FEW_PROBES, PROBED_NUMBERS // problem.size))
+    count = min(_PROBES, max(_FEW_PROBES, _PROBED_NUMBERS // problem.size))
     draws = jax.random.normal(jax.random.key(0), (count, problem.size))
     x_T = problem.shaped(jnp.broadcast_to(draws[:, None], (count, problem.systems, problem.size)))
     x_0_hat = problem.flat(reverse.x_0_hat(x_T, n))
@@ -162,7 +149,7 @@ def measure(problem: Problem) -> Reading:
     step = reverse.steps.at(n, 1)
     tau2 = problem.of_entries(problem.draw.variance).astype(mean.dtype)
     signal = jnp.mean(tau2 - tau2 * step.noise_t / (step.noise_t + step.alpha_bar_t * tau2))
-    excess = jnp.maximum(jnp.mean(jnp.var(x_0_hat, 0)) - SLACK * signal, 0.0)
+    excess = jnp.maximum(jnp.mean(jnp.var(x_0_hat, 0)) - _SLACK * signal, 0.0)
     return Reading(excess * jnp.mean(step.alpha_bar_t / step.noise_t), mean)
 
 
@@ -217,22 +204,19 @@ def spread(problem: Problem, reading: Reading, tau2: Array) -> Spread:
 class Belief(NamedTuple):
     """Covariance of x_0 given one level, on the axes U."""
 
-    axes: Float[Array, "d d"]
-    """U."""
-    variance: Float[Array, " d"]
-    """c."""
-    slope: Float[Array, " d"]
-    """∂x̂_0/∂x_t along the axes."""
+    axes: Float[Array, "d d"]  # U
+    variance: Float[Array, " d"]  # c
+    slope: Float[Array, " d"]  # ∂x̂_0/∂x_t along the axes
 
-    def root(self, u: Vector) -> Vector:
+    def root(self, u: _Vector) -> _Vector:
         """S u."""
         return (u * jnp.sqrt(self.variance)) @ self.axes.T
 
-    def root_transposed(self, x: Vector) -> Vector:
+    def root_transposed(self, x: _Vector) -> _Vector:
         """Sᵀ x."""
         return (x @ self.axes) * jnp.sqrt(self.variance)
 
-    def inverse_root_transposed(self, u: Vector) -> Vector:
+    def inverse_root_transposed(self, u: _Vector) -> _Vector:
         """S⁻ᵀ u."""
         return (u / jnp.sqrt(self.variance)) @ self.axes.T
 
@@ -241,30 +225,17 @@ class Given(NamedTuple):
     """What known entries and a quadratic log r do to N(x̂_0, C); None where there is none."""
 
     belief: Belief
-    known: Matrix | None
-    """P_M."""
-    log_det_known: Float[Array, "..."] | None
-    """log det of C on the known entries and 2π for each."""
-    project: Matrix | None
-    """Π."""
-    gain: Matrix | None
-    """(I + A)⁻¹ where A is not 0."""
-    untouched: Matrix | None
-    """(I + A)⁻¹ where A is 0, a projection."""
-    log_det: Float[Array, "..."] | None
-    """log det(I + A)."""
-    precision: Matrix
-    """P, that ψ of this level has in x_t."""
+    known: _Matrix | None  # P_M
+    log_det_known: Float[Array, "..."] | None  # log det of C on the known entries and 2π for each
+    project: _Matrix | None  # Π
+    gain: _Matrix | None  # (I + A)⁻¹ where A is not 0
+    untouched: _Matrix | None  # (I + A)⁻¹ where A is 0, a projection
+    log_det: Float[Array, "..."] | None  # log det(I + A)
+    precision: _Matrix  # P, that ψ of this level has in x_t
 
 
-def condition(belief: Belief, hessian: Matrix | None, mask: Array | None) -> Given:
-    """Work out a level.
-
-    Args:
-        belief: x_0 given the level.
-        hessian: H, or None where log r is not quadratic.
-        mask: True where an entry is known, `(d,)` or `(B, d)`, or None.
-    """
+def condition(belief: Belief, hessian: _Matrix | None, mask: Array | None) -> Given:
+    """Work out a level; H is None where log r is not quadratic, the mask where nothing is known."""
     d = belief.variance.shape[0]
     identity = jnp.eye(d)
     S = belief.axes * jnp.sqrt(belief.variance)
@@ -289,7 +260,7 @@ def condition(belief: Belief, hessian: Matrix | None, mask: Array | None) -> Giv
     return Given(belief, known, log_det_known, project, gain, untouched, log_det, precision)
 
 
-def pulled(given: Given, g: Vector) -> Vector:
+def pulled(given: Given, g: _Vector) -> _Vector:
     """(I + A)⁻¹ g.
 
     Where r is sharp, what A leaves of g is a millionth of it, and g has as much rounding in the
@@ -301,13 +272,13 @@ def pulled(given: Given, g: Vector) -> Vector:
     return times(given.gain, g) + jnp.where(is_there[..., None], rest, 0.0)
 
 
-def narrowing(precision: Matrix, variance: Array) -> tuple[Matrix, Float[Array, "..."]]:
+def _narrowing(precision: _Matrix, variance: Array) -> tuple[_Matrix, Float[Array, "..."]]:
     """N with N Nᵀ = (I + variance · P)⁻¹, and log det N."""
     root, log_det = _power(jnp.eye(precision.shape[-1]) + variance * precision, -0.5)
     return root, -0.5 * log_det
 
 
-def times(matrix: Matrix, x: Vector) -> Vector:
+def times(matrix: _Matrix, x: _Vector) -> _Vector:
     """matrix · x; matrices `(d, d)` or one for each system, vectors `(..., B, d)`."""
     if matrix.ndim == 2:
         return x @ matrix.T
@@ -315,55 +286,54 @@ def times(matrix: Matrix, x: Vector) -> Vector:
     return jnp.einsum("bij,pbj->pbi", matrix, flat).reshape(x.shape)
 
 
-def hessian_of(curvature: Callable[[Array], Array], zeros: Float[Array, "B d"]) -> Matrix:
+def _hessian_of(curvature: Callable[[Array], Array], zeros: Float[Array, "B d"]) -> _Matrix:
     """H of a quadratic log r by d products."""
     d = zeros.shape[-1]
 
     def column(index: Array) -> Array:
         return curvature(jnp.broadcast_to(jnp.eye(d)[index], zeros.shape))
 
-    rows = jax.lax.map(column, jnp.arange(d))
-    hessian = jnp.moveaxis(rows, 0, -1)
-    hessian = 0.5 * (hessian + jnp.swapaxes(hessian, -1, -2))
-    values, vectors = eigh_each(hessian)  # positive curvature of log r counts as zero
-    return (vectors * jnp.maximum(values, 0.0)[..., None, :]) @ jnp.swapaxes(vectors, -1, -2)
+    hessian = jnp.moveaxis(jax.lax.map(column, jnp.arange(d)), 0, -1)
+    values, vectors = _eigen(hessian)  # positive curvature of log r counts as zero
+    return _scaled(vectors, jnp.maximum(values, 0.0))
 
 
-def _shrink(a: Matrix) -> tuple[Matrix, Matrix, Matrix, Float[Array, "..."]]:
+def _eigen(a: _Matrix) -> tuple[Float[Array, "*systems d"], _Matrix]:
+    """Eigenpairs of the symmetric part."""
+    return eigh_each(0.5 * (a + jnp.swapaxes(a, -1, -2)))
+
+
+def _scaled(vectors: _Matrix, values: Float[Array, "*systems d"]) -> _Matrix:
+    return (vectors * values[..., None, :]) @ jnp.swapaxes(vectors, -1, -2)
+
+
+def _shrink(a: _Matrix) -> tuple[_Matrix, _Matrix, _Matrix, Float[Array, "..."]]:
     """(I + A)⁻¹ where A is not 0, and where it is, A (I + A)⁻¹, and log det(I + A).
 
     By the eigenpairs of A and not of I + A, in which the 1 is lost where A is large.
     """
-    values, vectors = eigh_each(0.5 * (a + jnp.swapaxes(a, -1, -2)))
+    values, vectors = _eigen(a)
     least = a.shape[-1] * jnp.finfo(values.dtype).eps * values[..., -1:]
     is_there = values > least
     values = jnp.where(is_there, values, 0.0)
-
-    def scaled(factor: Array) -> Matrix:
-        return (vectors * factor[..., None, :]) @ jnp.swapaxes(vectors, -1, -2)
-
-    shares = values / (1 + values)
     gain, untouched = jnp.where(is_there, 1 / (1 + values), 0.0), jnp.where(is_there, 0.0, 1.0)
-    log_det = jnp.sum(jnp.log1p(values), -1)
-    return scaled(gain), scaled(untouched), scaled(shares), log_det
+    parts = (_scaled(vectors, part) for part in (gain, untouched, values / (1 + values)))
+    return *parts, jnp.sum(jnp.log1p(values), -1)
 
 
-def _power(matrix: Matrix, exponent: float) -> tuple[Matrix, Float[Array, "..."]]:
+def _power(matrix: _Matrix, exponent: float) -> tuple[_Matrix, Float[Array, "..."]]:
     """A power of a positive definite matrix, and its log det; one LAPACK call for each matrix."""
-    values, vectors = eigh_each(0.5 * (matrix + jnp.swapaxes(matrix, -1, -2)))
+    values, vectors = _eigen(matrix)
     values = jnp.maximum(values, jnp.finfo(values.dtype).eps * values[..., -1:])
-    scaled = vectors * (values**exponent)[..., None, :]
-    return scaled @ jnp.swapaxes(vectors, -1, -2), jnp.sum(jnp.log(values), -1)
+    return _scaled(vectors, values**exponent), jnp.sum(jnp.log(values), -1)
 
 
 class Common(NamedTuple):
     """What a level has in common for all particles, where the data's covariance is used."""
 
     given: Given
-    nearer: Belief
-    """Of x_0 given the level below."""
-    narrowing: tuple[Array, Array]
-    """(N, log det N) of the proposals, for each system."""
+    nearer: Belief  # of x_0 given the level below
+    narrowing: tuple[Array, Array]  # (N, log det N) of the proposals, for each system
 
 
 def hessian(problem: Problem) -> Float[Array, "*B d d"] | None:
@@ -374,7 +344,7 @@ def hessian(problem: Problem) -> Float[Array, "*B d d"] | None:
         return jnp.zeros((problem.size, problem.size))
     zeros = jnp.zeros((problem.systems, problem.size))
     at = local(problem.log_r, zeros[None])
-    return hessian_of(lambda v: at.curvature(v[None])[0], zeros)
+    return _hessian_of(lambda v: at.curvature(v[None])[0], zeros)
 
 
 def common(problem: Problem, reading: Reading, hessian: Array | None, t: Any) -> Common:
@@ -382,9 +352,7 @@ def common(problem: Problem, reading: Reading, hessian: Array | None, t: Any) ->
     covariance = problem.draw.covariance
     along = spread(problem, reading, covariance.variances)
     axes = jnp.asarray(covariance.axes, along.variance.dtype)
-    belief, nearer = (
-        Belief(axes, along.variance[t - down], along.slope[t - down]) for down in (1, 2)
-    )
+    belief, nearer = (Belief(axes, along.variance[i], along.slope[i]) for i in (t - 1, t - 2))
     given, ahead = (condition(b, hessian, problem.mask) for b in (belief, nearer))
     step, of_step = problem.reverse.steps.at(t, 0), problem.reverse.variance
     if of_step is not None:
@@ -392,6 +360,6 @@ def common(problem: Problem, reading: Reading, hessian: Array | None, t: Any) ->
     else:  # for every particle alike
         weight_0, _ = bridge_weights(step)
         variance = bridge_variance(step) + weight_0**2 * jnp.mean(belief.variance)
-    matrix, log_det = narrowing(ahead.precision, variance)
+    matrix, log_det = _narrowing(ahead.precision, variance)
     matrix = jnp.broadcast_to(matrix, (problem.systems, *matrix.shape[-2:]))
     return Common(given, nearer, (matrix, jnp.broadcast_to(log_det, problem.systems)))

@@ -16,7 +16,7 @@ a twist that changes nothing leaves weights that are exactly one.
 Source: Hesterberg (1995), defensive mixtures.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,10 @@ from jaxtyping import Array, Float
 from probdiff.infer.quadratic import eigh
 from probdiff.kernels import States
 
-OPEN = 0.1
-"""Share of a symbol proposal that stays with p: no weight exceeds what p would give by more than
-1/OPEN, even where r joins entries and each on its own looks decided."""
-EXCLUDED = -5e3
-"""Log-probability at or below which a proposal says never."""
+# Share of a symbol proposal that stays with p: no weight exceeds what p would give by more than
+# 1/_OPEN, even where r joins entries and each on its own looks decided.
+_OPEN = 0.1
+_EXCLUDED = -5e3  # log-probability at or below which a proposal says never
 
 
 class GaussianProposal(NamedTuple):
@@ -40,8 +39,7 @@ class GaussianProposal(NamedTuple):
     shift: Float[Array, "N d"]
     diagonal: Float[Array, "N d"]
     factors: Float[Array, "N k d"]
-    pinned: Float[Array, " N"]
-    """log p of the entries that are set exactly, summed."""
+    pinned: Float[Array, " N"]  # log p of the entries that are set exactly, summed
 
     def draw(self, key: Array, common: tuple[Array, Array] | None) -> tuple[Array, Array]:
         """x_s and log p(x_s | x_t) − log q(x_s | x_t); `common` is (N, log det N)."""
@@ -87,29 +85,26 @@ def _principal_axes(rows: Float[Array, "k d"]) -> tuple[Array, Array]:
 class SymbolProposal(NamedTuple):
     """Of symbols: `N` particles of one system."""
 
-    log_p: Float[Array, "N d K"]
-    """log p(x_s | x_t) of each state."""
+    log_p: Float[Array, "N d K"]  # log p(x_s | x_t) of each state
     log_q: Float[Array, "N d K"]
-    """log q of each state; at `EXCLUDED` or below where the state is ruled out."""
-    pinned: Float[Array, " N"]
-    """log p of the entries that are set exactly, summed."""
+    """log q of each state; at `_EXCLUDED` or below where the state is ruled out."""
+    pinned: Float[Array, " N"]  # log p of the entries that are set exactly, summed
 
-    def draw(self, key: Array, common: Any) -> tuple[Array, Array]:
+    def draw(self, key: Array, common: None) -> tuple[Array, Array]:
         """x_s and log p(x_s | x_t) − log of the mixture it was drawn from."""
         key_which, key_q, key_open = jax.random.split(key, 3)
         log_open = self._log_open()
-        is_open = jax.random.bernoulli(key_which, OPEN, self.pinned.shape)
+        is_open = jax.random.bernoulli(key_which, _OPEN, self.pinned.shape)
         from_q, from_open = States(self.log_q).sample(key_q), States(log_open).sample(key_open)
         x_s = jnp.where(is_open[:, None], from_open, from_q)
-        log_p, log_q, log_open = (
-            States(law).log_prob(x_s) for law in (self.log_p, self.log_q, log_open)
-        )
+        laws = self.log_p, self.log_q, log_open
+        log_p, log_q, log_open = (States(law).log_prob(x_s) for law in laws)
         gap = jnp.sum(log_open - log_q, -1)
         return x_s, jnp.sum(log_p - log_q, -1) - _log_mixture(gap) + self.pinned
 
     def _log_open(self) -> Float[Array, "N d K"]:
         """p, less the states that are ruled out."""
-        is_out = self.log_q <= EXCLUDED
+        is_out = self.log_q <= _EXCLUDED
         log_p = jnp.where(is_out, -jnp.inf, self.log_p)
         total = jax.nn.logsumexp(log_p, -1, keepdims=True)
         cuts = jnp.any(is_out & (self.log_p > -jnp.inf), -1, keepdims=True)
@@ -117,7 +112,7 @@ class SymbolProposal(NamedTuple):
 
 
 def _log_mixture(gap: Array) -> Array:
-    """log(1 − OPEN + OPEN e^gap), exactly 0 at 0."""
-    near = jnp.log1p(OPEN * jnp.expm1(jnp.minimum(gap, 0.0)))
-    far = gap + jnp.log(OPEN + (1 - OPEN) * jnp.exp(-jnp.maximum(gap, 0.0)))
+    """log(1 − _OPEN + _OPEN e^gap), exactly 0 at 0."""
+    near = jnp.log1p(_OPEN * jnp.expm1(jnp.minimum(gap, 0.0)))
+    far = gap + jnp.log(_OPEN + (1 - _OPEN) * jnp.exp(-jnp.maximum(gap, 0.0)))
     return jnp.where(gap > 0, far, near)

@@ -27,26 +27,23 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from probdiff.infer.steps import SymbolProposal
 from probdiff.infer.twist import Look, Tilt, Twist, View, looked
 from probdiff.prior import PriorDraw
 
-FLOOR = -1e4
-"""log r where r is 0: finite, so that changes of one entry still compare."""
-DEEPEST = -40.0
-"""Least Δ in a proposal, which must reach whatever is possible."""
-ADDITIVE = 1e-2
-"""Nats within which the gains of all entries add up, where r is a product."""
-MOVES = 8
-"""Most entries that x̂ changes on its way to a mode."""
-BLOCK = 64
-"""Changes of one entry tried at once."""
+_FLOOR = -1e4  # log r where r is 0: finite, so that changes of one entry still compare
+_DEEPEST = -40.0  # least Δ in a proposal, which must reach whatever is possible
+_ADDITIVE = 1e-2  # nats within which the gains of all entries add up, where r is a product
+_MOVES = 8  # most entries that x̂ changes on its way to a mode
+_BLOCK = 64  # changes of one entry tried at once
 
-Symbols = Int[Array, "P B d"]
-LogLaw = Float[Array, "P B d K"]
-LogR = Callable[[Symbols], Float[Array, "P B"]]
+_Symbols = Int[Array, "P B d"]
+_LogLaw = Float[Array, "P B d K"]
+_Known = ArrayLike | None
+_LogR = Callable[[_Symbols], Float[Array, "P B"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +70,7 @@ class SymbolTwist(Twist):
         return "twist of symbols"
 
     def __call__(self, view: View) -> Tilt:
-        """Symbols do not move by a shift; `look` says what they do."""
+        """Refused, as symbols do not move by a shift; see `look`."""
         raise TypeError("a twist of symbols has no tilt; see look")
 
     def look(self, view: View) -> Look:
@@ -91,7 +88,7 @@ class SymbolTwist(Twist):
             nothing = jnp.zeros(view.x_t.shape[:-1])
             return looked(nothing, SymbolProposal(log_p, log_p, nothing), nothing)
         informed = inform(_predicted(view, x_t, outputs), log_r, view.known, view.mask)
-        finite = jnp.maximum(informed.log_p_0, FLOOR).reshape(*x_t.shape, -1)
+        finite = jnp.maximum(informed.log_p_0, _FLOOR).reshape(*x_t.shape, -1)
         bridge = reverse.kernel.bridge_given(finite, x_t, reverse.coefficients(view.t))
         return _look(log_p, _flat(view, bridge.log_probs), informed.log_psi, None, None)
 
@@ -111,15 +108,15 @@ class SymbolTwist(Twist):
         return f"Raise {more}"
 
 
-def _flat(view: View, log_probs: Array) -> LogLaw:
+def _flat(view: View, log_probs: Array) -> _LogLaw:
     return log_probs.reshape(*view.x_t.shape, -1)
 
 
-def _log_r(view: View) -> LogR | None:
+def _log_r(view: View) -> _LogR | None:
     return (lambda x: view.problem.log_r(x, on_grid=True)) if view.problem.is_observed else None
 
 
-def _look(log_p: LogLaw, log_q: LogLaw, log_psi: Array, known: Any, mask: Any) -> Look:
+def _look(log_p: _LogLaw, log_q: _LogLaw, log_psi: Array, known: _Known, mask: _Known) -> Look:
     """Known entries at the end are set, their mass counted."""
     pinned = jnp.zeros(log_psi.shape)
     if known is not None:
@@ -135,11 +132,10 @@ class Informed(NamedTuple):
     """log ψ, and the predicted law of x_0 after r."""
 
     log_psi: Float[Array, "P B"]
-    log_p_0: LogLaw
-    """log p̃ of each state, normalised."""
+    log_p_0: _LogLaw  # log p̃ of each state, normalised
 
 
-def _predicted(view: View, x_t: Array, outputs: tuple[Array, ...]) -> LogLaw:
+def _predicted(view: View, x_t: Array, outputs: tuple[Array, ...]) -> _LogLaw:
     """log p(x_0 | x_t) of each state, those left out from which x_t cannot come."""
     reverse = view.problem.reverse
     log_p_0, doubt = reverse.x_0_given(x_t, view.t, outputs).log_probs, reverse.readout.doubt
@@ -154,58 +150,49 @@ def _predicted(view: View, x_t: Array, outputs: tuple[Array, ...]) -> LogLaw:
     return _normalise(_flat(view, jnp.where(can_reach, log_p_0, -jnp.inf)))[0]
 
 
-def inform(log_p_0: LogLaw, log_r: LogR | None, known: Any, mask: Any) -> Informed:
-    """Multiply a factorised law of x_0 by r.
-
-    Args:
-        log_p_0: log p_i(k).
-        log_r: log r of states; None where r is 1.
-        known: Known states, or None.
-        mask: True where a state is known.
-    """
+def inform(log_p_0: _LogLaw, log_r: _LogR | None, known: _Known, mask: _Known) -> Informed:
+    """Multiply a factorised law log p_i(k) of x_0 by r, 1 for None, and set known states."""
     log_psi = 0.0
     if known is not None:
         is_state = known[..., None] == jnp.arange(log_p_0.shape[-1])
         log_p_0, log_mass = _normalise(jnp.where(mask[..., None] & ~is_state, -jnp.inf, log_p_0))
         log_psi += jnp.sum(log_mass, -1)
     if log_r is not None:
-        base, gains = _around_mode(log_p_0, lambda x: jnp.maximum(log_r(x), FLOOR))
+        base, gains = _around_mode(log_p_0, lambda x: jnp.maximum(log_r(x), _FLOOR))
         _, log_mass = _normalise(log_p_0 + gains)
-        log_p_0, _ = _normalise(log_p_0 + jnp.maximum(gains, DEEPEST))
+        log_p_0, _ = _normalise(log_p_0 + jnp.maximum(gains, _DEEPEST))
         log_psi += base + jnp.sum(log_mass, -1)
     return Informed(jnp.broadcast_to(log_psi, log_p_0.shape[:-2]), log_p_0)
 
 
 class _Mode(NamedTuple):
-    x_hat: Symbols
-    base: Float[Array, "P B"]
-    """log r(x̂)."""
-    gains: LogLaw
-    next_x: Symbols
-    """Where log p + log r is higher, or x̂."""
+    x_hat: _Symbols
+    base: Float[Array, "P B"]  # log r(x̂)
+    gains: _LogLaw
+    next_x: _Symbols  # where log p + log r is higher, or x̂
     is_done: Array
     moves: Any
 
 
-def _around_mode(log_p_0: LogLaw, log_r: LogR) -> tuple[Float[Array, "P B"], LogLaw]:
+def _around_mode(log_p_0: _LogLaw, log_r: _LogR) -> tuple[Float[Array, "P B"], _LogLaw]:
     """log r(x̂) and Δ at a state that no change of one entry makes more probable under p r.
 
     Where all gains together come true r is a product, and any x̂ will do.
     """
     num_states = log_p_0.shape[-1]
 
-    def look(x_hat: Symbols, base: Array, moves: Any) -> _Mode:
+    def look(x_hat: _Symbols, base: Array, moves: Any) -> _Mode:
         gains = _gains(log_r, x_hat, base, num_states)
         total = log_p_0 + gains
         at_x_hat = _pick(total, x_hat)
         rises = jnp.where(total > -jnp.inf, total - at_x_hat[..., None], -jnp.inf)
         best = jnp.argmax(rises, -1)
         together = log_r(best)
-        is_true = jnp.abs(together - base - jnp.sum(_pick(gains, best), -1)) < ADDITIVE
+        is_true = jnp.abs(together - base - jnp.sum(_pick(gains, best), -1)) < _ADDITIVE
         rise = jnp.max(rises, -1)
         where = jax.nn.one_hot(jnp.argmax(rise, -1), rise.shape[-1], dtype=bool)
-        single = jnp.where(where, best, x_hat)
-        return _Mode(x_hat, base, gains, single, is_true | (jnp.max(rise, -1) <= 0), moves)
+        is_done = is_true | (jnp.max(rise, -1) <= 0)
+        return _Mode(x_hat, base, gains, jnp.where(where, best, x_hat), is_done, moves)
 
     def climb(mode: _Mode) -> _Mode:
         new = look(mode.next_x, log_r(mode.next_x), mode.moves + 1)
@@ -218,28 +205,28 @@ def _around_mode(log_p_0: LogLaw, log_r: LogR) -> tuple[Float[Array, "P B"], Log
 
     x_hat = jnp.argmax(log_p_0, -1)
     mode = jax.lax.while_loop(
-        lambda m: ~jnp.all(m.is_done) & (m.moves < MOVES), climb, look(x_hat, log_r(x_hat), 0)
+        lambda m: ~jnp.all(m.is_done) & (m.moves < _MOVES), climb, look(x_hat, log_r(x_hat), 0)
     )
     return mode.base, mode.gains
 
 
-def _pick(table: LogLaw, x: Symbols) -> Float[Array, "P B d"]:
+def _pick(table: _LogLaw, x: _Symbols) -> Float[Array, "P B d"]:
     return jnp.take_along_axis(table, x[..., None], -1)[..., 0]
 
 
-def _gains(log_r: LogR, x_hat: Symbols, base: Array, num_states: int) -> LogLaw:
+def _gains(log_r: _LogR, x_hat: _Symbols, base: Array, num_states: int) -> _LogLaw:
     """Δ_i(k)."""
 
     def gain(index: Array) -> Array:
         return log_r(x_hat.at[..., index // num_states].set(index % num_states)) - base
 
     size = x_hat.shape[-1]
-    gains = jax.lax.map(gain, jnp.arange(size * num_states), batch_size=BLOCK)
+    gains = jax.lax.map(gain, jnp.arange(size * num_states), batch_size=_BLOCK)
     gains = gains.reshape(size, num_states, *base.shape)
     return jnp.moveaxis(gains, (0, 1), (-2, -1))
 
 
-def _normalise(log_p: LogLaw) -> tuple[LogLaw, Float[Array, "P B d"]]:
+def _normalise(log_p: _LogLaw) -> tuple[_LogLaw, Float[Array, "P B d"]]:
     """Log-probabilities that sum to one, and the log of what they summed to."""
     total = jax.nn.logsumexp(log_p, -1)
     is_there = total > -jnp.inf

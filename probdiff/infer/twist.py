@@ -4,10 +4,10 @@ The reverse trajectory given an observation has the steps p(x_s | x_t) ψ*_s(x_s
 exact twist ψ*_t(x_t) = E[r(x_0) | x_t]. Any positive ψ_t with ψ_0 = r gives a sampler that is exact
 as particles grow, because its weights repair the rest; how many particles that takes depends on ψ.
 
-At level t ≥ 2 a twist is shown particles x_t with the law p(x_s | x_t) and the denoised point. It
-says log ψ_t, by how much the law's mean moves, (β_t/√(1−β_t)) ∇ log ψ_t, and the precision that ψ_s
-adds. At level 1 the integral of r under p(x_0 | x_1) = N(mean, variance) is done by every twist
-alike, log r to second order. Known entries of x_0 are a likelihood without width.
+At level t ≥ 2 a twist sees particles x_t with the law p(x_s | x_t) and the denoised point. It says
+log ψ_t, the move of the law's mean, (β_t/√(1−β_t)) ∇ log ψ_t, and the precision that ψ_s adds. At
+level 1 every twist integrates r under p(x_0 | x_1) = N(mean, variance), log r to second order.
+Known entries of x_0 are a likelihood without width.
 
 Arrays are on the scale of the diffusion: P particles of B systems, an x_0 as its d numbers.
 
@@ -23,9 +23,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, Num
 
-from probdiff.arguments import check_at_least
 from probdiff.infer.quadratic import Expansion, Local, diagonal, local, low_rank, settle
 from probdiff.infer.spread import (
     PERFECT,
@@ -42,36 +41,27 @@ from probdiff.kernels import bridge_variance, bridge_weights
 from probdiff.prior import PriorDraw
 from probdiff.types import Step
 
-RANK = 4
-"""Directions in which the curvature of log r is kept, where a twist says nothing else."""
-LEAST = -1e4
-"""log ψ where a twist says 0 or nothing: ψ must be positive wherever x_t can be."""
-FURTHEST = 5.0
-"""Standard deviations that a proposal's mean moves at most: beyond, the twist is wrong, not x_t."""
+RANK = 4  # directions in which the curvature of log r is kept, where a twist says nothing else
+_LEAST = -1e4  # log ψ where a twist says 0 or nothing: ψ must be positive wherever x_t can be
+_FURTHEST = 5.0  # standard deviations a proposal's mean moves at most: beyond, the twist is wrong
 
 
 class Tilt(NamedTuple):
     """log ψ_t, and how p(x_s | x_t) is moved towards what ψ wants."""
 
     log_psi: Float[Array, "P B"]
-    shift: Float[Array, "P B d"]
-    """Added to the mean."""
-    diagonal: Float[Array, "P B d"]
-    """Precision added entry by entry."""
-    factors: Float[Array, "k P B d"]
-    """Rows f with precision Σ f fᵀ added."""
+    shift: Float[Array, "P B d"]  # added to the mean
+    diagonal: Float[Array, "P B d"]  # precision added entry by entry
+    factors: Float[Array, "k P B d"]  # rows f with precision Σ f fᵀ added
 
 
 class Look(NamedTuple):
     """What one look at a level gives."""
 
     log_psi: Float[Array, "P B"]
-    proposal: GaussianProposal | SymbolProposal
-    """Of arrays that lead with `(P, B)`."""
-    shift: Float[Array, "P B"]
-    """Largest move of the mean in standard deviations."""
-    bad: Bool[Array, "P B"]
-    """Whether the twist was not finite."""
+    proposal: GaussianProposal | SymbolProposal  # of arrays that lead with `(P, B)`
+    shift: Float[Array, "P B"]  # largest move of the mean in standard deviations
+    bad: Bool[Array, "P B"]  # whether the twist was not finite
 
 
 class View:
@@ -81,19 +71,18 @@ class View:
         problem: The posterior that is looked for.
         t: The level; 1 is the last step, to the data.
         x_t: Particles, `(P, B, d)`.
+        known: Known entries, `(B, d)`, or None.
+        mask: True where an entry is known, or None.
         reading: How well the network reads x_0 out of noise.
         common: What all particles share under the data's covariance, or None.
     """
 
     def __init__(
-        self,
-        problem: Problem,
-        x_t: Shaped[Array, "P B d"],
-        t: Any,
-        reading: Reading = PERFECT,
-        common: Common | None = None,
-    ):
+        self, problem: Problem, x_t: Num[Array, "P B d"], t: Any,
+        reading: Reading | None = PERFECT, common: Common | None = None,
+    ):  # fmt: skip
         self.problem, self.x_t, self.t = problem, x_t, t
+        self.known, self.mask = problem.known, problem.mask
         self.reading, self.common = reading, common
 
     @property
@@ -106,7 +95,7 @@ class View:
         """Coefficients of the step."""
         return self.problem.reverse.steps.at(self.t, 1)
 
-    @functools.cached_property
+    @property
     def outputs(self) -> tuple[Array, ...]:
         """What the network says at x_t."""
         return self._denoised[2]
@@ -131,15 +120,12 @@ class View:
     @functools.cached_property
     def mean(self) -> Float[Array, "P B d"]:
         """Mean of p(x_s | x_t)."""
-        return self._of_law(self.law.loc)
+        return self.problem.flat(jnp.broadcast_to(self.law.loc, self.law.batch_shape))
 
     @functools.cached_property
     def variance(self) -> Float[Array, "P B d"]:
         """Variance of p(x_s | x_t)."""
-        return self._of_law(self.law.scale) ** 2
-
-    def _of_law(self, a: Array) -> Float[Array, "P B d"]:
-        return self.problem.flat(jnp.broadcast_to(a, self.law.batch_shape))
+        return self.problem.flat(jnp.broadcast_to(self.law.scale, self.law.batch_shape)) ** 2
 
     @functools.cached_property
     def x_0_hat(self) -> Float[Array, "P B d"]:
@@ -153,21 +139,20 @@ class View:
 
     def x_0_given(self) -> dist.Distribution:
         """Law p(x_0 | x_t) of each entry, of shaped particles, where the readout says one."""
-        x_t = self.problem.shaped(self.x_t)
         if self.is_last:
             return self.law
+        x_t = self.problem.shaped(self.x_t)
         return self.problem.reverse.x_0_given(x_t, self.t, self.outputs)
 
-    def log_r(self, x: Float[Array, "P B d"]) -> Float[Array, "P B"]:
+    def log_r(self, x: Num[Array, "P B d"]) -> Float[Array, "P B"]:
         """log r, between the values of a grid: what a twist expands."""
         return self.problem.log_r(x)
 
     @functools.cached_property
     def spread(self) -> Spread:
         """Slopes and variances of x_0 given each level, by entry."""
-        return spread(
-            self.problem, self.reading, self.problem.of_entries(self.problem.draw.variance)
-        )
+        tau2 = self.problem.of_entries(self.problem.draw.variance)
+        return spread(self.problem, self.reading, tau2)
 
     def w(self, down: int = 0) -> Float[Array, "..."]:
         """Variance of x_0 given level t, or levels below; a known entry keeps that of its cell."""
@@ -177,26 +162,15 @@ class View:
         """∂x̂_0/∂x_t at level t, or levels below."""
         return self.spread.slope[self.t - 1 - down]
 
-    @property
-    def known(self) -> Shaped[Array, "B d"] | None:
-        """Known entries, or None."""
-        return self.problem.known
-
-    @property
-    def mask(self) -> Bool[Array, "*B d"] | None:
-        """True where an entry is known, or None."""
-        return self.problem.mask
-
 
 class Twist(abc.ABC):
     """A guess ψ_t(x_t) of E[r(x_0) | x_t], and the proposal that goes with it; abstract.
 
-    For one of your own give `__call__(view) -> Tilt` at levels t ≥ 2: log ψ_t, nats, for every
-    particle of `view.x_t`; by how much the mean of p(x_s | x_t) moves; and the precision added to
-    it, entry by entry and as rows of factors. `View` and `Tilt` say what they hold, in
-    `probdiff.infer.twist`. Level 1 is done here, log r to second order. Any positive ψ_t is right
-    as particles grow; a poor one needs many. Each sampler compiles it once: if it changes, make
-    another.
+    A subclass gives `__call__(view) -> Tilt` at levels t ≥ 2: log ψ_t, nats, for every particle of
+    `view.x_t`, the move of the mean of p(x_s | x_t), and the precision added to it, entry by entry
+    and as rows of factors (see `View` and `Tilt` in `probdiff.infer.twist`). Level 1 is done here.
+    Any positive ψ_t is right as particles grow; a poor one needs many. Each sampler compiles it
+    once: if it changes, make another.
 
     Example:
         A twist that says nothing until level 1, ψ_t = 1:
@@ -207,8 +181,7 @@ class Twist(abc.ABC):
         ...         nothing = jnp.zeros_like(view.x_t)
         ...         return Tilt(nothing[..., 0], nothing, nothing, nothing[None][:0])
         >>> prior = standard_diffusion().prior({})  # x_0 ~ N(0, 1)
-        >>> def program(y):
-        ...     numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
+        >>> program = lambda y: numpyro.sample("y", dist.Normal(prior(), 1.0), obs=y)
         >>> smc = infer.SMC(program, num_particles=4000, twist=Silent())
         >>> smc.run(jax.random.key(0), y=2.0)
         >>> round(float(smc.get_samples()["x_0"].mean()), 1)  # y/2
@@ -217,22 +190,16 @@ class Twist(abc.ABC):
     Source: Wu et al. (2023).
     """
 
-    takes_known: bool = True
-    """Whether the weights stay finite where entries are known exactly."""
-    uses_covariance: bool = False
-    """Whether it takes the data's covariance where the prior has one."""
-    rank: int = RANK
-    """Directions in which the curvature of log r is kept, where it is not diagonal."""
+    takes_known: bool = True  # whether the weights stay finite where entries are known exactly
+    uses_covariance: bool = False  # whether it takes the data's covariance where the prior has one
+    rank: int = RANK  # directions in which the curvature of log r is kept, where it is not diagonal
 
     @abc.abstractmethod
     def __call__(self, view: View) -> Tilt:
         """log ψ_t at level t ≥ 2, and the proposal for x_s."""
 
     def last(self, view: View) -> Tilt:
-        """ψ_1 and the proposal for x_0: r integrated under p(x_0 | x_1), the law in the view.
-
-        Less the mass of known entries, which is put in exactly.
-        """
+        """ψ_1 and the proposal for x_0: r under p(x_0 | x_1), less the mass of known entries."""
         point, sd = complete(view.mean, jnp.sqrt(view.variance), view)
         log_psi, e = self.integrate(point, sd, view)
         shift, precision = view.variance * e.pull, e.diagonal
@@ -251,10 +218,8 @@ class Twist(abc.ABC):
             law = reverse.data(view.problem.shaped(view.x_t), draw.mask)
             log_known = law.log_prob(draw.known).reshape(log_known.shape)
             moved = jnp.where(view.mask, 0.0, moved)
-        factors = jnp.moveaxis(tilt.factors, 0, -2)
-        proposal = GaussianProposal(
-            view.mean, view.variance, tilt.shift, tilt.diagonal, factors, log_known
-        )
+        factors, law = jnp.moveaxis(tilt.factors, 0, -2), (view.mean, view.variance)
+        proposal = GaussianProposal(*law, tilt.shift, tilt.diagonal, factors, log_known)
         return looked(tilt.log_psi + log_known, proposal, jnp.max(moved, -1))
 
     def integrate(self, point: Array, sd: Array, view: View) -> tuple[Array, Expansion]:
@@ -280,11 +245,9 @@ class Twist(abc.ABC):
             )
 
     def products(self, size: int, *, is_known_alone: bool) -> int:
-        """Products with the network's Jacobian at one level, for one particle of `size` numbers.
+        """Products with the network's Jacobian a level, for one particle of `size` numbers.
 
-        Args:
-            size: Numbers of one x_0.
-            is_known_alone: Whether nothing but known entries is observed.
+        `is_known_alone` says that nothing but known entries is observed.
         """
         return 1
 
@@ -298,15 +261,10 @@ class Twist(abc.ABC):
         )
 
 
-def check_rank(rank: int) -> None:
-    """Raise a `ValueError` unless the rank is at least 1."""
-    check_at_least(1, rank=rank)
-
-
-def looked(log_psi: Array, proposal: Any, shift: Array) -> Look:
+def looked(log_psi: Array, proposal: GaussianProposal | SymbolProposal, shift: Array) -> Look:
     """A look, log ψ finite wherever it is."""
     is_finite = jnp.isfinite(log_psi)
-    return Look(jnp.where(is_finite, log_psi, LEAST), proposal, shift, ~is_finite)
+    return Look(jnp.where(is_finite, log_psi, _LEAST), proposal, shift, ~is_finite)
 
 
 def shift_of(step: Step, gradient: Array) -> Array:
@@ -317,16 +275,15 @@ def shift_of(step: Step, gradient: Array) -> Array:
 def limited(shift: Array, view: View) -> Array:
     """A shift as far as p(x_s | x_t) follows it.
 
-    Over a long step near the data a diffusion with the bridge's variance is much narrower than an
-    ideal one, and x_s can move only by V ∇ log ψ_s: hence the ratio of the two variances.
+    Over a long step near the data the bridge's variance is far below the ideal one, and x_s can
+    move only by V ∇ log ψ_s: hence the ratio of the two variances.
     """
     step = view.step
-    weight_0, _ = bridge_weights(step)
     ideal = step.noise_t / jnp.sqrt(step.alpha_bar_t) * view.slope()
-    shift *= view.variance / (bridge_variance(step) + weight_0**2 * ideal)
+    shift *= view.variance / (bridge_variance(step) + bridge_weights(step)[0] ** 2 * ideal)
     furthest = jnp.max(jnp.abs(shift) / jnp.sqrt(view.variance), axis=-1, keepdims=True)
     shift = jnp.where(jnp.isfinite(furthest), shift, 0.0)
-    return shift * jnp.minimum(1.0, FURTHEST / jnp.where(furthest > 0, furthest, 1.0))
+    return shift * jnp.minimum(1.0, _FURTHEST / jnp.where(furthest > 0, furthest, 1.0))
 
 
 def complete(point: Array, sd: Array, view: View) -> tuple[Array, Array]:
