@@ -38,12 +38,7 @@ from probdiff.kernels import BernoulliKernel, DiscreteKernel, GaussianKernel
 from probdiff.networks.binding import bind, example_inputs, output_shape
 from probdiff.prior import Prior
 from probdiff.reverse import Reverse, Units
-from probdiff.trajectories import (
-    TRAJECTORY_SUFFIX,
-    ForwardTrajectory,
-    ReverseTrajectory,
-    first,
-)
+from probdiff.trajectories import TRAJECTORY_SUFFIX, ForwardTrajectory, ReverseTrajectory, first
 from probdiff.types import Network, Params, Step
 
 Data = Shaped[Array | np.ndarray, "..."]

@@ -14,12 +14,7 @@ import numpy as np
 
 from probdiff import readouts
 from probdiff.arguments import shape_text
-from probdiff.kernels import (
-    AbsorbingKernel,
-    BernoulliKernel,
-    DiscreteKernel,
-    GaussianKernel,
-)
+from probdiff.kernels import AbsorbingKernel, BernoulliKernel, DiscreteKernel, GaussianKernel
 
 FEW_ROWS = 32
 """Fewer examples say nothing of a second moment."""

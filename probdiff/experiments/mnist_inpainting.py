@@ -100,10 +100,7 @@ def _conduct(run: Run) -> Found:
     ]
     figures = {
         f"posterior_{name}": conditioning.sheet(p, vmax=255.0) for name, p in found.items()
-    } | {
-        "sampler": trust(found["digits"]),
-        "rules": _rules(task, truth, completed, clamped),
-    }
+    } | {"sampler": trust(found["digits"]), "rules": _rules(task, truth, completed, clamped)}
     sections = {"Model": f"`{folder.as_posix()}`", "Warnings": warned}
     return Found(rows, figures, {"posterior": few(found["digits"], 5)}, sections)
 
