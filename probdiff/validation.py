@@ -16,7 +16,7 @@ from probdiff import readouts
 from probdiff.arguments import shape_text
 from probdiff.kernels import AbsorbingKernel, BernoulliKernel, DiscreteKernel, GaussianKernel
 
-FEW_ROWS = 32
+_FEW_ROWS = 32
 """Fewer examples say nothing of a second moment."""
 
 
@@ -140,7 +140,7 @@ def warn_about_moment(
     if not isinstance(kernel, GaussianKernel) or not _is_concrete(x, mask):
         return
     size = int(np.prod(event_shape))
-    if np.size(x) < FEW_ROWS * size:
+    if np.size(x) < _FEW_ROWS * size:
         return
     moment = float(np.mean(np.square(_observed(x, mask), dtype=np.float64)))
     if 0.5 <= moment <= 2:

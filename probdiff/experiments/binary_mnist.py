@@ -24,14 +24,13 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from flax import nnx
 from jaxtyping import Array
 from matplotlib.figure import Figure
 
 import probdiff
 from probdiff import Diffusion, datasets, diagnostics, networks, plots, sample, schedules
 from probdiff.experiments.report import Experiment, Found, Row, Run
-from probdiff.experiments.training import sheets, train
+from probdiff.experiments.training import rngs_of, sheets, train
 from probdiff.train import Progress
 
 UNIT = "nats per image"
@@ -63,7 +62,7 @@ def _conduct(run: Run) -> Found:
     keys = run.keys("init", "fit", "check", "bound", "draw")
     network = networks.UNet(
         (28, 28), size.widths, depth=1, T=size.T, patch=2, outputs=2, states=3,
-        rngs=nnx.Rngs(jax.random.bits(keys["init"]).item()),
+        rngs=rngs_of(keys["init"]),
     )  # fmt: skip
     beta = schedules.harmonic(size.T)
     diffusion = Diffusion(probdiff.AbsorbingKernel(2), beta, network, event_shape=(28, 28))

@@ -30,7 +30,7 @@ Sources: Székely & Rizzo (2004), Testing for equal distributions in high dimens
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -155,9 +155,8 @@ def flat(images: Array | np.ndarray) -> Float[np.ndarray, "n numbers"]:
 def classifier_of_bytes(images: np.ndarray, labels: np.ndarray, epochs: int, seed: int) -> Any:
     """A perceptron of one layer that tells real digits of 256 grey levels apart."""
     perceptron = MLPClassifier((256,), batch_size=128, max_iter=epochs, random_state=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # judged on test images, not by it
-        return perceptron.fit(bytes_of(images), labels)
+    with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
+        return perceptron.fit(bytes_of(images), labels)  # judged on test images, not by it
 
 
 def bytes_of(images: np.ndarray) -> Float[np.ndarray, "n numbers"]:
@@ -185,19 +184,28 @@ def classifier_rows(
     return rows, counts
 
 
-def best_mixture(
-    train: np.ndarray, validation: np.ndarray, sizes: Iterable[tuple[int, float]], **options: Any
-) -> GaussianMixture:
-    """The mixture of Gaussians with full covariances that is best on validation images.
+def baselines(
+    train: np.ndarray, validation: np.ndarray, components: tuple[int, ...],
+    added: tuple[float, ...], added_to_one: tuple[float, ...], **options: Any,
+) -> dict[str, GaussianMixture]:  # fmt: skip
+    """The mixture with full covariances, and the Gaussian, that are best on validation images.
 
     Args:
-        train: Rows to fit to.
-        validation: Rows to choose by.
-        sizes: Number of components, and what is added to the variances, of each candidate.
+        train: Images to fit to.
+        validation: Images to choose by.
+        components: Numbers of components of the mixtures that are tried.
+        added: What is added to their variances, each of which is tried.
+        added_to_one: The same for the Gaussian.
         **options: Of scikit-learn's `GaussianMixture`.
     """
-    candidates = [GaussianMixture(n, reg_covar=added, **options) for n, added in sizes]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # judged by validation, not by it
-        fitted = [candidate.fit(train) for candidate in candidates]
-    return max(fitted, key=lambda mixture: mixture.score(validation))
+    train, validation = flat(train), flat(validation)
+
+    def best(counts: tuple[int, ...], added: tuple[float, ...]) -> GaussianMixture:
+        tried = [GaussianMixture(n, reg_covar=a, **options) for n in counts for a in added]
+        with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
+            fitted = [mixture.fit(train) for mixture in tried]  # judged by validation, not by it
+        return max(fitted, key=lambda mixture: mixture.score(validation))
+
+    gaussian, mixture = best((1,), added_to_one), best(components, added)
+    name = f"Gaussian mixture, {mixture.n_components} components"
+    return {name: mixture, "Gaussian, full covariance": gaussian}

@@ -53,7 +53,7 @@ SIZES = {
 }
 
 
-def load_mnist(folder: str | Path) -> tuple[Diffusion, Params]:
+def _load(folder: str | Path) -> tuple[Diffusion, Params]:
     """A saved model, if it is one of MNIST.
 
     Raises:
@@ -70,7 +70,7 @@ def load_mnist(folder: str | Path) -> tuple[Diffusion, Params]:
 
 def _conduct(run: Run) -> Found:
     size, folder = run.size, trained(run, "mnist")
-    diffusion, params = load_mnist(folder)
+    diffusion, params = _load(folder)
     keys = jax.random.split(jax.random.key(run.seed), 5)
     data = datasets.mnist()
     images = data.train[: size.train_images].astype(np.float32)
@@ -105,7 +105,7 @@ def _conduct(run: Run) -> Found:
     return Found(rows, figures, {"posterior": few(found["digits"], 5)}, sections)
 
 
-EXPERIMENT = Experiment("Inpainting of MNIST", __doc__, _conduct, SIZES, load_mnist)
+EXPERIMENT = Experiment("Inpainting of MNIST", __doc__, _conduct, SIZES, _load)
 
 
 def _by_rule_of_2015(key: jax.Array, task: Task, x: np.ndarray, size: Size) -> np.ndarray:
@@ -114,9 +114,8 @@ def _by_rule_of_2015(key: jax.Array, task: Task, x: np.ndarray, size: Size) -> n
         task.program, num_samples=size.num_particles * size.num_runs, steps=size.steps,
         twist=infer.KernelTwist(), check=False,
     )  # fmt: skip
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", infer.InferenceWarning)  # it is here as what it is
-        guided.run(key, jnp.asarray(task.measure(x)))
+    with warnings.catch_warnings(action="ignore", category=infer.InferenceWarning):
+        guided.run(key, jnp.asarray(task.measure(x)))  # it is here as what it is
     return np.asarray(guided.get_samples()["x_0"])
 
 

@@ -110,29 +110,30 @@ def _conduct(run: Run) -> Found:
     x, held_out = (
         datasets.swiss_roll(keys[name], size.points, noise=NOISE) for name in ("train", "held_out")
     )
-    models = {}
-    for name, diffusion in _define_all(size).items():
+    models, diffusions = {}, {
+        "perceptron, T = 40": define(40),
+        "perceptron, T = 40, learned β": define(40, learned=True),
+        "radial basis (2015), T = 40": define(40, radial_basis=True),
+        f"perceptron, T = {size.T_long}": define(size.T_long),
+    }  # fmt: skip
+    for name, diffusion in diffusions.items():
         run.say(f"train and bound: {name}")
         num_draws = size.num_draws if diffusion.T == 40 else 1
         models[name] = train_and_bound(run, keys, diffusion, x, held_out, num_draws=num_draws)
 
     run.say("ceilings, draws and figures")
-    main = models["perceptron, T = 40"]
+    main, *_ = models.values()
     model = main.model
     ceilings = [ceiling(keys["ceiling"], size.ceiling_points, beta) for beta in (BETA_1, 0.0)]
-    x_0, trajectory = sample.ancestral(
-        keys["draw"], *model, min(size.points, 4000), keep_trajectory=True
-    )
+    drawn = min(size.points, 4000)
+    x_0, trajectory = sample.ancestral(keys["draw"], *model, drawn, keep_trajectory=True)
     off_roll = share_off_roll(keys["ceiling"], x_0, held_out)
     run.say("denoise")
     denoised = _denoise(key_denoise, *model, held_out[: size.denoised], size)
     run.say("rank by few points")
-    few = {
-        name: diagnostics.bound(
-            keys["bound"], *m.model, held_out[: size.few], num_draws=size.draws_of_few
-        )
-        for name, m in models.items()
-    }
+    asked = {"num_draws": size.draws_of_few}
+    few = {name: diagnostics.bound(keys["bound"], *m.model, held_out[: size.few], **asked)
+           for name, m in models.items()}  # fmt: skip
     run.say("climb from K to the log density")
     climbed = _climb(key_ladder, *model, held_out[: size.climbed], size.sizes)
     rows = [
@@ -168,24 +169,13 @@ def define(T: int, *, learned: bool = False, radial_basis: bool = False) -> Diff
     return Diffusion(probdiff.GaussianKernel(), rates, network, event_shape=(2,))
 
 
-def _define_all(size: Size) -> dict[str, Diffusion]:
-    return {
-        "perceptron, T = 40": define(40),
-        "perceptron, T = 40, learned β": define(40, learned=True),
-        "radial basis (2015), T = 40": define(40, radial_basis=True),
-        f"perceptron, T = {size.T_long}": define(size.T_long),
-    }
-
-
 def ceiling(key: Array, n: int, beta: float) -> tuple[float, float]:
     """−h(√(1−β) X_0 + √β ε) in bits, and its standard error: β_1 gives −h(X_1), 0 gives −h(X_0)."""
     key_x, key_noise = jax.random.split(key)
     x = datasets.swiss_roll(key_x, n, noise=NOISE)
     x = jnp.sqrt(1 - beta) * x + jnp.sqrt(beta) * jax.random.normal(key_noise, x.shape)
-    log_density = datasets.swiss_roll_log_density(
-        x, noise=NOISE, extra_variance=beta, shrink=1 - beta
-    )
-    return mean_and_se(np.asarray(log_density) * BITS_PER_NAT)
+    law = {"noise": NOISE, "shrink": 1 - beta, "extra_variance": beta}
+    return mean_and_se(np.asarray(datasets.swiss_roll_log_density(x, **law)) * BITS_PER_NAT)
 
 
 def share_off_roll(key: Array, x_0: Any, held_out: Array) -> tuple[float, float]:
@@ -263,14 +253,12 @@ def _denoise(key: Array, diffusion: Diffusion, params: Params, x: Any, size: Siz
             numpyro.sample("y", dist.Normal(prior(), SIGMA).to_event(1), obs=y)
 
     smc = infer.SMC(program, num_particles=size.particles, num_runs=4)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", infer.InferenceWarning)  # the table tells
-        smc.run(key_smc, y)
+    with warnings.catch_warnings(action="ignore", category=infer.InferenceWarning):
+        smc.run(key_smc, y)  # the table tells
     from_model = sample.ancestral(key_draw, diffusion, params, size.draws_for_force)
     evidence = np.asarray(smc.log_evidence), np.asarray(smc.log_evidence_se)
-    return _Denoised(
-        x, y, smc.get_samples()["x_0"], from_model, evidence, by_force(y, from_model)
-    )  # fmt: skip
+    draws = smc.get_samples()["x_0"]
+    return _Denoised(x, y, draws, from_model, evidence, by_force(y, from_model))
 
 
 def by_force(y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -326,8 +314,8 @@ def _climb(
 ) -> _Climbed:
     key_ladder, key_both = jax.random.split(key)
     options: dict[str, Any] = {"sizes": sizes, "block_size": 16_384}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", diagnostics.LadderWarning)  # the table tells
+    # the table tells
+    with warnings.catch_warnings(action="ignore", category=diagnostics.LadderWarning):
         tree = diagnostics.ladder(key_ladder, diffusion, params, np.asarray(x), **options)
     both = diagnostics.sandwich(key_both, diffusion, params, len(x), num_repeats=1, **options)
     return _Climbed(tree, both, np.asarray(datasets.swiss_roll_log_density(x, noise=NOISE)))
@@ -394,7 +382,7 @@ def _figure_1(
     return axes[0, 0].figure
 
 
-def _samples(held_out: Array, x_0: Any) -> Figure:
+def _samples(held_out: Array, x_0: Array) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3.6), layout="constrained")
     plots.points(held_out[:2000], title="held-out data", ax=left)
     plots.points(x_0[:2000], title="draws of the model", color=plots.ORANGE, ax=right)

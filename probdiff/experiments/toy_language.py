@@ -48,12 +48,13 @@ from probdiff import Diffusion, diagnostics, networks, plots, readouts, sample, 
 from probdiff.experiments.report import Experiment, Found, Row, Run, mean_and_se, verdict
 from probdiff.experiments.training import Trained, train_and_bound
 
-LETTERS = "abc"
-LENGTH, STAY = 6, 0.2
+_LETTERS = "abc"
+LENGTH, _STAY = 6, 0.2
 UNIT = "bits per letter"
 KERNELS = {"uniform": probdiff.CategoricalKernel(3), "absorbing": probdiff.AbsorbingKernel(3)}
-COLORS = {"uniform": plots.BLUE, "absorbing": plots.ORANGE}
+_COLORS = {"uniform": plots.BLUE, "absorbing": plots.ORANGE}
 LN_2 = math.log(2)
+_Kernel = probdiff.CategoricalKernel | probdiff.AbsorbingKernel
 
 
 class Size(NamedTuple):
@@ -70,9 +71,7 @@ class Size(NamedTuple):
     learning_rate: float = 3e-3
 
 
-SMALL = Size(
-    T=4, num_steps=10, strings=600, held_out=200, num_draws=1, draws=200, longer=(2, 4)
-)  # fmt: skip
+SMALL = Size(T=4, num_steps=10, strings=600, held_out=200, num_draws=1, draws=200, longer=(2, 4))
 
 
 class Language(NamedTuple):
@@ -130,14 +129,9 @@ def _conduct(run: Run) -> Found:
         "kl_per_step": _kl_per_step(models),
         "losses": _losses(models, size.batch_size),
     }
-    shown = {
-        name: " ".join("".join(LETTERS[i] for i in x) for x in m.draws[:12])
-        for name, m in models.items()
-    }
-    sections = {
-        "Verdict": verdict(rows),
-        "Draws": "\n".join(f"- {name}: `{text}`" for name, text in shown.items()),
-    }
+    shown = {n: ["".join(_LETTERS[i] for i in x) for x in m.draws[:12]] for n, m in models.items()}
+    draws = "\n".join(f"- {name}: `{' '.join(texts)}`" for name, texts in shown.items())
+    sections = {"Verdict": verdict(rows), "Draws": draws}
     uniform, absorbing = (m.trained for m in models.values())
     folder = run.out_dir / "absorbing"
     probdiff.save(folder, *absorbing.model)
@@ -150,7 +144,7 @@ EXPERIMENT = Experiment("Toy language", __doc__, _conduct, {"cpu": Size(), "quic
 
 def language(length: int = LENGTH) -> Language:
     """The language: a letter is followed by itself or by its successor in the cycle."""
-    then = STAY * np.eye(3) + (1 - STAY) * np.roll(np.eye(3), 1, axis=1)
+    then = _STAY * np.eye(3) + (1 - _STAY) * np.roll(np.eye(3), 1, axis=1)
     strings = np.array(list(itertools.product(range(3), repeat=length)))
     probs = 1 / 3 * np.prod(then[strings[:, :-1], strings[:, 1:]], axis=1)
     return Language(strings[probs > 0], probs[probs > 0], 3)
@@ -170,16 +164,14 @@ def log2_prob(words: Language, strings: Int[np.ndarray, "n length"]) -> Float[np
     return table[np.asarray(strings) @ size]
 
 
-def stationary(
-    kernel: probdiff.CategoricalKernel | probdiff.AbsorbingKernel,
-) -> Float[np.ndarray, " states"]:
+def stationary(kernel: _Kernel) -> Float[np.ndarray, " states"]:
     """Law that a kernel replaces letters by."""
     pi = np.exp(np.asarray(kernel.log_pi, np.float64))
     return pi / pi.sum()  # the kernel's logs may be float32
 
 
 @functools.cache  # what is compiled for a diffusion is kept with it
-def _define(kernel: probdiff.CategoricalKernel | probdiff.AbsorbingKernel, T: int) -> Diffusion:
+def _define(kernel: _Kernel, T: int) -> Diffusion:
     """A diffusion of letters that predicts x_0, its last step learned."""
     network = networks.Perceptron(
         (LENGTH,), width=128, depth=2, T=T, outputs=kernel.num_data_states,
@@ -294,7 +286,7 @@ def _rows(models: dict[str, _Letters], words: Language) -> list[Row]:
 def _k_against_T(models: dict[str, _Letters], words: Language, times: tuple[int, ...]) -> Figure:
     figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, model in models.items():
-        pi, color = stationary(model.trained.diffusion.kernel), COLORS[name]
+        pi, color = stationary(model.trained.diffusion.kernel), _COLORS[name]
         best = [ceiling(words, schedules.harmonic(T), pi).bound / LENGTH for T in times]
         ax.plot(times, best, color=color, marker=".", label=f"best possible, {name}")
         ax.errorbar(
@@ -314,13 +306,11 @@ def _kl_per_step(models: dict[str, _Letters]) -> Figure:
     figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, model in models.items():
         kl = model.trained.tree["bound"]["kl"].values * diagnostics.BITS_PER_NAT
-        steps, se = (
-            np.arange(2, model.trained.diffusion.T + 1),
-            kl.std(0, ddof=1) / np.sqrt(len(kl)),
-        )
-        ax.plot(steps, model.best.kl, color=COLORS[name], label=f"best possible, {name}")
+        steps = np.arange(2, model.trained.diffusion.T + 1)
+        se = kl.std(0, ddof=1) / np.sqrt(len(kl))
+        ax.plot(steps, model.best.kl, color=_COLORS[name], label=f"best possible, {name}")
         ax.errorbar(
-            steps, kl.mean(0), 2 * se, fmt="D", color=COLORS[name], markersize=4,
+            steps, kl.mean(0), 2 * se, fmt="D", color=_COLORS[name], markersize=4,
             markerfacecolor="white", label=f"trained, {name}",
         )  # fmt: skip
     ax.set(xlabel="step t (small: near the data)", ylabel="KL_t (bits per string)")

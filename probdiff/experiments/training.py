@@ -17,7 +17,6 @@ so that a run can be stopped at any time, watched while it goes, and cut into pi
 
 import json
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +25,7 @@ import numpy as np
 import optax
 import xarray as xr
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 from numpyro.infer import SVI
 
@@ -80,6 +79,11 @@ def train_and_bound(
     )  # fmt: skip
     tree = diagnostics.bound(keys["bound"], diffusion, fitted.params, held_out, num_draws=num_draws)
     return Trained(diffusion, fitted, tree)
+
+
+def in_bits(tree: xr.DataTree, name: str = "bound") -> Float[np.ndarray, "rows *steps"]:
+    """A part of the bound, for each row of the data."""
+    return tree["bound"][name].values.astype(np.float64) * diagnostics.BITS_PER_NAT
 
 
 class Recipe(NamedTuple):
@@ -149,24 +153,28 @@ def train_at_length(
     )  # fmt: skip
 
 
+def rngs_of(key: Array) -> nnx.Rngs:
+    """Randomness of a network's first weights."""
+    return nnx.Rngs(jax.random.bits(key).item())
+
+
 def learn(
-    run: Run, define: Callable[[nnx.Rngs], Diffusion], images: np.ndarray, held_out: np.ndarray,
-    test: np.ndarray, *, shades: tuple[float, float], objective: Any = None,
-) -> tuple[Trained, Array]:  # fmt: skip
-    """Train by the recipe of the run's size, and bound test images; and a key that is left."""
-    keys = run.keys("init", "fit", "bound", "draw")
-    diffusion = define(nnx.Rngs(jax.random.bits(keys["init"]).item()))
+    run: Run, keys: dict[str, Array], diffusion: Diffusion, images: np.ndarray,
+    held_out: np.ndarray, test: np.ndarray, *, shades: tuple[float, float], objective: Any = None,
+    what: str = "images", **options: Any,
+) -> Trained:  # fmt: skip
+    """Train by the recipe of the run's size, and bound test images; options of the bound."""
     run.say("train the diffusion")
     fitted = train_at_length(
         keys["fit"], diffusion, images, held_out, run.size.recipe, run, shades=shades,
         objective=objective,
     )  # fmt: skip
-    run.say("bound the test images")
+    run.say(f"bound the test {what}")
     tree = diagnostics.sampled_bound(
         keys["bound"], diffusion, fitted.params, test, num_times=run.size.test_times,
-        progress=run.progress,
+        progress=run.progress, **options,
     )  # fmt: skip
-    return Trained(diffusion, fitted, tree), keys["draw"]
+    return Trained(diffusion, fitted, tree)
 
 
 class _Painter(NamedTuple):
@@ -197,10 +205,8 @@ class _Painter(NamedTuple):
 
 def bits_rows(tree: xr.DataTree, numbers: int, unit: str, published: float) -> list[Row]:
     """Bits per number of images on a grid, whole and in parts, from `diagnostics.sampled_bound`."""
-    bound = tree["bound"]
-    k, reconstruction, prior = (
-        bound[name].values for name in ("bound", "reconstruction", "prior_kl")
-    )
+    names = ("bound", "reconstruction", "prior_kl")
+    k, reconstruction, prior = (tree["bound"][name].values for name in names)
     parts = {
         "of which −log p(x_0 | x_1)": -reconstruction,
         "of which KL of the steps": reconstruction - prior - k,
