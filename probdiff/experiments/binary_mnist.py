@@ -20,7 +20,6 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import optax

@@ -28,7 +28,6 @@ Sources: Ho et al. (2020), table 2, does this for CIFAR-10; Székely & Rizzo (20
 import math
 from typing import NamedTuple
 
-import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
