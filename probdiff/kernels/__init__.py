@@ -28,6 +28,8 @@ from probdiff.kernels.gaussian import (
 )
 from probdiff.kernels.laws import Bits, States
 
+Kernel = GaussianKernel | DiscreteKernel
+
 __all__ = [
     "AbsorbingKernel",
     "BernoulliKernel",
