@@ -149,7 +149,7 @@ class Diffusion:
 
     # statements, for anyone's program
 
-    def forward(self, x_0: Data, *, mask: Mask = None) -> State:
+    def forward(self, x_0: Data, *, mask: Mask = None) -> Any:
         """Statement of a guide: the trajectory x_1..x_T given data.
 
         Args:
@@ -228,7 +228,7 @@ class Diffusion:
         with self._plate(x_0, context):
             return self.reverse(x_0, context=context, mask=mask)
 
-    def guide(self, x_0: Data | None = None, *, context: Any = None, mask: Mask = None) -> State:
+    def guide(self, x_0: Data | None = None, *, context: Any = None, mask: Mask = None) -> Any:
         """The forward trajectory: `forward` in a plate "data" over the rows of x_0.
 
         Arguments are those of `model`, though x_0 must be given and context is of use to the model

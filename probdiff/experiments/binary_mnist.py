@@ -18,7 +18,7 @@ PixelCNN 81.3.
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -119,7 +119,7 @@ class _Watch(NamedTuple):
     def log(self) -> Path:
         return self.out_dir / "metrics.jsonl"
 
-    def curve(self) -> list[dict[str, Any]]:
+    def curve(self) -> list[dict[str, float | int]]:
         """Step, seconds of training, mean and standard error of K, so far."""
         path = self.out_dir / "curve.json"
         return json.loads(path.read_text()) if path.is_file() else []
@@ -132,7 +132,7 @@ class _Watch(NamedTuple):
         (self.out_dir / "curve.json").write_text(json.dumps(points))
 
 
-def _figure(curve: list[dict[str, Any]]) -> Figure:
+def _figure(curve: list[dict[str, float | int]]) -> Figure:
     figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     minutes = [point["seconds"] / 60 for point in curve]
     k, errors = ([point[name] for point in curve] for name in ("mean", "se"))

@@ -53,12 +53,13 @@ COVERAGE = "inside 90 % intervals"
 LEVELS, NATS = "grey levels", "nats per image"
 
 Images = Float[Array | np.ndarray, "_ side side"]
+_Measure = Callable[[Array | np.ndarray], Array | np.ndarray]
 
 
 class Task(NamedTuple):
     """One way to observe an image."""
 
-    measure: Callable[[Any], Any]
+    measure: _Measure
     """What is measured of images `(..., side, side)`; linear."""
     noise: float
     """Standard deviation of a measurement; 0 where it is exact."""
@@ -90,8 +91,8 @@ def super_resolution(prior: Prior, sigma: float) -> Task:
     return _under_noise(prior, block_means, sigma)
 
 
-def _under_noise(prior: Prior, measure: Callable[[Any], Any], sigma: float) -> Task:
-    def program(y: Any) -> None:
+def _under_noise(prior: Prior, measure: _Measure, sigma: float) -> Task:
+    def program(y: Array | np.ndarray) -> None:
         with numpyro.plate("image", len(y)):
             numpyro.sample("y", dist.Normal(measure(prior()), sigma).to_event(2), obs=y)
 
@@ -104,7 +105,7 @@ def inpainting(prior: Prior) -> Task:
     half = shape[0] // 2
     is_known = np.broadcast_to(np.arange(shape[0])[:, None] < half, shape)
 
-    def program(y: Any) -> None:
+    def program(y: Array | np.ndarray) -> None:
         known = jnp.concatenate([y, jnp.zeros_like(y)], -2)
         with numpyro.plate("image", len(y)):
             prior(known=known, mask=np.broadcast_to(is_known, known.shape))
@@ -112,7 +113,7 @@ def inpainting(prior: Prior) -> Task:
     return Task(lambda x: x[..., :half, :], 0.0, program, ~is_known)
 
 
-def block_means(x: Any) -> Any:
+def block_means(x: Array | np.ndarray) -> Array | np.ndarray:
     """Means of blocks of 2 × 2 pixels."""
     *lead, height, width = x.shape
     return x.reshape(*lead, height // 2, 2, width // 2, 2).mean((-3, -1))
@@ -129,7 +130,7 @@ class Gaussian(NamedTuple):
         """Pixels whose level varies less than the noise that dequantises it, `(side, side)`."""
         return (np.diag(self.covariance) < 2 * _DEQUANTISED).reshape(self.mean.shape)
 
-    def given(self, task: Task, y: Any) -> tuple[np.ndarray, np.ndarray]:
+    def given(self, task: Task, y: Array | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """E[x | y] and log p(y) of each observation."""
         A, flat = task.matrix, np.asarray(y, np.float64).reshape(len(y), -1)
         covariance = A @ self.covariance @ A.T + task.noise**2 * np.eye(len(A))
@@ -273,7 +274,7 @@ def short_rows(name: str, task: Task, found: Posterior, gaussian: Gaussian) -> l
 
 
 def infer_all(
-    run: Run, keys: Any, smc: infer.SMC, task: Task, truths: dict[str, Images], gaussian: Gaussian
+    run: Run, keys: Array, smc: infer.SMC, task: Task, truths: dict[str, Images], gaussian: Gaussian
 ) -> tuple[dict[str, Posterior], list[Row], str]:
     """Posteriors of every kind of truth, lines of the table, and what the samplers warned of."""
     found = {}

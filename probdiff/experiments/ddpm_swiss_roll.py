@@ -58,6 +58,7 @@ import xarray as xr
 from flax import nnx
 from jaxtyping import Array, Float, Int
 from matplotlib.figure import Figure
+from numpyro.infer import ELBO
 
 import probdiff
 from probdiff import Diffusion, datasets, diagnostics, networks, plots, readouts, sample, schedules
@@ -167,7 +168,7 @@ def _conduct(run: Run) -> Found:
 EXPERIMENT = Experiment("DDPM Swiss roll", __doc__, _conduct, {"cpu": Size(), "quick": SMALL})
 
 
-def _plan(size: Size) -> dict[str, tuple[int, Any]]:
+def _plan(size: Size) -> dict[str, tuple[int, ELBO]]:
     """Number of functions and objective of each model, by its name; the first is the main one."""
     names = [(size.functions, name) for name in _OBJECTIVES] + [(n, BOUND) for n in size.others]
     return {f"{n} functions, {name}": (n, _OBJECTIVES[name]()) for n, name in names}
@@ -256,7 +257,7 @@ def _data_given(
     return x_0, sigma**2 * noise / width + (noise / width) ** 2 * jnp.stack(spread, -1)
 
 
-def _logit(p: Any) -> Array:
+def _logit(p: Array) -> Array:
     return jnp.log(p) - jnp.log1p(-p)
 
 

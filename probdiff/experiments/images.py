@@ -130,7 +130,7 @@ def floor(diffusion: Diffusion, images: np.ndarray) -> np.ndarray:
     return bits[images.astype(int)].reshape(len(images), -1).mean(1)
 
 
-def _parts(data: Any, size: Size) -> tuple[np.ndarray, ...]:
+def _parts(data: datasets.Mnist | datasets.Cifar10, size: Size) -> tuple[np.ndarray, ...]:
     """Images to learn from, to watch by, and to test on."""
     parts = data.train[: size.train_images], data.train[-size.held_out :]
     return tuple(x.astype(np.float32) for x in (*parts, data.test[: size.test_images]))

@@ -152,7 +152,9 @@ def flat(images: Array | np.ndarray) -> Float[np.ndarray, "n numbers"]:
     return np.asarray(images, np.float64).reshape(len(images), -1)
 
 
-def classifier_of_bytes(images: np.ndarray, labels: np.ndarray, epochs: int, seed: int) -> Any:
+def classifier_of_bytes(
+    images: np.ndarray, labels: np.ndarray, epochs: int, seed: int
+) -> MLPClassifier:
     """A perceptron of one layer that tells real digits of 256 grey levels apart."""
     perceptron = MLPClassifier((256,), batch_size=128, max_iter=epochs, random_state=seed)
     with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):

@@ -72,6 +72,8 @@ from probdiff.types import Params
 NOISE, BETA_1, ALPHA_BAR_T = 0.1, 1e-4, 1e-3
 SIGMA = 0.5
 UNIT = "bits per point"
+Points = Array | np.ndarray
+_Mean = tuple[float, float]
 
 
 class Size(NamedTuple):
@@ -178,7 +180,7 @@ def ceiling(key: Array, n: int, beta: float) -> tuple[float, float]:
     return mean_and_se(np.asarray(datasets.swiss_roll_log_density(x, **law)) * BITS_PER_NAT)
 
 
-def share_off_roll(key: Array, x_0: Any, held_out: Array) -> tuple[float, float]:
+def share_off_roll(key: Array, x_0: Points, held_out: Points) -> tuple[float, float]:
     """Percentage of draws less likely than all but 1 % of the data, and its standard error.
 
     A tied last step puts noise on x_1, which has noise already: a perfect x_1 ends as data with
@@ -193,7 +195,7 @@ def share_off_roll(key: Array, x_0: Any, held_out: Array) -> tuple[float, float]
     return mean_and_se(100 * is_off)
 
 
-def _bound_rows(models: dict[str, Trained], held_out: Array, ceilings: list[Any]) -> list[Row]:
+def _bound_rows(models: dict[str, Trained], held_out: Array, ceilings: list[_Mean]) -> list[Row]:
     hard = ceilings[0][0]
     bits = {n: m.tree["bound"]["bound"].values * BITS_PER_NAT for n, m in models.items()}
     fixed, learned = list(bits.values())[:2]
@@ -243,12 +245,12 @@ class _Denoised(NamedTuple):
     """log p(y), its standard error, and E[x | y]."""
 
 
-def _denoise(key: Array, diffusion: Diffusion, params: Params, x: Any, size: Size) -> _Denoised:
+def _denoise(key: Array, diffusion: Diffusion, params: Params, x: Array, size: Size) -> _Denoised:
     key_noise, key_smc, key_draw = jax.random.split(key, 3)
     prior, x = diffusion.prior(params), np.asarray(x)
     y = x + SIGMA * np.asarray(jax.random.normal(key_noise, x.shape))
 
-    def program(y: Any) -> None:
+    def program(y: Array | np.ndarray) -> None:
         with numpyro.plate("point", len(x)):
             numpyro.sample("y", dist.Normal(prior(), SIGMA).to_event(1), obs=y)
 
@@ -362,7 +364,7 @@ def drift_fields(
 
 
 def _figure_1(
-    key: Array, diffusion: Diffusion, params: Params, x: Array, x_0: Any, trajectory: Any
+    key: Array, diffusion: Diffusion, params: Params, x: Array, x_0: Points, trajectory: Points
 ) -> Figure:
     """Figure 1 of the paper, from data and from draws with their trajectories.
 
@@ -382,7 +384,7 @@ def _figure_1(
     return axes[0, 0].figure
 
 
-def _samples(held_out: Array, x_0: Array) -> Figure:
+def _samples(held_out: Points, x_0: Points) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3.6), layout="constrained")
     plots.points(held_out[:2000], title="held-out data", ax=left)
     plots.points(x_0[:2000], title="draws of the model", color=plots.ORANGE, ax=right)

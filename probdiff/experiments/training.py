@@ -27,20 +27,21 @@ import xarray as xr
 from flax import nnx
 from jaxtyping import Array, Float
 from matplotlib.figure import Figure
-from numpyro.infer import SVI
+from numpyro.infer import ELBO, SVI
 
 from probdiff import Diffusion, Fit, SampledTimeELBO, diagnostics, fit, networks, plots, sample
 from probdiff.experiments.report import Row, Run, mean_and_se
 from probdiff.train import Progress
 from probdiff.types import Params
 
+Images = Array | np.ndarray
 CALLS = 50
 """Network calls for a draw that is to be looked at."""
 
 
 def train(
-    key: Array, diffusion: Diffusion, data: Any, optimiser: Any, *, objective: Any = None,
-    **options: Any,
+    key: Array, diffusion: Diffusion, data: Images, optimiser: optax.GradientTransformation, *,
+    objective: ELBO | None = None, **options: Any,
 ) -> Fit:  # fmt: skip
     """Fit a diffusion to the bound, or to another objective; the options are those of `fit`."""
     objective = SampledTimeELBO() if objective is None else objective
@@ -67,8 +68,8 @@ class Trained(NamedTuple):
 
 
 def train_and_bound(
-    run: Run, keys: dict[str, Array], diffusion: Diffusion, x: Any, held_out: Any, *,
-    num_draws: int, objective: Any = None,
+    run: Run, keys: dict[str, Array], diffusion: Diffusion, x: Images, held_out: Images, *,
+    num_draws: int, objective: ELBO | None = None,
 ) -> Trained:  # fmt: skip
     """Train by Adam as the run's size says, average the weights, and bound held-out data."""
     size = run.size
@@ -128,19 +129,12 @@ class Recipe(NamedTuple):
 
 def train_at_length(
     key: Array, diffusion: Diffusion, images: np.ndarray, held_out: np.ndarray, recipe: Recipe,
-    run: Run, *, shades: tuple[float, float], objective: Any = None,
+    run: Run, *, shades: tuple[float, float], objective: ELBO | None = None,
 ) -> Fit:  # fmt: skip
     """Fit a diffusion by a recipe, on from what is in the folder of the run.
 
-    Args:
-        key: Randomness of the fit; the draws on the way use it too.
-        diffusion: The model.
-        images: To learn from, the user's units.
-        held_out: To bound on the way.
-        recipe: How.
-        run: Has the folder.
-        shades: Values of a pixel shown black and white.
-        objective: The loss; the bound if absent.
+    Held-out images are bounded on the way, and a few drawn, which the key of the fit serves too;
+    `shades` are the values of a pixel shown black and white. The loss is the bound if absent.
     """
     painter = _Painter(key, diffusion, recipe.batch_size, len(held_out), shades, run)
     return train(
@@ -160,8 +154,8 @@ def rngs_of(key: Array) -> nnx.Rngs:
 
 def learn(
     run: Run, keys: dict[str, Array], diffusion: Diffusion, images: np.ndarray,
-    held_out: np.ndarray, test: np.ndarray, *, shades: tuple[float, float], objective: Any = None,
-    what: str = "images", **options: Any,
+    held_out: np.ndarray, test: np.ndarray, *, shades: tuple[float, float],
+    objective: ELBO | None = None, what: str = "images", **options: Any,
 ) -> Trained:  # fmt: skip
     """Train by the recipe of the run's size, and bound test images; options of the bound."""
     run.say("train the diffusion")
@@ -235,7 +229,7 @@ def curve(run: Run, numbers: int, held_out: int, published: float) -> Figure:
 
 
 def sheets(
-    images: Any, draws: np.ndarray, shades: tuple[float, float] = (0.0, 1.0), *,
+    images: Images, draws: np.ndarray, shades: tuple[float, float] = (0.0, 1.0), *,
     title: str = "draws of the model", columns: int = 8,
 ) -> Figure:  # fmt: skip
     """Held-out images beside draws."""

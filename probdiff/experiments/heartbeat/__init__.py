@@ -34,7 +34,7 @@ Source: Sohl-Dickstein et al. (2015), sections 2.5 and 3.1.2, appendix D.1.2, ta
 
 import functools
 import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -176,7 +176,7 @@ def _measure(
 
 
 def last_step(
-    key: Array, diffusion: Diffusion, params: Params, x: Any, *, num_draws: int = 100
+    key: Array, diffusion: Diffusion, params: Params, x: np.ndarray, *, num_draws: int = 100
 ) -> Float[np.ndarray, " rows"]:
     """E log2 p(x_0 | x_1) of each row, from draws of x_1."""
     log_p = _log_p_last(key, params, jnp.asarray(x), diffusion, num_draws)
@@ -251,7 +251,7 @@ def complete(
     prior = diffusion.prior(params)
     is_known = np.broadcast_to(np.arange(LENGTH) < PERIOD, SEQUENCES.shape)
 
-    def program(known: Any) -> None:
+    def program(known: Array | np.ndarray) -> None:
         with numpyro.plate("phase", PERIOD):
             prior(known=known, mask=is_known)
 
