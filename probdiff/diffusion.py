@@ -87,8 +87,6 @@ class Diffusion:
         >>> loss = jax.jit(svi.evaluate)(svi.init(jax.random.key(0), x), x)
         >>> bool(jnp.isclose(-loss, dist.Normal(0, 1).log_prob(x).sum(), atol=1e-3))
         True
-
-    Source: Sohl-Dickstein et al. (2015), sections 2.2 to 2.4.
     """
 
     def __init__(
@@ -303,9 +301,6 @@ class Diffusion:
             params: Values of the parameters, by site name.
             context: Handed to the network, `(*batch, *context_shape)`; `Reverse.given` puts it in
                 later, too.
-
-        Returns:
-            The `Reverse`; its `steps` are the coefficients of all steps.
 
         Raises:
             ValueError: if parameters are missing, unknown or of another shape.

@@ -254,10 +254,7 @@ class SampledTimeLoss(ELBO, abc.ABC):
 
 
 class SampledTimeELBO(SampledTimeLoss):
-    """The bound as an objective of `SVI`, at x_1 and at one random time per example.
-
-        K = E log p(x_0 | x_1) − Σ_{t ≥ 2} E KL( q(x_s | x_t, x_0) ‖ p(x_s | x_t) )
-            − KL( q(x_T | x_0) ‖ π )
+    """The bound K as an objective of `SVI`, at x_1 and at one random time per example.
 
     `loss` is −K summed over examples, nats, unbiased for `Trace_ELBO`'s. A step costs one call of
     the network whatever T is.
@@ -278,8 +275,6 @@ class SampledTimeELBO(SampledTimeLoss):
         >>> loss = jax.jit(svi.evaluate)(svi.init(jax.random.key(0), x_0), x_0) / 20_000
         >>> bool(abs(loss + dist.Normal(0, 1).log_prob(1.0)) < 0.1)
         True
-
-    Source: Sohl-Dickstein et al. (2015), eqs. 10 to 14 and appendix B.
     """
 
     def step_loss(
@@ -317,9 +312,8 @@ def _forward(msg: _Named) -> ForwardTrajectory | None:
     if msg["type"] != "sample" or msg["is_observed"]:
         return None
     fn, _ = _unwrap(msg["fn"])
-    if not isinstance(fn, ForwardTrajectory):
-        return None
-    return fn.broadcast_to(msg["fn"].batch_shape)
+    is_forward = isinstance(fn, ForwardTrajectory)
+    return fn.broadcast_to(msg["fn"].batch_shape) if is_forward else None
 
 
 def bridge_at(forward: ForwardTrajectory, x_t: State, t: Int[Array, "*lead"]) -> dist.Distribution:
@@ -333,9 +327,7 @@ def step_kl(
 ) -> Float[Array, "*lead"]:
     """KL( q(x_s | x_t, x_0) ‖ p(x_s | x_t) ) at given levels, nats, summed over the event."""
     kl = dist.kl_divergence(bridge_at(forward, x_t, t), reverse_step)
-    if forward.observed is not None:  # a missing entry runs the same process in guide and model
-        kl = jnp.where(forward.observed, kl, 0.0)
-    return forward.sum_event(kl)
+    return forward.sum_observed(kl)
 
 
 def prior_kl(forward: ForwardTrajectory) -> Float[Array, "*batch"]:
@@ -343,9 +335,7 @@ def prior_kl(forward: ForwardTrajectory) -> Float[Array, "*batch"]:
     shape = (*forward.batch_shape, *forward.x_shape)
     t = jnp.full(forward.batch_shape, forward.steps.T)
     kl = dist.kl_divergence(forward.marginal_at(t, shape), forward.kernel.stationary(shape))
-    if forward.observed is not None:
-        kl = jnp.where(forward.observed, kl, 0.0)
-    return forward.sum_event(kl)
+    return forward.sum_observed(kl)
 
 
 def _remember(

@@ -88,8 +88,6 @@ class Prior:
         ['x_0_trajectory', 'x_0_free', 'x_0_known', 'x_0']
         >>> float(sites["x_0"]["value"][0])
         3.0
-
-    Source: Sohl-Dickstein et al. (2015), section 2.5.
     """
 
     def __init__(

@@ -29,14 +29,11 @@ from probdiff.arguments import check_at_least
 from probdiff.types import Step
 
 
-def harmonic(T: int) -> np.ndarray:
+def harmonic(T: int) -> Float[np.ndarray, " T"]:
     """Erase 1/T of the signal per step: β_t = 1 / (T − t + 1), hence ᾱ_t = 1 − t/T, β_T = 1.
 
     Args:
         T: Number of steps, at least 2.
-
-    Returns:
-        Rates β_1..β_T.
 
     Raises:
         ValueError: if T is below 2.
@@ -54,7 +51,7 @@ def harmonic(T: int) -> np.ndarray:
     return 1 / (T - np.arange(1, T + 1) + 1.0)
 
 
-def linear(T: int, *, beta_1: float = 1e-4, beta_T: float = 0.02) -> np.ndarray:
+def linear(T: int, *, beta_1: float = 1e-4, beta_T: float = 0.02) -> Float[np.ndarray, " T"]:
     """β_t in equal steps from `beta_1` to `beta_T` (Ho et al. 2020: 1e-4 to 0.02, T = 1000).
 
     Args:
@@ -62,9 +59,6 @@ def linear(T: int, *, beta_1: float = 1e-4, beta_T: float = 0.02) -> np.ndarray:
             default rates are meant for T = 1000.
         beta_1: First rate, in (0, 1).
         beta_T: Last rate, in (0, 1].
-
-    Returns:
-        Rates β_1..β_T.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -82,7 +76,7 @@ def linear(T: int, *, beta_1: float = 1e-4, beta_T: float = 0.02) -> np.ndarray:
     return check_beta(np.linspace(beta_1, beta_T, T))
 
 
-def cosine(T: int, *, offset: float = 0.008, beta_max: float = 0.999) -> np.ndarray:
+def cosine(T: int, *, offset: float = 0.008, beta_max: float = 0.999) -> Float[np.ndarray, " T"]:
     """ᾱ_t = f(t)/f(0) with f(t) = cos²(π/2 · (t/T + offset)/(1 + offset)), β_t at most `beta_max`.
 
     The limit keeps β_T below 1, as in the source.
@@ -91,9 +85,6 @@ def cosine(T: int, *, offset: float = 0.008, beta_max: float = 0.999) -> np.ndar
         T: Number of steps, at least 2.
         offset: Keeps the first steps from being too small; above 0.
         beta_max: Largest rate, in (0, 1].
-
-    Returns:
-        Rates β_1..β_T.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -117,16 +108,13 @@ def cosine(T: int, *, offset: float = 0.008, beta_max: float = 0.999) -> np.ndar
     return check_beta(np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], beta_max))
 
 
-def log_snr_linear(T: int, *, beta_1: float, alpha_bar_T: float) -> np.ndarray:
+def log_snr_linear(T: int, *, beta_1: float, alpha_bar_T: float) -> Float[np.ndarray, " T"]:
     """log ᾱ_t/(1 − ᾱ_t) in equal steps from ᾱ_1 = 1 − `beta_1` to `alpha_bar_T`.
 
     Args:
         T: Number of steps, at least 2.
         beta_1: First rate, the share of noise in x_1; in (0, 1).
         alpha_bar_T: Share of the data's variance left in x_T; in (0, 1 − `beta_1`).
-
-    Returns:
-        Rates β_1..β_T.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -196,17 +184,11 @@ def learned(beta: Any) -> LearnedRates:
     return LearnedRates(beta)
 
 
-def check_beta(beta: Any) -> np.ndarray:
+def check_beta(beta: Any) -> Float[np.ndarray, " T"]:
     """The rates as a float64 array `(T,)`, or a `ValueError` that says what is wrong with them.
 
     Args:
         beta: Rates β_1..β_T, T at least 2; in (0, 1), β_T in (0, 1].
-
-    Returns:
-        The same rates.
-
-    Raises:
-        ValueError: if the shape is not `(T,)`, or a rate is out of range.
 
     Example:
         >>> schedules.check_beta([0.1, 0.2, 1.0]).dtype

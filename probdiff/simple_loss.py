@@ -35,8 +35,6 @@ from probdiff.trajectories import ForwardTrajectory
 class SimpleLoss(SampledTimeLoss):
     """L_simple: the mean squared error of the noise, summed over the numbers of an example.
 
-        L_simple = (1/T) Σ_t E |ε̂ − ε|²
-
     An objective of `SVI` that pays for samples rather than for nats: it is no bound, and says
     nothing of the variance of a reverse step. For `GaussianKernel` alone.
 
@@ -145,9 +143,7 @@ def _scaled(forward: ForwardTrajectory, error: Array, t: Int[Array, "*lead"]) ->
     """ᾱ_t/(1−ᾱ_t) |x̂_0 − x_0|² / T over the observed entries."""
     step = forward.step_at(t)
     square = step.alpha_bar_t / step.noise_t * error**2
-    if forward.observed is not None:
-        square = jnp.where(forward.observed, square, 0.0)
-    return forward.sum_event(square) / forward.steps.T
+    return forward.sum_observed(square) / forward.steps.T
 
 
 def _check(forward: ForwardTrajectory) -> None:

@@ -85,6 +85,12 @@ class _Trajectory(dist.Distribution):
         """Sum over the axes of one x_t."""
         return jnp.sum(terms, axis=tuple(range(-self.x_dim, 0)))
 
+    def sum_observed(self, terms: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The same over observed entries; missing ones run one process in guide and model."""
+        return self.sum_event(
+            terms if self.observed is None else jnp.where(self.observed, terms, 0.0)
+        )
+
     def step_at(self, t: Int[Array, "..."]) -> Step:
         """Coefficients of steps t, broadcastable to x of shape `(*t.shape, *event)`."""
         return self.steps.at(t, self.x_dim)

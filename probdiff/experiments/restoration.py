@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.figure import Figure
 
 from probdiff import Diffusion, Prior, datasets, load, plots, sample
@@ -106,32 +107,22 @@ def _experiment(title: str, observe: Any, size: Size, is_figure_3: bool = False)
 
 
 DENOISE = _experiment("Denoising", conditioning.denoising, Size(), is_figure_3=True)
-INPAINT = _experiment(
-    "Inpainting", lambda prior, scale: conditioning.inpainting(prior), Size(20, 1024)
-)
-SUPER_RESOLUTION = _experiment(
-    "Super-resolution",
+INPAINT = _experiment("Inpainting", lambda prior, scale: conditioning.inpainting(prior),
+    Size(20, 1024))  # fmt: skip
+SUPER_RESOLUTION = _experiment("Super-resolution",
     lambda prior, scale: conditioning.super_resolution(prior, 0.05 * scale),
-    Size(20, 256),
-)
+    Size(20, 256))  # fmt: skip
 
 
 def figure_3(posterior: Posterior, draws: Any) -> Figure:
-    """Figure 3 of the paper, an image a row: held out, under noise, inferred; draws; posterior sd.
-
-    Args:
-        posterior: Of held-out digits under noise.
-        draws: Draws of the model.
-    """
+    """Figure 3 of the paper, an image a row: held out, noisy, inferred; draws; posterior sd."""
     rows = min(len(posterior.truth), conditioning.SHOWN)
     inferred = posterior.tree["posterior"]["x_0"].values[0, :_SIDE_BY_SIDE, :rows].swapaxes(0, 1)
     columns, sd = min(_SIDE_BY_SIDE, len(draws) // rows), posterior.sd[:rows]
     sheets = {
         "held-out\ndigits": posterior.truth[:rows],
         "with noise of\nvariance 1": posterior.y[:rows],
-        "draws from the posterior\ngiven the noisy image": inferred.reshape(
-            -1, *inferred.shape[2:]
-        ),
+        "draws from the posterior\ngiven the noisy image": np.concatenate(inferred),
         "draws of\nthe model": draws[: columns * rows],
         "posterior\nsd": sd,
     }
