@@ -210,12 +210,7 @@ class Reverse:
         return self.readout.x_0_given(self.kernel, outputs, x_t, self._trained(t))
 
     def step(
-        self,
-        x_t: State,
-        t: Level,
-        outputs: Outputs | None = None,
-        *,
-        examples_first: bool = False,
+        self, x_t: State, t: Level, outputs: Outputs | None = None, *, examples_first: bool = False
     ) -> dist.Distribution:
         """p(x_s | x_t) to the level below, elementwise (eq. 6); t of 2 or above."""
         if outputs is None:

@@ -79,14 +79,9 @@ def check_schedule(
 
 
 def check_data(
-    kernel: Kernel,
-    event_shape: tuple[int, ...],
-    x_0: Any,
-    mask: Any,
-    argument: str = "x_0",
-    *,
+    kernel: Kernel, event_shape: tuple[int, ...], x_0: Any, mask: Any, argument: str = "x_0", *,
     grid: readouts.Grid | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Shape and dtype of data and mask; their values where they are concrete."""
     shape, dim = np.shape(x_0), len(event_shape)
     if len(shape) < dim or shape[len(shape) - dim :] != event_shape:

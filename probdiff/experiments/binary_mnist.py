@@ -32,8 +32,8 @@ from probdiff.experiments.report import Experiment, Found, Row, Run
 from probdiff.experiments.training import rngs_of, sheets, train
 from probdiff.train import Progress
 
-UNIT = "nats per image"
-PUBLISHED = 79.2
+_UNIT = "nats per image"
+_PUBLISHED = 79.2
 
 
 class Size(NamedTuple):
@@ -89,8 +89,8 @@ def _conduct(run: Run) -> Found:
     bound, curve = tree["bound"].attrs, watch.curve()
     last = curve[-1]
     rows = [
-        Row("−K, absorbing diffusion, test", -bound["mean"], bound["se"], UNIT, None, PUBLISHED),
-        Row("−K, absorbing diffusion, validation", -last["mean"], last["se"], UNIT),
+        Row("−K, absorbing diffusion, test", -bound["mean"], bound["se"], _UNIT, None, _PUBLISHED),
+        Row("−K, absorbing diffusion, validation", -last["mean"], last["se"], _UNIT),
         Row("bits per pixel, test", -bound["mean_bits"] / 784, bound["se_bits"] / 784, "bits"),
         Row("share of ones in training images", float(data.train.mean()), None, ""),
         Row("share of ones in draws", float(draws.mean()), None, ""),
@@ -137,8 +137,8 @@ def _figure(curve: list[dict[str, float | int]]) -> Figure:
     minutes = [point["seconds"] / 60 for point in curve]
     k, errors = ([point[name] for point in curve] for name in ("mean", "se"))
     ax.errorbar(minutes, -np.array(k), yerr=2 * np.array(errors), marker="o", capsize=3)
-    ax.axhline(PUBLISHED, color="0.4", linestyle="--")
-    ax.annotate("PixelRNN 79.2", (minutes[-1], PUBLISHED), ha="right", va="bottom")
+    ax.axhline(_PUBLISHED, color="0.4", linestyle="--")
+    ax.annotate("PixelRNN 79.2", (minutes[-1], _PUBLISHED), ha="right", va="bottom")
     ax.set(
         xlabel="minutes of training",
         ylabel="−K on validation images, nats",

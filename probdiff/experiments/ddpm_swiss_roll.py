@@ -71,7 +71,7 @@ from probdiff.types import Network, Params, Step
 
 T, BETA_1, _BETA_T, NOISE = 40, 1e-3, 0.05, 0.25
 _INITIAL_WIDTH = 0.4
-UNIT = "bits per point"
+_UNIT = "bits per point"
 BOUND, _SIMPLE, _COMBINED = "trained by the bound", "by L_simple", "by L_simple − 0.001 K"
 _OBJECTIVES = {
     BOUND: probdiff.SampledTimeELBO,
@@ -315,14 +315,14 @@ def _bound_rows(trees: dict[str, xr.DataTree], best: xr.DataTree, limits: Densit
     k_best, hard = mean_and_se(in_bits(best)), mean_and_se(limits.x_1)
     first, differences = next(iter(trees.values())), paired_with_best(trees, best)
     return [
-        *[Row(f"K, {n}", *mean_and_se(in_bits(t)), UNIT, k_best[0]) for n, t in trees.items()],
-        *[Row(f"K − best, paired: {n}", *found, UNIT, 0.0) for n, found in differences.items()],
-        Row("best K of Gaussian steps with these rates", *k_best, UNIT, hard[0]),
-        Row("ceiling of a tied last step, −h(X⁽¹⁾)", *hard, UNIT),
-        Row("ceiling of any density, −h(X⁽⁰⁾)", *mean_and_se(limits.x_0), UNIT),
+        *[Row(f"K, {n}", *mean_and_se(in_bits(t)), _UNIT, k_best[0]) for n, t in trees.items()],
+        *[Row(f"K − best, paired: {n}", *found, _UNIT, 0.0) for n, found in differences.items()],
+        Row("best K of Gaussian steps with these rates", *k_best, _UNIT, hard[0]),
+        Row("ceiling of a tied last step, −h(X⁽¹⁾)", *hard, _UNIT),
+        Row("ceiling of any density, −h(X⁽⁰⁾)", *mean_and_se(limits.x_0), _UNIT),
         Row("KL of q(x_T | x_0) from N(0, I), in every K", *mean_and_se(in_bits(first, "prior_kl")),
-            UNIT),
-        Row("KL of q(x_T) from N(0, I), which draws pay", *mean_and_se(limits.gain_T), UNIT),
+            _UNIT),
+        Row("KL of q(x_T) from N(0, I), which draws pay", *mean_and_se(limits.gain_T), _UNIT),
     ]  # fmt: skip
 
 

@@ -42,8 +42,8 @@ from probdiff.experiments.judging import baselines, classifier_rows, flat
 from probdiff.experiments.report import Experiment, Found, Row, Run, mean_and_se
 from probdiff.experiments.training import rngs_of, sheets, train
 
-T, BETA_1, ALPHA_BAR_T = 200, 2e-4, 1e-3
-PIXELS, HELD_OUT_COPIES, _BASELINE_COPIES = 64, 5, 5
+T, _BETA_1, _ALPHA_BAR_T = 200, 2e-4, 1e-3
+_PIXELS, HELD_OUT_COPIES, _BASELINE_COPIES = 64, 5, 5
 NATS = "nats per image"
 BITS = "bits per pixel, 17 levels"
 
@@ -148,7 +148,7 @@ def _define(images: Array, rngs: nnx.Rngs) -> Diffusion:
     network = networks.SharedHead(
         (8, 8), width=256, depth=2, T=T, channels=6, head_width=24, rngs=rngs
     )
-    beta = schedules.log_snr_linear(T, beta_1=BETA_1, alpha_bar_T=ALPHA_BAR_T)
+    beta = schedules.log_snr_linear(T, beta_1=_BETA_1, alpha_bar_T=_ALPHA_BAR_T)
     units = {"loc": float(images.mean()) + 0.5, "scale": float(images.std())}  # dequantised
     return Diffusion(
         probdiff.GaussianKernel(), beta, network, event_shape=(8, 8),
@@ -169,16 +169,14 @@ def per_image(tree: xr.DataTree) -> xr.DataTree:
 
 
 def _density_rows(scores: dict[str, np.ndarray]) -> list[Row]:
-    units = {NATS: 1.0, BITS: -1 / (PIXELS * math.log(2))}
+    units = {NATS: 1.0, BITS: -1 / (_PIXELS * math.log(2))}
     diffusion, mixture, _ = scores.values()
     return [
-        Row(f"{name}, test", *mean_and_se(score * factor), unit)
-        for unit, factor in units.items()
-        for name, score in scores.items()
-    ] + [
-        Row("diffusion − mixture, paired", *mean_and_se((diffusion - mixture) * factor), unit)
-        for unit, factor in units.items()
-    ]
+        *(Row(f"{name}, test", *mean_and_se(score * factor), unit)
+          for unit, factor in units.items() for name, score in scores.items()),
+        *(Row("diffusion − mixture, paired", *mean_and_se((diffusion - mixture) * factor), unit)
+          for unit, factor in units.items()),
+    ]  # fmt: skip
 
 
 def _restore(

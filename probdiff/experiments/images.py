@@ -14,9 +14,9 @@ from probdiff.experiments.judging import bytes_of, classifier_of_bytes, classifi
 from probdiff.experiments.report import Experiment, Found, Row, Run, mean_and_se
 from probdiff.experiments.training import CALLS, Recipe, bits_rows, curve, learn, rngs_of, sheets
 
-T, ALPHA_BAR_T, COMPONENTS, LEVELS = 1000, 1e-4, 4, 256
+T, _ALPHA_BAR_T, _COMPONENTS, LEVELS = 1000, 1e-4, 4, 256
 _SHADES = (0.0, LEVELS - 1.0)
-PIXELS, BITS, PUBLISHED = 784, "bits per pixel, 256 levels", 0.936
+_PIXELS, _BITS, _PUBLISHED = 784, "bits per pixel, 256 levels", 0.936
 _NUMBERS, _BITS_OF_COLOURS, _PUBLISHED_OF_COLOURS = 3072, "bits per dimension, 256 levels", 3.70
 _EPOCHS = 10
 _SMALL_NETWORK = Recipe((8, 8), 1, 20, 8, 2e-3, patch=2, evaluations=2)
@@ -101,9 +101,9 @@ def define(images: np.ndarray, recipe: Recipe, rngs: nnx.Rngs) -> Diffusion:
     """The diffusion of images of bytes, one shift and one scale for all their numbers."""
     shape = images.shape[1:]
     loc, scale = float(images.mean(dtype=np.float64)), float(images.std(dtype=np.float64))
-    readout = readouts.Mixture(COMPONENTS, -loc / scale, (LEVELS - 1 - loc) / scale)
-    beta = schedules.log_snr_linear(T, beta_1=scale**-2, alpha_bar_T=ALPHA_BAR_T)
-    network = recipe.network(shape, rngs, outputs=3 * COMPONENTS)
+    readout = readouts.Mixture(_COMPONENTS, -loc / scale, (LEVELS - 1 - loc) / scale)
+    beta = schedules.log_snr_linear(T, beta_1=scale**-2, alpha_bar_T=_ALPHA_BAR_T)
+    network = recipe.network(shape, rngs, outputs=3 * _COMPONENTS)
     return Diffusion(
         probdiff.GaussianKernel(), beta, network, event_shape=shape, readout=readout,
         last_step=readouts.Discretised(0, LEVELS - 1, LEVELS), loc=loc, scale=scale,
@@ -155,18 +155,18 @@ def _conduct_mnist(is_ddpm: bool, run: Run) -> Found:
         classifier, bytes_of(test), data.test_labels[: size.test_images], bytes_of(draws)
     )
     rarest = Row("rarest class among the draws", counts.min() / counts.sum(), None, "share")
-    rows = [*bits_rows(tree, PIXELS, BITS, PUBLISHED), *judged, rarest]
+    rows = [*bits_rows(tree, _PIXELS, _BITS, _PUBLISHED), *judged, rarest]
     title = f"draws, {T if is_ddpm else CALLS} network calls each"
     figures = {"samples": sheets(data.test, draws, _SHADES, title=title)}
     if is_ddpm:
         least = mean_and_se(floor(diffusion, test))
-        rows.insert(5, Row("floor of −log p(x_0 | x_1), variance β_1", *least, BITS))
+        rows.insert(5, Row("floor of −log p(x_0 | x_1), variance β_1", *least, _BITS))
         losses = plots.losses(fitted.losses, batch_size=size.recipe.batch_size)
         losses.set(ylabel="L_simple (per example)")
         figures["losses"] = losses.figure
     else:
         rows += _parzen_rows({"draws": draws, "training images": data.train[: size.draws]}, data)
-        figures["curve"] = curve(run, PIXELS, size.held_out, PUBLISHED)
+        figures["curve"] = curve(run, _PIXELS, size.held_out, _PUBLISHED)
     text = f"Classes 0 to 9 among {counts.sum()} draws: {', '.join(map(str, counts))}."
     return Found(rows, figures, {"bounds": tree}, {"Draws": text}, (diffusion, fitted.params))
 
@@ -176,13 +176,11 @@ def _parzen_rows(centres: dict[str, np.ndarray], data: datasets.Mnist) -> list[R
     first = len(data.train) * 5 // 6  # 50,000, as published
     validation, test = data.train[first : first + 1_000] / 255, data.test / 255
     published = {"draws": 317, "training images": 349}  # 10,000 of each
-    rows = []
+    rows, unit = [], "bits per image in [0, 1]"
     for name, x in centres.items():
         found = diagnostics.parzen(x / 255.0, validation, test)["parzen"].attrs
-        rows.append(
-            Row(f"Parzen window on {len(x)} {name}", found["mean_bits"], found["se_bits"],
-                "bits per image in [0, 1]", None, published[name])
-        )  # fmt: skip
+        value, text = (found["mean_bits"], found["se_bits"]), f"Parzen window on {len(x)} {name}"
+        rows.append(Row(text, *value, unit, None, published[name]))
     return rows
 
 

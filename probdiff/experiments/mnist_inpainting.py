@@ -89,20 +89,19 @@ def _conduct(run: Run) -> Found:
     )  # fmt: skip
     found, rows, warned = infer_all(run, keys[1:3], smc, task, truths, gaussian)
     run.say("complete them by the rule of 2015")
-    truth = found["digits"].truth
+    digits, truth = found["digits"], found["digits"].truth
     clamped = _by_rule_of_2015(keys[3], task, truth, size)
-    completed = found["digits"].tree["posterior"]["x_0"].values[0]
+    completed = digits.tree["posterior"]["x_0"].values[0]
     wrong = np.abs(completed - truth)[..., ~task.unseen].max()
     rows = [
         Row("known pixels: largest error", wrong, None, "grey levels", 0.0),
         *_classifier_rows(classifier, data.test_labels[: size.images], truth, completed, clamped),
         *rows,
     ]
-    figures = {
-        f"posterior_{name}": conditioning.sheet(p, vmax=255.0) for name, p in found.items()
-    } | {"sampler": trust(found["digits"]), "rules": _rules(task, truth, completed, clamped)}
+    figures = {f"posterior_{n}": conditioning.sheet(p, vmax=255.0) for n, p in found.items()}
+    figures |= {"sampler": trust(digits), "rules": _rules(task, truth, completed, clamped)}
     sections = {"Model": f"`{folder.as_posix()}`", "Warnings": warned}
-    return Found(rows, figures, {"posterior": few(found["digits"], 5)}, sections)
+    return Found(rows, figures, {"posterior": few(digits, 5)}, sections)
 
 
 EXPERIMENT = Experiment("Inpainting of MNIST", __doc__, _conduct, SIZES, _load)

@@ -40,8 +40,8 @@ from probdiff.experiments.judging import energy_distance
 from probdiff.experiments.report import Experiment, Found, Row, Run, mean_and_se
 from probdiff.experiments.training import rngs_of, train
 
-T, ALPHA_BAR_T, LEVELS, _FIRST_NOISE = 200, 1e-3, 17, 1.2
-BITS, LEVEL = "bits per pixel, 17 levels", "grey levels"
+T, _ALPHA_BAR_T, LEVELS, _FIRST_NOISE = 200, 1e-3, 17, 1.2
+_BITS, _LEVEL = "bits per pixel, 17 levels", "grey levels"
 
 
 class Size(NamedTuple):
@@ -99,11 +99,11 @@ def _conduct(run: Run) -> Found:
         bits = -tree["bound"]["bound"].values / (64 * math.log(2))
         draws[name] = sample.ancestral(keys["draw"], diffusion, fitted.params, size.draws)
         rows += [
-            Row(f"{name}: −K, test", *mean_and_se(bits), BITS),
-            Row(f"{name}: energy distance of draws", *energy_distance(draws[name], test), LEVEL),
+            Row(f"{name}: −K, test", *mean_and_se(bits), _BITS),
+            Row(f"{name}: energy distance of draws", *energy_distance(draws[name], test), _LEVEL),
         ]
     floor = energy_distance(images[: size.draws], test)
-    rows.append(Row("training digits: energy distance", *floor, LEVEL))
+    rows.append(Row("training digits: energy distance", *floor, _LEVEL))
     return Found(rows, {"draws": _sheets(test, draws)})
 
 
@@ -117,7 +117,7 @@ def _define(readout: readouts.GaussianReadout, images: np.ndarray, rngs: nnx.Rng
         (8, 8), width=256, depth=2, T=T, channels=6, head_width=24,
         outputs=readout.num_outputs(probdiff.GaussianKernel()), rngs=rngs,
     )  # fmt: skip
-    beta = schedules.log_snr_linear(T, beta_1=(_FIRST_NOISE / scale) ** 2, alpha_bar_T=ALPHA_BAR_T)
+    beta = schedules.log_snr_linear(T, beta_1=(_FIRST_NOISE / scale) ** 2, alpha_bar_T=_ALPHA_BAR_T)
     return Diffusion(
         probdiff.GaussianKernel(), beta, network, event_shape=(8, 8), readout=readout,
         last_step=readouts.Discretised(0, LEVELS - 1, LEVELS), loc=float(images.mean()),

@@ -47,11 +47,11 @@ from probdiff.experiments.report import Experiment, Found, Row, Run, mean_and_se
 from probdiff.experiments.training import CALLS, Recipe, learn, rngs_of, sheets
 from probdiff.types import Params
 
-_SIDE, COMPONENTS = 32, 4
-ALPHA_BAR_T = 1e-4
+_SIDE, _COMPONENTS = 32, 4
+_ALPHA_BAR_T = 1e-4
 _HELD_OUT = 0.3
 """Share of every photograph's rows that is held out."""
-UNIT = "bits per pixel, variance 1"
+_UNIT = "bits per pixel, variance 1"
 _WHITE = -0.5 * math.log2(2 * math.pi * math.e)
 """Mean log density of unit-variance data under N(0, 1), bits per pixel: L_null."""
 
@@ -194,11 +194,11 @@ def _define(
 ) -> Diffusion:
     """The diffusion of images of any such shape: the weights do not depend on it."""
     lowest, highest = (float(v) for v in np.quantile(patches.train, (0.01, 0.99)))
-    beta = schedules.log_snr_linear(T, beta_1=patches.level**2, alpha_bar_T=ALPHA_BAR_T)
-    network = recipe.network(shape, rngs_of(key), outputs=3 * COMPONENTS)
+    beta = schedules.log_snr_linear(T, beta_1=patches.level**2, alpha_bar_T=_ALPHA_BAR_T)
+    network = recipe.network(shape, rngs_of(key), outputs=3 * _COMPONENTS)
     return Diffusion(
         probdiff.GaussianKernel(), beta, network, event_shape=shape,
-        readout=readouts.Mixture(COMPONENTS, lowest, highest), last_step=readouts.Learned(),
+        readout=readouts.Mixture(_COMPONENTS, lowest, highest), last_step=readouts.Learned(),
     )  # fmt: skip
 
 
@@ -207,16 +207,14 @@ def _density_rows(scores: dict[str, np.ndarray], patches: _Patches) -> list[Row]
     to_bits = diagnostics.BITS_PER_NAT / _SIDE**2
     ceiling = -math.log2(patches.level)
     first = next(iter(scores.values()))
-    rows = [
-        Row(f"{name}, test", *mean_and_se(score * to_bits), UNIT, ceiling)
-        for name, score in scores.items()
-    ]
-    rows += [
-        Row(f"diffusion − {name}, paired", *mean_and_se((first - score) * to_bits), UNIT)
-        for name, score in list(scores.items())[1:]
-    ]
-    k = first * to_bits - _WHITE
-    return [*rows, Row("K − L_null", *mean_and_se(k), UNIT, ceiling - _WHITE)]
+    gain = mean_and_se(first * to_bits - _WHITE)
+    return [
+        *(Row(f"{name}, test", *mean_and_se(score * to_bits), _UNIT, ceiling)
+          for name, score in scores.items()),
+        *(Row(f"diffusion − {name}, paired", *mean_and_se((first - score) * to_bits), _UNIT)
+          for name, score in list(scores.items())[1:]),
+        Row("K − L_null", *gain, _UNIT, ceiling - _WHITE),
+    ]  # fmt: skip
 
 
 def _figure_5(
@@ -234,18 +232,14 @@ def _figure_5(
         prior(known=np.where(mask, picture, 0.0).astype(np.float32), mask=mask)
 
     panels = {"held-out bark": picture, "with a hole": np.where(mask, picture, np.nan)}
-    twists = {
-        "painted in, guided": infer.LaplaceTwist(),
-        "painted in, rule of 2015": infer.KernelTwist(),
-    }
+    twists = {"guided": infer.LaplaceTwist(), "rule of 2015": infer.KernelTwist()}
+    options = {"num_samples": 1, "steps": size.paint_steps, "check": False}
     for i, (name, twist) in enumerate(twists.items()):
-        guided = infer.Guided(
-            program, twist=twist, num_samples=1, steps=size.paint_steps, check=False
-        )
+        guided = infer.Guided(program, twist=twist, **options)
         # that x_T still holds a little of so large a picture is small beside no weights
         with warnings.catch_warnings(action="ignore", category=infer.InferenceWarning):
             guided.run(jax.random.fold_in(key, i))
-        panels[name] = np.asarray(guided.get_samples()["x_0"])[0]
+        panels[f"painted in, {name}"] = np.asarray(guided.get_samples()["x_0"])[0]
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), layout="constrained")
     for (name, panel), ax in zip(panels.items(), axes, strict=True):
         plots.images(panel[None], columns=1, vmin=shades[0], vmax=shades[1], title=name, ax=ax)

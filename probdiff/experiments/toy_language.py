@@ -49,11 +49,11 @@ from probdiff.experiments.report import Experiment, Found, Row, Run, mean_and_se
 from probdiff.experiments.training import Trained, train_and_bound
 
 _LETTERS = "abc"
-LENGTH, _STAY = 6, 0.2
-UNIT = "bits per letter"
+_LENGTH, _STAY = 6, 0.2
+_UNIT = "bits per letter"
 KERNELS = {"uniform": probdiff.CategoricalKernel(3), "absorbing": probdiff.AbsorbingKernel(3)}
 _COLORS = {"uniform": plots.BLUE, "absorbing": plots.ORANGE}
-LN_2 = math.log(2)
+_LN_2 = math.log(2)
 _Kernel = probdiff.CategoricalKernel | probdiff.AbsorbingKernel
 
 
@@ -142,7 +142,7 @@ def _conduct(run: Run) -> Found:
 EXPERIMENT = Experiment("Toy language", __doc__, _conduct, {"cpu": Size(), "quick": SMALL})
 
 
-def language(length: int = LENGTH) -> Language:
+def language(length: int = _LENGTH) -> Language:
     """The language: a letter is followed by itself or by its successor in the cycle."""
     then = _STAY * np.eye(3) + (1 - _STAY) * np.roll(np.eye(3), 1, axis=1)
     strings = np.array(list(itertools.product(range(3), repeat=length)))
@@ -174,11 +174,11 @@ def stationary(kernel: _Kernel) -> Float[np.ndarray, " states"]:
 def _define(kernel: _Kernel, T: int) -> Diffusion:
     """A diffusion of letters that predicts x_0, its last step learned."""
     network = networks.Perceptron(
-        (LENGTH,), width=128, depth=2, T=T, outputs=kernel.num_data_states,
+        (_LENGTH,), width=128, depth=2, T=T, outputs=kernel.num_data_states,
         states=kernel.num_states, rngs=nnx.Rngs(0),
     )  # fmt: skip
     return Diffusion(
-        kernel, schedules.harmonic(T), network, event_shape=(LENGTH,),
+        kernel, schedules.harmonic(T), network, event_shape=(_LENGTH,),
         readout=readouts.DataLogits(), last_step=readouts.Learned(),
     )  # fmt: skip
 
@@ -208,8 +208,8 @@ def ceiling(
     law, posteriors = _posteriors(language, alpha_bar[1], pi)
     last = sum(float(law @ _xlogx(m).sum(1)) for m in posteriors)
     prior = _prior_kl(language, alpha_bar[-1], pi)
-    terms = np.array([last, *-kl, -prior]) / LN_2
-    return Ceiling(float(terms.sum()), kl / LN_2, prior / LN_2)
+    terms = np.array([last, *-kl, -prior]) / _LN_2
+    return Ceiling(float(terms.sum()), kl / _LN_2, prior / _LN_2)
 
 
 def _replace(K: int, alpha_bar: float, pi: np.ndarray) -> np.ndarray:
@@ -266,18 +266,18 @@ def _prior_kl(language: Language, alpha_bar_T: float, pi: np.ndarray) -> float:
 
 
 def _rows(models: dict[str, _Letters], words: Language) -> list[Row]:
-    best = {name: model.best.bound / LENGTH for name, model in models.items()}
-    entropy, l_null = words.entropy / LENGTH, -float(np.log2(words.num_letters))
+    best = {name: model.best.bound / _LENGTH for name, model in models.items()}
+    entropy, l_null = words.entropy / _LENGTH, -float(np.log2(words.num_letters))
     k, se = models["uniform"].k
     valid = {name: np.isfinite(log2_prob(words, m.draws)) for name, m in models.items()}
     return [
-        *(Row(f"K, {name}, T = {m.trained.diffusion.T}", *m.k, UNIT, best[name])
+        *(Row(f"K, {name}, T = {m.trained.diffusion.T}", *m.k, _UNIT, best[name])
           for name, m in models.items()),
-        *(Row(f"best possible K − K, {name}", best[name] - m.k[0], m.k[1], UNIT, 0.0)
+        *(Row(f"best possible K − K, {name}", best[name] - m.k[0], m.k[1], _UNIT, 0.0)
           for name, m in models.items()),
-        Row("K − L_null, uniform", k - l_null, se, UNIT, best["uniform"] - l_null),
-        Row("ceiling of any model and T, −H", -entropy, None, UNIT),
-        Row("L_null, uniform letters", l_null, None, UNIT),
+        Row("K − L_null, uniform", k - l_null, se, _UNIT, best["uniform"] - l_null),
+        Row("ceiling of any model and T, −H", -entropy, None, _UNIT),
+        Row("L_null, uniform letters", l_null, None, _UNIT),
         *(Row(f"draws that are strings of the language, {name}", *mean_and_se(100 * is_valid), "%")
           for name, is_valid in valid.items()),
     ]  # fmt: skip
@@ -287,14 +287,14 @@ def _k_against_T(models: dict[str, _Letters], words: Language, times: tuple[int,
     figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, model in models.items():
         pi, color = stationary(model.trained.diffusion.kernel), _COLORS[name]
-        best = [ceiling(words, schedules.harmonic(T), pi).bound / LENGTH for T in times]
+        best = [ceiling(words, schedules.harmonic(T), pi).bound / _LENGTH for T in times]
         ax.plot(times, best, color=color, marker=".", label=f"best possible, {name}")
         ax.errorbar(
             [model.trained.diffusion.T], [model.k[0]], [2 * model.k[1]], fmt="D", color=color,
             markerfacecolor="white", capsize=3, label=f"trained, {name}",
         )  # fmt: skip
-    ax.axhline(-words.entropy / LENGTH, color="black", linestyle="--", label="−H, any model")
-    ax.set(xscale="log", xlabel="number of steps T", ylabel=f"K ({UNIT})")
+    ax.axhline(-words.entropy / _LENGTH, color="black", linestyle="--", label="−H, any model")
+    ax.set(xscale="log", xlabel="number of steps T", ylabel=f"K ({_UNIT})")
     ax.set_xticks(times, map(str, times), minor=False)
     ax.minorticks_off()
     ax.legend(frameon=False, loc="lower right")

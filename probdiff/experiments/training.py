@@ -34,13 +34,13 @@ from probdiff.experiments.report import Row, Run, mean_and_se
 from probdiff.train import Progress
 from probdiff.types import Params
 
-Images = Array | np.ndarray
+_Images = Array | np.ndarray
 CALLS = 50
 """Network calls for a draw that is to be looked at."""
 
 
 def train(
-    key: Array, diffusion: Diffusion, data: Images, optimiser: optax.GradientTransformation, *,
+    key: Array, diffusion: Diffusion, data: _Images, optimiser: optax.GradientTransformation, *,
     objective: ELBO | None = None, **options: Any,
 ) -> Fit:  # fmt: skip
     """Fit a diffusion to the bound, or to another objective; the options are those of `fit`."""
@@ -68,7 +68,7 @@ class Trained(NamedTuple):
 
 
 def train_and_bound(
-    run: Run, keys: dict[str, Array], diffusion: Diffusion, x: Images, held_out: Images, *,
+    run: Run, keys: dict[str, Array], diffusion: Diffusion, x: _Images, held_out: _Images, *,
     num_draws: int, objective: ELBO | None = None,
 ) -> Trained:  # fmt: skip
     """Train by Adam as the run's size says, average the weights, and bound held-out data."""
@@ -229,7 +229,7 @@ def curve(run: Run, numbers: int, held_out: int, published: float) -> Figure:
 
 
 def sheets(
-    images: Images, draws: np.ndarray, shades: tuple[float, float] = (0.0, 1.0), *,
+    images: _Images, draws: np.ndarray, shades: tuple[float, float] = (0.0, 1.0), *,
     title: str = "draws of the model", columns: int = 8,
 ) -> Figure:  # fmt: skip
     """Held-out images beside draws."""

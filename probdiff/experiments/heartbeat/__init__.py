@@ -55,7 +55,7 @@ from probdiff.experiments.training import cosine_adam, in_bits
 from probdiff.trajectories import ForwardTrajectory
 from probdiff.types import Params
 
-UNIT = "bits per sequence"
+_UNIT = "bits per sequence"
 PUBLISHED_K, _PUBLISHED_GAIN = -2.414, 12.024
 _VALID_LIMIT = 99.31  # % ± 0.04: 40,000 draws of the exact diffusion with T = 2000
 
@@ -200,23 +200,23 @@ def _bound_rows(
     T, l_null, main, best = size.T, null_bits(), found[size.T], limits[size.T]
     gain = (main.tied[0] - l_null, main.tied[1])
     rows = [
-        Row(f"K (tied), T = {T}", *main.tied, UNIT, best.tied, PUBLISHED_K),
-        Row(f"K − L_null, T = {T}", *gain, UNIT, best.tied - l_null, _PUBLISHED_GAIN),
-        Row(f"K (tied), measured by itself, T = {T}", *by_itself, UNIT, best.tied, PUBLISHED_K),
-        Row(f"K of the exact diffusion − K, paired, T = {T}", *main.gap, UNIT, 0.0),
-        Row(f"K (learned last step), T = {T}", *main.learned, UNIT, best.learned),
-        Row(f"K (tied), network of 2015, T = {T}", *k_2015, UNIT, best.tied, PUBLISHED_K),
+        Row(f"K (tied), T = {T}", *main.tied, _UNIT, best.tied, PUBLISHED_K),
+        Row(f"K − L_null, T = {T}", *gain, _UNIT, best.tied - l_null, _PUBLISHED_GAIN),
+        Row(f"K (tied), measured by itself, T = {T}", *by_itself, _UNIT, best.tied, PUBLISHED_K),
+        Row(f"K of the exact diffusion − K, paired, T = {T}", *main.gap, _UNIT, 0.0),
+        Row(f"K (learned last step), T = {T}", *main.learned, _UNIT, best.learned),
+        Row(f"K (tied), network of 2015, T = {T}", *k_2015, _UNIT, best.tied, PUBLISHED_K),
     ]
     for n in size.shorter:
         rows += [
-            Row(f"K (tied), T = {n}", *found[n].tied, UNIT, limits[n].tied),
-            Row(f"K (learned last step), T = {n}", *found[n].learned, UNIT, limits[n].learned),
+            Row(f"K (tied), T = {n}", *found[n].tied, _UNIT, limits[n].tied),
+            Row(f"K (learned last step), T = {n}", *found[n].learned, _UNIT, limits[n].learned),
         ]
     return [
         *rows,
-        Row(f"hard limit of a tied last step, −H(X⁽¹⁾), T = {T}", best.tied_limit, None, UNIT),
-        Row("hard limit of any model, −H(X⁽⁰⁾)", best.learned_limit, None, UNIT),
-        Row("L_null, log-likelihood under B(0.2)", l_null, None, UNIT),
+        Row(f"hard limit of a tied last step, −H(X⁽¹⁾), T = {T}", best.tied_limit, None, _UNIT),
+        Row("hard limit of any model, −H(X⁽⁰⁾)", best.learned_limit, None, _UNIT),
+        Row("L_null, log-likelihood under B(0.2)", l_null, None, _UNIT),
     ]
 
 
