@@ -23,31 +23,26 @@ Source: Sohl-Dickstein et al. (2015), sections 2.2 to 2.4.
 import contextlib
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
-from jaxtyping import Array, Bool, Shaped
+from jaxtyping import Array, Shaped
 
 from probdiff import readouts, schedules, validation
 from probdiff.arguments import check_shape, shape_text
 from probdiff.compilation import Programs, trace
-from probdiff.kernels import BernoulliKernel, DiscreteKernel, GaussianKernel
+from probdiff.kernels import BernoulliKernel, DiscreteKernel, GaussianKernel, Kernel
 from probdiff.networks.binding import bind, example_inputs, output_shape
 from probdiff.prior import Prior
-from probdiff.reverse import Reverse, Units
-from probdiff.trajectories import (
-    TRAJECTORY_SUFFIX,
-    ForwardTrajectory,
-    ReverseTrajectory,
-    first,
-)
+from probdiff.reverse import Mask, Reverse, State, Units, Values
+from probdiff.trajectories import TRAJECTORY_SUFFIX, ForwardTrajectory, ReverseTrajectory, first
 from probdiff.types import Network, Params, Step
 
 Data = Shaped[Array | np.ndarray, "..."]
-Mask = Bool[Array | np.ndarray, "..."]
 
 
 class Diffusion:
@@ -92,13 +87,11 @@ class Diffusion:
         >>> loss = jax.jit(svi.evaluate)(svi.init(jax.random.key(0), x), x)
         >>> bool(jnp.isclose(-loss, dist.Normal(0, 1).log_prob(x).sum(), atol=1e-3))
         True
-
-    Source: Sohl-Dickstein et al. (2015), sections 2.2 to 2.4.
     """
 
     def __init__(
         self,
-        kernel: GaussianKernel | DiscreteKernel,
+        kernel: Kernel,
         beta: np.ndarray | schedules.LearnedRates | Any,
         network: Network,
         *,
@@ -112,9 +105,8 @@ class Diffusion:
     ):
         self.kernel, self.network, self.name = kernel, network, name
         self.event_shape = check_shape("event_shape", event_shape)
-        self.context_shape = None
-        if context_shape is not None:
-            self.context_shape = check_shape("context_shape", context_shape)
+        is_given = context_shape is not None
+        self.context_shape = check_shape("context_shape", context_shape) if is_given else None
         self.readout = _default_readout(kernel) if readout is None else readout
         self.last_step = _default_last_step(kernel) if last_step is None else last_step
         is_learned = isinstance(beta, schedules.LearnedRates)
@@ -155,7 +147,7 @@ class Diffusion:
 
     # statements, for anyone's program
 
-    def forward(self, x_0: Data, *, mask: Mask | None = None) -> Any:
+    def forward(self, x_0: Data, *, mask: Mask = None) -> Any:
         """Statement of a guide: the trajectory x_1..x_T given data.
 
         Args:
@@ -183,9 +175,7 @@ class Diffusion:
         )
         return numpyro.sample(self.trajectory_name, law)
 
-    def reverse(
-        self, x_0: Data | None = None, *, context: Any = None, mask: Mask | None = None
-    ) -> Any:
+    def reverse(self, x_0: Data | None = None, *, context: Any = None, mask: Mask = None) -> State:
         """Statement of a model: the reverse trajectory, then x_0 given x_1.
 
         Args:
@@ -202,14 +192,14 @@ class Diffusion:
 
         Example:
             >>> diffusion = standard_diffusion((2,), T=5)
-            >>> def model(x_0=None):  # 3 people with 4 days each
+            >>> def model():  # 3 people with 4 days each
             ...     with numpyro.plate("people", 3, dim=-2), numpyro.plate("days", 4, dim=-1):
-            ...         return diffusion.reverse(x_0)
+            ...         return diffusion.reverse()
             >>> seed(model, 0)().shape
             (3, 4, 2)
         """
         self.check_data(x_0, mask)
-        reverse = self._bound(context)
+        reverse = self._unconditional().given(context)
         trajectory = numpyro.sample(self.trajectory_name, ReverseTrajectory(reverse, mask))
         x_1 = first(trajectory, len(self.event_shape))
         if x_0 is not None:
@@ -218,23 +208,12 @@ class Diffusion:
 
     # programs over examples
 
-    def model(
-        self, x_0: Data | None = None, *, context: Any = None, mask: Mask | None = None
-    ) -> Any:
+    def model(self, x_0: Data | None = None, *, context: Any = None, mask: Mask = None) -> State:
         """The learned reverse trajectory: `reverse` in a plate "data" over the rows of x_0.
 
-        Without x_0 (and context) there is no plate: one example is drawn.
-
-        Args:
-            x_0: Observed data in the user's units, `(N, *event_shape)` or `event_shape`, or None.
-            context: Handed to the network, `(N, *context_shape)`.
-            mask: True where x_0 is observed, shape of x_0.
-
-        Returns:
-            x_0 in the user's units, observed or drawn.
-
-        Raises:
-            ValueError: if shapes or values do not fit.
+        Without x_0 (and context) there is no plate: one example is drawn. Arguments, what is
+        returned and what is raised are those of `reverse`, x_0 `(N, *event_shape)` or
+        `event_shape`, context `(N, *context_shape)`.
 
         Example:
             >>> diffusion = standard_diffusion((2,), T=5)
@@ -247,40 +226,28 @@ class Diffusion:
         with self._plate(x_0, context):
             return self.reverse(x_0, context=context, mask=mask)
 
-    def guide(
-        self, x_0: Data | None = None, *, context: Any = None, mask: Mask | None = None
-    ) -> Any:
+    def guide(self, x_0: Data | None = None, *, context: Any = None, mask: Mask = None) -> Any:
         """The forward trajectory: `forward` in a plate "data" over the rows of x_0.
 
-        Args:
-            x_0: Data in the user's units, `(N, *event_shape)` or `event_shape`.
-            context: Of use to the model alone.
-            mask: True where x_0 is observed, shape of x_0.
-
-        Returns:
-            The trajectory, `(N, T, *event_shape)`, on the scale of the diffusion.
-
-        Raises:
-            ValueError: if x_0 is not given, or shapes or values do not fit.
+        Arguments are those of `model`, though x_0 must be given and context is of use to the model
+        alone; returned is the trajectory, `(N, T, *event_shape)`, on the scale of the diffusion.
 
         Example:
             >>> diffusion = standard_diffusion((2,), T=5)
             >>> trajectory = seed(diffusion.guide, 0)(jnp.ones((1000, 2)))
-            >>> trajectory.shape  # x_1..x_5 of each row
-            (1000, 5, 2)
             >>> left = jnp.sqrt(jnp.cumprod(1 - diffusion.rates))
-            >>> bool(jnp.allclose(trajectory.mean((0, 2)), left, atol=0.1))  # √ᾱ_t x_0
-            True
+            >>> trajectory.shape, bool(jnp.allclose(trajectory.mean((0, 2)), left, atol=0.1))
+            ((1000, 5, 2), True)
         """
         if x_0 is None:
             raise ValueError("x_0 must be given to the guide, which starts at data; got None")
         with self._plate(x_0, context):
             return self.forward(x_0, mask=mask)
 
-    def model_by_step(self, x_0: Data | None = None, *, context: Any = None) -> Any:
+    def model_by_step(self, x_0: Data | None = None, *, context: Any = None) -> State:
         """`model` with a site for every level, from x_T down; sites `name_trajectory_t`."""
         self.check_data(x_0, None)
-        reverse, event_dim = self._bound(context), len(self.event_shape)
+        reverse, event_dim = self._unconditional().given(context), len(self.event_shape)
         with self._plate(x_0, context):
             batch_shape = ReverseTrajectory(reverse).batch_shape
             pi = self.kernel.stationary((*batch_shape, *self.event_shape))
@@ -313,9 +280,6 @@ class Diffusion:
             variance: Variance τ² or covariance of the data on the scale of the diffusion, 1 if
                 absent; see `Prior`.
 
-        Returns:
-            The `Prior`.
-
         Raises:
             ValueError: if parameters are missing, unknown or of another shape.
 
@@ -338,9 +302,6 @@ class Diffusion:
             context: Handed to the network, `(*batch, *context_shape)`; `Reverse.given` puts it in
                 later, too.
 
-        Returns:
-            The `Reverse`; its `steps` are the coefficients of all steps.
-
         Raises:
             ValueError: if parameters are missing, unknown or of another shape.
 
@@ -362,7 +323,7 @@ class Diffusion:
         """loc and scale, None and None for symbols."""
         return Units(self.loc, self.scale)
 
-    def to_state(self, x_0: Any) -> Any:
+    def to_state(self, x_0: Values) -> Values:
         """Data as the diffusion holds them: (x_0 − loc)/scale, or symbols as int32."""
         return self.kernel.to_state(self.units.to_state(x_0))
 
@@ -398,12 +359,8 @@ class Diffusion:
     def _takes_log_snr(self) -> bool:
         return getattr(self.network, "takes_log_snr", False)
 
-    def _bound(self, context: Any) -> Reverse:
-        """The reverse process, parameters from their sites."""
-        return self._unconditional().given(context)
-
     def _unconditional(self) -> Reverse:
-        """The same without context; the weights from the site `name_network$params`."""
+        """The reverse process, weights from the site `name_network$params`, without context."""
         init, apply = self._binding
         params = None if init is None else numpyro.param(f"{self.name}_network$params", init)
         steps = self._steps()
@@ -437,7 +394,7 @@ class Diffusion:
             return schedules.steps(self.schedule(f"{self.name}_beta"))
         return self._fixed_steps
 
-    def _plate(self, x_0: Any, context: Any) -> Any:
+    def _plate(self, x_0: Any, context: Any) -> contextlib.AbstractContextManager:
         if context is not None:
             validation.check_context(context, self.context_shape)
         shapes = {"x_0": (x_0, self.event_shape), "context": (context, self.context_shape)}
@@ -471,14 +428,14 @@ class Diffusion:
         inputs = example_inputs(self.event_shape, self.context_shape, self.kernel.dtype)
         try:
             is_pair = isinstance(self.network, tuple)
-            function, given = self.network if is_pair else (self.network, None)
-            called = (given, *inputs) if is_pair else inputs
-            inspect.signature(function).bind(*(a for a in called if a is not None))
+            function, *given = self.network if is_pair else (self.network,)
+            called = (a for a in (*given, *inputs) if a is not None)
+            inspect.signature(function).bind(*called)
         except TypeError as error:
             form = "network(x_t, t)" if self.context_shape is None else "network(x_t, t, context)"
             raise ValueError(f"network must be callable as {form}; {error}") from None
 
-        def call(key: Array) -> Any:
+        def call(key: Array) -> Array:
             with numpyro.handlers.block(), numpyro.handlers.seed(rng_seed=key):
                 return self._unconditional().network(*inputs)
 
@@ -496,28 +453,26 @@ class Diffusion:
         """What to say of a network that takes `outputs`, made for another number of them."""
         outputs = getattr(self.network, "outputs", None)
         is_other = isinstance(outputs, int) and outputs != count
-        if not (is_other and isinstance(self.kernel, DiscreteKernel)):
-            return ""
-        return (
-            "; pass outputs= to the network: 1 for bits, the number of classes (with states=) for "
-            "classes"
-        )
+        text = "; pass outputs= to the network: 1 for bits, the number of classes (with states=) "
+        return f"{text}for classes" if is_other and isinstance(self.kernel, DiscreteKernel) else ""
 
 
-def _at_log_snr(apply: Any, params: Params, steps: Step, x_t: Any, t: Any, context: Any) -> Any:
+def _at_log_snr(
+    apply: Callable[..., Array], params: Any, steps: Step, x_t: State, t: Array, context: Any
+) -> Array:
     """A network that is told log ᾱ_t/(1 − ᾱ_t) instead of t."""
     step = steps.at(t, 0)
     return apply(params, x_t, jnp.log(step.alpha_bar_t) - jnp.log(step.noise_t), context)
 
 
-def _default_readout(kernel: Any) -> Any:
+def _default_readout(kernel: Kernel) -> readouts.GaussianReadout | readouts.DiscreteReadout:
     """2015 for numbers and bits; for classes the law of x_0."""
     if isinstance(kernel, GaussianKernel):
         return readouts.Perturbation()
     return readouts.Logits() if isinstance(kernel, BernoulliKernel) else readouts.DataLogits()
 
 
-def _default_last_step(kernel: Any) -> readouts.LastStep:
+def _default_last_step(kernel: Kernel) -> readouts.LastStep:
     """2015 for numbers and bits; classes learn it, as an absorbing diffusion must."""
     is_of_2015 = isinstance(kernel, GaussianKernel | BernoulliKernel)
     return readouts.Tied() if is_of_2015 else readouts.Learned()

@@ -34,7 +34,7 @@ from numpyro.infer.elbo import ELBO
 from numpyro.primitives import Messenger, mutable
 from numpyro.util import check_model_guide_match
 
-from probdiff.reverse import DataGivenFirst, Reverse
+from probdiff.reverse import DataGivenFirst, Reverse, State, Values
 from probdiff.times import StratifiedTimes, Times
 from probdiff.trajectories import (
     TRAJECTORY_SUFFIX,
@@ -44,6 +44,9 @@ from probdiff.trajectories import (
 )
 from probdiff.types import Params
 
+_Program = Callable[..., Any]
+_Named = dict[str, Any]
+"""What a site holds, or what a program's sites hold, by name."""
 _MEMORY = 0.99
 """Weight of the past in the running mean square of KL_t."""
 _MEMORY_SUFFIX = "_mean_square_kl"
@@ -52,12 +55,12 @@ _MEMORY_SUFFIX = "_mean_square_kl"
 class _TrackKL(Messenger):
     """Declares the running mean squares of KL_t beside every forward trajectory."""
 
-    def process_message(self, msg: dict[str, Any]) -> None:
+    def process_message(self, msg: _Named) -> None:
         if (forward := _forward(msg)) is not None:
             mutable(msg["name"] + _MEMORY_SUFFIX, jnp.zeros(forward.steps.T - 1))
 
 
-def track_kl(guide: Callable[..., Any]) -> Callable[..., Any]:
+def track_kl(guide: _Program) -> _Program:
     """The same guide with a `numpyro.mutable` site per trajectory, for `ImportanceTimes`.
 
     The site holds the running mean square of KL_t, `(T − 1,)`, nats² (of the step's loss under
@@ -91,10 +94,10 @@ class _PlaceTimes(Messenger):
 
     def __init__(self, times: Times, num_times: int):
         self.times, self.num_times = times, num_times
-        self.memory: dict[str, Any] = {}
+        self.memory: _Named = {}
         super().__init__()
 
-    def process_message(self, msg: dict[str, Any]) -> None:
+    def process_message(self, msg: _Named) -> None:
         forward = _forward(msg)
         if forward is None or msg["value"] is not None:
             return
@@ -113,7 +116,7 @@ class _PlaceTimes(Messenger):
         x_t, weight = forward.sample_at(key_x, t), 1 / (self.num_times * probability)
         msg["value"] = SampledTimes(x_1, x_t, t, weight)
 
-    def postprocess_message(self, msg: dict[str, Any]) -> None:
+    def postprocess_message(self, msg: _Named) -> None:
         if msg["type"] == "mutable":
             self.memory[msg["name"]] = msg["value"]
 
@@ -143,7 +146,7 @@ class SampledTimeLoss(ELBO, abc.ABC):
 
     @abc.abstractmethod
     def step_loss(
-        self, forward: ForwardTrajectory, reverse: Reverse, x_t: Any, t: Array
+        self, forward: ForwardTrajectory, reverse: Reverse, x_t: State, t: Array
     ) -> Float[Array, "*lead"]:
         """What step t adds to the loss of an example, t in 2..T."""
 
@@ -153,7 +156,7 @@ class SampledTimeLoss(ELBO, abc.ABC):
 
     @abc.abstractmethod
     def data_loss(
-        self, forward: ForwardTrajectory, x_0_given_x_1: DataGivenFirst, x_0: Any
+        self, forward: ForwardTrajectory, x_0_given_x_1: DataGivenFirst, x_0: Values
     ) -> Float[Array, "*batch"]:
         """What the last step p(x_0 | x_1) adds."""
 
@@ -161,14 +164,14 @@ class SampledTimeLoss(ELBO, abc.ABC):
         self,
         rng_key: Array,
         param_map: Params,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
+        model: _Program,
+        guide: _Program,
         *args: Any,
         **kwargs: Any,
-    ) -> dict[str, Any]:
+    ) -> _Named:
         """The loss, and the mutable sites with the running mean squares brought up to date."""
 
-        def particle(key: Array) -> tuple[Any, Any]:
+        def particle(key: Array) -> tuple[Array, _Named]:
             return self._particle(key, param_map, model, guide, args, kwargs)
 
         if self.num_particles == 1:
@@ -222,8 +225,8 @@ class SampledTimeLoss(ELBO, abc.ABC):
         return sum(terms, start=jnp.zeros(())), state
 
     def _trajectory_term(
-        self, model_site: dict[str, Any], guide_site: dict[str, Any], state: dict[str, Any]
-    ) -> tuple[Float[Array, ""], dict[str, Any]]:
+        self, model_site: _Named, guide_site: _Named, state: _Named
+    ) -> tuple[Float[Array, ""], _Named]:
         """Loss of one trajectory site but for its data; its running mean squares if it has them."""
         levels = model_site["value"]
         forward, guide_mask = _forward(guide_site), _unwrap(guide_site["fn"])[1]
@@ -243,7 +246,7 @@ class SampledTimeLoss(ELBO, abc.ABC):
             return term, {}
         return term, {name: _remember(state[name], levels.t, jax.lax.stop_gradient(loss), mask)}
 
-    def _data_term(self, site: dict[str, Any], guide_site: dict[str, Any]) -> Float[Array, ""]:
+    def _data_term(self, site: _Named, guide_site: _Named) -> Float[Array, ""]:
         """Loss of the data at the end of a trajectory."""
         fn, mask = _unwrap(site["fn"])
         loss = self.data_loss(_forward(guide_site), fn, site["value"])
@@ -251,10 +254,7 @@ class SampledTimeLoss(ELBO, abc.ABC):
 
 
 class SampledTimeELBO(SampledTimeLoss):
-    """The bound as an objective of `SVI`, at x_1 and at one random time per example.
-
-        K = E log p(x_0 | x_1) − Σ_{t ≥ 2} E KL( q(x_s | x_t, x_0) ‖ p(x_s | x_t) )
-            − KL( q(x_T | x_0) ‖ π )
+    """The bound K as an objective of `SVI`, at x_1 and at one random time per example.
 
     `loss` is −K summed over examples, nats, unbiased for `Trace_ELBO`'s. A step costs one call of
     the network whatever T is.
@@ -275,12 +275,10 @@ class SampledTimeELBO(SampledTimeLoss):
         >>> loss = jax.jit(svi.evaluate)(svi.init(jax.random.key(0), x_0), x_0) / 20_000
         >>> bool(abs(loss + dist.Normal(0, 1).log_prob(1.0)) < 0.1)
         True
-
-    Source: Sohl-Dickstein et al. (2015), eqs. 10 to 14 and appendix B.
     """
 
     def step_loss(
-        self, forward: ForwardTrajectory, reverse: Reverse, x_t: Any, t: Array
+        self, forward: ForwardTrajectory, reverse: Reverse, x_t: State, t: Array
     ) -> Float[Array, "*lead"]:
         """KL( q(x_s | x_t, x_0) ‖ p(x_s | x_t) )."""
         return step_kl(forward, reverse.step(x_t, t, examples_first=True), x_t, t)
@@ -290,7 +288,7 @@ class SampledTimeELBO(SampledTimeLoss):
         return prior_kl(forward)
 
     def data_loss(
-        self, forward: ForwardTrajectory, x_0_given_x_1: DataGivenFirst, x_0: Any
+        self, forward: ForwardTrajectory, x_0_given_x_1: DataGivenFirst, x_0: Values
     ) -> Float[Array, "*batch"]:
         """−log p(x_0 | x_1)."""
         return -x_0_given_x_1.log_prob(x_0)
@@ -309,30 +307,27 @@ def _unwrap(fn: Any) -> tuple[Any, Any]:
             return fn, mask
 
 
-def _forward(msg: dict[str, Any]) -> ForwardTrajectory | None:
+def _forward(msg: _Named) -> ForwardTrajectory | None:
     """The forward trajectory at a latent sample site, for the site's whole batch."""
     if msg["type"] != "sample" or msg["is_observed"]:
         return None
     fn, _ = _unwrap(msg["fn"])
-    if not isinstance(fn, ForwardTrajectory):
-        return None
-    return fn.broadcast_to(msg["fn"].batch_shape)
+    is_forward = isinstance(fn, ForwardTrajectory)
+    return fn.broadcast_to(msg["fn"].batch_shape) if is_forward else None
 
 
-def bridge_at(forward: ForwardTrajectory, x_t: Any, t: Int[Array, "*lead"]) -> dist.Distribution:
+def bridge_at(forward: ForwardTrajectory, x_t: State, t: Int[Array, "*lead"]) -> dist.Distribution:
     """q(x_s | x_t, x_0) at given levels, elementwise."""
     x_0 = jnp.broadcast_to(forward.x_0, x_t.shape)
     return forward.kernel.bridge(x_t, x_0, forward.step_at(t))
 
 
 def step_kl(
-    forward: ForwardTrajectory, reverse_step: dist.Distribution, x_t: Any, t: Int[Array, "*lead"]
+    forward: ForwardTrajectory, reverse_step: dist.Distribution, x_t: State, t: Int[Array, "*lead"]
 ) -> Float[Array, "*lead"]:
     """KL( q(x_s | x_t, x_0) ‖ p(x_s | x_t) ) at given levels, nats, summed over the event."""
     kl = dist.kl_divergence(bridge_at(forward, x_t, t), reverse_step)
-    if forward.observed is not None:  # a missing entry runs the same process in guide and model
-        kl = jnp.where(forward.observed, kl, 0.0)
-    return forward.sum_event(kl)
+    return forward.sum_observed(kl)
 
 
 def prior_kl(forward: ForwardTrajectory) -> Float[Array, "*batch"]:
@@ -340,12 +335,12 @@ def prior_kl(forward: ForwardTrajectory) -> Float[Array, "*batch"]:
     shape = (*forward.batch_shape, *forward.x_shape)
     t = jnp.full(forward.batch_shape, forward.steps.T)
     kl = dist.kl_divergence(forward.marginal_at(t, shape), forward.kernel.stationary(shape))
-    if forward.observed is not None:
-        kl = jnp.where(forward.observed, kl, 0.0)
-    return forward.sum_event(kl)
+    return forward.sum_observed(kl)
 
 
-def _remember(memory: Any, t: Any, kl: Any, mask: Any) -> Float[Array, " steps"]:
+def _remember(
+    memory: Float[Array, " steps"], t: Int[Array, "..."], kl: Float[Array, "..."], mask: Any
+) -> Float[Array, " steps"]:
     """Running mean square per step; steps without a draw keep theirs, a first draw is taken whole.
 
     What counts is how large KL_t has been, so non-finite and masked draws are left out.
@@ -359,25 +354,25 @@ def _remember(memory: Any, t: Any, kl: Any, mask: Any) -> Float[Array, " steps"]
     return jnp.where(count > 0, blended, memory)
 
 
-def _log_prob(site: dict[str, Any]) -> Float[Array, ""]:
+def _log_prob(site: _Named) -> Float[Array, ""]:
     log_prob = site["fn"].log_prob(site["value"], *filter(None, [site["intermediates"]]))
     return jnp.sum(scale_and_mask(log_prob, site["scale"]))
 
 
-def _is_mean_field(name: str, model_sites: Any, guide_sites: Any) -> bool:
+def _is_mean_field(name: str, model_sites: _Named, guide_sites: _Named) -> bool:
     """Whether all latents that may be a site's parents in the model come before it in the guide.
 
     Only then does a closed-form KL average over the site alone.
     """
 
-    def before(sites: Any) -> set[str]:
+    def before(sites: _Named) -> set[str]:
         latent = [n for n, s in sites.items() if s["type"] == "sample" and not s["is_observed"]]
         return set(latent[: latent.index(name)])
 
     return before(model_sites) & guide_sites.keys() <= before(guide_sites)
 
 
-def _check_order(name: str, model_sites: Any, guide_sites: Any) -> None:
+def _check_order(name: str, model_sites: _Named, guide_sites: _Named) -> None:
     if not _is_mean_field(name, model_sites, guide_sites):
         raise ValueError(
             f"site {name!r} must come in the guide after the latents that come before it in the "
@@ -385,9 +380,7 @@ def _check_order(name: str, model_sites: Any, guide_sites: Any) -> None:
         )
 
 
-def _latent_loss(
-    model_site: dict[str, Any], guide_site: dict[str, Any], *, closed_form: bool
-) -> Float[Array, ""]:
+def _latent_loss(model_site: _Named, guide_site: _Named, *, closed_form: bool) -> Float[Array, ""]:
     """KL(guide ‖ model) in closed form where that is right and known, else the log-ratio."""
     if not closed_form:
         return _log_prob(guide_site) - _log_prob(model_site)

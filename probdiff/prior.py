@@ -88,8 +88,6 @@ class Prior:
         ['x_0_trajectory', 'x_0_free', 'x_0_known', 'x_0']
         >>> float(sites["x_0"]["value"][0])
         3.0
-
-    Source: Sohl-Dickstein et al. (2015), section 2.5.
     """
 
     def __init__(
@@ -162,15 +160,11 @@ def _warn_about_units(reverse: Reverse, covariance: np.ndarray) -> None:
     if reverse.units.scale is None:
         return
     sd = np.broadcast_to(np.asarray(reverse.units.scale), reverse.event_shape).reshape(-1)
-    given = np.diag(covariance)
-    scaled = given / sd**2
-
-    def is_near_1(variances: np.ndarray) -> bool:
-        return bool(0.5 < variances.mean() < 2)
-
-    if is_near_1(scaled) and not is_near_1(given):
+    variances = np.diag(covariance)
+    given, scaled = variances.mean(), (variances / sd**2).mean()
+    if 0.5 < scaled < 2 and not 0.5 < given < 2:
         warnings.warn(
-            f"variance has mean {given.mean():.3g} along its diagonal, and {scaled.mean():.3g} if "
+            f"variance has mean {given:.3g} along its diagonal, and {scaled:.3g} if "
             "divided by scale²: it looks like a covariance in the user's units. Give that of "
             "(x − loc)/scale",
             stacklevel=4,

@@ -31,10 +31,12 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 from numpyro.distributions import constraints
 
 from probdiff import schedules
+from probdiff.kernels import Kernel
+from probdiff.readouts import DiscreteReadout, GaussianReadout, Variance
 from probdiff.readouts.grid import Grid
 from probdiff.readouts.last_step import LastStep
 from probdiff.types import Step
@@ -43,6 +45,8 @@ from probdiff.validation import check_context
 State = Shaped[Array | np.ndarray, "..."]
 Values = Shaped[ArrayLike, "..."]
 Outputs = tuple[Array, ...]
+Mask = Bool[Array | np.ndarray, "..."] | None
+Level = Int[Any, "..."] | int
 
 
 class Units(NamedTuple):
@@ -82,8 +86,8 @@ class Reverse:
         [1, 4, 7, 10]
     """
 
-    kernel: Any
-    readout: Any
+    kernel: Kernel
+    readout: GaussianReadout | DiscreteReadout
     last_step: LastStep
     event_shape: tuple[int, ...]
     trained: Step
@@ -133,8 +137,8 @@ class Reverse:
         return self.kernel.support if self.grid is None else self.grid
 
     @property
-    def variance(self) -> Any:
-        """Variance of a step, a `readouts.Variance`; None where the network says it."""
+    def variance(self) -> Variance | None:
+        """Variance of a step; None where the network says it."""
         return self.readout.fixed_variance(longer=self.is_respaced)
 
     def respaced(self, n: int | None) -> "Reverse":
@@ -156,15 +160,13 @@ class Reverse:
         check_context(context, self.context_shape)
         return dataclasses.replace(self, context=context)
 
-    def coefficients(self, t: Int[Any, "..."] | int) -> Step:
+    def coefficients(self, t: Level) -> Step:
         """Coefficients of the step from level t, broadcastable to x_t."""
         return self.steps.at(t, self.event_dim)
 
     # what the network says
 
-    def outputs(
-        self, x_t: State, t: Int[Any, "..."] | int, *, examples_first: bool = False
-    ) -> Outputs:
+    def outputs(self, x_t: State, t: Level, *, examples_first: bool = False) -> Outputs:
         """The network's outputs at x_t, an array of its shape for each.
 
         With `examples_first` the rows that the network gets run over the first axis of x_t, of
@@ -173,10 +175,10 @@ class Reverse:
         lead = x_t.shape[: x_t.ndim - self.event_dim]
         last = len(lead) - 1 if examples_first and len(lead) > 1 else 0
 
-        def rows(x: Any) -> Any:
+        def rows(x: State) -> Array:
             return jnp.moveaxis(x, 0, last).reshape(-1, *x.shape[len(lead) :]) if lead else x[None]
 
-        def entries(out: Any, shape: tuple[int, ...]) -> Any:
+        def entries(out: Array, shape: tuple[int, ...]) -> Array:
             if last == 0:
                 return out.reshape(*lead, *shape)
             return jnp.moveaxis(out.reshape(*lead[1:], lead[0], *shape), last, 0)
@@ -191,9 +193,7 @@ class Reverse:
             return tuple(entries(out[:, i], ()) for i in range(count))
         return tuple(entries(o, self.event_shape) for o in jnp.split(out, count, axis=-1))
 
-    def x_0_hat(
-        self, x_t: State, t: Int[Any, "..."] | int, outputs: Outputs | None = None
-    ) -> Float[Array, "..."]:
+    def x_0_hat(self, x_t: State, t: Level, outputs: Outputs | None = None) -> Float[Array, "..."]:
         """Denoised point E[x_0 | x_t], numbers and bits.
 
         Args:
@@ -204,20 +204,13 @@ class Reverse:
         outputs = self.outputs(x_t, t) if outputs is None else outputs
         return self.readout.x_0_hat(self.kernel, outputs, x_t, self._trained(t))
 
-    def x_0_given(
-        self, x_t: State, t: Int[Any, "..."] | int, outputs: Outputs | None = None
-    ) -> dist.Distribution:
+    def x_0_given(self, x_t: State, t: Level, outputs: Outputs | None = None) -> dist.Distribution:
         """Law p(x_0 | x_t), elementwise, where the readout says one."""
         outputs = self.outputs(x_t, t) if outputs is None else outputs
         return self.readout.x_0_given(self.kernel, outputs, x_t, self._trained(t))
 
     def step(
-        self,
-        x_t: State,
-        t: Int[Any, "..."] | int,
-        outputs: Outputs | None = None,
-        *,
-        examples_first: bool = False,
+        self, x_t: State, t: Level, outputs: Outputs | None = None, *, examples_first: bool = False
     ) -> dist.Distribution:
         """p(x_s | x_t) to the level below, elementwise (eq. 6); t of 2 or above."""
         if outputs is None:
@@ -228,19 +221,14 @@ class Reverse:
         return self.readout(self.kernel, outputs, x_t, step)
 
     def jump(
-        self,
-        x_t: State,
-        t: Int[Any, "..."] | int,
-        s: Int[Any, "..."] | int,
-        outputs: Outputs | None = None,
+        self, x_t: State, t: Level, s: Level, outputs: Outputs | None = None
     ) -> dist.Distribution:
         """p(x_s | x_t) to any time s < t in one longer step, elementwise; times of 1..T."""
         trained = dataclasses.replace(self, steps=self.trained)
         outputs = trained.outputs(x_t, t) if outputs is None else outputs
         t, s = jnp.broadcast_arrays(jnp.asarray(t), jnp.asarray(s))
-        step = jax.tree.map(
-            lambda c: jnp.expand_dims(c, range(-self.event_dim, 0)), self.trained.between(t, s)
-        )
+        axes, step = range(-self.event_dim, 0), self.trained.between(t, s)
+        step = Step(*(jnp.expand_dims(column, axes) for column in step))
         at = trained.coefficients(t)
         return self.readout.longer_step(self.kernel, outputs, x_t, at, step)
 
@@ -249,13 +237,13 @@ class Reverse:
     def last(self, x_1: State) -> dist.Distribution:
         """p(x_0 | x_1), elementwise, before x_0 is put on a grid; no network under a tied step."""
 
-        def step(x_1: Any, step: Step) -> Any:
+        def step(x_1: State, step: Step) -> dist.Distribution:
             return self.readout(self.kernel, self.outputs(x_1, 1), x_1, step)
 
         lead = x_1.shape[: x_1.ndim - self.event_dim]
         return self.last_step(self.kernel, step, x_1, self.coefficients(jnp.ones(lead, jnp.int32)))
 
-    def data(self, x_1: State, mask: Any = None) -> "DataGivenFirst":
+    def data(self, x_1: State, mask: Mask = None) -> "DataGivenFirst":
         """p(x_0 | x_1) in the user's units; entries whose mask is False do not count."""
         return DataGivenFirst(self.last(x_1), self.support, self.event_dim, self.units, mask)
 
@@ -267,10 +255,10 @@ class Reverse:
         """What the last step draws on the scale of the diffusion, as data: the way back."""
         return _on_grid(self.units.to_data(x), self.support)
 
-    def _time(self, t: Any) -> Any:
+    def _time(self, t: Level) -> Array:
         return self.steps.t[jnp.asarray(t) - 1] if self.is_respaced else jnp.asarray(t)
 
-    def _trained(self, t: Any) -> Step:
+    def _trained(self, t: Level) -> Step:
         """Coefficients of the single step from level t, which the network was trained for."""
         return self.trained.at(self._time(t), self.event_dim)
 
@@ -292,7 +280,7 @@ class DataGivenFirst(dist.Distribution):
     has_rsample = True
 
     def __init__(
-        self, base: dist.Distribution, support: Any, x_dim: int, units: Units, mask: Any = None
+        self, base: dist.Distribution, support: Any, x_dim: int, units: Units, mask: Mask = None
     ):
         self.base, self.units, self.observed, self.data_support = base, units, mask, support
         split = len(base.batch_shape) - x_dim
@@ -302,7 +290,7 @@ class DataGivenFirst(dist.Distribution):
         """The same with another law on the scale of the diffusion."""
         return DataGivenFirst(base, self.data_support, self.event_dim, self.units, self.observed)
 
-    def masked(self, mask: Any) -> "DataGivenFirst":
+    def masked(self, mask: Mask) -> "DataGivenFirst":
         """The law of the entries whose mask is True."""
         return DataGivenFirst(self.base, self.data_support, self.event_dim, self.units, mask)
 

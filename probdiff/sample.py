@@ -20,7 +20,7 @@ from jaxtyping import Array
 from probdiff import bars, devices
 from probdiff.arguments import check_at_least
 from probdiff.diffusion import Diffusion
-from probdiff.reverse import Reverse
+from probdiff.reverse import Reverse, State
 from probdiff.trajectories import ReverseTrajectory
 from probdiff.types import Params
 from probdiff.validation import check_context_rows
@@ -85,7 +85,7 @@ def ancestral(
 
 def _blocks(
     key: Array, num_samples: int, context: Any, block_size: int, progress: bool
-) -> Iterator[tuple[Any, ...]]:
+) -> Iterator[tuple[Array, np.ndarray, np.ndarray | None]]:
     """A key for each block of draws, their numbers and their contexts."""
     starts = range(0, num_samples, block_size)
     for block, start in enumerate(bars.bar(starts, desc="sample", disable=not progress)):
@@ -96,7 +96,7 @@ def _blocks(
 
 def _draw_block(
     key: Array, reverse: Reverse, numbers: Array, context: Any, *, keep: bool
-) -> tuple[Any, Any]:
+) -> tuple[State, State | None]:
     key_walk, key_last = jax.random.split(key)
     reverse = reverse if context is None else reverse.given(context)
     shape = () if context is not None else numbers.shape  # contexts bring the batch themselves

@@ -29,14 +29,11 @@ from probdiff.arguments import check_at_least
 from probdiff.types import Step
 
 
-def harmonic(T: int) -> np.ndarray:
+def harmonic(T: int) -> Float[np.ndarray, " T"]:
     """Erase 1/T of the signal per step: β_t = 1 / (T − t + 1), hence ᾱ_t = 1 − t/T, β_T = 1.
 
     Args:
         T: Number of steps, at least 2.
-
-    Returns:
-        Rates β_1..β_T.
 
     Raises:
         ValueError: if T is below 2.
@@ -50,11 +47,11 @@ def harmonic(T: int) -> np.ndarray:
 
     Source: Sohl-Dickstein et al. (2015), section 2.4.1.
     """
-    _check_T(T)
+    check_at_least(2, T=T)
     return 1 / (T - np.arange(1, T + 1) + 1.0)
 
 
-def linear(T: int, *, beta_1: float = 1e-4, beta_T: float = 0.02) -> np.ndarray:
+def linear(T: int, *, beta_1: float = 1e-4, beta_T: float = 0.02) -> Float[np.ndarray, " T"]:
     """β_t in equal steps from `beta_1` to `beta_T` (Ho et al. 2020: 1e-4 to 0.02, T = 1000).
 
     Args:
@@ -62,9 +59,6 @@ def linear(T: int, *, beta_1: float = 1e-4, beta_T: float = 0.02) -> np.ndarray:
             default rates are meant for T = 1000.
         beta_1: First rate, in (0, 1).
         beta_T: Last rate, in (0, 1].
-
-    Returns:
-        Rates β_1..β_T.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -78,11 +72,11 @@ def linear(T: int, *, beta_1: float = 1e-4, beta_T: float = 0.02) -> np.ndarray:
 
     Source: Ho et al. (2020), section 4.
     """
-    _check_T(T)
+    check_at_least(2, T=T)
     return check_beta(np.linspace(beta_1, beta_T, T))
 
 
-def cosine(T: int, *, offset: float = 0.008, beta_max: float = 0.999) -> np.ndarray:
+def cosine(T: int, *, offset: float = 0.008, beta_max: float = 0.999) -> Float[np.ndarray, " T"]:
     """ᾱ_t = f(t)/f(0) with f(t) = cos²(π/2 · (t/T + offset)/(1 + offset)), β_t at most `beta_max`.
 
     The limit keeps β_T below 1, as in the source.
@@ -91,9 +85,6 @@ def cosine(T: int, *, offset: float = 0.008, beta_max: float = 0.999) -> np.ndar
         T: Number of steps, at least 2.
         offset: Keeps the first steps from being too small; above 0.
         beta_max: Largest rate, in (0, 1].
-
-    Returns:
-        Rates β_1..β_T.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -107,7 +98,7 @@ def cosine(T: int, *, offset: float = 0.008, beta_max: float = 0.999) -> np.ndar
 
     Source: Nichol & Dhariwal (2021), equation 17.
     """
-    _check_T(T)
+    check_at_least(2, T=T)
     if not 0 < beta_max <= 1:
         raise ValueError(f"beta_max must lie in (0, 1]; got {beta_max}")
     if not offset > 0:
@@ -117,16 +108,13 @@ def cosine(T: int, *, offset: float = 0.008, beta_max: float = 0.999) -> np.ndar
     return check_beta(np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], beta_max))
 
 
-def log_snr_linear(T: int, *, beta_1: float, alpha_bar_T: float) -> np.ndarray:
+def log_snr_linear(T: int, *, beta_1: float, alpha_bar_T: float) -> Float[np.ndarray, " T"]:
     """log ᾱ_t/(1 − ᾱ_t) in equal steps from ᾱ_1 = 1 − `beta_1` to `alpha_bar_T`.
 
     Args:
         T: Number of steps, at least 2.
         beta_1: First rate, the share of noise in x_1; in (0, 1).
         alpha_bar_T: Share of the data's variance left in x_T; in (0, 1 − `beta_1`).
-
-    Returns:
-        Rates β_1..β_T.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -140,9 +128,10 @@ def log_snr_linear(T: int, *, beta_1: float, alpha_bar_T: float) -> np.ndarray:
 
     Source: Kingma et al. (2021) for the scale.
     """
-    _check_T(T)
-    _check_open("beta_1", beta_1)
-    _check_open("alpha_bar_T", alpha_bar_T)
+    check_at_least(2, T=T)
+    for name, value in {"beta_1": beta_1, "alpha_bar_T": alpha_bar_T}.items():
+        if not 0 < value < 1:
+            raise ValueError(f"{name} must lie in (0, 1); got {value}")
     if alpha_bar_T >= 1 - beta_1:
         raise ValueError(f"alpha_bar_T must be below 1 - beta_1 = {1 - beta_1}; got {alpha_bar_T}")
     first = math.log1p(-beta_1) - math.log(beta_1)
@@ -165,8 +154,7 @@ class LearnedRates:
         """Rates at a `numpyro.param` site of this name, β_1 put before it unchanged."""
         init = jnp.asarray(self.beta[1:], jnp.result_type(float))
         rest = numpyro.param(name, init, constraint=dist.constraints.unit_interval)
-        first = jnp.asarray(self.beta[:1], init.dtype)
-        return jnp.concatenate([first, rest])
+        return jnp.concatenate([jnp.asarray(self.beta[:1], init.dtype), rest])
 
 
 def learned(beta: Any) -> LearnedRates:
@@ -184,12 +172,7 @@ def learned(beta: Any) -> LearnedRates:
         ValueError: if a rate is outside (0, 1); β_T = 1 cannot be trained.
 
     Example:
-        >>> diffusion = Diffusion(
-        ...     GaussianKernel(),
-        ...     schedules.learned(schedules.linear(5, beta_1=0.1, beta_T=0.5)),
-        ...     lambda x_t, t: jnp.zeros((*x_t.shape, 2)),
-        ...     event_shape=(),
-        ... )
+        >>> diffusion = standard_diffusion(beta=schedules.learned(schedules.cosine(5)))
         >>> diffusion.params_template["x_0_beta"].shape  # β_2..β_5
         (4,)
 
@@ -201,17 +184,11 @@ def learned(beta: Any) -> LearnedRates:
     return LearnedRates(beta)
 
 
-def check_beta(beta: Any) -> np.ndarray:
+def check_beta(beta: Any) -> Float[np.ndarray, " T"]:
     """The rates as a float64 array `(T,)`, or a `ValueError` that says what is wrong with them.
 
     Args:
         beta: Rates β_1..β_T, T at least 2; in (0, 1), β_T in (0, 1].
-
-    Returns:
-        The same rates.
-
-    Raises:
-        ValueError: if the shape is not `(T,)`, or a rate is out of range.
 
     Example:
         >>> schedules.check_beta([0.1, 0.2, 1.0]).dtype
@@ -257,13 +234,8 @@ def steps(beta: Any) -> Step:
     with np.errstate(divide="ignore"):  # log(0) = −inf is right for β_T = 1: ᾱ_T = 0
         log_alpha_bar_t = xp.cumsum(xp.log1p(-beta))
     log_alpha_bar_s = xp.concatenate([xp.zeros_like(log_alpha_bar_t[:1]), log_alpha_bar_t[:-1]])
-    columns = (
-        beta,
-        xp.exp(log_alpha_bar_s),
-        xp.exp(log_alpha_bar_t),
-        -xp.expm1(log_alpha_bar_s),
-        -xp.expm1(log_alpha_bar_t),
-    )
+    logs = (log_alpha_bar_s, log_alpha_bar_t)
+    columns = (beta, *(xp.exp(a) for a in logs), *(-xp.expm1(a) for a in logs))
     t = jnp.arange(1, beta.shape[0] + 1, dtype=jnp.int32)
     return Step(t, *(jnp.asarray(column, jnp.result_type(float)) for column in columns))
 
@@ -306,12 +278,3 @@ def evenly_spread(T: int, n: int) -> Int[np.ndarray, " n"]:
         [1, 4, 7, 10]
     """
     return np.unique(np.round(np.linspace(1, T, n)).astype(int))
-
-
-def _check_T(T: int) -> None:
-    check_at_least(2, T=T)
-
-
-def _check_open(name: str, value: float) -> None:
-    if not 0 < value < 1:
-        raise ValueError(f"{name} must lie in (0, 1); got {value}")

@@ -28,14 +28,12 @@ from jaxtyping import Array, Float, Int
 
 from probdiff.elbo import SampledTimeLoss, bridge_at, prior_kl, step_kl
 from probdiff.kernels import GaussianKernel, bridge_weights
-from probdiff.reverse import DataGivenFirst, Reverse
+from probdiff.reverse import DataGivenFirst, Reverse, State, Values
 from probdiff.trajectories import ForwardTrajectory
 
 
 class SimpleLoss(SampledTimeLoss):
     """L_simple: the mean squared error of the noise, summed over the numbers of an example.
-
-        L_simple = (1/T) Σ_t E |ε̂ − ε|²
 
     An objective of `SVI` that pays for samples rather than for nats: it is no bound, and says
     nothing of the variance of a reverse step. For `GaussianKernel` alone.
@@ -55,7 +53,7 @@ class SimpleLoss(SampledTimeLoss):
     """
 
     def step_loss(
-        self, forward: ForwardTrajectory, reverse: Reverse, x_t: Any, t: Array
+        self, forward: ForwardTrajectory, reverse: Reverse, x_t: State, t: Array
     ) -> Float[Array, "*lead"]:
         """|ε̂ − ε|² / T at t."""
         return _noise_error(forward, reverse.step(x_t, t, examples_first=True), x_t, t)
@@ -65,7 +63,7 @@ class SimpleLoss(SampledTimeLoss):
         return jnp.zeros(forward.batch_shape)
 
     def data_loss(
-        self, forward: ForwardTrajectory, x_0_given_x_1: DataGivenFirst, x_0: Any
+        self, forward: ForwardTrajectory, x_0_given_x_1: DataGivenFirst, x_0: Values
     ) -> Float[Array, "*batch"]:
         """|ε̂ − ε|² / T at t = 1."""
         return _first_noise_error(forward, x_0_given_x_1)
@@ -102,7 +100,7 @@ class CombinedLoss(SampledTimeLoss):
         super().__init__(**options)
 
     def step_loss(
-        self, forward: ForwardTrajectory, reverse: Reverse, x_t: Any, t: Array
+        self, forward: ForwardTrajectory, reverse: Reverse, x_t: State, t: Array
     ) -> Float[Array, "*lead"]:
         """|ε̂ − ε|² / T, and `weight` times the KL of the step."""
         law = reverse.step(x_t, t, examples_first=True)
@@ -114,7 +112,7 @@ class CombinedLoss(SampledTimeLoss):
         return self.weight * prior_kl(forward)
 
     def data_loss(
-        self, forward: ForwardTrajectory, x_0_given_x_1: DataGivenFirst, x_0: Any
+        self, forward: ForwardTrajectory, x_0_given_x_1: DataGivenFirst, x_0: Values
     ) -> Float[Array, "*batch"]:
         """|ε̂ − ε|² / T at t = 1, and −`weight` log p(x_0 | x_1)."""
         held = x_0_given_x_1.with_base(_mean_held(x_0_given_x_1.base))
@@ -126,7 +124,7 @@ def _mean_held(step: dist.Distribution) -> dist.Distribution:
 
 
 def _noise_error(
-    forward: ForwardTrajectory, law: dist.Distribution, x_t: Any, t: Int[Array, "*lead"]
+    forward: ForwardTrajectory, law: dist.Distribution, x_t: State, t: Int[Array, "*lead"]
 ) -> Float[Array, "*lead"]:
     """|ε̂ − ε|² / T at given levels."""
     _check(forward)
@@ -141,13 +139,11 @@ def _first_noise_error(
     return _scaled(forward, x_0_given_x_1.base.mean - forward.x_0, jnp.ones((), jnp.int32))
 
 
-def _scaled(forward: ForwardTrajectory, error: Any, t: Int[Array, "*lead"]) -> Any:
+def _scaled(forward: ForwardTrajectory, error: Array, t: Int[Array, "*lead"]) -> Array:
     """ᾱ_t/(1−ᾱ_t) |x̂_0 − x_0|² / T over the observed entries."""
     step = forward.step_at(t)
     square = step.alpha_bar_t / step.noise_t * error**2
-    if forward.observed is not None:
-        square = jnp.where(forward.observed, square, 0.0)
-    return forward.sum_event(square) / forward.steps.T
+    return forward.sum_observed(square) / forward.steps.T
 
 
 def _check(forward: ForwardTrajectory) -> None:

@@ -73,7 +73,8 @@ class StratifiedTimes(Times):
 
     def uniforms(self, key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
         """One in every interval of length 1/n."""
-        return _systematic(key, shape)
+        n = math.prod(shape)
+        return ((jax.random.uniform(key) + jnp.arange(n) / n) % 1.0).reshape(shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +106,8 @@ class ImportanceTimes(Times):
             raise ValueError(f"uniform_share must lie in (0, 1]; got {self.uniform_share}")
 
     def uniforms(self, key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
-        """Systematic uniforms."""
-        return _systematic(key, shape)
+        """Those of `StratifiedTimes`."""
+        return StratifiedTimes().uniforms(key, shape)
 
     def law(self, mean_square_kl: Float[Array, " steps"]) -> Float[Array, " steps"]:
         """Proportional to the root mean square; a step never visited counts as the largest."""
@@ -115,8 +116,3 @@ class ImportanceTimes(Times):
         root = jnp.where(root > 0, root, jnp.where(largest > 0, largest, 1.0))
         uniform = 1 / root.shape[0]
         return (1 - self.uniform_share) * root / jnp.sum(root) + self.uniform_share * uniform
-
-
-def _systematic(key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
-    n = math.prod(shape)
-    return ((jax.random.uniform(key) + jnp.arange(n) / n) % 1.0).reshape(shape)

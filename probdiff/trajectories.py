@@ -28,7 +28,8 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Float, Int
 from numpyro.distributions import constraints
 
-from probdiff.reverse import Reverse, State
+from probdiff.kernels import Kernel
+from probdiff.reverse import Mask, Reverse, State, Values
 from probdiff.types import Step
 
 TRAJECTORY_SUFFIX = "_trajectory"
@@ -38,9 +39,9 @@ TRAJECTORY_SUFFIX = "_trajectory"
 class SampledTimes(NamedTuple):
     """Levels of a trajectory at x_1 and at sampled times, in place of the whole."""
 
-    x_1: Any
+    x_1: State
     """`(*batch, *event)`."""
-    x_t: Any
+    x_t: State
     """`(num_times, *batch, *event)`."""
     t: Int[Array, "..."]
     """`(num_times, *batch)`, in 2..T."""
@@ -48,7 +49,7 @@ class SampledTimes(NamedTuple):
     """`(num_times, *batch)`: 1 / (num_times · P(t)), so that a weighted sum estimates Σ_t."""
 
 
-def first(trajectory: Any, event_dim: int) -> Any:
+def first(trajectory: State | SampledTimes, event_dim: int) -> State:
     """x_1 of a trajectory, whole or `SampledTimes`."""
     if isinstance(trajectory, SampledTimes):
         return trajectory.x_1
@@ -62,7 +63,7 @@ class _Trajectory(dist.Distribution):
     pytree_aux_fields = ("kernel",)
     has_rsample = True  # for symbols too: the guide has no parameters to differentiate by
 
-    def __init__(self, kernel: Any, steps: Step, mask: Any, batch_shape: Any, x_shape: Any):
+    def __init__(self, kernel: Kernel, steps: Step, mask: Mask, batch_shape: Any, x_shape: Any):
         self.kernel, self.steps, self.observed = kernel, steps, mask
         super().__init__(tuple(batch_shape), (steps.T, *x_shape))
 
@@ -84,11 +85,17 @@ class _Trajectory(dist.Distribution):
         """Sum over the axes of one x_t."""
         return jnp.sum(terms, axis=tuple(range(-self.x_dim, 0)))
 
+    def sum_observed(self, terms: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The same over observed entries; missing ones run one process in guide and model."""
+        return self.sum_event(
+            terms if self.observed is None else jnp.where(self.observed, terms, 0.0)
+        )
+
     def step_at(self, t: Int[Array, "..."]) -> Step:
         """Coefficients of steps t, broadcastable to x of shape `(*t.shape, *event)`."""
         return self.steps.at(t, self.x_dim)
 
-    def over_time(self, x: Any) -> Any:
+    def over_time(self, x: State) -> State:
         """Put the time axis in front: `(..., T, *event)` to `(T, ..., *event)`."""
         return jnp.moveaxis(x, -1 - self.x_dim, 0)
 
@@ -99,17 +106,16 @@ class ForwardTrajectory(_Trajectory):
     arg_constraints: ClassVar[dict[str, Any]] = {}
     pytree_data_fields = ("x_0",)
 
-    def __init__(self, kernel: Any, steps: Step, x_0: Any, x_dim: int, mask: Any = None):
+    def __init__(self, kernel: Kernel, steps: Step, x_0: State, x_dim: int, mask: Mask = None):
         self.x_0 = x_0
         split = x_0.ndim - x_dim
         super().__init__(kernel, steps, mask, x_0.shape[:split], x_0.shape[split:])
 
     @classmethod
-    def of(cls, reverse: Reverse, x_0: Any, mask: Any = None) -> "ForwardTrajectory":
+    def of(cls, reverse: Reverse, x_0: Values, mask: Mask = None) -> "ForwardTrajectory":
         """The one that a reverse process undoes, for data in the user's units."""
         x_0 = jnp.asarray(x_0) if mask is None else jnp.where(mask, x_0, jnp.zeros_like(x_0))
-        x_0 = reverse.to_state(x_0)
-        return cls(reverse.kernel, reverse.trained, x_0, reverse.event_dim, mask)
+        return cls(reverse.kernel, reverse.trained, reverse.to_state(x_0), reverse.event_dim, mask)
 
     def broadcast_to(self, batch_shape: tuple[int, ...]) -> "ForwardTrajectory":
         """The same law for a larger batch, by repeating x_0."""
@@ -118,14 +124,14 @@ class ForwardTrajectory(_Trajectory):
         x_0 = jnp.broadcast_to(self.x_0, shape)
         return ForwardTrajectory(self.kernel, self.steps, x_0, self.x_dim, mask)
 
-    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Any:
+    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> State:
         key_missing, key_steps = jax.random.split(key)
         shape = (*sample_shape, *self.batch_shape, *self.x_shape)
         x_0 = jnp.broadcast_to(self.x_0, shape)
         if self.observed is not None:
             x_0 = jnp.where(self.observed, x_0, self.kernel.stationary(shape).sample(key_missing))
 
-        def advance(x_s: Any, inputs: Any) -> Any:
+        def advance(x_s: State, inputs: tuple[Step, Array]) -> tuple[State, State]:
             step, key = inputs
             x_t = self.kernel.transition(x_s, step).sample(key)
             return x_t, x_t
@@ -134,7 +140,7 @@ class ForwardTrajectory(_Trajectory):
         _, trajectory = jax.lax.scan(advance, x_0, (self.steps, keys))
         return jnp.moveaxis(trajectory, 0, -1 - self.x_dim)
 
-    def log_prob(self, value: Any, intermediates: Any = None) -> Any:
+    def log_prob(self, value: State, intermediates: Any = None) -> Float[Array, "..."]:
         x = self.over_time(value)
         x_0 = jnp.broadcast_to(self.x_0, x.shape[1:])
         x_s = jnp.concatenate([x_0[None], x[:-1]])
@@ -149,7 +155,7 @@ class ForwardTrajectory(_Trajectory):
         """q(x_t | x_0), elementwise over `shape` that ends in batch and event; any t ≥ 1."""
         return self.kernel.marginal(jnp.broadcast_to(self.x_0, shape), self.step_at(t))
 
-    def sample_at(self, key: Array, t: Int[Array, "..."]) -> Any:
+    def sample_at(self, key: Array, t: Int[Array, "..."]) -> State:
         """Draw x_t given x_0 for t of shape `(*sample, *batch)`: one level, no trajectory."""
         key_known, key_missing = jax.random.split(key)
         shape = (*t.shape, *self.x_shape)
@@ -165,7 +171,7 @@ class ReverseTrajectory(_Trajectory):
     arg_constraints: ClassVar[dict[str, Any]] = {}
     pytree_data_fields = ("reverse",)
 
-    def __init__(self, reverse: Reverse, mask: Any = None):
+    def __init__(self, reverse: Reverse, mask: Mask = None):
         self.reverse = reverse
         context, lead = reverse.context, []
         if context is not None:
@@ -186,13 +192,12 @@ class ReverseTrajectory(_Trajectory):
         lead = (*sample_shape, *self.batch_shape)
         x_T = self.kernel.stationary((*lead, *self.x_shape)).sample(key_T)
 
-        def retreat(x_t: Any, inputs: Any) -> Any:
+        def retreat(x_t: State, inputs: tuple[Array, Array]) -> tuple[State, State | None]:
             t, key = inputs
             x_s = self.reverse.step(x_t, t).sample(key)
             if self.observed is not None:
                 missing = self.kernel.transition(x_t, self.step_at(t))
-                missing = missing.sample(jax.random.fold_in(key, 1))
-                x_s = jnp.where(self.observed, x_s, missing)
+                x_s = jnp.where(self.observed, x_s, missing.sample(jax.random.fold_in(key, 1)))
             return x_s, x_s if keep else None
 
         n = self.reverse.n
@@ -202,7 +207,7 @@ class ReverseTrajectory(_Trajectory):
             x = jnp.moveaxis(jnp.concatenate([x, x_T[None]]), 0, -1 - self.x_dim)
         return x_1, x
 
-    def log_prob(self, value: Any, intermediates: Any = None) -> Float[Array, "..."]:
+    def log_prob(self, value: State, intermediates: Any = None) -> Float[Array, "..."]:
         x = self.over_time(value)
         lead = x.shape[1 : x.ndim - self.x_dim]
         t = jnp.broadcast_to(_times(2, self.steps.T, len(lead)), (self.steps.T - 1, *lead))

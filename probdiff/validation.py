@@ -14,19 +14,14 @@ import numpy as np
 
 from probdiff import readouts
 from probdiff.arguments import shape_text
-from probdiff.kernels import (
-    AbsorbingKernel,
-    BernoulliKernel,
-    DiscreteKernel,
-    GaussianKernel,
-)
+from probdiff.kernels import AbsorbingKernel, BernoulliKernel, DiscreteKernel, Kernel
 
-FEW_ROWS = 32
+_FEW_ROWS = 32
 """Fewer examples say nothing of a second moment."""
 
 
 def check_units(
-    kernel: Any, event_shape: tuple[int, ...], loc: Any, scale: Any
+    kernel: Kernel, event_shape: tuple[int, ...], loc: Any, scale: Any
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """loc and scale in JAX's float type; None for symbols, which have no units."""
     if isinstance(kernel, DiscreteKernel):
@@ -53,7 +48,7 @@ def check_units(
 
 
 def check_schedule(
-    kernel: Any, readout: Any, last_step: Any, rates: np.ndarray, *, is_learned: bool
+    kernel: Kernel, readout: Any, last_step: Any, rates: np.ndarray, *, is_learned: bool
 ) -> None:
     """What a readout or a diffusion of symbols asks of the rates and the last step."""
     if readout.needs_signal and rates[-1] == 1:
@@ -62,10 +57,8 @@ def check_schedule(
             "sqrt(alpha_bar_T); got 1. Use Data, Velocity or Perturbation"
         )
     if isinstance(kernel, DiscreteKernel) and is_learned:
-        raise ValueError(
-            "beta must be fixed for symbols, which cannot be differentiated by it; got a learned "
-            "schedule"
-        )
+        text = "beta must be fixed for symbols, which cannot be differentiated by it"
+        raise ValueError(f"{text}; got a learned schedule")
     if isinstance(kernel, DiscreteKernel) and last_step.grid is not None:
         raise ValueError(
             "last_step must be Tied() or Learned() for symbols, which lie on no grid; got "
@@ -86,22 +79,16 @@ def check_schedule(
 
 
 def check_data(
-    kernel: Any,
-    event_shape: tuple[int, ...],
-    x_0: Any,
-    mask: Any,
-    argument: str = "x_0",
-    *,
+    kernel: Kernel, event_shape: tuple[int, ...], x_0: Any, mask: Any, argument: str = "x_0", *,
     grid: readouts.Grid | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Shape and dtype of data and mask; their values where they are concrete."""
     shape, dim = np.shape(x_0), len(event_shape)
     if len(shape) < dim or shape[len(shape) - dim :] != event_shape:
-        raise ValueError(
-            f"{argument} must have shape {shape_text('...', event_shape)}; got {shape}"
-        )
+        expected = shape_text("...", event_shape)
+        raise ValueError(f"{argument} must have shape {expected}; got {shape}")
     dtype = jnp.result_type(x_0) if isinstance(x_0, jax.Array) else np.asarray(x_0).dtype
-    if isinstance(kernel, GaussianKernel) and not jnp.issubdtype(dtype, jnp.floating):
+    if not isinstance(kernel, DiscreteKernel) and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
             f"{argument} must be of a floating dtype; got {dtype}: pass "
             f"{argument}.astype(numpy.float32)"
@@ -110,10 +97,9 @@ def check_data(
         raise ValueError(f"mask must have the shape of {argument}, {shape}; got {np.shape(mask)}")
     if mask is not None and jnp.asarray(mask).dtype != bool:
         raise ValueError(f"mask must be boolean; got dtype {jnp.asarray(mask).dtype}")
-    if _is_concrete(x_0, mask):
-        kernel.check_values(_observed(x_0, mask), argument)
-        if grid is not None:
-            grid.check_values(_observed(x_0, mask), argument)
+    for law in (kernel, grid) if _is_concrete(x_0, mask) else ():
+        if law is not None:
+            law.check_values(_observed(x_0, mask), argument)
 
 
 def check_variance(event_shape: tuple[int, ...], variance: Any) -> np.ndarray:
@@ -139,13 +125,12 @@ def check_variance(event_shape: tuple[int, ...], variance: Any) -> np.ndarray:
 
 
 def warn_about_moment(
-    kernel: Any, event_shape: tuple[int, ...], rates: np.ndarray, x: Any, mask: Any
+    kernel: Kernel, event_shape: tuple[int, ...], rates: np.ndarray, x: Any, mask: Any
 ) -> None:
     """Warn where data, on the scale of the diffusion, are far from the second moment of π, 1."""
-    if not isinstance(kernel, GaussianKernel) or not _is_concrete(x, mask):
-        return
     size = int(np.prod(event_shape))
-    if np.size(x) < FEW_ROWS * size:
+    is_few = np.size(x) < _FEW_ROWS * size
+    if isinstance(kernel, DiscreteKernel) or not _is_concrete(x, mask) or is_few:
         return
     moment = float(np.mean(np.square(_observed(x, mask), dtype=np.float64)))
     if 0.5 <= moment <= 2:
@@ -211,10 +196,8 @@ def check_params(template: Any, params: Any, name: str) -> None:
             f"missing: {missing or 'none'}, unknown: {unknown or 'none'}"
         )
     for path, leaf in expected.items():
-        if np.shape(given[path]) != leaf.shape:
-            raise ValueError(
-                f"params{path} must have shape {leaf.shape}; got {np.shape(given[path])}"
-            )
+        if (shape := np.shape(given[path])) != leaf.shape:
+            raise ValueError(f"params{path} must have shape {leaf.shape}; got {shape}")
 
 
 def _fits(value: Any, event_shape: tuple[int, ...]) -> bool:

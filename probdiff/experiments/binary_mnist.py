@@ -18,24 +18,22 @@ PixelCNN 81.3.
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from flax import nnx
 from jaxtyping import Array
 from matplotlib.figure import Figure
 
 import probdiff
 from probdiff import Diffusion, datasets, diagnostics, networks, plots, sample, schedules
 from probdiff.experiments.report import Experiment, Found, Row, Run
-from probdiff.experiments.training import sheets, train
+from probdiff.experiments.training import rngs_of, sheets, train
 from probdiff.train import Progress
 
-UNIT = "nats per image"
-PUBLISHED = 79.2
+_UNIT = "nats per image"
+_PUBLISHED = 79.2
 
 
 class Size(NamedTuple):
@@ -63,7 +61,7 @@ def _conduct(run: Run) -> Found:
     keys = run.keys("init", "fit", "check", "bound", "draw")
     network = networks.UNet(
         (28, 28), size.widths, depth=1, T=size.T, patch=2, outputs=2, states=3,
-        rngs=nnx.Rngs(jax.random.bits(keys["init"]).item()),
+        rngs=rngs_of(keys["init"]),
     )  # fmt: skip
     beta = schedules.harmonic(size.T)
     diffusion = Diffusion(probdiff.AbsorbingKernel(2), beta, network, event_shape=(28, 28))
@@ -91,8 +89,8 @@ def _conduct(run: Run) -> Found:
     bound, curve = tree["bound"].attrs, watch.curve()
     last = curve[-1]
     rows = [
-        Row("−K, absorbing diffusion, test", -bound["mean"], bound["se"], UNIT, None, PUBLISHED),
-        Row("−K, absorbing diffusion, validation", -last["mean"], last["se"], UNIT),
+        Row("−K, absorbing diffusion, test", -bound["mean"], bound["se"], _UNIT, None, _PUBLISHED),
+        Row("−K, absorbing diffusion, validation", -last["mean"], last["se"], _UNIT),
         Row("bits per pixel, test", -bound["mean_bits"] / 784, bound["se_bits"] / 784, "bits"),
         Row("share of ones in training images", float(data.train.mean()), None, ""),
         Row("share of ones in draws", float(draws.mean()), None, ""),
@@ -121,7 +119,7 @@ class _Watch(NamedTuple):
     def log(self) -> Path:
         return self.out_dir / "metrics.jsonl"
 
-    def curve(self) -> list[dict[str, Any]]:
+    def curve(self) -> list[dict[str, float | int]]:
         """Step, seconds of training, mean and standard error of K, so far."""
         path = self.out_dir / "curve.json"
         return json.loads(path.read_text()) if path.is_file() else []
@@ -134,13 +132,13 @@ class _Watch(NamedTuple):
         (self.out_dir / "curve.json").write_text(json.dumps(points))
 
 
-def _figure(curve: list[dict[str, Any]]) -> Figure:
+def _figure(curve: list[dict[str, float | int]]) -> Figure:
     figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     minutes = [point["seconds"] / 60 for point in curve]
     k, errors = ([point[name] for point in curve] for name in ("mean", "se"))
     ax.errorbar(minutes, -np.array(k), yerr=2 * np.array(errors), marker="o", capsize=3)
-    ax.axhline(PUBLISHED, color="0.4", linestyle="--")
-    ax.annotate("PixelRNN 79.2", (minutes[-1], PUBLISHED), ha="right", va="bottom")
+    ax.axhline(_PUBLISHED, color="0.4", linestyle="--")
+    ax.annotate("PixelRNN 79.2", (minutes[-1], _PUBLISHED), ha="right", va="bottom")
     ax.set(
         xlabel="minutes of training",
         ylabel="−K on validation images, nats",

@@ -44,21 +44,22 @@ from probdiff.experiments import TABLE, find
 from probdiff.experiments.report import Row, Run, mean_and_se, root_mean_square
 from probdiff.types import Params
 
-SHOWN, SHOWN_DRAWS = 8, 6
-DEQUANTISED = 1 / 12
+SHOWN, _SHOWN_DRAWS = 8, 6
+_DEQUANTISED = 1 / 12
 """Variance of U: what a pixel has whose level never changes."""
-INSIDE = 0.9
-NAMES = {"digits": "held-out digits", "draws": "draws of the model"}
+_INSIDE = 0.9
+_NAMES = {"digits": "held-out digits", "draws": "draws of the model"}
 COVERAGE = "inside 90 % intervals"
 LEVELS, NATS = "grey levels", "nats per image"
 
 Images = Float[Array | np.ndarray, "_ side side"]
+_Measure = Callable[[Array | np.ndarray], Array | np.ndarray]
 
 
 class Task(NamedTuple):
     """One way to observe an image."""
 
-    measure: Callable[[Any], Any]
+    measure: _Measure
     """What is measured of images `(..., side, side)`; linear."""
     noise: float
     """Standard deviation of a measurement; 0 where it is exact."""
@@ -90,8 +91,8 @@ def super_resolution(prior: Prior, sigma: float) -> Task:
     return _under_noise(prior, block_means, sigma)
 
 
-def _under_noise(prior: Prior, measure: Callable[[Any], Any], sigma: float) -> Task:
-    def program(y: Any) -> None:
+def _under_noise(prior: Prior, measure: _Measure, sigma: float) -> Task:
+    def program(y: Array | np.ndarray) -> None:
         with numpyro.plate("image", len(y)):
             numpyro.sample("y", dist.Normal(measure(prior()), sigma).to_event(2), obs=y)
 
@@ -104,7 +105,7 @@ def inpainting(prior: Prior) -> Task:
     half = shape[0] // 2
     is_known = np.broadcast_to(np.arange(shape[0])[:, None] < half, shape)
 
-    def program(y: Any) -> None:
+    def program(y: Array | np.ndarray) -> None:
         known = jnp.concatenate([y, jnp.zeros_like(y)], -2)
         with numpyro.plate("image", len(y)):
             prior(known=known, mask=np.broadcast_to(is_known, known.shape))
@@ -112,7 +113,7 @@ def inpainting(prior: Prior) -> Task:
     return Task(lambda x: x[..., :half, :], 0.0, program, ~is_known)
 
 
-def block_means(x: Any) -> Any:
+def block_means(x: Array | np.ndarray) -> Array | np.ndarray:
     """Means of blocks of 2 × 2 pixels."""
     *lead, height, width = x.shape
     return x.reshape(*lead, height // 2, 2, width // 2, 2).mean((-3, -1))
@@ -127,9 +128,9 @@ class Gaussian(NamedTuple):
     @property
     def is_constant(self) -> np.ndarray:
         """Pixels whose level varies less than the noise that dequantises it, `(side, side)`."""
-        return (np.diag(self.covariance) < 2 * DEQUANTISED).reshape(self.mean.shape)
+        return (np.diag(self.covariance) < 2 * _DEQUANTISED).reshape(self.mean.shape)
 
-    def given(self, task: Task, y: Any) -> tuple[np.ndarray, np.ndarray]:
+    def given(self, task: Task, y: Array | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """E[x | y] and log p(y) of each observation."""
         A, flat = task.matrix, np.asarray(y, np.float64).reshape(len(y), -1)
         covariance = A @ self.covariance @ A.T + task.noise**2 * np.eye(len(A))
@@ -149,7 +150,7 @@ def gaussian_of(images: Images, *, offset: float = 0.5) -> Gaussian:
     """
     images = np.asarray(images, np.float64)
     flat = images.reshape(len(images), -1)
-    covariance = np.cov(flat, rowvar=False) + DEQUANTISED * np.eye(flat.shape[1])
+    covariance = np.cov(flat, rowvar=False) + _DEQUANTISED * np.eye(flat.shape[1])
     return Gaussian(images.mean(0) + offset, covariance)
 
 
@@ -162,10 +163,8 @@ def sampler(task: Task, *, num_particles: int, num_runs: int, progress: bool = F
     """SMC of a task, its twist with a direction for each measurement where these mix pixels."""
     is_mixed = 0 < len(task.matrix) < task.unseen.size and task.noise > 0
     twist = infer.LaplaceTwist(rank=len(task.matrix)) if is_mixed else infer.LaplaceTwist()
-    return infer.SMC(
-        task.program, num_particles=num_particles, num_runs=num_runs, progress=progress,
-        twist=twist,
-    )  # fmt: skip
+    options = {"num_particles": num_particles, "num_runs": num_runs, "progress": progress}
+    return infer.SMC(task.program, twist=twist, **options)
 
 
 class Posterior(NamedTuple):
@@ -197,9 +196,8 @@ def posterior(key: Array, smc: infer.SMC, task: Task, x: Images) -> Posterior:
     key_noise, key_smc, key_rank = jax.random.split(key, 3)
     x = np.asarray(x)
     y = np.asarray(task.observe(key_noise, x))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", infer.InferenceWarning)  # they stand in the report
-        smc.run(key_smc, y)
+    with warnings.catch_warnings(action="ignore", category=infer.InferenceWarning):
+        smc.run(key_smc, y)  # what it warns of stands in the report
     sites, log_w = smc.get_weighted_samples()
     weights, draws = np.exp(log_w.astype(np.float64)), sites["x_0"].astype(np.float64)
     mean = np.einsum("mb,mbij->bij", weights, draws)
@@ -224,12 +222,9 @@ def rank(
         truth: The truths.
         uniform: V.
     """
-    n = 1 / np.sum(weights**2, 0)
-    n = n.reshape(-1, *[1] * (truth.ndim - 1))
-    below, equal = (
-        np.einsum("mb,mb...->b...", weights, compare(draws, truth))
-        for compare in (np.less, np.equal)
-    )
+    n = (1 / np.sum(weights**2, 0)).reshape(-1, *[1] * (truth.ndim - 1))
+    is_so = (compare(draws, truth) for compare in (np.less, np.equal))
+    below, equal = (np.einsum("mb,mb...->b...", weights, there) for there in is_so)
     return (n * below + uniform * (n * equal + 1)) / (n + 1)
 
 
@@ -237,19 +232,14 @@ def coverage(
     ranks: Float[np.ndarray, "images *event"], is_counted: np.ndarray
 ) -> tuple[float, float]:
     """Share of counted numbers inside their central 90 % interval; error over images."""
-    edge = (1 - INSIDE) / 2
-    is_inside = np.abs(ranks - 0.5) < 0.5 - edge
+    is_inside = np.abs(ranks - 0.5) < 0.5 - (1 - _INSIDE) / 2
     return mean_and_se(is_inside[:, is_counted].mean(1))
 
 
 def rows(name: str, task: Task, found: Posterior, gaussian: Gaussian) -> list[Row]:
     """Lines of a table: coverage, errors, evidence, and what the sampler says of itself.
 
-    Args:
-        name: What the truths are.
-        task: What was observed.
-        found: What was inferred.
-        gaussian: Of the training images.
+    `name` is what the truths are, and `gaussian` that of the training images.
     """
     constant, health = task.unseen & gaussian.is_constant, found.health
     counted = {"": task.unseen & ~constant, f", {constant.sum()} constant pixels": constant}
@@ -261,7 +251,7 @@ def rows(name: str, task: Task, found: Posterior, gaussian: Gaussian) -> list[Ro
         evidence, advantage = mean_and_se(log_z), mean_and_se(log_z - log_p)
     spread, ess = "spread of log evidence over runs", "least effective number"
     lines = [
-        *(Row(f"{COVERAGE}{text}", *coverage(found.rank, pixels), "share", INSIDE)
+        *(Row(f"{COVERAGE}{text}", *coverage(found.rank, pixels), "share", _INSIDE)
           for text, pixels in counted.items() if pixels.any()),
         Row("RMSE of the posterior mean", *root_mean_square(wrong), LEVELS),
         Row("RMSE of the Gaussian's posterior mean", *root_mean_square(of_guess), LEVELS),
@@ -284,17 +274,17 @@ def short_rows(name: str, task: Task, found: Posterior, gaussian: Gaussian) -> l
 
 
 def infer_all(
-    run: Run, keys: Any, smc: infer.SMC, task: Task, truths: dict[str, Images], gaussian: Gaussian
+    run: Run, keys: Array, smc: infer.SMC, task: Task, truths: dict[str, Images], gaussian: Gaussian
 ) -> tuple[dict[str, Posterior], list[Row], str]:
     """Posteriors of every kind of truth, lines of the table, and what the samplers warned of."""
     found = {}
     for key, (name, x) in zip(keys, truths.items(), strict=True):
-        run.say(f"infer {len(x)} {NAMES[name]}")
+        run.say(f"infer {len(x)} {_NAMES[name]}")
         began = time.monotonic()
         found[name] = posterior(key, smc, task, x)
         run.say(f"{(time.monotonic() - began) / len(x):.1f} s per image")
-    lines = [row for kind, p in found.items() for row in rows(NAMES[kind], task, p, gaussian)]
-    texts = [f"- {NAMES[kind]}: {text}" for kind, p in found.items() for text in p.complaints]
+    lines = [row for kind, p in found.items() for row in rows(_NAMES[kind], task, p, gaussian)]
+    texts = [f"- {_NAMES[kind]}: {text}" for kind, p in found.items() for text in p.complaints]
     return found, lines, "\n".join(texts) or "None."
 
 
@@ -335,5 +325,5 @@ def sheet(found: Posterior, *, vmax: float = 17.0) -> Figure:
         y = np.concatenate([y, np.full_like(y, np.nan)], 1)
     draws = found.tree["posterior"]["x_0"].values[0, :, :SHOWN]
     truth, mean, sd = (a[:SHOWN] for a in (found.truth, found.mean, found.sd))
-    axes = plots.posterior_images(truth, y, draws, mean, sd, num_draws=SHOWN_DRAWS, vmax=vmax)
+    axes = plots.posterior_images(truth, y, draws, mean, sd, num_draws=_SHOWN_DRAWS, vmax=vmax)
     return axes[0, 0].figure

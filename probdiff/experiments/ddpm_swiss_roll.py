@@ -58,27 +58,28 @@ import xarray as xr
 from flax import nnx
 from jaxtyping import Array, Float, Int
 from matplotlib.figure import Figure
+from numpyro.infer import ELBO
 
 import probdiff
 from probdiff import Diffusion, datasets, diagnostics, networks, plots, readouts, sample, schedules
 from probdiff.experiments.judging import TwoSampleTest, energy, gaussian, two_sample_test
 from probdiff.experiments.report import Experiment, Found, Row, Run, mean_and_se, verdict
-from probdiff.experiments.training import Trained, train_and_bound
+from probdiff.experiments.training import Trained, in_bits, train_and_bound
 from probdiff.kernels import bridge_weights
 from probdiff.trajectories import ForwardTrajectory
-from probdiff.types import Params, Step
+from probdiff.types import Network, Params, Step
 
-T, BETA_1, BETA_T, NOISE = 40, 1e-3, 0.05, 0.25
-INITIAL_WIDTH = 0.4
-UNIT = "bits per point"
-BOUND, SIMPLE, COMBINED = "trained by the bound", "by L_simple", "by L_simple − 0.001 K"
-OBJECTIVES = {
+T, BETA_1, _BETA_T, NOISE = 40, 1e-3, 0.05, 0.25
+_INITIAL_WIDTH = 0.4
+_UNIT = "bits per point"
+BOUND, _SIMPLE, _COMBINED = "trained by the bound", "by L_simple", "by L_simple − 0.001 K"
+_OBJECTIVES = {
     BOUND: probdiff.SampledTimeELBO,
-    SIMPLE: probdiff.SimpleLoss,
-    COMBINED: probdiff.CombinedLoss,
+    _SIMPLE: probdiff.SimpleLoss,
+    _COMBINED: probdiff.CombinedLoss,
 }
-TESTS = {"energy": energy, "MMD 0.3": gaussian(0.3), "MMD 0.1": gaussian(0.1)}
-BEST = "best possible diffusion"
+_TESTS = {"energy": energy, "MMD 0.3": gaussian(0.3), "MMD 0.1": gaussian(0.1)}
+_BEST = "best possible diffusion"
 
 Tests = dict[str, dict[str, TwoSampleTest]]
 """By the name of the draws, and of the test."""
@@ -134,14 +135,14 @@ def _conduct(run: Run) -> Found:
         models[name] = _Roll(trained, *draws)
         tests[name] = compare(run.seed, models[name].x_0, held_out, size.num_permutations)
 
-    run.say(BEST)
+    run.say(_BEST)
     best = define_best(rates(), NOISE)
     best_tree = diagnostics.bound(keys["bound"], best, {}, held_out, num_draws=size.num_draws)
     run.say("other draws and figures")
     main = next(iter(models.values()))
     diffusion, trees = main.trained.diffusion, {n: m.trained.tree for n, m in models.items()}
     others = {
-        BEST: sample.ancestral(keys["draw"], best, {}, size.compared),
+        _BEST: sample.ancestral(keys["draw"], best, {}, size.compared),
         "untrained": sample.ancestral(keys["draw"], diffusion, untrained(diffusion), size.compared),
         "N(0, I)": np.asarray(jax.random.normal(keys["noise"], (size.compared, 2))),
     }
@@ -149,38 +150,33 @@ def _conduct(run: Run) -> Found:
         tests[name] = compare(run.seed, x_0, held_out, size.num_permutations)
     rows = [
         *_bound_rows(trees, best_tree, densities(keys["noise"], held_out)),
-        *(
-            Row(f"p by {test}, {size.compared} draws: {name}", found[test].p_value)
-            for test in TESTS
-            for name, found in tests.items()
-        ),
-    ]
+        *(Row(f"p by {test}, {size.compared} draws: {name}", found[test].p_value)
+          for test in _TESTS for name, found in tests.items()),
+    ]  # fmt: skip
     figures = {
         "trajectories": _trajectories(keys["forward"], main, held_out[: size.compared]),
         "samples": _samples(held_out, models, others, tests, size),
         "kl_per_step": _kl_per_step(trees, best_tree),
         "losses": _losses(models, size.batch_size),
     }
-    told = "\n".join(f"- by {t}: {'; '.join(failing(tests, t)) or 'none'}" for t in TESTS)
-    sections = {
-        "Verdict": verdict(rows),
-        "Draws": f"Told from the data at the level 0.01:\n\n{told}",
-    }
+    told = "\n".join(f"- by {t}: {'; '.join(failing(tests, t)) or 'none'}" for t in _TESTS)
+    draws = f"Told from the data at the level 0.01:\n\n{told}"
+    sections = {"Verdict": verdict(rows), "Draws": draws}
     return Found(rows, figures, {"bounds": main.trained.tree}, sections, main.trained.model)
 
 
 EXPERIMENT = Experiment("DDPM Swiss roll", __doc__, _conduct, {"cpu": Size(), "quick": SMALL})
 
 
-def _plan(size: Size) -> dict[str, tuple[int, Any]]:
+def _plan(size: Size) -> dict[str, tuple[int, ELBO]]:
     """Number of functions and objective of each model, by its name; the first is the main one."""
-    names = [(size.functions, name) for name in OBJECTIVES] + [(n, BOUND) for n in size.others]
-    return {f"{n} functions, {name}": (n, OBJECTIVES[name]()) for n, name in names}
+    names = [(size.functions, name) for name in _OBJECTIVES] + [(n, BOUND) for n in size.others]
+    return {f"{n} functions, {name}": (n, _OBJECTIVES[name]()) for n, name in names}
 
 
 def rates() -> Float[np.ndarray, " T"]:
     """β_1..β_40, linear from 0.001 to 0.05."""
-    return schedules.linear(T, beta_1=BETA_1, beta_T=BETA_T)
+    return schedules.linear(T, beta_1=BETA_1, beta_T=_BETA_T)
 
 
 @functools.cache  # what is compiled for a diffusion is kept with it
@@ -191,7 +187,7 @@ def define(functions: int) -> Diffusion:
     each other, and take long to become narrow: they start at width 0.4.
     """
     network = networks.RadialBasis((2,), width=functions, T=T, rngs=nnx.Rngs(0))
-    network.log_widths[...] = jnp.full(functions, jnp.log(INITIAL_WIDTH))
+    network.log_widths[...] = jnp.full(functions, jnp.log(_INITIAL_WIDTH))
     return _define(rates(), network)
 
 
@@ -200,10 +196,9 @@ def define_best(beta: Float[np.ndarray, " T"], noise: float) -> Diffusion:
     return _define(beta, best_network(schedules.steps(beta), noise))
 
 
-def _define(beta: Float[np.ndarray, " T"], network: Any) -> Diffusion:
-    return Diffusion(
-        probdiff.GaussianKernel(), beta, network, event_shape=(2,), readout=readouts.Data()
-    )
+def _define(beta: Float[np.ndarray, " T"], network: Network) -> Diffusion:
+    kernel, readout = probdiff.GaussianKernel(), readouts.Data()
+    return Diffusion(kernel, beta, network, event_shape=(2,), readout=readout)
 
 
 def untrained(diffusion: Diffusion) -> Params:
@@ -262,19 +257,16 @@ def _data_given(
     return x_0, sigma**2 * noise / width + (noise / width) ** 2 * jnp.stack(spread, -1)
 
 
-def _logit(p: Any) -> Array:
+def _logit(p: Array) -> Array:
     return jnp.log(p) - jnp.log1p(-p)
 
 
 def compare(seed: int, x_0: Any, held_out: Any, num_permutations: int) -> dict[str, TwoSampleTest]:
     """Draws beside as many held-out points, by every test."""
     x_0, held_out = (np.asarray(x, np.float64) for x in (x_0, held_out[: len(x_0)]))
-    return {
-        name: two_sample_test(
-            np.random.default_rng(seed), x_0, held_out, k, num_permutations=num_permutations
-        )
-        for name, k in TESTS.items()
-    }
+    options = {"num_permutations": num_permutations}
+    return {name: two_sample_test(np.random.default_rng(seed), x_0, held_out, k, **options)
+            for name, k in _TESTS.items()}  # fmt: skip
 
 
 def failing(tests: Tests, test: str) -> list[str]:
@@ -308,35 +300,29 @@ def densities(key: Array, x_0: Float[Array, "n 2"]) -> Densities:
 def _diffused(key: Array, x_0: Array, noise: float) -> tuple[Array, Array]:
     """Draws of x_t given points, 1 − ᾱ_t = `noise`, and log q(x_t), nats."""
     x_t = jnp.sqrt(1 - noise) * x_0 + jnp.sqrt(noise) * jax.random.normal(key, x_0.shape)
-    return x_t, datasets.swiss_roll_log_density(
-        x_t, noise=NOISE, extra_variance=noise, shrink=1 - noise
-    )
-
-
-def _bits(tree: xr.DataTree, name: str = "bound") -> np.ndarray:
-    """A part of the bound per held-out point."""
-    return tree["bound"][name].values.astype(np.float64) * diagnostics.BITS_PER_NAT
+    law = {"noise": NOISE, "shrink": 1 - noise, "extra_variance": noise}
+    return x_t, datasets.swiss_roll_log_density(x_t, **law)
 
 
 def paired_with_best(
     trees: dict[str, xr.DataTree], best: xr.DataTree
 ) -> dict[str, tuple[float, float]]:
     """K − best possible K, mean over the same points and draws, and its standard error; bits."""
-    return {name: mean_and_se(_bits(tree) - _bits(best)) for name, tree in trees.items()}
+    return {name: mean_and_se(in_bits(tree) - in_bits(best)) for name, tree in trees.items()}
 
 
 def _bound_rows(trees: dict[str, xr.DataTree], best: xr.DataTree, limits: Densities) -> list[Row]:
-    k_best, hard = mean_and_se(_bits(best)), mean_and_se(limits.x_1)
+    k_best, hard = mean_and_se(in_bits(best)), mean_and_se(limits.x_1)
     first, differences = next(iter(trees.values())), paired_with_best(trees, best)
     return [
-        *[Row(f"K, {n}", *mean_and_se(_bits(t)), UNIT, k_best[0]) for n, t in trees.items()],
-        *[Row(f"K − best, paired: {n}", *found, UNIT, 0.0) for n, found in differences.items()],
-        Row("best K of Gaussian steps with these rates", *k_best, UNIT, hard[0]),
-        Row("ceiling of a tied last step, −h(X⁽¹⁾)", *hard, UNIT),
-        Row("ceiling of any density, −h(X⁽⁰⁾)", *mean_and_se(limits.x_0), UNIT),
-        Row("KL of q(x_T | x_0) from N(0, I), in every K", *mean_and_se(_bits(first, "prior_kl")),
-            UNIT),
-        Row("KL of q(x_T) from N(0, I), which draws pay", *mean_and_se(limits.gain_T), UNIT),
+        *[Row(f"K, {n}", *mean_and_se(in_bits(t)), _UNIT, k_best[0]) for n, t in trees.items()],
+        *[Row(f"K − best, paired: {n}", *found, _UNIT, 0.0) for n, found in differences.items()],
+        Row("best K of Gaussian steps with these rates", *k_best, _UNIT, hard[0]),
+        Row("ceiling of a tied last step, −h(X⁽¹⁾)", *hard, _UNIT),
+        Row("ceiling of any density, −h(X⁽⁰⁾)", *mean_and_se(limits.x_0), _UNIT),
+        Row("KL of q(x_T | x_0) from N(0, I), in every K", *mean_and_se(in_bits(first, "prior_kl")),
+            _UNIT),
+        Row("KL of q(x_T) from N(0, I), which draws pay", *mean_and_se(limits.gain_T), _UNIT),
     ]  # fmt: skip
 
 
@@ -346,10 +332,11 @@ def _trajectories(key: Array, model: _Roll, x: Array) -> Figure:
     forward = ForwardTrajectory.of(reverse, x).sample(key)
     levels = [0, 5, 10, 20, T]
     figure, axes = plt.subplots(2, 5, figsize=(15, 6.4), layout="constrained")
-    for row, name, color, start, trajectory in (
-        (axes[0], "forward trajectory q(x_t)", plots.BLUE, x, forward),
-        (axes[1], "reverse trajectory p(x_t)", plots.ORANGE, model.x_0, model.trajectory),
-    ):
+    lines = (
+        ("forward trajectory q(x_t)", plots.BLUE, x, forward),
+        ("reverse trajectory p(x_t)", plots.ORANGE, model.x_0, model.trajectory),
+    )
+    for row, (name, color, start, trajectory) in zip(axes, lines, strict=True):
         at = [start if t == 0 else trajectory[:, t - 1] for t in levels]
         plots.slices(at, [f"t = {t}" for t in levels], color=color, axes=row)
         row[0].set_ylabel(f"{name}\n\nx₂")
@@ -362,20 +349,20 @@ def _samples(
 ) -> Figure:  # fmt: skip
     """Data beside draws of several models, with the p-values of their tests against data."""
     draws = {name: model.x_0 for name, model in models.items()} | others
-    shown = [next(iter(models)), BEST, f"{min(size.others)} functions, {BOUND}", "untrained"]
+    shown = [next(iter(models)), _BEST, f"{min(size.others)} functions, {BOUND}", "untrained"]
     figure, (first, *rest) = plt.subplots(1, 5, figsize=(15, 3.8), layout="constrained")
     plots.points(held_out[: size.compared], title="held-out data\n", ax=first)
     for ax, name in zip(rest, shown, strict=True):
         p = ", ".join(f"{found.p_value:.2g}" for found in tests[name].values())
         plots.points(draws[name], title=f"{name}\np = {p}", color=plots.ORANGE, ax=ax)
-    figure.suptitle(f"p by {', '.join(TESTS)}", fontsize="medium")
+    figure.suptitle(f"p by {', '.join(_TESTS)}", fontsize="medium")
     return figure
 
 
 def _kl_per_step(trees: dict[str, xr.DataTree], best: xr.DataTree) -> Figure:
     """What each step costs at best, bits, and what each model pays on top, at the same draws."""
-    steps, least = best["bound"]["step"].values, _bits(best, "kl").mean(0)
-    kl = {name: _bits(tree, "kl").mean(0) for name, tree in trees.items()}
+    steps, least = best["bound"]["step"].values, in_bits(best, "kl").mean(0)
+    kl = {name: in_bits(tree, "kl").mean(0) for name, tree in trees.items()}
     main = next(iter(kl))
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     left.plot(steps, least, color="black", label="best possible")

@@ -34,17 +34,16 @@ from flax import nnx
 from jaxtyping import Array
 from matplotlib.figure import Figure
 from sklearn.linear_model import LogisticRegression
-from sklearn.mixture import GaussianMixture
 
 import probdiff
 from probdiff import Diffusion, datasets, diagnostics, networks, plots, readouts, sample, schedules
 from probdiff.experiments import conditioning
-from probdiff.experiments.judging import best_mixture, classifier_rows, flat
+from probdiff.experiments.judging import baselines, classifier_rows, flat
 from probdiff.experiments.report import Experiment, Found, Row, Run, mean_and_se
-from probdiff.experiments.training import sheets, train
+from probdiff.experiments.training import rngs_of, sheets, train
 
-T, BETA_1, ALPHA_BAR_T = 200, 2e-4, 1e-3
-PIXELS, HELD_OUT_COPIES, BASELINE_COPIES = 64, 5, 5
+T, _BETA_1, _ALPHA_BAR_T = 200, 2e-4, 1e-3
+_PIXELS, HELD_OUT_COPIES, _BASELINE_COPIES = 64, 5, 5
 NATS = "nats per image"
 BITS = "bits per pixel, 17 levels"
 
@@ -84,18 +83,13 @@ def _conduct(run: Run) -> Found:
     test = copies(keys["test"], data.test[: size.test_images], HELD_OUT_COPIES)
 
     run.say("fit the baselines")
-    few = train_x[:: max(1, size.copies // BASELINE_COPIES)]  # copies of an image are neighbours
-    gaussian, mixture = (
-        best_mixture(
-            flat(few), flat(validation), [(n, added) for n in numbers for added in regularisations],
-            max_iter=50, random_state=run.seed,
-        )
-        for numbers, regularisations in (
-            ((1,), (1e-3, *size.regularisations)), (size.components, size.regularisations)
-        )
+    few = train_x[:: max(1, size.copies // _BASELINE_COPIES)]  # copies of an image are neighbours
+    mixtures = baselines(
+        few, validation, size.components, size.regularisations, (1e-3, *size.regularisations),
+        max_iter=50, random_state=run.seed,
     )  # fmt: skip
     run.say("train the diffusion")
-    diffusion = _define(images, nnx.Rngs(jax.random.bits(keys["init"]).item()))
+    diffusion = _define(images, rngs_of(keys["init"]))
     rate = optax.cosine_decay_schedule(size.learning_rate, size.num_steps)
     fitted = train(
         keys["fit"], diffusion, train_x, optax.adamw(rate, weight_decay=size.weight_decay),
@@ -108,11 +102,11 @@ def _conduct(run: Run) -> Found:
     draws = sample.ancestral(keys["draw"], diffusion, fitted.params, size.draws)
     levels = np.clip(np.floor(draws), 0, 16)
 
-    scores = {
-        "diffusion, bound K": tree["bound"]["bound"].values,
-        f"Gaussian mixture, {mixture.n_components} components": _score(mixture, test),
-        "Gaussian, full covariance": _score(gaussian, test),
+    scores = {"diffusion, bound K": tree["bound"]["bound"].values} | {
+        name: mixture.score_samples(flat(test)).reshape(-1, HELD_OUT_COPIES).mean(1)
+        for name, mixture in mixtures.items()
     }
+    mixture, gaussian = mixtures.values()
     labels = np.asarray(data.train_labels[: size.train_images])
     classifier = LogisticRegression(C=0.01, max_iter=2000).fit(flat(images), labels)
     judged, counts = classifier_rows(
@@ -122,12 +116,12 @@ def _conduct(run: Run) -> Found:
     key_restore = jax.random.fold_in(keys["draw"], 1)
     restored, figures = _restore(key_restore, diffusion, fitted, images, test, size)
     steps, losses = fitted.held_out_losses
+    seen = (steps, losses / len(validation))
+    curves = plots.losses(fitted.losses, batch_size=size.batch_size, held_out=seen)
     figures |= {
         "samples": sheets(data.test, levels, (0.0, 16.0), columns=7),
         "bound_per_step": plots.bound_per_step(tree).figure,
-        "losses": plots.losses(
-            fitted.losses, batch_size=size.batch_size, held_out=(steps, losses / len(validation))
-        ).figure,
+        "losses": curves.figure,
     }
     chosen = {
         "Chosen": (
@@ -151,49 +145,38 @@ def copies(key: Array, images: Array, n: int) -> Array:
 
 def _define(images: Array, rngs: nnx.Rngs) -> Diffusion:
     """The diffusion; one shift and one scale for all pixels, from the training images."""
-    return Diffusion(
-        probdiff.GaussianKernel(),
-        schedules.log_snr_linear(T, beta_1=BETA_1, alpha_bar_T=ALPHA_BAR_T),
-        networks.SharedHead((8, 8), width=256, depth=2, T=T, channels=6, head_width=24, rngs=rngs),
-        event_shape=(8, 8),
-        readout=readouts.Epsilon(),
-        last_step=readouts.Learned(),
-        loc=float(images.mean()) + 0.5,  # dequantised
-        scale=float(images.std()),
+    network = networks.SharedHead(
+        (8, 8), width=256, depth=2, T=T, channels=6, head_width=24, rngs=rngs
     )
+    beta = schedules.log_snr_linear(T, beta_1=_BETA_1, alpha_bar_T=_ALPHA_BAR_T)
+    units = {"loc": float(images.mean()) + 0.5, "scale": float(images.std())}  # dequantised
+    return Diffusion(
+        probdiff.GaussianKernel(), beta, network, event_shape=(8, 8),
+        readout=readouts.Epsilon(), last_step=readouts.Learned(), **units,
+    )  # fmt: skip
 
 
 def per_image(tree: xr.DataTree) -> xr.DataTree:
     """Bounds averaged over the copies of each image, which are no independent examples."""
-    group = tree["bound"].to_dataset()
-    attrs = group.attrs
-    group = group.coarsen(example=HELD_OUT_COPIES).mean()
+    group = tree["bound"].to_dataset().coarsen(example=HELD_OUT_COPIES).mean()
     group = group.assign_coords(example=np.arange(group.sizes["example"]))
-    mean, se = mean_and_se(group["bound"].values)
-    to_bits = diagnostics.BITS_PER_NAT
-    group.attrs = attrs | {
+    (mean, se), to_bits = mean_and_se(group["bound"].values), diagnostics.BITS_PER_NAT
+    group.attrs = tree["bound"].attrs | {
         "mean": mean, "se": se, "mean_bits": mean * to_bits, "se_bits": se * to_bits,
         "copies": HELD_OUT_COPIES,
     }  # fmt: skip
     return xr.DataTree.from_dict({"bound": group})
 
 
-def _score(mixture: GaussianMixture, images: Array) -> np.ndarray:
-    """Log density of each image, averaged over its copies."""
-    return mixture.score_samples(flat(images)).reshape(-1, HELD_OUT_COPIES).mean(1)
-
-
 def _density_rows(scores: dict[str, np.ndarray]) -> list[Row]:
-    units = {NATS: 1.0, BITS: -1 / (PIXELS * math.log(2))}
+    units = {NATS: 1.0, BITS: -1 / (_PIXELS * math.log(2))}
     diffusion, mixture, _ = scores.values()
     return [
-        Row(f"{name}, test", *mean_and_se(score * factor), unit)
-        for unit, factor in units.items()
-        for name, score in scores.items()
-    ] + [
-        Row("diffusion − mixture, paired", *mean_and_se((diffusion - mixture) * factor), unit)
-        for unit, factor in units.items()
-    ]
+        *(Row(f"{name}, test", *mean_and_se(score * factor), unit)
+          for unit, factor in units.items() for name, score in scores.items()),
+        *(Row("diffusion − mixture, paired", *mean_and_se((diffusion - mixture) * factor), unit)
+          for unit, factor in units.items()),
+    ]  # fmt: skip
 
 
 def _restore(

@@ -12,14 +12,14 @@ import probdiff
 from probdiff import Diffusion, datasets, diagnostics, plots, readouts, sample, schedules
 from probdiff.experiments.judging import bytes_of, classifier_of_bytes, classifier_rows
 from probdiff.experiments.report import Experiment, Found, Row, Run, mean_and_se
-from probdiff.experiments.training import CALLS, Recipe, bits_rows, curve, learn, sheets
+from probdiff.experiments.training import CALLS, Recipe, bits_rows, curve, learn, rngs_of, sheets
 
-T, ALPHA_BAR_T, COMPONENTS, LEVELS = 1000, 1e-4, 4, 256
-SHADES = (0.0, LEVELS - 1.0)
-PIXELS, BITS, PUBLISHED = 784, "bits per pixel, 256 levels", 0.936
-NUMBERS, BITS_OF_COLOURS, PUBLISHED_OF_COLOURS = 3072, "bits per dimension, 256 levels", 3.70
-EPOCHS = 10
-SMALL_NETWORK = Recipe((8, 8), 1, 20, 8, 2e-3, patch=2, evaluations=2)
+T, _ALPHA_BAR_T, _COMPONENTS, LEVELS = 1000, 1e-4, 4, 256
+_SHADES = (0.0, LEVELS - 1.0)
+_PIXELS, _BITS, _PUBLISHED = 784, "bits per pixel, 256 levels", 0.936
+_NUMBERS, _BITS_OF_COLOURS, _PUBLISHED_OF_COLOURS = 3072, "bits per dimension, 256 levels", 3.70
+_EPOCHS = 10
+_SMALL_NETWORK = Recipe((8, 8), 1, 20, 8, 2e-3, patch=2, evaluations=2)
 
 
 class Size(NamedTuple):
@@ -37,10 +37,10 @@ class Size(NamedTuple):
     """Of the classifier."""
 
 
-SMALL = Size(SMALL_NETWORK, 200, 20, 20, 2, 20, 1)
+SMALL = Size(_SMALL_NETWORK, 200, 20, 20, 2, 20, 1)
 
 
-MNIST_TEXT = """How many bits a pixel of 256 grey levels takes, and what the draws look like.
+_MNIST_TEXT = """How many bits a pixel of 256 grey levels takes, and what the draws look like.
 
     diffusion T = 1000, log signal-to-noise linear from noise of one grey level to ᾱ_T = 1e-4
     readout   a mixture of four Gaussians for each pixel, conditioned on its own noise exactly
@@ -61,7 +61,7 @@ training images in place of draws give.
 
 Source: Sohl-Dickstein et al. (2015), table 2, for the Parzen figure.
 """
-DDPM_TEXT = """MNIST as a tutorial on DDPM has it: noise predicted, L_simple, fixed variances.
+_DDPM_TEXT = """MNIST as a tutorial on DDPM has it: noise predicted, L_simple, fixed variances.
 
     T = 1000, β from 1e-4 to 0.02 in equal steps, grey levels scaled to [−1, 1]
     x̂_0 by the noise ε̂, variance β_t; U-Net with a perceptron of the step
@@ -79,7 +79,7 @@ a variational diffusion's, whose variances and rates are chosen for the bound.
 
 Source: Ho et al. (2020). T, rates, batches and epochs are those of the tutorials.
 """
-CIFAR10_TEXT = """CIFAR-10: bits per colour channel of a pixel, and draws.
+_CIFAR10_TEXT = """CIFAR-10: bits per colour channel of a pixel, and draws.
 
 As `mnist`, with colours: noise of one level at first, mixtures of Gaussians for each number, the
 last step put on 256 levels, one shift and one scale for all numbers from the training images, which
@@ -99,55 +99,55 @@ Published: 2015's diffusion 4.20, DDPM 3.70, variational diffusion 2.65 bits per
 
 def define(images: np.ndarray, recipe: Recipe, rngs: nnx.Rngs) -> Diffusion:
     """The diffusion of images of bytes, one shift and one scale for all their numbers."""
+    shape = images.shape[1:]
     loc, scale = float(images.mean(dtype=np.float64)), float(images.std(dtype=np.float64))
+    readout = readouts.Mixture(_COMPONENTS, -loc / scale, (LEVELS - 1 - loc) / scale)
+    beta = schedules.log_snr_linear(T, beta_1=scale**-2, alpha_bar_T=_ALPHA_BAR_T)
+    network = recipe.network(shape, rngs, outputs=3 * _COMPONENTS)
     return Diffusion(
-        probdiff.GaussianKernel(),
-        schedules.log_snr_linear(T, beta_1=scale**-2, alpha_bar_T=ALPHA_BAR_T),
-        recipe.network(images.shape[1:], rngs, outputs=3 * COMPONENTS),
-        event_shape=images.shape[1:],
-        readout=readouts.Mixture(COMPONENTS, -loc / scale, (LEVELS - 1 - loc) / scale),
-        last_step=readouts.Discretised(0, LEVELS - 1, LEVELS),
-        loc=loc,
-        scale=scale,
-    )
+        probdiff.GaussianKernel(), beta, network, event_shape=shape, readout=readout,
+        last_step=readouts.Discretised(0, LEVELS - 1, LEVELS), loc=loc, scale=scale,
+    )  # fmt: skip
 
 
 def define_ddpm(recipe: Recipe, rngs: nnx.Rngs) -> Diffusion:
     """The diffusion of the tutorials, grey levels scaled to [−1, 1]."""
+    beta, network = schedules.linear(T), recipe.network((28, 28), rngs, outputs=1, T=T)
     return Diffusion(
-        probdiff.GaussianKernel(),
-        schedules.linear(T, beta_1=1e-4, beta_T=0.02),
-        recipe.network((28, 28), rngs, outputs=1, T=T),
-        event_shape=(28, 28),
+        probdiff.GaussianKernel(), beta, network, event_shape=(28, 28),
         readout=readouts.Epsilon(readouts.ForwardVariance()),
         last_step=readouts.Discretised(0, LEVELS - 1, LEVELS),
-        loc=(LEVELS - 1) / 2,
-        scale=(LEVELS - 1) / 2,
-    )
+        loc=(LEVELS - 1) / 2, scale=(LEVELS - 1) / 2,
+    )  # fmt: skip
 
 
 def floor(diffusion: Diffusion, images: np.ndarray) -> np.ndarray:
     """Bits per pixel of the last step where x̂_0 is right, image by image."""
-    sd = np.sqrt(1e-4) * diffusion.scale
-    grid = diffusion.last_step.grid
+    sd = jnp.float32(np.sqrt(1e-4) * diffusion.scale)
     levels = jnp.arange(LEVELS, dtype=jnp.float32)
-    bits = -np.asarray(grid.log_mass(levels, levels, jnp.float32(sd))) * diagnostics.BITS_PER_NAT
+    log_mass = diffusion.last_step.grid.log_mass(levels, levels, sd)
+    bits = -np.asarray(log_mass) * diagnostics.BITS_PER_NAT
     return bits[images.astype(int)].reshape(len(images), -1).mean(1)
 
 
+def _parts(data: datasets.Mnist | datasets.Cifar10, size: Size) -> tuple[np.ndarray, ...]:
+    """Images to learn from, to watch by, and to test on."""
+    parts = data.train[: size.train_images], data.train[-size.held_out :]
+    return tuple(x.astype(np.float32) for x in (*parts, data.test[: size.test_images]))
+
+
 def _conduct_mnist(is_ddpm: bool, run: Run) -> Found:
-    size, data = run.size, datasets.mnist()
-    images = data.train[: size.train_images].astype(np.float32)
-    test = data.test[: size.test_images].astype(np.float32)
-    make = functools.partial(*((define_ddpm,) if is_ddpm else (define, images)), size.recipe)
-    (diffusion, fitted, tree), key_draw = learn(
-        run, make, images, data.train[-size.held_out :].astype(np.float32), test,
-        shades=SHADES, objective=probdiff.SimpleLoss() if is_ddpm else None,
+    size, data, keys = run.size, datasets.mnist(), run.keys("init", "fit", "bound", "draw")
+    images, held_out, test = _parts(data, size)
+    make = define_ddpm if is_ddpm else functools.partial(define, images)
+    diffusion, fitted, tree = learn(
+        run, keys, make(size.recipe, rngs_of(keys["init"])), images, held_out, test,
+        shades=_SHADES, objective=probdiff.SimpleLoss() if is_ddpm else None,
     )  # fmt: skip
     run.say("draw, and ask a classifier of real digits")
     walk: dict[str, Any] = {"block_size": 100} if is_ddpm else {"steps": CALLS}
     draws = sample.ancestral(
-        key_draw, diffusion, fitted.params, size.draws, progress=run.progress, **walk
+        keys["draw"], diffusion, fitted.params, size.draws, progress=run.progress, **walk
     )
     labels = data.train_labels[: size.train_images]
     classifier = classifier_of_bytes(images, labels, size.epochs, run.seed)
@@ -155,18 +155,18 @@ def _conduct_mnist(is_ddpm: bool, run: Run) -> Found:
         classifier, bytes_of(test), data.test_labels[: size.test_images], bytes_of(draws)
     )
     rarest = Row("rarest class among the draws", counts.min() / counts.sum(), None, "share")
-    rows = [*bits_rows(tree, PIXELS, BITS, PUBLISHED), *judged, rarest]
+    rows = [*bits_rows(tree, _PIXELS, _BITS, _PUBLISHED), *judged, rarest]
     title = f"draws, {T if is_ddpm else CALLS} network calls each"
-    figures = {"samples": sheets(data.test, draws, SHADES, title=title)}
+    figures = {"samples": sheets(data.test, draws, _SHADES, title=title)}
     if is_ddpm:
         least = mean_and_se(floor(diffusion, test))
-        rows.insert(5, Row("floor of −log p(x_0 | x_1), variance β_1", *least, BITS))
+        rows.insert(5, Row("floor of −log p(x_0 | x_1), variance β_1", *least, _BITS))
         losses = plots.losses(fitted.losses, batch_size=size.recipe.batch_size)
         losses.set(ylabel="L_simple (per example)")
         figures["losses"] = losses.figure
     else:
         rows += _parzen_rows({"draws": draws, "training images": data.train[: size.draws]}, data)
-        figures["curve"] = curve(run, PIXELS, size.held_out, PUBLISHED)
+        figures["curve"] = curve(run, _PIXELS, size.held_out, _PUBLISHED)
     text = f"Classes 0 to 9 among {counts.sum()} draws: {', '.join(map(str, counts))}."
     return Found(rows, figures, {"bounds": tree}, {"Draws": text}, (diffusion, fitted.params))
 
@@ -176,56 +176,52 @@ def _parzen_rows(centres: dict[str, np.ndarray], data: datasets.Mnist) -> list[R
     first = len(data.train) * 5 // 6  # 50,000, as published
     validation, test = data.train[first : first + 1_000] / 255, data.test / 255
     published = {"draws": 317, "training images": 349}  # 10,000 of each
-    rows = []
+    rows, unit = [], "bits per image in [0, 1]"
     for name, x in centres.items():
         found = diagnostics.parzen(x / 255.0, validation, test)["parzen"].attrs
-        rows.append(
-            Row(f"Parzen window on {len(x)} {name}", found["mean_bits"], found["se_bits"],
-                "bits per image in [0, 1]", None, published[name])
-        )  # fmt: skip
+        value, text = (found["mean_bits"], found["se_bits"]), f"Parzen window on {len(x)} {name}"
+        rows.append(Row(text, *value, unit, None, published[name]))
     return rows
 
 
 def _conduct_cifar10(run: Run) -> Found:
-    size, data = run.size, datasets.cifar10()
-    images = datasets.with_mirrored(data.train[: size.train_images]).astype(np.float32)
-    (diffusion, fitted, tree), key_draw = learn(
-        run, functools.partial(define, images, size.recipe), images,
-        data.train[-size.held_out :].astype(np.float32),
-        data.test[: size.test_images].astype(np.float32), shades=SHADES,
-    )  # fmt: skip
+    size, data, keys = run.size, datasets.cifar10(), run.keys("init", "fit", "bound", "draw")
+    images, held_out, test = _parts(data, size)
+    images = datasets.with_mirrored(images)
+    diffusion = define(images, size.recipe, rngs_of(keys["init"]))
+    _, fitted, tree = learn(run, keys, diffusion, images, held_out, test, shades=_SHADES)
     run.say("draw")
-    draws = sample.ancestral(key_draw, diffusion, fitted.params, size.draws, steps=CALLS)
-    bits = -tree["bound"]["bound"].values / (NUMBERS * math.log(2))
+    draws = sample.ancestral(keys["draw"], diffusion, fitted.params, size.draws, steps=CALLS)
+    bits = -tree["bound"]["bound"].values / (_NUMBERS * math.log(2))
     as_paper = 3 * (math.log2(float(diffusion.scale)) - bits)
     rows = [
-        *bits_rows(tree, NUMBERS, BITS_OF_COLOURS, PUBLISHED_OF_COLOURS),
+        *bits_rows(tree, _NUMBERS, _BITS_OF_COLOURS, _PUBLISHED_OF_COLOURS),
         Row("as the paper's K", *mean_and_se(as_paper), "bits per pixel", None, 5.4),
     ]
     figures = {
-        "samples": sheets(data.test, draws, SHADES, title=f"draws, {CALLS} network calls each"),
-        "curve": curve(run, NUMBERS, size.held_out, PUBLISHED_OF_COLOURS),
+        "samples": sheets(data.test, draws, _SHADES, title=f"draws, {CALLS} network calls each"),
+        "curve": curve(run, _NUMBERS, size.held_out, _PUBLISHED_OF_COLOURS),
     }
     return Found(rows, figures, {"bounds": tree}, model=(diffusion, fitted.params))
 
 
-MNIST = Experiment("MNIST", MNIST_TEXT, functools.partial(_conduct_mnist, False), {
+MNIST = Experiment("MNIST", _MNIST_TEXT, functools.partial(_conduct_mnist, False), {
     "cpu": Size(Recipe((32, 64), 1, 7_000, 64, 2e-3, patch=2)),
     "gpu": Size(Recipe(
         (96, 192, 256), 2, 12_000, 256, 1e-3, head_width=32, dtype="bfloat16", ema_decay=0.9995
     )),
     "quick": SMALL,
 })  # fmt: skip
-DDPM_MNIST = Experiment("MNIST by L_simple", DDPM_TEXT, functools.partial(_conduct_mnist, True), {
-    "cpu": Size(Recipe((32, 64), 1, EPOCHS * 59_000 // 128, 128, 2e-3, patch=2), draws=500),
-    "gpu": Size(Recipe((64, 128, 128), 2, EPOCHS * 59_000 // 128, 128, 1e-3), draws=500),
+DDPM_MNIST = Experiment("MNIST by L_simple", _DDPM_TEXT, functools.partial(_conduct_mnist, True), {
+    "cpu": Size(Recipe((32, 64), 1, _EPOCHS * 59_000 // 128, 128, 2e-3, patch=2), draws=500),
+    "gpu": Size(Recipe((64, 128, 128), 2, _EPOCHS * 59_000 // 128, 128, 1e-3), draws=500),
     "quick": SMALL,
 })  # fmt: skip
-CIFAR10 = Experiment("CIFAR-10", CIFAR10_TEXT, _conduct_cifar10, {
+CIFAR10 = Experiment("CIFAR-10", _CIFAR10_TEXT, _conduct_cifar10, {
     "cpu": Size(Recipe((32, 64, 64), 1, 8_000, 32, 2e-3, patch=2), 49_000, 1_000, 2_000, draws=64),
     "gpu": Size(Recipe(
         (128, 256, 256), 3, 30_000, 256, 5e-4, head_width=48, attention_heads=4, dtype="bfloat16",
         ema_decay=0.9995,
     ), 49_000, draws=64),
-    "quick": Size(SMALL_NETWORK._replace(num_steps=10, batch_size=4), 100, 10, 10, 2, 4),
+    "quick": Size(_SMALL_NETWORK._replace(num_steps=10, batch_size=4), 100, 10, 10, 2, 4),
 })  # fmt: skip

@@ -30,7 +30,7 @@ Sources: Székely & Rizzo (2004), Testing for equal distributions in high dimens
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,7 +43,7 @@ from sklearn.neural_network import MLPClassifier
 from probdiff.experiments.report import Row, mean_and_se
 
 Points = Float[np.ndarray, "_ _"]
-Distances = Float[np.ndarray, "n n"]
+_Distances = Float[np.ndarray, "n n"]
 _BLOCK = 500
 _GROUPS = 20
 
@@ -57,12 +57,12 @@ class TwoSampleTest(NamedTuple):
     """Share of divisions with at least this D², in [1/(1 + B), 1]."""
 
 
-def energy(distances: Distances) -> Distances:
+def energy(distances: _Distances) -> _Distances:
     """k(d) = −d, of the energy distance."""
     return -distances
 
 
-def gaussian(width: float) -> Callable[[Distances], Distances]:
+def gaussian(width: float) -> Callable[[_Distances], _Distances]:
     """k(d) = exp(−d²/2w²), of the maximum mean discrepancy.
 
     Args:
@@ -80,7 +80,7 @@ def two_sample_test(
     rng: np.random.Generator,
     x: Points,
     y: Points,
-    k: Callable[[Distances], Distances],
+    k: Callable[[_Distances], _Distances],
     *,
     num_permutations: int = 1999,
 ) -> TwoSampleTest:
@@ -106,8 +106,7 @@ def two_sample_test(
     matrix = _centred(k(cdist(points, points)))
     signs = np.repeat([1 / len(x), -1 / len(y)], [len(x), len(y)])
     observed = _form(matrix, signs[:, None])[0]
-    at_least = 0
-    full, rest = divmod(num_permutations, _BLOCK)  # as many at a time as fit memory
+    at_least, (full, rest) = 0, divmod(num_permutations, _BLOCK)  # as many as fit memory
     for count in [_BLOCK] * full + [rest] * (rest > 0):
         divided = rng.permuted(np.tile(signs, (count, 1)), axis=1).T
         # a division may repeat the sets as they are, up to rounding
@@ -115,13 +114,13 @@ def two_sample_test(
     return TwoSampleTest(float(observed), float((1 + at_least) / (1 + num_permutations)))
 
 
-def _centred(matrix: Distances) -> Distances:
+def _centred(matrix: _Distances) -> _Distances:
     """Means of rows and columns taken out: the same D², s having sum 0, with more digits."""
     mean = matrix.mean(0)
     return matrix - mean - mean[:, None] + mean.mean()
 
 
-def _form(matrix: Distances, signs: Float[np.ndarray, "n b"]) -> Float[np.ndarray, " b"]:
+def _form(matrix: _Distances, signs: Float[np.ndarray, "n b"]) -> Float[np.ndarray, " b"]:
     """D² of every column of signs."""
     return np.sum(signs * (matrix @ signs), 0)
 
@@ -152,12 +151,13 @@ def flat(images: Array | np.ndarray) -> Float[np.ndarray, "n numbers"]:
     return np.asarray(images, np.float64).reshape(len(images), -1)
 
 
-def classifier_of_bytes(images: np.ndarray, labels: np.ndarray, epochs: int, seed: int) -> Any:
+def classifier_of_bytes(
+    images: np.ndarray, labels: np.ndarray, epochs: int, seed: int
+) -> MLPClassifier:
     """A perceptron of one layer that tells real digits of 256 grey levels apart."""
     perceptron = MLPClassifier((256,), batch_size=128, max_iter=epochs, random_state=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # judged on test images, not by it
-        return perceptron.fit(bytes_of(images), labels)
+    with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
+        return perceptron.fit(bytes_of(images), labels)  # judged on test images, not by it
 
 
 def bytes_of(images: np.ndarray) -> Float[np.ndarray, "n numbers"]:
@@ -177,27 +177,34 @@ def classifier_rows(
         Row(f"classifier: right on {name}", *mean_and_se(100 * correct), "%"),
         Row("classifier: probability of its class, test digits", *mean_and_se(sure_of_real)),
         Row("classifier: probability of its class, draws", *mean_and_se(sure)),
-        Row(
-            "entropy of the classes of the draws", -float(np.sum(share * np.log2(share))), None,
-            "bits", math.log2(10),
-        ),
+        Row("entropy of the classes of the draws", -float(np.sum(share * np.log2(share))), None,
+            "bits", math.log2(10)),
     ]  # fmt: skip
     return rows, counts
 
 
-def best_mixture(
-    train: np.ndarray, validation: np.ndarray, sizes: Iterable[tuple[int, float]], **options: Any
-) -> GaussianMixture:
-    """The mixture of Gaussians with full covariances that is best on validation images.
+def baselines(
+    train: np.ndarray, validation: np.ndarray, components: tuple[int, ...],
+    added: tuple[float, ...], added_to_one: tuple[float, ...], **options: Any,
+) -> dict[str, GaussianMixture]:  # fmt: skip
+    """The mixture with full covariances, and the Gaussian, that are best on validation images.
 
     Args:
-        train: Rows to fit to.
-        validation: Rows to choose by.
-        sizes: Number of components, and what is added to the variances, of each candidate.
+        train: Images to fit to.
+        validation: Images to choose by.
+        components: Numbers of components of the mixtures that are tried.
+        added: What is added to their variances, each of which is tried.
+        added_to_one: The same for the Gaussian.
         **options: Of scikit-learn's `GaussianMixture`.
     """
-    candidates = [GaussianMixture(n, reg_covar=added, **options) for n, added in sizes]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # judged by validation, not by it
-        fitted = [candidate.fit(train) for candidate in candidates]
-    return max(fitted, key=lambda mixture: mixture.score(validation))
+    train, validation = flat(train), flat(validation)
+
+    def best(counts: tuple[int, ...], added: tuple[float, ...]) -> GaussianMixture:
+        tried = [GaussianMixture(n, reg_covar=a, **options) for n in counts for a in added]
+        with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
+            fitted = [mixture.fit(train) for mixture in tried]  # judged by validation, not by it
+        return max(fitted, key=lambda mixture: mixture.score(validation))
+
+    gaussian, mixture = best((1,), added_to_one), best(components, added)
+    name = f"Gaussian mixture, {mixture.n_components} components"
+    return {name: mixture, "Gaussian, full covariance": gaussian}

@@ -53,7 +53,7 @@ SIZES = {
 }
 
 
-def load_mnist(folder: str | Path) -> tuple[Diffusion, Params]:
+def _load(folder: str | Path) -> tuple[Diffusion, Params]:
     """A saved model, if it is one of MNIST.
 
     Raises:
@@ -70,7 +70,7 @@ def load_mnist(folder: str | Path) -> tuple[Diffusion, Params]:
 
 def _conduct(run: Run) -> Found:
     size, folder = run.size, trained(run, "mnist")
-    diffusion, params = load_mnist(folder)
+    diffusion, params = _load(folder)
     keys = jax.random.split(jax.random.key(run.seed), 5)
     data = datasets.mnist()
     images = data.train[: size.train_images].astype(np.float32)
@@ -89,26 +89,22 @@ def _conduct(run: Run) -> Found:
     )  # fmt: skip
     found, rows, warned = infer_all(run, keys[1:3], smc, task, truths, gaussian)
     run.say("complete them by the rule of 2015")
-    truth = found["digits"].truth
+    digits, truth = found["digits"], found["digits"].truth
     clamped = _by_rule_of_2015(keys[3], task, truth, size)
-    completed = found["digits"].tree["posterior"]["x_0"].values[0]
+    completed = digits.tree["posterior"]["x_0"].values[0]
     wrong = np.abs(completed - truth)[..., ~task.unseen].max()
     rows = [
         Row("known pixels: largest error", wrong, None, "grey levels", 0.0),
         *_classifier_rows(classifier, data.test_labels[: size.images], truth, completed, clamped),
         *rows,
     ]
-    figures = {
-        f"posterior_{name}": conditioning.sheet(p, vmax=255.0) for name, p in found.items()
-    } | {
-        "sampler": trust(found["digits"]),
-        "rules": _rules(task, truth, completed, clamped),
-    }
+    figures = {f"posterior_{n}": conditioning.sheet(p, vmax=255.0) for n, p in found.items()}
+    figures |= {"sampler": trust(digits), "rules": _rules(task, truth, completed, clamped)}
     sections = {"Model": f"`{folder.as_posix()}`", "Warnings": warned}
-    return Found(rows, figures, {"posterior": few(found["digits"], 5)}, sections)
+    return Found(rows, figures, {"posterior": few(digits, 5)}, sections)
 
 
-EXPERIMENT = Experiment("Inpainting of MNIST", __doc__, _conduct, SIZES, load_mnist)
+EXPERIMENT = Experiment("Inpainting of MNIST", __doc__, _conduct, SIZES, _load)
 
 
 def _by_rule_of_2015(key: jax.Array, task: Task, x: np.ndarray, size: Size) -> np.ndarray:
@@ -117,9 +113,8 @@ def _by_rule_of_2015(key: jax.Array, task: Task, x: np.ndarray, size: Size) -> n
         task.program, num_samples=size.num_particles * size.num_runs, steps=size.steps,
         twist=infer.KernelTwist(), check=False,
     )  # fmt: skip
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", infer.InferenceWarning)  # it is here as what it is
-        guided.run(key, jnp.asarray(task.measure(x)))
+    with warnings.catch_warnings(action="ignore", category=infer.InferenceWarning):
+        guided.run(key, jnp.asarray(task.measure(x)))  # it is here as what it is
     return np.asarray(guided.get_samples()["x_0"])
 
 

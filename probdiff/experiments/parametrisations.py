@@ -28,7 +28,6 @@ Sources: Ho et al. (2020), table 2, does this for CIFAR-10; Székely & Rizzo (20
 import math
 from typing import NamedTuple
 
-import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
@@ -39,10 +38,10 @@ import probdiff
 from probdiff import Diffusion, datasets, diagnostics, networks, plots, readouts, sample, schedules
 from probdiff.experiments.judging import energy_distance
 from probdiff.experiments.report import Experiment, Found, Row, Run, mean_and_se
-from probdiff.experiments.training import train
+from probdiff.experiments.training import rngs_of, train
 
-T, ALPHA_BAR_T, LEVELS, FIRST_NOISE = 200, 1e-3, 17, 1.2
-BITS, LEVEL = "bits per pixel, 17 levels", "grey levels"
+T, _ALPHA_BAR_T, LEVELS, _FIRST_NOISE = 200, 1e-3, 17, 1.2
+_BITS, _LEVEL = "bits per pixel, 17 levels", "grey levels"
 
 
 class Size(NamedTuple):
@@ -65,7 +64,7 @@ READOUTS = {
     "2015": readouts.Perturbation(),
     "mixture": readouts.Mixture(4, -1.0, 2.0),
 }
-LOSSES = {
+_LOSSES = {
     "bound": probdiff.SampledTimeELBO,
     "L_simple": probdiff.SimpleLoss,
     "combined": probdiff.CombinedLoss,
@@ -87,10 +86,9 @@ def _conduct(run: Run) -> Found:
     for readout, loss in CELLS:
         name = f"{readout}, {loss}"
         run.say(f"train: {name}")
-        rngs = nnx.Rngs(jax.random.bits(keys["init"]).item())
-        diffusion = _define(READOUTS[readout], images, rngs)
+        diffusion = _define(READOUTS[readout], images, rngs_of(keys["init"]))
         fitted = train(
-            keys["fit"], diffusion, images, optax.adam(rate), objective=LOSSES[loss](),
+            keys["fit"], diffusion, images, optax.adam(rate), objective=_LOSSES[loss](),
             num_steps=size.num_steps, batch_size=size.batch_size, ema_decay=size.ema_decay,
             held_out=validation, evaluate_every=max(1, size.num_steps // 20), patience=20,
             progress=run.progress,
@@ -100,13 +98,12 @@ def _conduct(run: Run) -> Found:
         )
         bits = -tree["bound"]["bound"].values / (64 * math.log(2))
         draws[name] = sample.ancestral(keys["draw"], diffusion, fitted.params, size.draws)
-        distance = energy_distance(draws[name], test)
         rows += [
-            Row(f"{name}: −K, test", *mean_and_se(bits), BITS),
-            Row(f"{name}: energy distance of draws", *distance, LEVEL),
+            Row(f"{name}: −K, test", *mean_and_se(bits), _BITS),
+            Row(f"{name}: energy distance of draws", *energy_distance(draws[name], test), _LEVEL),
         ]
     floor = energy_distance(images[: size.draws], test)
-    rows.append(Row("training digits: energy distance", *floor, LEVEL))
+    rows.append(Row("training digits: energy distance", *floor, _LEVEL))
     return Found(rows, {"draws": _sheets(test, draws)})
 
 
@@ -120,16 +117,12 @@ def _define(readout: readouts.GaussianReadout, images: np.ndarray, rngs: nnx.Rng
         (8, 8), width=256, depth=2, T=T, channels=6, head_width=24,
         outputs=readout.num_outputs(probdiff.GaussianKernel()), rngs=rngs,
     )  # fmt: skip
+    beta = schedules.log_snr_linear(T, beta_1=(_FIRST_NOISE / scale) ** 2, alpha_bar_T=_ALPHA_BAR_T)
     return Diffusion(
-        probdiff.GaussianKernel(),
-        schedules.log_snr_linear(T, beta_1=(FIRST_NOISE / scale) ** 2, alpha_bar_T=ALPHA_BAR_T),
-        network,
-        event_shape=(8, 8),
-        readout=readout,
-        last_step=readouts.Discretised(0, LEVELS - 1, LEVELS),
-        loc=float(images.mean()),
+        probdiff.GaussianKernel(), beta, network, event_shape=(8, 8), readout=readout,
+        last_step=readouts.Discretised(0, LEVELS - 1, LEVELS), loc=float(images.mean()),
         scale=scale,
-    )
+    )  # fmt: skip
 
 
 def _sheets(test: np.ndarray, draws: dict[str, np.ndarray]) -> Figure:

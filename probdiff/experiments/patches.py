@@ -37,23 +37,22 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-from flax import nnx
 from jaxtyping import Array
 from matplotlib.figure import Figure
 
 import probdiff
 from probdiff import Diffusion, datasets, diagnostics, infer, plots, readouts, sample, schedules
-from probdiff.experiments.judging import best_mixture, flat
+from probdiff.experiments.judging import baselines, flat
 from probdiff.experiments.report import Experiment, Found, Row, Run, mean_and_se
-from probdiff.experiments.training import CALLS, Recipe, sheets, train_at_length
+from probdiff.experiments.training import CALLS, Recipe, learn, rngs_of, sheets
 from probdiff.types import Params
 
-SIDE, COMPONENTS = 32, 4
-ALPHA_BAR_T = 1e-4
-HELD_OUT = 0.3
+_SIDE, _COMPONENTS = 32, 4
+_ALPHA_BAR_T = 1e-4
+_HELD_OUT = 0.3
 """Share of every photograph's rows that is held out."""
-UNIT = "bits per pixel, variance 1"
-WHITE = -0.5 * math.log2(2 * math.pi * math.e)
+_UNIT = "bits per pixel, variance 1"
+_WHITE = -0.5 * math.log2(2 * math.pi * math.e)
 """Mean log density of unit-variance data under N(0, 1), bits per pixel: L_null."""
 
 
@@ -73,7 +72,7 @@ class Size(NamedTuple):
     paint_steps: int = 500
 
 
-FIGURE_5 = (
+_FIGURE_5 = (
     "Figure 5 as in the paper: a held-out photograph; the same with its central {hole} × {hole} "
     "pixels unknown, which is sky blue; the hole painted in by a draw that the rest guides and "
     "that is not weighed, so an approximate posterior draw; and by the rule of 2015. One draw of "
@@ -90,7 +89,7 @@ SIZES = {
 }  # fmt: skip
 
 
-class Patches(NamedTuple):
+class _Patches(NamedTuple):
     """Training, validation and test patches of variance 1, dequantised."""
 
     train: np.ndarray
@@ -102,25 +101,25 @@ class Patches(NamedTuple):
     """A large held-out picture whose hole is to be painted in."""
 
     @classmethod
-    def of(cls, x: np.ndarray, size: Size, level: float, picture: np.ndarray | None) -> "Patches":
+    def of(cls, x: np.ndarray, size: Size, level: float, picture: np.ndarray | None) -> "_Patches":
         """Patches divided into the three parts."""
         return cls(*np.split(x, [size.train, size.train + size.validation]), level, picture)
 
 
-def dead_leaves(key: Array, size: Size) -> Patches:
+def dead_leaves(key: Array, size: Size) -> _Patches:
     """Patches of the generator, discs of radius 2 to 100 in 256 greys."""
     key_leaves, key_noise = jax.random.split(key)
     greys = np.arange(256.0)
     n = size.train + size.validation + size.test
     patches = datasets.dead_leaves(
-        key_leaves, n, size=SIDE, r_min=2.0, r_max=100.0, greys=greys.astype(np.float32)
+        key_leaves, n, size=_SIDE, r_min=2.0, r_max=100.0, greys=greys.astype(np.float32)
     )
     loc, scale = greys.mean() + 0.5, math.sqrt(greys.var() + 1 / 12)
     x = (np.asarray(datasets.dequantise(key_noise, patches)) - loc) / scale
-    return Patches.of(x, size, 1 / scale, None)
+    return _Patches.of(x, size, 1 / scale, None)
 
 
-def bark(key: Array, size: Size) -> Patches:
+def bark(key: Array, size: Size) -> _Patches:
     """Crops of the photographs in the folder `bark` of `PROBDIFF_DATA`.
 
     Raises:
@@ -136,39 +135,38 @@ def bark(key: Array, size: Size) -> Patches:
     images = datasets.grey_images(folder)
     n_test = size.validation + size.test
     crops = datasets.textures(
-        key_crops, size.train, images, size=SIDE, n_test=n_test, test_share=HELD_OUT
+        key_crops, size.train, images, size=_SIDE, n_test=n_test, test_share=_HELD_OUT
     )
     level = 1 / 255 / crops.scale
     x = np.concatenate([crops.train, crops.test])
     x = np.asarray(datasets.dequantise(key_noise, jnp.asarray(x), levels_width=level)) - level / 2
     side = size.picture
-    wide = [a for a in images if min(HELD_OUT * a.shape[0], a.shape[1]) >= side]
+    wide = [a for a in images if min(_HELD_OUT * a.shape[0], a.shape[1]) >= side]
     if not wide:
         raise ValueError(
-            f"{folder} must hold a photograph with {side} columns and {side / HELD_OUT:.0f} rows, "
+            f"{folder} must hold a photograph with {side} columns and {side / _HELD_OUT:.0f} rows, "
             f"of which {side} are held out; got {[a.shape for a in images]}"
         )
     picture = jnp.asarray((wide[0][-side:, :side] - crops.loc) / crops.scale, jnp.float32)
     picture = np.asarray(datasets.dequantise(key_picture, picture, levels_width=level))
-    return Patches.of(x, size, level, picture - level / 2)
+    return _Patches.of(x, size, level, picture - level / 2)
 
 
-def _conduct(make: Callable[[Array, Size], Patches], T: int, run: Run) -> Found:
+def _conduct(make: Callable[[Array, Size], _Patches], T: int, run: Run) -> Found:
     size, recipe = run.size, run.size.recipe
     keys = run.keys("data", "init", "fit", "bound", "draw", "paint")
     patches = make(keys["data"], size)
     run.say("fit the baselines")
-    scores = _baselines(patches, size, run.seed)
-    run.say("train the diffusion")
+    mixtures = baselines(
+        patches.train, patches.validation, size.components, (patches.level**2,),
+        (patches.level**2,), max_iter=size.iterations, random_state=run.seed,
+        init_params="random_from_data",
+    )  # fmt: skip
+    scores = {name: m.score_samples(flat(patches.test)) for name, m in mixtures.items()}
     shades = tuple(np.quantile(patches.train, (0.001, 0.999)))
-    diffusion = _define((SIDE, SIDE), T, patches, recipe, keys["init"])
-    fitted = train_at_length(
-        keys["fit"], diffusion, patches.train, patches.validation, recipe, run, shades=shades
-    )
-    run.say("bound the test patches")
-    tree = diagnostics.sampled_bound(
-        keys["bound"], diffusion, fitted.params, patches.test, num_times=size.test_times,
-        block_size=100, progress=run.progress,
+    diffusion, fitted, tree = learn(
+        run, keys, _define((_SIDE, _SIDE), T, patches, recipe, keys["init"]), *patches[:3],
+        what="patches", shades=shades, block_size=100,
     )  # fmt: skip
     draws = sample.ancestral(keys["draw"], diffusion, fitted.params, size.draws, steps=CALLS)
     figures = {
@@ -178,7 +176,7 @@ def _conduct(make: Callable[[Array, Size], Patches], T: int, run: Run) -> Found:
     sections = {}
     if patches.picture is not None:
         run.say("paint the hole in")
-        sections["Figures"] = FIGURE_5.format(hole=size.hole)
+        sections["Figures"] = _FIGURE_5.format(hole=size.hole)
         large = _define(patches.picture.shape, T, patches, recipe, keys["init"])
         figures["figure_5"] = _figure_5(keys["paint"], large, fitted.params, patches, size, shades)
     rows = _density_rows({"diffusion, bound K": tree["bound"]["bound"].values} | scores, patches)
@@ -192,55 +190,35 @@ BARK = Experiment("Bark", __doc__, functools.partial(_conduct, bark, 500), SIZES
 
 
 def _define(
-    shape: tuple[int, ...], T: int, patches: Patches, recipe: Recipe, key: Array
+    shape: tuple[int, ...], T: int, patches: _Patches, recipe: Recipe, key: Array
 ) -> Diffusion:
     """The diffusion of images of any such shape: the weights do not depend on it."""
     lowest, highest = (float(v) for v in np.quantile(patches.train, (0.01, 0.99)))
+    beta = schedules.log_snr_linear(T, beta_1=patches.level**2, alpha_bar_T=_ALPHA_BAR_T)
+    network = recipe.network(shape, rngs_of(key), outputs=3 * _COMPONENTS)
     return Diffusion(
-        probdiff.GaussianKernel(),
-        schedules.log_snr_linear(T, beta_1=patches.level**2, alpha_bar_T=ALPHA_BAR_T),
-        recipe.network(shape, nnx.Rngs(jax.random.bits(key).item()), outputs=3 * COMPONENTS),
-        event_shape=shape,
-        readout=readouts.Mixture(COMPONENTS, lowest, highest),
-        last_step=readouts.Learned(),
-    )
-
-
-def _baselines(patches: Patches, size: Size, seed: int) -> dict[str, np.ndarray]:
-    """Log density of each test patch under a Gaussian and the best mixture, nats."""
-    train, validation, test = (flat(x) for x in patches[:3])
-    gaussian, mixture = (
-        best_mixture(
-            train, validation, [(n, patches.level**2) for n in numbers],
-            max_iter=size.iterations, random_state=seed, init_params="random_from_data",
-        )
-        for numbers in ((1,), size.components)
+        probdiff.GaussianKernel(), beta, network, event_shape=shape,
+        readout=readouts.Mixture(_COMPONENTS, lowest, highest), last_step=readouts.Learned(),
     )  # fmt: skip
-    return {
-        f"Gaussian mixture, {mixture.n_components} components": mixture.score_samples(test),
-        "Gaussian, full covariance": gaussian.score_samples(test),
-    }
 
 
-def _density_rows(scores: dict[str, np.ndarray], patches: Patches) -> list[Row]:
+def _density_rows(scores: dict[str, np.ndarray], patches: _Patches) -> list[Row]:
     """Bits per pixel of each model, and how far the first is above the others."""
-    to_bits = diagnostics.BITS_PER_NAT / SIDE**2
+    to_bits = diagnostics.BITS_PER_NAT / _SIDE**2
     ceiling = -math.log2(patches.level)
     first = next(iter(scores.values()))
-    rows = [
-        Row(f"{name}, test", *mean_and_se(score * to_bits), UNIT, ceiling)
-        for name, score in scores.items()
-    ]
-    rows += [
-        Row(f"diffusion − {name}, paired", *mean_and_se((first - score) * to_bits), UNIT)
-        for name, score in list(scores.items())[1:]
-    ]
-    k = first * to_bits - WHITE
-    return [*rows, Row("K − L_null", *mean_and_se(k), UNIT, ceiling - WHITE)]
+    gain = mean_and_se(first * to_bits - _WHITE)
+    return [
+        *(Row(f"{name}, test", *mean_and_se(score * to_bits), _UNIT, ceiling)
+          for name, score in scores.items()),
+        *(Row(f"diffusion − {name}, paired", *mean_and_se((first - score) * to_bits), _UNIT)
+          for name, score in list(scores.items())[1:]),
+        Row("K − L_null", *gain, _UNIT, ceiling - _WHITE),
+    ]  # fmt: skip
 
 
 def _figure_5(
-    key: Array, diffusion: Diffusion, params: Params, patches: Patches, size: Size,
+    key: Array, diffusion: Diffusion, params: Params, patches: _Patches, size: Size,
     shades: tuple[float, float],
 ) -> Figure:  # fmt: skip
     """Figure 5 of the paper: a hole in a held-out picture painted in, by two approximate draws."""
@@ -254,19 +232,14 @@ def _figure_5(
         prior(known=np.where(mask, picture, 0.0).astype(np.float32), mask=mask)
 
     panels = {"held-out bark": picture, "with a hole": np.where(mask, picture, np.nan)}
-    twists = {
-        "painted in, guided": infer.LaplaceTwist(),
-        "painted in, rule of 2015": infer.KernelTwist(),
-    }
+    twists = {"guided": infer.LaplaceTwist(), "rule of 2015": infer.KernelTwist()}
+    options = {"num_samples": 1, "steps": size.paint_steps, "check": False}
     for i, (name, twist) in enumerate(twists.items()):
-        guided = infer.Guided(
-            program, twist=twist, num_samples=1, steps=size.paint_steps, check=False
-        )
-        with warnings.catch_warnings():
-            # that x_T still holds a little of so large a picture is small beside no weights
-            warnings.simplefilter("ignore", infer.InferenceWarning)
+        guided = infer.Guided(program, twist=twist, **options)
+        # that x_T still holds a little of so large a picture is small beside no weights
+        with warnings.catch_warnings(action="ignore", category=infer.InferenceWarning):
             guided.run(jax.random.fold_in(key, i))
-        panels[name] = np.asarray(guided.get_samples()["x_0"])[0]
+        panels[f"painted in, {name}"] = np.asarray(guided.get_samples()["x_0"])[0]
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), layout="constrained")
     for (name, panel), ax in zip(panels.items(), axes, strict=True):
         plots.images(panel[None], columns=1, vmin=shades[0], vmax=shades[1], title=name, ax=ax)

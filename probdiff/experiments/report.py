@@ -38,22 +38,16 @@ _BOUNDS = ("K,", "K (", "K − best", "ladder,")
 
 
 class Row(NamedTuple):
-    """One figure of a report; None is what does not apply or is not known.
-
-    Attributes:
-        row: What was measured, and on what.
-        value: Its value.
-        se: Standard error of `value`, in `unit`, not negative.
-        unit: Unit, with the reference measure where `value` is a density.
-        ceiling: `value` of a perfect model, in `unit`.
-        published: What others report, in `unit`.
-    """
+    """One figure of a report; None is what does not apply or is not known."""
 
     row: str
+    """What was measured, and on what."""
     value: SupportsFloat | None
     se: SupportsFloat | None = None
     unit: str | None = None
+    """Unit of all the numbers, with the reference measure where `value` is a density."""
     ceiling: SupportsFloat | None = None
+    """`value` of a perfect model."""
     published: SupportsFloat | None = None
 
 
@@ -148,11 +142,9 @@ class Experiment:
             count = sum(leaf.size for leaf in jax.tree.leaves(found.model[1]))
             settings.append(f"- parameters of the model: {count:,}")
         texts = {"What was done": inspect.cleandoc(self.text)}
-        sections = texts | found.sections | {"Settings": "\n".join(settings)}
-        write_report(
-            out_dir, self.title, found.rows, sections=sections, figures=found.figures,
-            trees=found.trees, quick=quick,
-        )  # fmt: skip
+        texts |= found.sections | {"Settings": "\n".join(settings)}
+        left = {"sections": texts, "figures": found.figures, "trees": found.trees}
+        write_report(out_dir, self.title, found.rows, **left, quick=quick)
         return found.rows
 
 
@@ -172,19 +164,12 @@ def format_table(rows: Sequence[Row]) -> str:
     """
     lines = [("row", "value", "unit", "ceiling", "published")]
     for row in rows:
-        cells = (
-            row.row,
-            _format_value(row.value, row.se),
-            _ABSENT if row.unit is None else row.unit,
-            _format_value(row.ceiling, None),
-            _format_value(row.published, None),
-        )
+        unit = _ABSENT if row.unit is None else row.unit
+        others = (_format_value(value, None) for value in (row.ceiling, row.published))
+        cells = (row.row, _format_value(row.value, row.se), unit, *others)
         lines.append(tuple(cell.replace("|", r"\|") for cell in cells))
-    columns = [
-        column
-        for column in zip(*lines, strict=True)
-        if column[0] in ("row", "value") or set(column[1:]) != {_ABSENT}
-    ]
+    columns = [c for c in zip(*lines, strict=True)
+               if c[0] in ("row", "value") or set(c[1:]) != {_ABSENT}]  # fmt: skip
     widths = [max(map(len, column)) for column in columns]
     lines = zip(*columns, strict=True)
     texts = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
@@ -237,9 +222,8 @@ def write_report(
     """
     figures, trees = figures or {}, trees or {}
     for argument, names in {"figures": figures, "trees": trees}.items():
-        for name in names:
-            if name != Path(name).name:
-                raise ValueError(f"{argument} must be named by plain file names; got {name!r}")
+        if wrong := [name for name in names if name != Path(name).name]:
+            raise ValueError(f"{argument} must be named by plain file names; got {wrong[0]!r}")
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     parts = [f"# {title}", format_table(rows)]
@@ -253,8 +237,13 @@ def write_report(
     for name, tree in trees.items():
         tree.to_netcdf(out_dir / f"{name}.nc", engine="h5netcdf")
     table = [{name: _to_json(field) for name, field in row._asdict().items()} for row in rows]
-    _write(out_dir / "table.json", json.dumps(table, indent=2, ensure_ascii=False, allow_nan=False))
-    return _write(out_dir / "report.md", "\n\n".join(parts))
+    texts = {
+        "table.json": json.dumps(table, indent=2, ensure_ascii=False, allow_nan=False),
+        "report.md": "\n\n".join(parts),
+    }
+    for name, text in texts.items():
+        (out_dir / name).write_text(text + "\n", encoding="utf-8")
+    return out_dir / "report.md"
 
 
 def _format_value(value: SupportsFloat | None, se: SupportsFloat | None) -> str:
@@ -282,30 +271,19 @@ def _format_number(value: float) -> str:
 
 
 def _to_json(field: str | SupportsFloat | None) -> str | float | None:
-    if field is None or isinstance(field, str):
-        return field
-    number = float(field)
-    return number if math.isfinite(number) else None
-
-
-def _write(path: Path, text: str) -> Path:
-    path.write_text(text + "\n", encoding="utf-8")
-    return path
+    is_number = not (field is None or isinstance(field, str))
+    return (float(field) if math.isfinite(field) else None) if is_number else field
 
 
 def above_ceiling(rows: Sequence[Row], ceiling_se: SupportsFloat = 0.0) -> list[str]:
     """Names of the bounds (K, and rungs of a ladder) above their ceiling by three standard errors.
 
-    Args:
-        rows: Lines of a table.
-        ceiling_se: Standard error of the ceilings.
+    `ceiling_se` is the standard error of the ceilings.
     """
     bounds = [row for row in rows if row.row.startswith(_BOUNDS) and row.ceiling is not None]
-    return [
-        row.row
-        for row in bounds
-        if row.value - row.ceiling > 3 * math.hypot(row.se or 0.0, ceiling_se) + 1e-4
-    ]
+    return [row.row for row in bounds
+            if row.value - row.ceiling > 3 * math.hypot(row.se or 0.0, ceiling_se) + 1e-4
+    ]  # fmt: skip
 
 
 def verdict(rows: Sequence[Row], ceiling_se: SupportsFloat = 0.0) -> str:

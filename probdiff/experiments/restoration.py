@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.figure import Figure
 
 from probdiff import Diffusion, Prior, datasets, load, plots, sample
@@ -32,7 +33,7 @@ from probdiff.experiments.conditioning import Posterior, Task, few, infer_all, t
 from probdiff.experiments.report import Experiment, Found, Run
 from probdiff.types import Params
 
-SIDE_BY_SIDE, LEVELS = 3, 17.0
+_SIDE_BY_SIDE, LEVELS = 3, 17.0
 
 
 class Size(NamedTuple):
@@ -48,7 +49,7 @@ class Size(NamedTuple):
     num_runs: int = 4
 
 
-def load_digits(folder: str | Path) -> tuple[Diffusion, Params]:
+def _load(folder: str | Path) -> tuple[Diffusion, Params]:
     """A saved model, if it is one of digits.
 
     Raises:
@@ -66,7 +67,7 @@ def load_digits(folder: str | Path) -> tuple[Diffusion, Params]:
 
 def _conduct(observe: Callable[[Prior, float], Task], is_figure_3: bool, run: Run) -> Found:
     size, folder = run.size, trained(run, "digits")
-    diffusion, params = load_digits(folder)
+    diffusion, params = _load(folder)
     keys = jax.random.split(jax.random.key(run.seed), 4)
     data = datasets.digits()
     gaussian = conditioning.gaussian_of(data.train)
@@ -82,7 +83,7 @@ def _conduct(observe: Callable[[Prior, float], Task], is_figure_3: bool, run: Ru
     sections = {"Model": f"`{folder.as_posix()}`", "Warnings": warned}
     if is_figure_3:
         figures = {"figure_3": figure_3(found["digits"], found["draws"].truth)}
-        sections["Figures"] = FIGURE_3
+        sections["Figures"] = _FIGURE_3
     else:
         figures = {"posterior_digits": conditioning.sheet(found["digits"])}
     figures["posterior_draws"] = conditioning.sheet(found["draws"])
@@ -90,7 +91,7 @@ def _conduct(observe: Callable[[Prior, float], Task], is_figure_3: bool, run: Ru
     return Found(rows, figures, {"posterior": few(found["digits"], 8)}, sections)
 
 
-FIGURE_3 = (
+_FIGURE_3 = (
     "Figure 3 as in the paper, on digits, an image a row: held-out digits; the same with noise of "
     "variance 1 in units in which the training images have variance 1; draws from the posterior "
     "given the noisy image; draws of the model, which know nothing of the image beside them. The "
@@ -102,36 +103,26 @@ FIGURE_3 = (
 def _experiment(title: str, observe: Any, size: Size, is_figure_3: bool = False) -> Experiment:
     sizes = {"cpu": size, "quick": Size(images=2, num_particles=8, num_runs=2)}
     conduct = functools.partial(_conduct, observe, is_figure_3)
-    return Experiment(f"{title} of digits", __doc__, conduct, sizes, load_digits)
+    return Experiment(f"{title} of digits", __doc__, conduct, sizes, _load)
 
 
 DENOISE = _experiment("Denoising", conditioning.denoising, Size(), is_figure_3=True)
-INPAINT = _experiment(
-    "Inpainting", lambda prior, scale: conditioning.inpainting(prior), Size(20, 1024)
-)
-SUPER_RESOLUTION = _experiment(
-    "Super-resolution",
+INPAINT = _experiment("Inpainting", lambda prior, scale: conditioning.inpainting(prior),
+    Size(20, 1024))  # fmt: skip
+SUPER_RESOLUTION = _experiment("Super-resolution",
     lambda prior, scale: conditioning.super_resolution(prior, 0.05 * scale),
-    Size(20, 256),
-)
+    Size(20, 256))  # fmt: skip
 
 
 def figure_3(posterior: Posterior, draws: Any) -> Figure:
-    """Figure 3 of the paper, an image a row: held out, under noise, inferred; draws; posterior sd.
-
-    Args:
-        posterior: Of held-out digits under noise.
-        draws: Draws of the model.
-    """
+    """Figure 3 of the paper, an image a row: held out, noisy, inferred; draws; posterior sd."""
     rows = min(len(posterior.truth), conditioning.SHOWN)
-    inferred = posterior.tree["posterior"]["x_0"].values[0, :SIDE_BY_SIDE, :rows].swapaxes(0, 1)
-    columns, sd = min(SIDE_BY_SIDE, len(draws) // rows), posterior.sd[:rows]
+    inferred = posterior.tree["posterior"]["x_0"].values[0, :_SIDE_BY_SIDE, :rows].swapaxes(0, 1)
+    columns, sd = min(_SIDE_BY_SIDE, len(draws) // rows), posterior.sd[:rows]
     sheets = {
         "held-out\ndigits": posterior.truth[:rows],
         "with noise of\nvariance 1": posterior.y[:rows],
-        "draws from the posterior\ngiven the noisy image": inferred.reshape(
-            -1, *inferred.shape[2:]
-        ),
+        "draws from the posterior\ngiven the noisy image": np.concatenate(inferred),
         "draws of\nthe model": draws[: columns * rows],
         "posterior\nsd": sd,
     }

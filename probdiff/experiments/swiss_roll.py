@@ -56,22 +56,17 @@ from matplotlib.figure import Figure
 import probdiff
 from probdiff import Diffusion, datasets, diagnostics, infer, networks, plots, sample, schedules
 from probdiff.diagnostics import BITS_PER_NAT
-from probdiff.experiments.report import (
-    Experiment,
-    Found,
-    Row,
-    Run,
-    mean_and_se,
-    root_mean_square,
-    verdict,
-)
+from probdiff.experiments import report
+from probdiff.experiments.report import Experiment, Found, Row, Run, mean_and_se, verdict
 from probdiff.experiments.training import Trained, train_and_bound
 from probdiff.trajectories import ForwardTrajectory
 from probdiff.types import Params
 
-NOISE, BETA_1, ALPHA_BAR_T = 0.1, 1e-4, 1e-3
+NOISE, BETA_1, _ALPHA_BAR_T = 0.1, 1e-4, 1e-3
 SIGMA = 0.5
-UNIT = "bits per point"
+_UNIT = "bits per point"
+_Points = Array | np.ndarray
+_Mean = tuple[float, float]
 
 
 class Size(NamedTuple):
@@ -110,29 +105,30 @@ def _conduct(run: Run) -> Found:
     x, held_out = (
         datasets.swiss_roll(keys[name], size.points, noise=NOISE) for name in ("train", "held_out")
     )
-    models = {}
-    for name, diffusion in _define_all(size).items():
+    models, diffusions = {}, {
+        "perceptron, T = 40": define(40),
+        "perceptron, T = 40, learned β": define(40, learned=True),
+        "radial basis (2015), T = 40": define(40, radial_basis=True),
+        f"perceptron, T = {size.T_long}": define(size.T_long),
+    }  # fmt: skip
+    for name, diffusion in diffusions.items():
         run.say(f"train and bound: {name}")
         num_draws = size.num_draws if diffusion.T == 40 else 1
         models[name] = train_and_bound(run, keys, diffusion, x, held_out, num_draws=num_draws)
 
     run.say("ceilings, draws and figures")
-    main = models["perceptron, T = 40"]
+    main, *_ = models.values()
     model = main.model
     ceilings = [ceiling(keys["ceiling"], size.ceiling_points, beta) for beta in (BETA_1, 0.0)]
-    x_0, trajectory = sample.ancestral(
-        keys["draw"], *model, min(size.points, 4000), keep_trajectory=True
-    )
+    drawn = min(size.points, 4000)
+    x_0, trajectory = sample.ancestral(keys["draw"], *model, drawn, keep_trajectory=True)
     off_roll = share_off_roll(keys["ceiling"], x_0, held_out)
     run.say("denoise")
     denoised = _denoise(key_denoise, *model, held_out[: size.denoised], size)
     run.say("rank by few points")
-    few = {
-        name: diagnostics.bound(
-            keys["bound"], *m.model, held_out[: size.few], num_draws=size.draws_of_few
-        )
-        for name, m in models.items()
-    }
+    asked = {"num_draws": size.draws_of_few}
+    few = {name: diagnostics.bound(keys["bound"], *m.model, held_out[: size.few], **asked)
+           for name, m in models.items()}  # fmt: skip
     run.say("climb from K to the log density")
     climbed = _climb(key_ladder, *model, held_out[: size.climbed], size.sizes)
     rows = [
@@ -159,7 +155,7 @@ EXPERIMENT = Experiment("Swiss roll", __doc__, _conduct, {"cpu": Size(), "quick"
 
 def define(T: int, *, learned: bool = False, radial_basis: bool = False) -> Diffusion:
     """A diffusion for the roll, with the readout of 2015 and a tied last step."""
-    beta = schedules.log_snr_linear(T, beta_1=BETA_1, alpha_bar_T=ALPHA_BAR_T)
+    beta = schedules.log_snr_linear(T, beta_1=BETA_1, alpha_bar_T=_ALPHA_BAR_T)
     if radial_basis:
         network = networks.RadialBasis((2,), width=16, T=T, rngs=nnx.Rngs(0))
     else:
@@ -168,27 +164,16 @@ def define(T: int, *, learned: bool = False, radial_basis: bool = False) -> Diff
     return Diffusion(probdiff.GaussianKernel(), rates, network, event_shape=(2,))
 
 
-def _define_all(size: Size) -> dict[str, Diffusion]:
-    return {
-        "perceptron, T = 40": define(40),
-        "perceptron, T = 40, learned β": define(40, learned=True),
-        "radial basis (2015), T = 40": define(40, radial_basis=True),
-        f"perceptron, T = {size.T_long}": define(size.T_long),
-    }
-
-
 def ceiling(key: Array, n: int, beta: float) -> tuple[float, float]:
     """−h(√(1−β) X_0 + √β ε) in bits, and its standard error: β_1 gives −h(X_1), 0 gives −h(X_0)."""
     key_x, key_noise = jax.random.split(key)
     x = datasets.swiss_roll(key_x, n, noise=NOISE)
     x = jnp.sqrt(1 - beta) * x + jnp.sqrt(beta) * jax.random.normal(key_noise, x.shape)
-    log_density = datasets.swiss_roll_log_density(
-        x, noise=NOISE, extra_variance=beta, shrink=1 - beta
-    )
-    return mean_and_se(np.asarray(log_density) * BITS_PER_NAT)
+    law = {"noise": NOISE, "shrink": 1 - beta, "extra_variance": beta}
+    return mean_and_se(np.asarray(datasets.swiss_roll_log_density(x, **law)) * BITS_PER_NAT)
 
 
-def share_off_roll(key: Array, x_0: Any, held_out: Array) -> tuple[float, float]:
+def share_off_roll(key: Array, x_0: _Points, held_out: _Points) -> tuple[float, float]:
     """Percentage of draws less likely than all but 1 % of the data, and its standard error.
 
     A tied last step puts noise on x_1, which has noise already: a perfect x_1 ends as data with
@@ -203,23 +188,21 @@ def share_off_roll(key: Array, x_0: Any, held_out: Array) -> tuple[float, float]
     return mean_and_se(100 * is_off)
 
 
-def _bound_rows(models: dict[str, Trained], held_out: Array, ceilings: list[Any]) -> list[Row]:
+def _bound_rows(models: dict[str, Trained], held_out: Array, ceilings: list[_Mean]) -> list[Row]:
     hard = ceilings[0][0]
     bits = {n: m.tree["bound"]["bound"].values * BITS_PER_NAT for n, m in models.items()}
     fixed, learned = list(bits.values())[:2]
     l_null = -(np.log(2 * np.pi) + 0.5 * np.sum(np.asarray(held_out) ** 2, -1)) / np.log(2)
-    first, *rest = [Row(f"K, {n}", *mean_and_se(k), UNIT, hard) for n, k in bits.items()]
+    first, *rest = [Row(f"K, {n}", *mean_and_se(k), _UNIT, hard) for n, k in bits.items()]
     return [
         first._replace(published=2.35),
         *rest,
-        Row("K learned β − K fixed β, paired", *mean_and_se(learned - fixed), UNIT),
-        Row("L_null, log density under N(0, I)", *mean_and_se(l_null), UNIT),
-        Row(
-            "K − L_null, perceptron, T = 40", *mean_and_se(fixed - l_null), UNIT,
-            hard - float(l_null.mean()), 6.45,
-        ),
-        Row("ceiling of a tied last step, −h(X⁽¹⁾)", *ceilings[0], UNIT),
-        Row("ceiling of any density, −h(X⁽⁰⁾)", *ceilings[1], UNIT),
+        Row("K learned β − K fixed β, paired", *mean_and_se(learned - fixed), _UNIT),
+        Row("L_null, log density under N(0, I)", *mean_and_se(l_null), _UNIT),
+        Row("K − L_null, perceptron, T = 40", *mean_and_se(fixed - l_null), _UNIT,
+            hard - float(l_null.mean()), 6.45),
+        Row("ceiling of a tied last step, −h(X⁽¹⁾)", *ceilings[0], _UNIT),
+        Row("ceiling of any density, −h(X⁽⁰⁾)", *ceilings[1], _UNIT),
     ]  # fmt: skip
 
 
@@ -232,7 +215,7 @@ def _ranking_rows(*trees: Mapping[str, xr.DataTree]) -> list[Row]:
         difference, se = (group[v] * BITS_PER_NAT for v in ("difference", "difference_se"))
         rows += [
             Row(f"K less that of the best ({best}), {n} points: {name}",
-                float(difference.sel(model=name)), float(se.sel(model=name)), UNIT)
+                float(difference.sel(model=name)), float(se.sel(model=name)), _UNIT)
             for name in group["model"].values[1:]
         ]  # fmt: skip
     return rows
@@ -253,24 +236,22 @@ class _Denoised(NamedTuple):
     """log p(y), its standard error, and E[x | y]."""
 
 
-def _denoise(key: Array, diffusion: Diffusion, params: Params, x: Any, size: Size) -> _Denoised:
+def _denoise(key: Array, diffusion: Diffusion, params: Params, x: Array, size: Size) -> _Denoised:
     key_noise, key_smc, key_draw = jax.random.split(key, 3)
     prior, x = diffusion.prior(params), np.asarray(x)
     y = x + SIGMA * np.asarray(jax.random.normal(key_noise, x.shape))
 
-    def program(y: Any) -> None:
+    def program(y: Array | np.ndarray) -> None:
         with numpyro.plate("point", len(x)):
             numpyro.sample("y", dist.Normal(prior(), SIGMA).to_event(1), obs=y)
 
     smc = infer.SMC(program, num_particles=size.particles, num_runs=4)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", infer.InferenceWarning)  # the table tells
-        smc.run(key_smc, y)
+    with warnings.catch_warnings(action="ignore", category=infer.InferenceWarning):
+        smc.run(key_smc, y)  # the table tells
     from_model = sample.ancestral(key_draw, diffusion, params, size.draws_for_force)
     evidence = np.asarray(smc.log_evidence), np.asarray(smc.log_evidence_se)
-    return _Denoised(
-        x, y, smc.get_samples()["x_0"], from_model, evidence, by_force(y, from_model)
-    )  # fmt: skip
+    draws = smc.get_samples()["x_0"]
+    return _Denoised(x, y, draws, from_model, evidence, by_force(y, from_model))
 
 
 def by_force(y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -288,14 +269,15 @@ def _denoising_rows(found: _Denoised) -> list[Row]:
     (log_z, se), (forced, forced_se, forced_mean) = found.log_evidence, found.by_force
     scaled = (log_z - forced) / np.hypot(se, forced_se)
     means = {"SMC": found.draws.mean(0), "by force": forced_mean, "y": found.y}
+    wrong = {n: report.root_mean_square(mean - found.truth) for n, mean in means.items()}
     return [
         Row("denoising: log evidence, SMC − by force", *mean_and_se(log_z - forced),
             "nats per point", 0.0),
         Row("denoising: error of log evidence by SMC, median", np.median(se), None, "nats"),
         Row("denoising: difference over its error, root mean square",
             float(np.sqrt(np.mean(scaled**2)))),
-        *(Row(f"denoising: RMSE, {name}", *root_mean_square(mean - found.truth), "scaled units")
-          for name, mean in means.items()),
+        *(Row(f"denoising: RMSE, {name}", *error, "scaled units")
+          for name, error in wrong.items()),
     ]  # fmt: skip
 
 
@@ -303,10 +285,8 @@ def _denoising_figure(found: _Denoised) -> Figure:
     """Posterior draws of the first points, on draws of the model."""
     figure, axes = plt.subplots(2, 3, figsize=(10, 6.6), layout="constrained")
     for i, ax in enumerate(axes.flat):
-        plots.posterior_points(
-            found.draws[:, i], truth=found.truth[i], observation=found.y[i],
-            behind=found.prior[:2000], ax=ax,
-        )  # fmt: skip
+        at = {"truth": found.truth[i], "observation": found.y[i], "behind": found.prior[:2000]}
+        plots.posterior_points(found.draws[:, i], **at, ax=ax)
     for ax in axes.flat[:-1]:
         ax.get_legend().remove()
     return figure
@@ -326,8 +306,8 @@ def _climb(
 ) -> _Climbed:
     key_ladder, key_both = jax.random.split(key)
     options: dict[str, Any] = {"sizes": sizes, "block_size": 16_384}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", diagnostics.LadderWarning)  # the table tells
+    # the table tells
+    with warnings.catch_warnings(action="ignore", category=diagnostics.LadderWarning):
         tree = diagnostics.ladder(key_ladder, diffusion, params, np.asarray(x), **options)
     both = diagnostics.sandwich(key_both, diffusion, params, len(x), num_repeats=1, **options)
     return _Climbed(tree, both, np.asarray(datasets.swiss_roll_log_density(x, noise=NOISE)))
@@ -341,15 +321,15 @@ def _ladder_rows(found: _Climbed) -> list[Row]:
     sizes, at, ceiling = group["size"].values, f"ladder, {len(truth)} points", float(truth.mean())
     gap, gap_se = (float(both[name][-1]) for name in ("gap_mean", "gap_mean_se"))
     return [
-        Row(f"{at}: K", *mean_and_se(k), UNIT, ceiling),
-        *(Row(f"{at}: importance weighted, S = {size}", *mean_and_se(rung), UNIT, ceiling)
+        Row(f"{at}: K", *mean_and_se(k), _UNIT, ceiling),
+        *(Row(f"{at}: importance weighted, S = {size}", *mean_and_se(rung), _UNIT, ceiling)
           for size, rung in zip(sizes, rungs.T, strict=True)),
-        Row(f"{at}: SMC, {sizes[-1]} particles", *mean_and_se(smc), UNIT, ceiling),
-        Row(f"{at}: log density of the roll", *mean_and_se(truth), UNIT),
-        Row("gap: the bound's, S at most − K", *mean_and_se(rungs[:, -1] - k), UNIT, 0.0),
-        Row("gap: the model's, roll − S at most", *mean_and_se(truth - rungs[:, -1]), UNIT, 0.0),
+        Row(f"{at}: SMC, {sizes[-1]} particles", *mean_and_se(smc), _UNIT, ceiling),
+        Row(f"{at}: log density of the roll", *mean_and_se(truth), _UNIT),
+        Row("gap: the bound's, S at most − K", *mean_and_se(rungs[:, -1] - k), _UNIT, 0.0),
+        Row("gap: the model's, roll − S at most", *mean_and_se(truth - rungs[:, -1]), _UNIT, 0.0),
         Row("gap: left at draws of the model, upper − lower at most S", gap * BITS_PER_NAT,
-            gap_se * BITS_PER_NAT, UNIT, 0.0),
+            gap_se * BITS_PER_NAT, _UNIT, 0.0),
         Row("ladder: points with Pareto k > 0.7", 100 * float(np.mean(group["pareto_k"] > 0.7)),
             None, "%"),
     ]  # fmt: skip
@@ -374,7 +354,7 @@ def drift_fields(
 
 
 def _figure_1(
-    key: Array, diffusion: Diffusion, params: Params, x: Array, x_0: Any, trajectory: Any
+    key: Array, diffusion: Diffusion, params: Params, x: Array, x_0: _Points, trajectory: _Points
 ) -> Figure:
     """Figure 1 of the paper, from data and from draws with their trajectories.
 
@@ -394,7 +374,7 @@ def _figure_1(
     return axes[0, 0].figure
 
 
-def _samples(held_out: Array, x_0: Any) -> Figure:
+def _samples(held_out: _Points, x_0: _Points) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3.6), layout="constrained")
     plots.points(held_out[:2000], title="held-out data", ax=left)
     plots.points(x_0[:2000], title="draws of the model", color=plots.ORANGE, ax=right)

@@ -48,12 +48,13 @@ from probdiff import Diffusion, diagnostics, networks, plots, readouts, sample, 
 from probdiff.experiments.report import Experiment, Found, Row, Run, mean_and_se, verdict
 from probdiff.experiments.training import Trained, train_and_bound
 
-LETTERS = "abc"
-LENGTH, STAY = 6, 0.2
-UNIT = "bits per letter"
+_LETTERS = "abc"
+_LENGTH, _STAY = 6, 0.2
+_UNIT = "bits per letter"
 KERNELS = {"uniform": probdiff.CategoricalKernel(3), "absorbing": probdiff.AbsorbingKernel(3)}
-COLORS = {"uniform": plots.BLUE, "absorbing": plots.ORANGE}
-LN_2 = math.log(2)
+_COLORS = {"uniform": plots.BLUE, "absorbing": plots.ORANGE}
+_LN_2 = math.log(2)
+_Kernel = probdiff.CategoricalKernel | probdiff.AbsorbingKernel
 
 
 class Size(NamedTuple):
@@ -70,9 +71,7 @@ class Size(NamedTuple):
     learning_rate: float = 3e-3
 
 
-SMALL = Size(
-    T=4, num_steps=10, strings=600, held_out=200, num_draws=1, draws=200, longer=(2, 4)
-)  # fmt: skip
+SMALL = Size(T=4, num_steps=10, strings=600, held_out=200, num_draws=1, draws=200, longer=(2, 4))
 
 
 class Language(NamedTuple):
@@ -130,14 +129,9 @@ def _conduct(run: Run) -> Found:
         "kl_per_step": _kl_per_step(models),
         "losses": _losses(models, size.batch_size),
     }
-    shown = {
-        name: " ".join("".join(LETTERS[i] for i in x) for x in m.draws[:12])
-        for name, m in models.items()
-    }
-    sections = {
-        "Verdict": verdict(rows),
-        "Draws": "\n".join(f"- {name}: `{text}`" for name, text in shown.items()),
-    }
+    shown = {n: ["".join(_LETTERS[i] for i in x) for x in m.draws[:12]] for n, m in models.items()}
+    draws = "\n".join(f"- {name}: `{' '.join(texts)}`" for name, texts in shown.items())
+    sections = {"Verdict": verdict(rows), "Draws": draws}
     uniform, absorbing = (m.trained for m in models.values())
     folder = run.out_dir / "absorbing"
     probdiff.save(folder, *absorbing.model)
@@ -148,9 +142,9 @@ def _conduct(run: Run) -> Found:
 EXPERIMENT = Experiment("Toy language", __doc__, _conduct, {"cpu": Size(), "quick": SMALL})
 
 
-def language(length: int = LENGTH) -> Language:
+def language(length: int = _LENGTH) -> Language:
     """The language: a letter is followed by itself or by its successor in the cycle."""
-    then = STAY * np.eye(3) + (1 - STAY) * np.roll(np.eye(3), 1, axis=1)
+    then = _STAY * np.eye(3) + (1 - _STAY) * np.roll(np.eye(3), 1, axis=1)
     strings = np.array(list(itertools.product(range(3), repeat=length)))
     probs = 1 / 3 * np.prod(then[strings[:, :-1], strings[:, 1:]], axis=1)
     return Language(strings[probs > 0], probs[probs > 0], 3)
@@ -170,23 +164,21 @@ def log2_prob(words: Language, strings: Int[np.ndarray, "n length"]) -> Float[np
     return table[np.asarray(strings) @ size]
 
 
-def stationary(
-    kernel: probdiff.CategoricalKernel | probdiff.AbsorbingKernel,
-) -> Float[np.ndarray, " states"]:
+def stationary(kernel: _Kernel) -> Float[np.ndarray, " states"]:
     """Law that a kernel replaces letters by."""
     pi = np.exp(np.asarray(kernel.log_pi, np.float64))
     return pi / pi.sum()  # the kernel's logs may be float32
 
 
 @functools.cache  # what is compiled for a diffusion is kept with it
-def _define(kernel: probdiff.CategoricalKernel | probdiff.AbsorbingKernel, T: int) -> Diffusion:
+def _define(kernel: _Kernel, T: int) -> Diffusion:
     """A diffusion of letters that predicts x_0, its last step learned."""
     network = networks.Perceptron(
-        (LENGTH,), width=128, depth=2, T=T, outputs=kernel.num_data_states,
+        (_LENGTH,), width=128, depth=2, T=T, outputs=kernel.num_data_states,
         states=kernel.num_states, rngs=nnx.Rngs(0),
     )  # fmt: skip
     return Diffusion(
-        kernel, schedules.harmonic(T), network, event_shape=(LENGTH,),
+        kernel, schedules.harmonic(T), network, event_shape=(_LENGTH,),
         readout=readouts.DataLogits(), last_step=readouts.Learned(),
     )  # fmt: skip
 
@@ -216,8 +208,8 @@ def ceiling(
     law, posteriors = _posteriors(language, alpha_bar[1], pi)
     last = sum(float(law @ _xlogx(m).sum(1)) for m in posteriors)
     prior = _prior_kl(language, alpha_bar[-1], pi)
-    terms = np.array([last, *-kl, -prior]) / LN_2
-    return Ceiling(float(terms.sum()), kl / LN_2, prior / LN_2)
+    terms = np.array([last, *-kl, -prior]) / _LN_2
+    return Ceiling(float(terms.sum()), kl / _LN_2, prior / _LN_2)
 
 
 def _replace(K: int, alpha_bar: float, pi: np.ndarray) -> np.ndarray:
@@ -274,18 +266,18 @@ def _prior_kl(language: Language, alpha_bar_T: float, pi: np.ndarray) -> float:
 
 
 def _rows(models: dict[str, _Letters], words: Language) -> list[Row]:
-    best = {name: model.best.bound / LENGTH for name, model in models.items()}
-    entropy, l_null = words.entropy / LENGTH, -float(np.log2(words.num_letters))
+    best = {name: model.best.bound / _LENGTH for name, model in models.items()}
+    entropy, l_null = words.entropy / _LENGTH, -float(np.log2(words.num_letters))
     k, se = models["uniform"].k
     valid = {name: np.isfinite(log2_prob(words, m.draws)) for name, m in models.items()}
     return [
-        *(Row(f"K, {name}, T = {m.trained.diffusion.T}", *m.k, UNIT, best[name])
+        *(Row(f"K, {name}, T = {m.trained.diffusion.T}", *m.k, _UNIT, best[name])
           for name, m in models.items()),
-        *(Row(f"best possible K − K, {name}", best[name] - m.k[0], m.k[1], UNIT, 0.0)
+        *(Row(f"best possible K − K, {name}", best[name] - m.k[0], m.k[1], _UNIT, 0.0)
           for name, m in models.items()),
-        Row("K − L_null, uniform", k - l_null, se, UNIT, best["uniform"] - l_null),
-        Row("ceiling of any model and T, −H", -entropy, None, UNIT),
-        Row("L_null, uniform letters", l_null, None, UNIT),
+        Row("K − L_null, uniform", k - l_null, se, _UNIT, best["uniform"] - l_null),
+        Row("ceiling of any model and T, −H", -entropy, None, _UNIT),
+        Row("L_null, uniform letters", l_null, None, _UNIT),
         *(Row(f"draws that are strings of the language, {name}", *mean_and_se(100 * is_valid), "%")
           for name, is_valid in valid.items()),
     ]  # fmt: skip
@@ -294,15 +286,15 @@ def _rows(models: dict[str, _Letters], words: Language) -> list[Row]:
 def _k_against_T(models: dict[str, _Letters], words: Language, times: tuple[int, ...]) -> Figure:
     figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, model in models.items():
-        pi, color = stationary(model.trained.diffusion.kernel), COLORS[name]
-        best = [ceiling(words, schedules.harmonic(T), pi).bound / LENGTH for T in times]
+        pi, color = stationary(model.trained.diffusion.kernel), _COLORS[name]
+        best = [ceiling(words, schedules.harmonic(T), pi).bound / _LENGTH for T in times]
         ax.plot(times, best, color=color, marker=".", label=f"best possible, {name}")
         ax.errorbar(
             [model.trained.diffusion.T], [model.k[0]], [2 * model.k[1]], fmt="D", color=color,
             markerfacecolor="white", capsize=3, label=f"trained, {name}",
         )  # fmt: skip
-    ax.axhline(-words.entropy / LENGTH, color="black", linestyle="--", label="−H, any model")
-    ax.set(xscale="log", xlabel="number of steps T", ylabel=f"K ({UNIT})")
+    ax.axhline(-words.entropy / _LENGTH, color="black", linestyle="--", label="−H, any model")
+    ax.set(xscale="log", xlabel="number of steps T", ylabel=f"K ({_UNIT})")
     ax.set_xticks(times, map(str, times), minor=False)
     ax.minorticks_off()
     ax.legend(frameon=False, loc="lower right")
@@ -314,13 +306,11 @@ def _kl_per_step(models: dict[str, _Letters]) -> Figure:
     figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, model in models.items():
         kl = model.trained.tree["bound"]["kl"].values * diagnostics.BITS_PER_NAT
-        steps, se = (
-            np.arange(2, model.trained.diffusion.T + 1),
-            kl.std(0, ddof=1) / np.sqrt(len(kl)),
-        )
-        ax.plot(steps, model.best.kl, color=COLORS[name], label=f"best possible, {name}")
+        steps = np.arange(2, model.trained.diffusion.T + 1)
+        se = kl.std(0, ddof=1) / np.sqrt(len(kl))
+        ax.plot(steps, model.best.kl, color=_COLORS[name], label=f"best possible, {name}")
         ax.errorbar(
-            steps, kl.mean(0), 2 * se, fmt="D", color=COLORS[name], markersize=4,
+            steps, kl.mean(0), 2 * se, fmt="D", color=_COLORS[name], markersize=4,
             markerfacecolor="white", label=f"trained, {name}",
         )  # fmt: skip
     ax.set(xlabel="step t (small: near the data)", ylabel="KL_t (bits per string)")

@@ -17,7 +17,6 @@ so that a run can be stopped at any time, watched while it goes, and cut into pi
 
 import json
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,22 +25,23 @@ import numpy as np
 import optax
 import xarray as xr
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Float
 from matplotlib.figure import Figure
-from numpyro.infer import SVI
+from numpyro.infer import ELBO, SVI
 
 from probdiff import Diffusion, Fit, SampledTimeELBO, diagnostics, fit, networks, plots, sample
 from probdiff.experiments.report import Row, Run, mean_and_se
 from probdiff.train import Progress
 from probdiff.types import Params
 
+_Images = Array | np.ndarray
 CALLS = 50
 """Network calls for a draw that is to be looked at."""
 
 
 def train(
-    key: Array, diffusion: Diffusion, data: Any, optimiser: Any, *, objective: Any = None,
-    **options: Any,
+    key: Array, diffusion: Diffusion, data: _Images, optimiser: optax.GradientTransformation, *,
+    objective: ELBO | None = None, **options: Any,
 ) -> Fit:  # fmt: skip
     """Fit a diffusion to the bound, or to another objective; the options are those of `fit`."""
     objective = SampledTimeELBO() if objective is None else objective
@@ -68,8 +68,8 @@ class Trained(NamedTuple):
 
 
 def train_and_bound(
-    run: Run, keys: dict[str, Array], diffusion: Diffusion, x: Any, held_out: Any, *,
-    num_draws: int, objective: Any = None,
+    run: Run, keys: dict[str, Array], diffusion: Diffusion, x: _Images, held_out: _Images, *,
+    num_draws: int, objective: ELBO | None = None,
 ) -> Trained:  # fmt: skip
     """Train by Adam as the run's size says, average the weights, and bound held-out data."""
     size = run.size
@@ -80,6 +80,11 @@ def train_and_bound(
     )  # fmt: skip
     tree = diagnostics.bound(keys["bound"], diffusion, fitted.params, held_out, num_draws=num_draws)
     return Trained(diffusion, fitted, tree)
+
+
+def in_bits(tree: xr.DataTree, name: str = "bound") -> Float[np.ndarray, "rows *steps"]:
+    """A part of the bound, for each row of the data."""
+    return tree["bound"][name].values.astype(np.float64) * diagnostics.BITS_PER_NAT
 
 
 class Recipe(NamedTuple):
@@ -124,19 +129,12 @@ class Recipe(NamedTuple):
 
 def train_at_length(
     key: Array, diffusion: Diffusion, images: np.ndarray, held_out: np.ndarray, recipe: Recipe,
-    run: Run, *, shades: tuple[float, float], objective: Any = None,
+    run: Run, *, shades: tuple[float, float], objective: ELBO | None = None,
 ) -> Fit:  # fmt: skip
     """Fit a diffusion by a recipe, on from what is in the folder of the run.
 
-    Args:
-        key: Randomness of the fit; the draws on the way use it too.
-        diffusion: The model.
-        images: To learn from, the user's units.
-        held_out: To bound on the way.
-        recipe: How.
-        run: Has the folder.
-        shades: Values of a pixel shown black and white.
-        objective: The loss; the bound if absent.
+    Held-out images are bounded on the way, and a few drawn, which the key of the fit serves too;
+    `shades` are the values of a pixel shown black and white. The loss is the bound if absent.
     """
     painter = _Painter(key, diffusion, recipe.batch_size, len(held_out), shades, run)
     return train(
@@ -149,24 +147,28 @@ def train_at_length(
     )  # fmt: skip
 
 
+def rngs_of(key: Array) -> nnx.Rngs:
+    """Randomness of a network's first weights."""
+    return nnx.Rngs(jax.random.bits(key).item())
+
+
 def learn(
-    run: Run, define: Callable[[nnx.Rngs], Diffusion], images: np.ndarray, held_out: np.ndarray,
-    test: np.ndarray, *, shades: tuple[float, float], objective: Any = None,
-) -> tuple[Trained, Array]:  # fmt: skip
-    """Train by the recipe of the run's size, and bound test images; and a key that is left."""
-    keys = run.keys("init", "fit", "bound", "draw")
-    diffusion = define(nnx.Rngs(jax.random.bits(keys["init"]).item()))
+    run: Run, keys: dict[str, Array], diffusion: Diffusion, images: np.ndarray,
+    held_out: np.ndarray, test: np.ndarray, *, shades: tuple[float, float],
+    objective: ELBO | None = None, what: str = "images", **options: Any,
+) -> Trained:  # fmt: skip
+    """Train by the recipe of the run's size, and bound test images; options of the bound."""
     run.say("train the diffusion")
     fitted = train_at_length(
         keys["fit"], diffusion, images, held_out, run.size.recipe, run, shades=shades,
         objective=objective,
     )  # fmt: skip
-    run.say("bound the test images")
+    run.say(f"bound the test {what}")
     tree = diagnostics.sampled_bound(
         keys["bound"], diffusion, fitted.params, test, num_times=run.size.test_times,
-        progress=run.progress,
+        progress=run.progress, **options,
     )  # fmt: skip
-    return Trained(diffusion, fitted, tree), keys["draw"]
+    return Trained(diffusion, fitted, tree)
 
 
 class _Painter(NamedTuple):
@@ -197,10 +199,8 @@ class _Painter(NamedTuple):
 
 def bits_rows(tree: xr.DataTree, numbers: int, unit: str, published: float) -> list[Row]:
     """Bits per number of images on a grid, whole and in parts, from `diagnostics.sampled_bound`."""
-    bound = tree["bound"]
-    k, reconstruction, prior = (
-        bound[name].values for name in ("bound", "reconstruction", "prior_kl")
-    )
+    names = ("bound", "reconstruction", "prior_kl")
+    k, reconstruction, prior = (tree["bound"][name].values for name in names)
     parts = {
         "of which −log p(x_0 | x_1)": -reconstruction,
         "of which KL of the steps": reconstruction - prior - k,
@@ -229,7 +229,7 @@ def curve(run: Run, numbers: int, held_out: int, published: float) -> Figure:
 
 
 def sheets(
-    images: Any, draws: np.ndarray, shades: tuple[float, float] = (0.0, 1.0), *,
+    images: _Images, draws: np.ndarray, shades: tuple[float, float] = (0.0, 1.0), *,
     title: str = "draws of the model", columns: int = 8,
 ) -> Figure:  # fmt: skip
     """Held-out images beside draws."""

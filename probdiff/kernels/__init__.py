@@ -23,6 +23,8 @@ from probdiff.kernels.discrete import (
 from probdiff.kernels.gaussian import GaussianKernel, bridge_mean, bridge_variance, bridge_weights
 from probdiff.kernels.laws import Bits, States
 
+Kernel = GaussianKernel | DiscreteKernel
+
 __all__ = [
     "AbsorbingKernel", "BernoulliKernel", "Bits", "CategoricalKernel", "DiscreteKernel",
     "GaussianKernel", "States", "bridge_mean", "bridge_variance", "bridge_weights",

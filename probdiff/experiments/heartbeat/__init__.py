@@ -34,45 +34,30 @@ Source: Sohl-Dickstein et al. (2015), sections 2.5 and 3.1.2, appendix D.1.2, ta
 
 import functools
 import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import numpyro
-import xarray as xr
 from jaxtyping import Array, Float, Int
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpyro.infer import SVI
 from scipy.stats import chisquare
 
 import probdiff
 from probdiff import Diffusion, diagnostics, infer, plots, sample, schedules
-from probdiff.experiments.heartbeat.exact import (
-    LENGTH,
-    PERIOD,
-    RATE,
-    SEQUENCES,
-    Ceilings,
-    ceilings,
-    define,
-    define_2015,
-    define_exact,
-    examples,
-    phases_of,
-    tied,
-    with_fewer_steps,
-)
+from probdiff.experiments.heartbeat import exact
+from probdiff.experiments.heartbeat.exact import LENGTH, PERIOD, RATE, SEQUENCES, Ceilings
 from probdiff.experiments.report import Experiment, Found, Row, Run, mean_and_se, verdict
-from probdiff.experiments.training import cosine_adam
+from probdiff.experiments.training import cosine_adam, in_bits
 from probdiff.trajectories import ForwardTrajectory
 from probdiff.types import Params
 
-UNIT = "bits per sequence"
-PUBLISHED_K, PUBLISHED_GAIN = -2.414, 12.024
-VALID_LIMIT = 99.31  # % ± 0.04: 40,000 draws of the exact diffusion with T = 2000
+_UNIT = "bits per sequence"
+PUBLISHED_K, _PUBLISHED_GAIN = -2.414, 12.024
+_VALID_LIMIT = 99.31  # % ± 0.04: 40,000 draws of the exact diffusion with T = 2000
 
 Estimate = tuple[float, float]
 """A value and its standard error."""
@@ -109,31 +94,29 @@ class Bounds(NamedTuple):
 
 
 def _conduct(run: Run) -> Found:
-    size, x = run.size, examples()
+    size, x = run.size, exact.examples()
     keys = run.keys("fit", "bound", "paired", "last", "draw", "forward")
 
     run.say(f"train and bound: T = {size.T}")
-    diffusion = define(size.T)
+    diffusion = exact.define(size.T)
     fitted = _train(keys["fit"], diffusion, x, size.num_steps, size.learning_rate, run.progress)
-    model = tied(diffusion)
+    model = exact.tied(diffusion)
     tree = diagnostics.bound(keys["bound"], model, fitted.params, x, num_draws=size.num_draws)
-    limits = {size.T: ceilings(diffusion.schedule)}
+    limits = {size.T: exact.ceilings(diffusion.schedule)}
     found = {size.T: _measure(keys, diffusion, fitted.params, limits[size.T], size.paired_draws)}
 
     run.say(f"the same network with T = {', '.join(map(str, size.shorter))} steps")
     for T in size.shorter:
-        shorter = with_fewer_steps(diffusion, fitted.params, T)
-        limits[T] = ceilings(shorter.schedule)
+        shorter = exact.with_fewer_steps(diffusion, fitted.params, T)
+        limits[T] = exact.ceilings(shorter.schedule)
         # a short diffusion has few terms to average over, and is cheap to draw
         num_draws = size.paired_draws * max(1, size.T // (4 * T))
         found[T] = _measure(keys, shorter, {}, limits[T], num_draws)
 
     run.say(f"train and bound: network of 2015, T = {size.T}")
-    old = define_2015(size.T)
-    weights = _train(
-        keys["fit"], old, x, size.steps_2015, size.learning_rate_2015, run.progress
-    ).params
-    old_tree = diagnostics.bound(keys["bound"], old, weights, x, num_draws=2)
+    old = exact.define_2015(size.T)
+    of_2015 = _train(keys["fit"], old, x, size.steps_2015, size.learning_rate_2015, run.progress)
+    old_tree = diagnostics.bound(keys["bound"], old, of_2015.params, x, num_draws=2)
 
     run.say("draws and figures")
     x_0 = sample.ancestral(keys["draw"], model, fitted.params, size.draws)
@@ -145,7 +128,7 @@ def _conduct(run: Run) -> Found:
     by_itself, k_2015 = (mean_and_se(in_bits(t)) for t in (tree, old_tree))
     rows = [
         *_bound_rows(size, found, limits, by_itself, k_2015),
-        *_draw_rows(size.T, phases_of(x_0)),
+        *_draw_rows(size.T, exact.phases_of(x_0)),
         *completion_rows(completed, among(x_0)),
     ]
     per_step = plots.bound_per_step(tree)
@@ -156,12 +139,10 @@ def _conduct(run: Run) -> Found:
         "bound_per_step": per_step.figure,
         "losses": plots.losses(fitted.losses, batch_size=len(x)).figure,
     }
-    limit = limits[size.T].tied_limit
-    place = "above" if by_itself[0] > limit else "below"
+    gap = by_itself[0] - (limit := limits[size.T].tied_limit)
     text = (
-        f"{verdict(rows)} Measured by itself, K at T = {size.T} is "
-        f"{abs(by_itself[0] - limit):.4f} bits {place} the hard limit {limit:.4f} of any tied "
-        "last step."
+        f"{verdict(rows)} Measured by itself, K at T = {size.T} is {abs(gap):.4f} bits "
+        f"{'above' if gap > 0 else 'below'} the hard limit {limit:.4f} of any tied last step."
     )
     return Found(rows, figures, {"bounds": tree}, {"Verdict": text}, (model, fitted.params))
 
@@ -180,18 +161,13 @@ def _train(
     return probdiff.fit(key, svi, x, num_steps=num_steps, ema_decay=0.999, progress=progress)
 
 
-def in_bits(tree: xr.DataTree, name: str = "bound") -> Float[np.ndarray, " rows"]:
-    """A part of the bound, per row of the data."""
-    return tree["bound"][name].values.astype(np.float64) * diagnostics.BITS_PER_NAT
-
-
 def _measure(
     keys: dict[str, Array], diffusion: Diffusion, params: Params, limits: Ceilings, num_draws: int
 ) -> Bounds:
     """Bounds of a model by its mean difference to the exact diffusion, whose K is known."""
-    x, key = examples(), keys["paired"]
-    ours = diagnostics.bound(key, tied(diffusion), params, x, num_draws=num_draws)
-    best = diagnostics.bound(key, define_exact(diffusion.T), {}, x, num_draws=num_draws)
+    x, key = exact.examples(), keys["paired"]
+    ours = diagnostics.bound(key, exact.tied(diffusion), params, x, num_draws=num_draws)
+    best = diagnostics.bound(key, exact.define_exact(diffusion.T), {}, x, num_draws=num_draws)
     gap, se = mean_and_se(in_bits(best) - in_bits(ours))
     last, last_se = mean_and_se(last_step(keys["last"], diffusion, params, x))
     k = limits.tied - gap
@@ -200,7 +176,7 @@ def _measure(
 
 
 def last_step(
-    key: Array, diffusion: Diffusion, params: Params, x: Any, *, num_draws: int = 100
+    key: Array, diffusion: Diffusion, params: Params, x: np.ndarray, *, num_draws: int = 100
 ) -> Float[np.ndarray, " rows"]:
     """E log2 p(x_0 | x_1) of each row, from draws of x_1."""
     log_p = _log_p_last(key, params, jnp.asarray(x), diffusion, num_draws)
@@ -221,27 +197,26 @@ def _bound_rows(
     size: Size, found: dict[int, Bounds], limits: dict[int, Ceilings], by_itself: Estimate,
     k_2015: Estimate,
 ) -> list[Row]:  # fmt: skip
-    T, l_null = size.T, null_bits()
-    main, best = found[T], limits[T]
+    T, l_null, main, best = size.T, null_bits(), found[size.T], limits[size.T]
     gain = (main.tied[0] - l_null, main.tied[1])
     rows = [
-        Row(f"K (tied), T = {T}", *main.tied, UNIT, best.tied, PUBLISHED_K),
-        Row(f"K − L_null, T = {T}", *gain, UNIT, best.tied - l_null, PUBLISHED_GAIN),
-        Row(f"K (tied), measured by itself, T = {T}", *by_itself, UNIT, best.tied, PUBLISHED_K),
-        Row(f"K of the exact diffusion − K, paired, T = {T}", *main.gap, UNIT, 0.0),
-        Row(f"K (learned last step), T = {T}", *main.learned, UNIT, best.learned),
-        Row(f"K (tied), network of 2015, T = {T}", *k_2015, UNIT, best.tied, PUBLISHED_K),
+        Row(f"K (tied), T = {T}", *main.tied, _UNIT, best.tied, PUBLISHED_K),
+        Row(f"K − L_null, T = {T}", *gain, _UNIT, best.tied - l_null, _PUBLISHED_GAIN),
+        Row(f"K (tied), measured by itself, T = {T}", *by_itself, _UNIT, best.tied, PUBLISHED_K),
+        Row(f"K of the exact diffusion − K, paired, T = {T}", *main.gap, _UNIT, 0.0),
+        Row(f"K (learned last step), T = {T}", *main.learned, _UNIT, best.learned),
+        Row(f"K (tied), network of 2015, T = {T}", *k_2015, _UNIT, best.tied, PUBLISHED_K),
     ]
     for n in size.shorter:
         rows += [
-            Row(f"K (tied), T = {n}", *found[n].tied, UNIT, limits[n].tied),
-            Row(f"K (learned last step), T = {n}", *found[n].learned, UNIT, limits[n].learned),
+            Row(f"K (tied), T = {n}", *found[n].tied, _UNIT, limits[n].tied),
+            Row(f"K (learned last step), T = {n}", *found[n].learned, _UNIT, limits[n].learned),
         ]
     return [
         *rows,
-        Row(f"hard limit of a tied last step, −H(X⁽¹⁾), T = {T}", best.tied_limit, None, UNIT),
-        Row("hard limit of any model, −H(X⁽⁰⁾)", best.learned_limit, None, UNIT),
-        Row("L_null, log-likelihood under B(0.2)", l_null, None, UNIT),
+        Row(f"hard limit of a tied last step, −H(X⁽¹⁾), T = {T}", best.tied_limit, None, _UNIT),
+        Row("hard limit of any model, −H(X⁽⁰⁾)", best.learned_limit, None, _UNIT),
+        Row("L_null, log-likelihood under B(0.2)", l_null, None, _UNIT),
     ]
 
 
@@ -250,7 +225,7 @@ def _draw_rows(T: int, phases: Int[np.ndarray, " draws"]) -> list[Row]:
     counts = np.bincount(phases[valid], minlength=PERIOD)
     p_value = chisquare(counts).pvalue if counts.any() else 0.0
     return [
-        Row(f"draws that are a heartbeat, T = {T}", *mean_and_se(100 * valid), "%", VALID_LIMIT),
+        Row(f"draws that are a heartbeat, T = {T}", *mean_and_se(100 * valid), "%", _VALID_LIMIT),
         Row("phases of the draws uniform, χ² test", p_value, None, "p-value"),
     ]
 
@@ -276,16 +251,15 @@ def complete(
     prior = diffusion.prior(params)
     is_known = np.broadcast_to(np.arange(LENGTH) < PERIOD, SEQUENCES.shape)
 
-    def program(known: Any) -> None:
+    def program(known: Array | np.ndarray) -> None:
         with numpyro.plate("phase", PERIOD):
             prior(known=known, mask=is_known)
 
     smc = infer.SMC(program, num_particles=num_particles, num_runs=num_runs)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", infer.InferenceWarning)  # the error of the runs says it
-        smc.run(key, SEQUENCES)
+    with warnings.catch_warnings(action="ignore", category=infer.InferenceWarning):
+        smc.run(key, SEQUENCES)  # the error of the runs says it
     draws = smc.get_samples()["x_0"]
-    right = np.mean(phases_of(draws.reshape(-1, LENGTH)) >= 0)
+    right = np.mean(exact.phases_of(draws.reshape(-1, LENGTH)) >= 0)
     error = np.sqrt(right * (1 - right) / smc.result.health.ess.sum())
     se = np.sqrt(np.sum(np.square(smc.log_evidence_se))) / PERIOD
     return Completions((float(right), float(error)), (float(np.mean(smc.log_evidence)), float(se)))
@@ -298,7 +272,7 @@ def among(x_0: Int[np.ndarray, "draws length"]) -> Completions:
     is that of the sum of 1[draw begins with j]/(5 f_j).
     """
     begins = (x_0[:, None, :PERIOD] == SEQUENCES[:, :PERIOD]).all(-1)
-    is_right = np.where(phases_of(x_0[begins.any(1)]) >= 0, 1.0, 0.0)
+    is_right = np.where(exact.phases_of(x_0[begins.any(1)]) >= 0, 1.0, 0.0)
     right = mean_and_se(is_right) if len(is_right) > 1 else (np.nan, np.nan)
     frequency = begins.mean(0)
     with np.errstate(divide="ignore", invalid="ignore"):  # a phase that no draw begins with
@@ -309,16 +283,14 @@ def among(x_0: Int[np.ndarray, "draws length"]) -> Completions:
 
 def completion_rows(by_smc: Completions, by_draws: Completions) -> list[Row]:
     """Lines of the table, what SMC says beside what the draws say."""
-    sources = {"SMC": by_smc, "counted among draws": by_draws}
-    right = "right completions of the first 5 bits"
-    evidence = "log p of the first 5 bits, mean over phases"
+    sources = {"SMC": by_smc, "counted among draws": by_draws}.items()
+    right, log_p = "right completions of the first 5 bits", "log p of the first 5 bits"
     return [
-        Row(f"{right}, {name}", 100 * found.right[0], 100 * found.right[1], "%", 100.0)
-        for name, found in sources.items()
-    ] + [
-        Row(f"{evidence}, {name}", *found.log_evidence, "nats", -np.log(PERIOD))
-        for name, found in sources.items()
-    ]
+        *(Row(f"{right}, {name}", *(100 * number for number in found.right), "%", 100.0)
+          for name, found in sources),
+        *(Row(f"{log_p}, mean over phases, {name}", *found.log_evidence, "nats", -np.log(PERIOD))
+          for name, found in sources),
+    ]  # fmt: skip
 
 
 def _draw_figure_2(
@@ -326,7 +298,7 @@ def _draw_figure_2(
 ) -> Figure:
     x_0, levels = sample.ancestral(keys["draw"], diffusion, params, shown, keep_trajectory=True)
     reverse = diffusion.bind(params)
-    forward = ForwardTrajectory.of(reverse, examples()[2])
+    forward = ForwardTrajectory.of(reverse, exact.examples()[2])
     expected = reverse.x_0_hat(jnp.asarray(levels[1]), reverse.steps.t)
     return figure_2(x_0, levels, forward.sample(keys["forward"]), expected)
 
@@ -345,13 +317,13 @@ def figure_2(
         dissolved: A forward trajectory.
         expected: E[x_0 | x_t] of the network at the levels of the second draw.
     """
-    data = examples()[: len(x_0)]
+    data = exact.examples()[: len(x_0)]
     pulse, T = x_0.argmax(1), len(dissolved)
     order = np.argsort(pulse, kind="stable")
     shifted = np.stack([np.roll(x, -p) for x, p in zip(x_0, pulse, strict=True)])
     at = np.unique(np.linspace(1, T, 40).round().astype(int)) - 1
     above = {
-        "data (black: 1)": data[np.argsort(phases_of(data), kind="stable")],
+        "data (black: 1)": data[np.argsort(exact.phases_of(data), kind="stable")],
         "draws, sorted by phase": x_0[order],
         "draws, shifted to their pulse": shifted[order],
         "the noise they came from": levels[order, -1],
@@ -363,24 +335,21 @@ def figure_2(
         "its E[x₀ | x_t] on the way": expected,
     }
     figure, axes = plt.subplots(2, 4, figsize=(11, 7), layout="constrained")
-    for ax, (title, bits) in zip(axes[0], above.items(), strict=True):
-        _bits(bits, title, "one sequence per row", ax)
-    for ax, (title, bits) in zip(axes[1], below.items(), strict=True):
-        _bits(np.asarray(bits)[at], title, "step t", ax)
+    for ax, (title, bits) in zip(axes.flat, (above | below).items(), strict=True):
+        bits = np.asarray(bits)[at] if title in below else bits
+        ax.imshow(bits, cmap="gray_r", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        ax.set_title(title, fontsize="medium")
+        label = "step t" if title in below else "one sequence per row"
+        ax.set(xlabel="bin", ylabel=label, xticks=range(0, LENGTH, PERIOD), yticks=[])
+    for ax in axes[1]:
         ax.set_yticks([0, (len(at) - 1) / 2, len(at) - 1], ["1", str(T // 2), str(T)])
     return figure
-
-
-def _bits(bits: Any, title: str, label: str, ax: Axes) -> None:
-    ax.imshow(bits, cmap="gray_r", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    ax.set_title(title, fontsize="medium")
-    ax.set(xlabel="bin", ylabel=label, xticks=range(0, LENGTH, PERIOD), yticks=[])
 
 
 def _k_against_T(found: dict[int, Bounds], limits: dict[int, Ceilings]) -> Figure:
     """Bounds on the curves of their ceilings; below, what they lack, with bars of two se."""
     between = np.geomspace(min(limits), max(limits), 20).round().astype(int).tolist()
-    curve = {T: ceilings(schedules.harmonic(T)) for T in sorted({*between, *limits})}
+    curve = {T: exact.ceilings(schedules.harmonic(T)) for T in sorted({*between, *limits})}
     figure = plt.figure(figsize=(7, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     times = sorted(found)

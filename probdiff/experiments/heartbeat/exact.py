@@ -32,7 +32,7 @@ from probdiff.types import Params, Step
 
 RATE = 0.2
 LENGTH, PERIOD = 20, 5
-COPIES = 50
+_COPIES = 50
 SEQUENCES = datasets.heartbeat_sequences(length=LENGTH, period=PERIOD)
 
 
@@ -84,13 +84,11 @@ class _Counts(NamedTuple):
 
     @classmethod
     def of(cls, rate: float, repeats: int, period: int) -> "_Counts":
-        others = Counter(
-            tuple(sorted(c)) for c in itertools.product(range(repeats + 1), repeat=period - 1)
-        )
-        rows = [(n, *c) for n in range(repeats + 1) for c in others]
-        return cls(
-            np.array(rows), np.array([others[row[1:]] for row in rows], float), rate, repeats
-        )
+        each = range(repeats + 1)
+        others = Counter(tuple(sorted(c)) for c in itertools.product(each, repeat=period - 1))
+        rows = [(n, *c) for n in each for c in others]
+        orders = np.array([others[row[1:]] for row in rows], float)
+        return cls(np.array(rows), orders, rate, repeats)
 
     def rates(self, alpha_bar: float) -> tuple[float, float]:
         """Success rates (u_1, u_0) of bins that hold a 1 and a 0 in x_0."""
@@ -134,10 +132,8 @@ class _Counts(NamedTuple):
 
     def prior_kl(self, alpha_bar_T: float) -> float:
         """KL(q(x_T | x_0) ‖ π), nats."""
-        u_1, u_0 = self.rates(alpha_bar_T)
-        zeros = self.repeats * (self.n.shape[1] - 1)
-        ones = self.repeats * _binary_kl(u_1, self.rate)
-        return float(ones + zeros * _binary_kl(u_0, self.rate))
+        one, zero = (_binary_kl(u, self.rate) for u in self.rates(alpha_bar_T))
+        return float(self.repeats * one + self.repeats * (self.n.shape[1] - 1) * zero)
 
     def last_steps(
         self, logs: Float[np.ndarray, "rows period"], beta_1: float
@@ -146,12 +142,9 @@ class _Counts(NamedTuple):
         u_1, u_0 = 1 - beta_1 + self.rate * beta_1, self.rate * beta_1
         period = self.n.shape[1]
         right, wrong = self.n[:, 0], self.n[:, 1:].sum(1)
-        tied = (
-            right * np.log(u_1)
-            + (self.repeats - right) * np.log(u_0)
-            + wrong * np.log(1 - u_1)
-            + (self.repeats * (period - 1) - wrong) * np.log(1 - u_0)
-        )
+        tied = right * np.log(u_1) + (self.repeats - right) * np.log(u_0)
+        tied = tied + wrong * np.log(1 - u_1)
+        tied = tied + (self.repeats * (period - 1) - wrong) * np.log(1 - u_0)
         total = np.logaddexp.reduce(logs, axis=1)
         others = [np.logaddexp.reduce(np.delete(logs, j, 1), axis=1) for j in range(period)]
         return tied, self.repeats * (logs[:, 0] + sum(others[1:]) - period * total)
@@ -168,7 +161,7 @@ def _binary_kl(q: float, p: float | np.ndarray) -> float | np.ndarray:
 
 def examples() -> Int[np.ndarray, "rows length"]:
     """The five sequences, each as often as the others: the whole law, with no noise of sampling."""
-    return np.tile(SEQUENCES, (COPIES, 1))
+    return np.tile(SEQUENCES, (_COPIES, 1))
 
 
 def phases_of(x_0: Int[np.ndarray, "draws length"]) -> Int[np.ndarray, " draws"]:
