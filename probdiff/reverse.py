@@ -19,7 +19,7 @@ is t_i, and its steps are longer than those that the network was trained for:
 with the coefficients of the longer step. A learned variance has no value for it, and the bridge's
 stands there. It is another model than the T-step one: its evidence is its own.
 
-Source: Sohl-Dickstein et al. (2015), section 2.2, eqs. 4 to 6.
+Source: Sohl-Dickstein et al. (2015), section 2.2, eqs. 4 and 5.
 """
 
 import dataclasses
@@ -212,7 +212,7 @@ class Reverse:
     def step(
         self, x_t: State, t: Level, outputs: Outputs | None = None, *, examples_first: bool = False
     ) -> dist.Distribution:
-        """p(x_s | x_t) to the level below, elementwise (eq. 6); t of 2 or above."""
+        """p(x_s | x_t) to the level below, elementwise; t of 2 or above."""
         if outputs is None:
             outputs = self.outputs(x_t, t, examples_first=examples_first)
         step = self.coefficients(t)

@@ -176,6 +176,16 @@ def learned(beta: Any) -> LearnedRates:
         >>> diffusion.params_template["x_0_beta"].shape  # β_2..β_5
         (4,)
 
+        Frozen noise: under one key a draw of x_2 moves smoothly with the rates.
+
+        >>> def x_2(beta):
+        ...     step = schedules.steps(beta).at(2, event_dim=0)
+        ...     return GaussianKernel().marginal(jnp.array(1.0), step).sample(jax.random.key(0))
+        >>> beta = jnp.array([0.1, 0.3])
+        >>> change = (x_2(beta.at[1].add(0.01)) - x_2(beta.at[1].add(-0.01))) / 0.02
+        >>> bool(jnp.isclose(jax.grad(x_2)(beta)[1], change, rtol=1e-2))
+        True
+
     Source: Sohl-Dickstein et al. (2015), section 2.4.1.
     """
     beta = check_beta(beta)

@@ -1,8 +1,8 @@
 """`Guided`: draws led by a twist and not weighed; with `KernelTwist` the rule of 2015.
 
-Multiplying by r asks for p̃(x_0) ∝ p(x_0) r(x_0) (eq. 16). The paper gives every level a density of
-its own, p̃(x_t) ∝ p(x_t) r(x_t) (eqs. 17 to 19), and wants reverse steps that carry one into the
-other (eq. 20), for which
+Multiplying by r asks for p̃(x_0) ∝ p(x_0) r(x_0). The paper gives every level a density of its own,
+p̃(x_t) ∝ p(x_t) r(x_t), and wants reverse steps that carry one into the other (eqs. 16 to 20), for
+which
 
     p̃(x_s | x_t) = p(x_s | x_t) Z̃_t r(x_s) / (Z̃_s r(x_t))                             eq. 21
     p̃(x_s | x_t) = p(x_s | x_t) r(x_s)^c / Z̃_s(x_t),    c = 1 or (T − s)/T            eqs. 22, 23

@@ -2,7 +2,8 @@
 
 A kernel T_π(x_t | x_s; β) mixes x_s with its stationary law π and keeps π as it is:
 
-    ∫ T_π(x_t | x_s; β) π(x_s) dx_s = π(x_t).
+    ∫ T_π(x_t | x_s; β) π(x_s) dx_s = π(x_t)                  eq. 1
+    q(x_t | x_s) = T_π(x_t | x_s; β_t)                        eq. 2
 
 From it follow the marginal q(x_t | x_0), which jumps over steps 1..t at once, and the bridge
 q(x_s | x_t, x_0), the forward process pinned at both ends, which the learned reverse step has to
