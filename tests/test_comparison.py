@@ -98,6 +98,7 @@ def test_intervals_cover_as_often_as_they_say():
     assert abs(covered / n - 0.8) < 4 * math.sqrt(0.8 * 0.2 / n)
 
 
+@pytest.mark.long
 def test_exact_models_differ_by_their_log_densities():
     """The bound of `exact_gaussian` is the log density, so differences are known per example."""
     mean, sd, wrong = np.array([0.3, -0.5]), np.array([0.9, 0.6]), np.array([0.5, 0.4])

@@ -171,6 +171,7 @@ def test_mcmc_and_smc_of_a_program_have_the_same_dims():
             xr.testing.assert_equal(ours["observed_data"][name], value)
 
 
+@pytest.mark.long
 def test_diffusions_of_different_lengths_count_their_own_steps():
     first, second = standard(name="a").prior({}), standard(T=3, name="b", event_shape=()).prior({})
 
@@ -262,6 +263,7 @@ def test_draws_of_the_guide_are_the_forward_trajectory_with_its_names(fitted):
     assert (abs(z) < 4).all()
 
 
+@pytest.mark.long
 def test_an_autoguide_gives_noise_and_the_x_0_that_follows():
     program = infer.noncentered(rows)
     svi = SVI(program, AutoNormal(program), optax.adam(1e-3), Trace_ELBO())

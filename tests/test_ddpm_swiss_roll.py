@@ -80,6 +80,7 @@ def test_the_curve_is_scaled_to_unit_variance():
     assert float(jnp.linalg.norm(jnp.diff(curve, axis=0), axis=1).max()) <= 0.01
 
 
+@pytest.mark.long
 def test_ceilings_of_the_roll():
     """Figures computed by another program, good to 0.02; KL of q(x_T) is 0.003."""
     found = experiment.densities(jax.random.key(0), roll(0, 2000))

@@ -89,6 +89,7 @@ def test_result_survives_a_file(data, tmp_path):
     again.close()
 
 
+@pytest.mark.long
 def test_blocks_keep_every_example_and_its_context():
     """The context is the mean of an exact diffusion: a wrong row would show as another density."""
     means = jnp.linspace(-2.0, 2.0, 50)[:, None]

@@ -267,6 +267,7 @@ def test_x_1_alone_is_the_one_of_the_trajectory(key):
 # inside larger programs
 
 
+@pytest.mark.long
 def test_two_models_train_together_in_one_program(key):
     def named(name):
         network = networks.RadialBasis((2,), 3, T, rngs=nnx.Rngs(0))

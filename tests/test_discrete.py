@@ -199,6 +199,7 @@ def test_draws_have_the_law_they_should(key):
         assert (np.abs(share - probs[i]) <= 4 * error + 1e-12).all()
 
 
+@pytest.mark.long
 def test_impossible_states_never_come_up(key):
     """float32 sums of probabilities may end below 1; what is left must not go to state 0."""
     third = States(jnp.array([-jnp.inf, math.log(0.3) - 3e-7, math.log(0.7)]))
@@ -217,6 +218,7 @@ def test_values_that_are_no_states_are_impossible():
         assert (log_p[2:] == -np.inf).all()
 
 
+@pytest.mark.long
 def test_rare_states_come_up_as_rarely_as_they_should(key):
     p, n = 2e-7, 2_000_000
     draws = jax.lax.map(
@@ -367,6 +369,7 @@ def test_draws_of_the_model_have_the_enumerated_law():
         assert (np.abs(share - p_0) < 4.5 * np.sqrt(p_0 * (1 - p_0) / n)).all()
 
 
+@pytest.mark.long
 def test_stock_svi_trains_bits_without_a_warning():
     """Warnings are errors here; the loss must fall by more than its noise."""
     diffusion, _ = tiny(BernoulliKernel(0.5), readouts.Tied())
@@ -379,6 +382,7 @@ def test_stock_svi_trains_bits_without_a_warning():
         assert last.mean() < first.mean() - 4 * error
 
 
+@pytest.mark.long
 def test_missing_bits_leave_the_bound_of_the_observed():
     """With bits that the network treats alone, what is missing must not count."""
     rate = 0.3
@@ -400,6 +404,7 @@ def test_missing_bits_leave_the_bound_of_the_observed():
         assert float(-loss) == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.long
 def test_entropy_form_is_a_bound_only_with_its_correction():
     """Bits far from the kernel's rate: eq. 14 alone is off by the correction."""
     diffusion, params = tiny(BernoulliKernel(0.3), readouts.Tied())

@@ -98,6 +98,7 @@ def test_gradients_of_masses_are_the_densities_at_the_edges():
         np.testing.assert_allclose(found, exact, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.long
 def test_masses_and_gradients_are_finite_however_far_out():
     c, h = (jnp.asarray(a, jnp.float32) for a in np.meshgrid([30.0, 1e3, 1e5, 1e7], [1e-6, 0.1, 9]))
     for value in (
@@ -168,6 +169,7 @@ def test_importance_weighting_finds_the_mass_of_every_value():
     assert se.max() < 0.01
 
 
+@pytest.mark.long
 def test_bound_with_fine_cells_is_that_of_the_density_times_their_width():
     last = Discretised(0, 16, 16_001)
     x = np.asarray(np.clip(on_grid(200) - 0.337, 0.1, 15.9), np.float32)

@@ -92,6 +92,7 @@ def test_gradients_agree_with_those_of_whole_trajectories(rough):
     assert (np.abs(a.mean(0)) > 4 * error).any()
 
 
+@pytest.mark.long
 def test_gradient_of_learned_rates_agrees_with_that_of_whole_trajectories():
     mean, sd = np.array([0.4]), np.array([0.7])
     fixed = exact_gaussian(mean, sd, T=6)
@@ -119,6 +120,7 @@ def test_gradient_of_learned_rates_agrees_with_that_of_whole_trajectories():
     assert (np.abs(a.mean(0)) > 4 * error).any()
 
 
+@pytest.mark.long
 def test_stratified_spreads_less_than_uniform_and_importance_least(rough):
     _, _, x = rough
     zero = Diffusion(  # no network: a KL that falls steeply with t
@@ -210,6 +212,7 @@ def assert_mean_is_minus(objective_draws, expected):
     assert abs(objective_draws.mean() + expected) < 4 * error
 
 
+@pytest.mark.long
 def test_plates_masks_scales_and_missing_entries_count_as_in_trace_elbo():
     diffusion = exact_gaussian(MEAN, SD)
     x = MEAN + SD * np.array([[0.1, 1.2], [-0.7, 0.4], [1.5, -0.2], [0.3, 0.6]])
@@ -316,6 +319,7 @@ def test_latents_out_of_order_are_scored_by_sampling():
     assert_agree(stock, draws(SampledTimeELBO(), {}, model, guide, n=20_000, key=7))
 
 
+@pytest.mark.long
 def test_trajectory_before_the_latents_of_its_model_is_refused():
     diffusion = exact_gaussian(MEAN, SD)
     x = jnp.asarray(MEAN)[None]

@@ -149,6 +149,7 @@ def test_information_of_gaussian_data_lies_between_its_bounds():
     assert (g["contrast"] <= g.attrs["most_contrast"]).all()
 
 
+@pytest.mark.long
 def test_information_of_the_heartbeat_is_its_entropy_at_first():
     diffusion, entropy = heartbeat(40)
     x = heartbeat_models.examples()

@@ -105,6 +105,7 @@ def test_coverage_has_a_ceiling_and_the_report_says_where_more_particles_are(fin
     assert restoration.INPAINT.sizes["cpu"].num_particles > digits.Size().particles
 
 
+@pytest.mark.long
 def test_ceilings_of_the_roll():
     """Figures computed by another program, good to 0.02."""
     for beta, expected in ((1e-4, 0.10), (1e-3, -0.87), (0.0, 0.38)):

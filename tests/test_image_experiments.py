@@ -157,6 +157,7 @@ def test_bark_without_photographs_is_refused(monkeypatch, tmp_path):
         patches.bark(jax.random.key(0), patches.SIZES["quick"])
 
 
+@pytest.mark.long
 def test_floor_of_a_fixed_variance_is_what_a_perfect_network_pays(x64):
     diffusion = images.define_ddpm(images.SMALL.recipe, nnx.Rngs(0))
     x = np.zeros((3, 28, 28), np.uint8)

@@ -160,6 +160,7 @@ def test_the_same_key_gives_the_same_draws_and_another_key_others(smc):
     assert not np.isin(run(smc, 1.0, 0.5, seed=1).get_samples()["x_0"], draws).any()
 
 
+@pytest.mark.long
 def test_an_entry_of_a_plate_is_the_program_without_the_plate(x64):
     prior = standard_normal().prior({})
     y = np.linspace(-2, 2, 8)
@@ -262,6 +263,7 @@ def test_a_run_without_weight_is_not_pooled():
     np.testing.assert_allclose(weights, [0.25, 0, 0.75], atol=1e-12)
 
 
+@pytest.mark.long
 def test_one_device_or_a_mesh_of_one_gives_the_same(smc, key):
     run(smc, 1.0, 0.5)
     mesh = Mesh(np.array(jax.devices()[:1]), ("run",))
@@ -286,6 +288,7 @@ def test_a_bar_changes_nothing(smc, capfd):
 # guided
 
 
+@pytest.mark.long
 def test_the_rule_of_2015_tends_to_the_square_of_the_likelihood(guided):
     run(guided, 0.0, 1.0)
     sd = 1 / math.sqrt(3)  # of p r², not of p r
@@ -461,6 +464,7 @@ def test_equal_weights_have_no_tail():
     assert light < 0.5 < health.pareto_k(heavy(1000, 1.0))
 
 
+@pytest.mark.long
 def test_a_collapse_is_warned_of_once_a_kind_and_listed_in_the_summary(capsys):
     def program(y):
         with numpyro.plate("row", 2):
@@ -575,6 +579,7 @@ def test_factors_are_likelihoods_and_not_data(smc):
     np.testing.assert_array_equal(tree["log_likelihood"]["shift"], np.full((1, 1024), 2.0))
 
 
+@pytest.mark.long
 def test_a_shorter_diffusion_says_what_becomes_of_a_learned_variance(key, capsys):
     diffusion = Diffusion(
         GaussianKernel(),
@@ -709,6 +714,7 @@ def test_a_rank_below_one_is_refused(twist):
 # symbols
 
 
+@pytest.mark.long
 def test_bits_are_drawn_from_their_posterior(key):
     """Two fair bits, of which one is observed through noise."""
 
@@ -756,6 +762,7 @@ def test_shapes_that_do_not_fit_are_explained_where_numpyro_raises():
     assert "declared by .to_event" in raised.value.__notes__[0]
 
 
+@pytest.mark.long
 def test_rows_that_repeat_a_measurement_have_a_plate_of_their_own():
     def repeated(y):
         x_0 = PAIR()

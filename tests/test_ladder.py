@@ -102,6 +102,7 @@ def test_first_rung_is_the_bound(rungs):
     assert abs(gap.mean()) < 4 * gap.std(ddof=1) / np.sqrt(len(gap))
 
 
+@pytest.mark.long
 def test_bounds_from_both_sides_close_in_on_the_log_density():
     g, draws = (
         diagnostics.sandwich(jax.random.key(1), WRONG, {}, 400, sizes=(1, 10, 100))[name]

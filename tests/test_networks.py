@@ -262,7 +262,7 @@ def test_a_network_that_keeps_state_is_refused_with_the_reason(make, message):
 
 
 def test_what_cannot_be_called_is_refused(unchecked):
-    with pytest.raises(ValueError, match=r"callable as network\(x_t, t\); got str"):
+    with pytest.raises(ValueError, match=r"callable as network\(x_t, t\), or a pair .*; got str"):
         diffusion_of("unet")
 
 

@@ -229,6 +229,7 @@ def test_backwards_holds_one_level_for_each_step():
 # posteriors
 
 
+@pytest.mark.long
 def test_posterior_in_a_plate_is_exact_for_a_gaussian_likelihood():
     prior = standard(loc=1.0, scale=2.0).prior({})
     y, sigma = np.array([[0.5, 3.0], [-2.0, 1.0], [4.0, 0.0]]), np.array([0.5, 2.0])
@@ -275,6 +276,7 @@ def test_posterior_given_a_known_entry_is_exact():
     check_normal(draws["x_0"][:, 0], mean, np.sqrt(after))
 
 
+@pytest.mark.long
 def test_another_latent_site_is_inferred_along():
     """y_i ~ N(x_0, σ²), σ ~ HalfNormal(1): the posterior of σ by quadrature."""
     prior = standard(event_shape=()).prior({})

@@ -76,4 +76,4 @@ def test_a_notebook_points_at_what_is_there(path):
             sources = [(package / file).read_text() for file in files]
             named = re.search(r"\.py`: ([^;|]*)", line)
             for name in re.findall(r"`(\w+)`", named[1]) if named else ():
-                assert any(f"def {name}(" in s or f"class {name}(" in s for s in sources), name
+                assert any(re.search(rf"(def|class) {name}\b", s) for s in sources), name

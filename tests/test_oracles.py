@@ -178,6 +178,7 @@ def test_latent_code_and_diffusion_give_the_evidence(x):
     assert abs(losses.mean() - expected) < 4 * losses.std() / math.sqrt(4000)
 
 
+@pytest.mark.long
 def test_float64_is_kept_through_model_and_guide(x):
     diffusion = exact_gaussian(MEAN, SD)
     with numpyro.handlers.seed(rng_seed=0):
@@ -340,6 +341,7 @@ def count_routes_of_kl(monkeypatch):
     return routes
 
 
+@pytest.mark.long
 def test_entropy_form_needs_its_correction(imperfect):
     diffusion, params, x = imperfect
     tree = diagnostics.bound(jax.random.key(9), diffusion, params, x, num_draws=2_000)

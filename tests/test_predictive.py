@@ -160,6 +160,7 @@ def test_arviz_draws_it_as_it_is(tree, plot):
     assert collection.viz["figure"].item().axes[0].lines
 
 
+@pytest.mark.long
 def test_it_is_plotted_from_its_file_without_the_package(tree, tmp_path):
     check_in_fresh_process(
         tree,

@@ -270,6 +270,7 @@ def test_context_reaches_the_network_row_by_row(x64):
     np.testing.assert_array_equal(np.sign(x[:2, 0]), np.sign(context[:2]))
 
 
+@pytest.mark.long
 def test_context_may_be_a_latent_of_the_program(x64):
     prior = numbers(context_shape=(2,)).prior({})
 

@@ -130,6 +130,7 @@ def test_numbers_that_are_rebound_are_seen(prior):
         assert smc.log_evidence == pytest.approx(exact, abs=0.1)
 
 
+@pytest.mark.long
 def test_other_arguments_of_the_same_shape_compile_nothing(prior):
     def program(y):
         over(prior, y)()
@@ -173,6 +174,7 @@ class Flag:
     value: Any
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("wrap", [Flag, lambda value: value], ids=["in an object", "bare"])
 def test_arguments_that_compare_equal_are_not_taken_for_one_another(prior, wrap):
     kinds = int, bool, float
@@ -188,6 +190,7 @@ def test_arguments_that_compare_equal_are_not_taken_for_one_another(prior, wrap)
         assert smc.log_evidence == pytest.approx(i, abs=1e-5)
 
 
+@pytest.mark.long
 def test_zero_and_minus_zero_are_two_numbers(prior):
     zero = 0.0
 
@@ -220,6 +223,7 @@ class EqualPush(infer.Twist):
     __call__ = Push.__call__
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make", [Push, EqualPush])
 def test_a_twist_of_the_users_own_is_what_it_is_when_the_sampler_is_made(prior, make):
     """Every step moves by as much, which the mean of the draws shows."""
@@ -232,6 +236,7 @@ def test_a_twist_of_the_users_own_is_what_it_is_when_the_sampler_is_made(prior, 
     assert means[1] > means[0] + 0.5
 
 
+@pytest.mark.long
 def test_calibration_compiles_once_for_all_simulations(prior):
     def program(y=None):
         numpyro.sample("y", dist.Normal(prior(), SIGMA).expand([2]).to_event(1), obs=y)
@@ -244,6 +249,7 @@ def test_calibration_compiles_once_for_all_simulations(prior):
     assert counts[0] == counts[1]
 
 
+@pytest.mark.long
 def test_a_diffusion_goes_with_all_that_was_compiled_for_it(key):
     def network(x_t, t):
         return jnp.zeros((len(x_t), 4))

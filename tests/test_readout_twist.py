@@ -55,6 +55,7 @@ def covariance(rho):
 MASK = np.array([True, False])
 
 
+@pytest.mark.long
 def test_a_diffusion_of_independent_entries_has_weights_of_one():
     """n = 4 × 4096, whose start alone, x_T ~ π, has weights: sd 3e-4."""
     diffusion, a = pair(0.0), 1.2

@@ -159,6 +159,7 @@ def test_old_style_keys_give_the_same_fit(svi):
     assert_equal(old.losses, new.losses)
 
 
+@pytest.mark.long
 def test_a_subsampling_plate_gives_the_posterior_of_all_the_data(key):
     y = 2.0 + random.normal(random.key(5), (200,))
 

@@ -32,6 +32,7 @@ def randomise(network, seed=1):
     return network
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("event_shape", "options", "expected"),
     [
@@ -101,6 +102,7 @@ def of_log_snr(beta, network):
     return Diffusion(GaussianKernel(), beta, network, event_shape=(8, 8))
 
 
+@pytest.mark.long
 def test_network_of_the_log_snr_serves_any_schedule(x64):
     """Level 2 of 4 and level 3 of 7, evenly spaced between the same ends, have the same noise."""
     network = randomise(make(T=None, outputs=2))
