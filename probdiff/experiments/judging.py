@@ -184,7 +184,7 @@ def classifier_rows(
 
 
 def baselines(
-    train: np.ndarray, validation: np.ndarray, components: tuple[int, ...],
+    train: Array | np.ndarray, validation: Array | np.ndarray, components: tuple[int, ...],
     added: tuple[float, ...], added_to_one: tuple[float, ...], **options: Any,
 ) -> dict[str, GaussianMixture]:  # fmt: skip
     """The mixture with full covariances, and the Gaussian, that are best on validation images.
