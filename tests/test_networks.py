@@ -316,12 +316,12 @@ def test_a_function_with_its_weights_beside_it_is_trained_like_a_module():
     np.testing.assert_allclose(z, params["x_0_network$params"]["w"] * x)
 
 
-def test_a_function_that_reads_what_changes_is_bound_anew():
-    weight = [0.0]
+@pytest.mark.parametrize("weight", [[0.0], np.zeros(1, np.float32)], ids=["list", "array"])
+def test_a_function_that_reads_what_changes_is_bound_anew(weight):
     diffusion = Diffusion(
         GaussianKernel(),
         schedules.linear(5, beta_T=0.5),
-        lambda x_t, t: jnp.concatenate([weight[0] * x_t, jnp.zeros_like(x_t)], -1),
+        lambda x_t, t: jnp.concatenate([jnp.asarray(weight) * x_t, jnp.zeros_like(x_t)], -1),
         event_shape=(2,),
     )
     first = sample.ancestral(jax.random.key(0), diffusion, {}, 4)
