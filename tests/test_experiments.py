@@ -100,7 +100,7 @@ def test_coverage_has_a_ceiling_and_the_report_says_where_more_particles_are(fin
     _, folder, rows, _ = finished
     ceilings = [row.ceiling for row in rows if conditioning.COVERAGE in row.row]
     assert ceilings == [0.9, 0.9]
-    text = (folder / "report.md").read_text(encoding="utf-8")
+    text = " ".join((folder / "report.md").read_text(encoding="utf-8").split())
     assert "`probdiff run inpaint` takes more of them" in text
     assert restoration.INPAINT.sizes["cpu"].num_particles > digits.Size().particles
 
