@@ -235,12 +235,12 @@ def golden_network(rho, T):
     ("rho", "T", "bits"),
     [
         (0.5, 10, -3.9499),
-        (0.5, 40, -3.9037),
-        (0.5, 100, -3.8936),
-        (0.5, 1000, -3.8874),
-        (0.9, 10, -3.4363),
+        pytest.param(0.5, 40, -3.9037, marks=pytest.mark.long),
+        pytest.param(0.5, 100, -3.8936, marks=pytest.mark.long),
+        pytest.param(0.5, 1000, -3.8874, marks=pytest.mark.long),
+        pytest.param(0.9, 10, -3.4363, marks=pytest.mark.long),
         (0.9, 40, -3.0760),
-        (0.9, 100, -2.9736),
+        pytest.param(0.9, 100, -2.9736, marks=pytest.mark.long),
         (0.9, 1000, -2.9043),
     ],
 )
