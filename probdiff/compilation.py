@@ -17,7 +17,7 @@ import collections
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import jax
@@ -108,6 +108,15 @@ class Programs:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
         return self._kept[key](*args)
+
+
+def equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
+    """All operations of a jaxpr, those inside its loops and calls too."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for leaf in jax.tree.leaves(list(eqn.params.values())):
+            if isinstance(leaf, core.ClosedJaxpr | core.Jaxpr):
+                yield from equations(getattr(leaf, "jaxpr", leaf))
 
 
 def call(function: Callable, *args: Any) -> Any:

@@ -94,7 +94,8 @@ COMMON = f"""
 
 def start(program, count=4, arguments=(), first=""):
     """A process with so many virtual devices that runs the program after what is common."""
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}", "JAX_PLATFORMS": "cpu"}
+    devices = f"--xla_force_host_platform_device_count={count}"
+    flags = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {devices}", "JAX_PLATFORMS": "cpu"}
     env = os.environ | flags | {"PYTHONPATH": os.pathsep.join(sys.path)}
     code = first + textwrap.dedent(COMMON) + textwrap.dedent(program)
     return subprocess.Popen(

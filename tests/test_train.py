@@ -554,7 +554,8 @@ DIVIDED = """
 
 @pytest.mark.long
 def test_four_devices_give_what_one_gives(tmp_path):
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    count = "--xla_force_host_platform_device_count=4"
+    flags = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {count}", "JAX_PLATFORMS": "cpu"}
     env = os.environ | flags | {"PYTHONPATH": os.pathsep.join(sys.path)}
     program = textwrap.dedent(DIVIDED).replace("{path!r}", repr(str(tmp_path / "run")))
     done = subprocess.run(

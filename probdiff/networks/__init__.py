@@ -1,5 +1,6 @@
 """Networks `network(x_t, t, context=None)`: flax.nnx modules that hold no probability."""
 
+from probdiff.networks.convolution import convolve
 from probdiff.networks.multi_scale import MultiScaleConvolution
 from probdiff.networks.per_step import RadialBasis, SigmoidPerceptron
 from probdiff.networks.perceptron import Perceptron, SharedHead
@@ -8,5 +9,5 @@ from probdiff.networks.unet import UNet
 
 __all__ = [
     "MultiScaleConvolution", "Perceptron", "RadialBasis", "SharedHead", "SigmoidPerceptron", "UNet",
-    "summary",
+    "convolve", "summary",
 ]  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from probdiff.arguments import check_shape
@@ -54,12 +55,58 @@ def from_patches(x: Float[Array, "B h w c"], patch: int) -> Float[Array, "B H W 
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, H * patch, W * patch, C // patch**2)
 
 
-def convolve(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
-    """3 × 3 convolution, NHWC × HWIO, padded to the same size; fast gradients in loops on a CPU.
+def convolve(
+    x: Array, kernel: Array, strides: Any = (1, 1), padding: Any = "SAME", **options: Any
+) -> Array:
+    """Convolution for `nnx.Conv(..., conv_general_dilated=networks.convolve)`, fast on a CPU.
 
-    `nnx.Conv` hands over strides, padding and layout too, which are always those of `_plain`.
+    Of images, NHWC × HWIO, with an odd kernel, unit strides and the same size behind as before, it
+    has fast gradients in compiled loops, by `jax.custom_vjp` (so there is no forward mode). Other
+    convolutions, and other devices, get JAX's own.
+
+    Args:
+        x: Images, `(B, H, W, C)`.
+        kernel: Kernel, `(h, w, C, D)`.
+        strides: As `jax.lax.conv_general_dilated` takes them, like all that follow.
+        padding: "SAME" for the fast gradients.
+        **options: Dilations, groups, layout, precision.
+
+    Example:
+        >>> conv = nnx.Conv(
+        ...     1, 4, (3, 3), conv_general_dilated=networks.convolve, rngs=nnx.Rngs(0)
+        ... )
+        >>> stock = nnx.Conv(1, 4, (3, 3), rngs=nnx.Rngs(0))
+        >>> x = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
+        >>> bool(jnp.allclose(conv(x), stock(x), atol=1e-6))
+        True
     """
-    return _canonical(x, kernel) if jax.default_backend() == "cpu" else _plain(x, kernel)
+    given = {name: value for name, value in options.items() if value is not None}
+    if jax.default_backend() == "cpu" and _has_fast_gradients(x, kernel, strides, padding, given):
+        return _canonical(x, kernel)
+    return jax.lax.conv_general_dilated(
+        x, kernel, strides, padding, **{"dimension_numbers": _LAYOUT} | given
+    )
+
+
+def is_slow(layout: jax.lax.ConvDimensionNumbers) -> bool:
+    """Whether a convolution of this layout has no fast kernel on a CPU."""
+    return layout != jax.lax.conv_dimension_numbers((1,) * 4, (1,) * 4, _LAYOUT)
+
+
+def _has_fast_gradients(
+    x: Array, kernel: Array, strides: Any, padding: Any, options: dict[str, Any]
+) -> bool:
+    layout = options.get("dimension_numbers", _LAYOUT)
+    ones = (strides, options.get("lhs_dilation", 1), options.get("rhs_dilation", 1))
+    return (
+        x.ndim == kernel.ndim == 4
+        and padding == "SAME"
+        and all(n % 2 for n in kernel.shape[:2])
+        and all(np.all(np.asarray(one) == 1) for one in ones)
+        and options.get("feature_group_count", 1) == 1
+        and not is_slow(jax.lax.conv_dimension_numbers(x.shape, kernel.shape, layout))
+        and not options.keys() & {"precision", "preferred_element_type", "batch_group_count"}
+    )
 
 
 def _plain(x: Array, kernel: Array) -> Array:

@@ -33,6 +33,8 @@ _Feed = tuple[PyTree, Array | None]
 _CHUNK_SECONDS = 2.0
 """Of steps between two looks at how things go. A call of a compiled function begins in fresh
 memory, which on a CPU costs a U-Net a quarter of a step: at 0.3 s it was a tenth of the time."""
+_FEW = 4
+"""Steps of a chunk of a large model, where they take longer than that and no more than 20 s."""
 
 
 class _Record(NamedTuple):
@@ -231,6 +233,7 @@ class Run(NamedTuple):
 
 
 def _chunk_length(n: int, seconds: float) -> int:
-    """Steps of a chunk that would take two seconds, given how long n steps took."""
+    """Steps of a chunk that takes two seconds or is a few steps, given how long n steps took."""
     # At most fourfold growth: the time of a short chunk is overhead and noise.
-    return max(1, min(4 * n, int(n * _CHUNK_SECONDS / seconds)))
+    least = _FEW if _FEW * seconds / n < 10 * _CHUNK_SECONDS else 1
+    return max(least, min(4 * n, int(n * _CHUNK_SECONDS / seconds)))

@@ -15,6 +15,7 @@ one program serves all lengths, so a result does not depend on them, bit for bit
 donated: the state before a chunk is what a non-finite loss is traced back from.
 """
 
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -31,10 +32,12 @@ from numpyro.infer.svi import SVIState
 from numpyro.primitives import Messenger
 
 from probdiff import devices
-from probdiff.compilation import Programs, Traced, call, trace
+from probdiff.compilation import Programs, Traced, call, equations, trace
+from probdiff.networks.convolution import is_slow
 from probdiff.train import data as batches
 from probdiff.types import Params
 
+_CONVOLUTION = "conv_general_dilated"
 _kept: weakref.WeakKeyDictionary[SVI, Programs] = weakref.WeakKeyDictionary()
 
 
@@ -64,6 +67,7 @@ class TracedSVI:
         self.first_state = self._init(key, first)
         self._get_params = self._trace(svi.get_params, self.first_state)
         self._update = self._trace(self._update_on, self.first_state, first)
+        _warn_of_slow_convolutions(self._update)
         self._loss: Traced | None = None
 
     def start(self, *, averaged: bool) -> Carry:
@@ -165,6 +169,20 @@ class TracedSVI:
         svi, (args, kwargs) = self._svi, batches.arguments(batch)
         params, kwargs = {**params, **(mutable or {})}, {**kwargs, **svi.static_kwargs}
         return svi.loss.loss(key, params, svi.model, svi.guide, *args, **kwargs)
+
+
+def _warn_of_slow_convolutions(update: Traced) -> None:
+    if jax.default_backend() != "cpu":
+        return
+    found = (e for e in equations(update.code.jaxpr) if e.primitive.name == _CONVOLUTION)
+    slow = sum(is_slow(eqn.params["dimension_numbers"]) for eqn in found)
+    if slow:
+        warnings.warn(
+            f"the program has {slow} convolutions, gradients among them, that are many times "
+            "slower on a CPU inside a compiled loop than they need be: make them by "
+            "nnx.Conv(..., conv_general_dilated=probdiff.networks.convolve)",
+            stacklevel=4,
+        )
 
 
 def is_finite(leaf: Array) -> Bool[Array, ""]:
