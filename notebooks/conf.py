@@ -28,6 +28,7 @@ html_theme, html_title = "furo", "probdiff"
 html_theme_options = {"light_css_variables": {"code-font-size": "0.75rem"}}
 html_show_copyright = html_show_sourcelink = html_copy_source = False
 default_role = "named"
+toc_object_entries_show_parents = "hide"
 maximum_signature_line_length = 80
 autodoc_default_options = {
     "members": True,
@@ -41,7 +42,7 @@ nb_execution_mode, nb_merge_streams = "off", True
 myst_enable_extensions = ["dollarmath"]
 
 intersphinx_mapping = {
-    "arviz": ("https://python.arviz.org/en/stable", None),
+    "arviz": ("https://python.arviz.org/projects/plots/en/stable", None),
     "jax": ("https://docs.jax.dev/en/latest", None),
     "matplotlib": ("https://matplotlib.org/stable", None),
     "numpy": ("https://numpy.org/doc/stable", None),
@@ -63,6 +64,12 @@ jax.sharding.Mesh.__module__ = "jax.sharding"
 matplotlib.axes.Axes.__module__ = "matplotlib.axes"
 xarray.DataTree.__module__ = "xarray"
 ELSEWHERE = {
+    "arviz_plots.plot_ecdf_pit": "arviz_plots.plot_ecdf_pit",
+    "plot_ppc_dist": "arviz_plots.plot_ppc_dist",
+    "plot_ppc_pit": "arviz_plots.plot_ppc_pit",
+    "plot_ppc_tstat": "arviz_plots.plot_ppc_tstat",
+    "numpyro.infer.Predictive": "numpyro.infer.util.Predictive",
+    "numpyro.param": "numpyro.primitives.param",
     "MCMC": "numpyro.infer.mcmc.MCMC",
     "Predictive": "numpyro.infer.util.Predictive",
     "SVI": "numpyro.infer.svi.SVI",
@@ -84,7 +91,7 @@ for network in vars(networks).values():
         init = inspect.signature(network.__init__)
         network.__signature__ = init.replace(parameters=[*init.parameters.values()][1:])
 
-PAGES = "\n".join(page.read_text() for page in (Path(__file__).parent / "api").glob("*.rst"))
+PAGES = "\n".join(page.read_text() for page in sorted(Path(__file__).parent.glob("api/*.rst")))
 LISTED = re.findall(r"^\.\. auto(?!module)\w+:: (\S+)", PAGES, re.MULTILINE)
 
 
@@ -151,6 +158,7 @@ def _as_written(text):
     text = re.sub(rf"{array} \| {numpys}", r"~jaxtyping.\1[~jax.Array | ~numpy.ndarray, \2]", text)
     text = re.sub(array, r"~jaxtyping.\1[~jax.Array, \2]", text)
     text = re.sub(r"~jaxtyping\.Shaped\[(.*?), '\.\.\.'\]", r"\1", text)
+    text = re.sub(r"\{(\w+)\}", r"\1", text)  # a size that is an argument
     for written, shown in WRITTEN.items():
         text = text.replace(written, shown)
     return text
