@@ -17,19 +17,19 @@ Thermodynamics.
 """
 
 import importlib
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from probdiff import datasets, networks, readouts, sample, schedules
-from probdiff.diffusion import Diffusion
-from probdiff.elbo import SampledTimeELBO, track_kl
-from probdiff.kernels import AbsorbingKernel, BernoulliKernel, CategoricalKernel, GaussianKernel
-from probdiff.prior import Prior
-from probdiff.simple_loss import CombinedLoss, SimpleLoss
-from probdiff.standard import standard_diffusion
-from probdiff.storage import load, save
-from probdiff.times import ImportanceTimes, StratifiedTimes, UniformTimes
-from probdiff.train import Fit, fit
+if TYPE_CHECKING:
+    from probdiff import datasets, diagnostics, infer, networks, plots, readouts, sample, schedules
+    from probdiff.diffusion import Diffusion
+    from probdiff.elbo import SampledTimeELBO, track_kl
+    from probdiff.kernels import AbsorbingKernel, BernoulliKernel, CategoricalKernel, GaussianKernel
+    from probdiff.prior import Prior
+    from probdiff.simple_loss import CombinedLoss, SimpleLoss
+    from probdiff.standard import standard_diffusion
+    from probdiff.storage import load, save
+    from probdiff.times import ImportanceTimes, StratifiedTimes, UniformTimes
+    from probdiff.train import Fit, fit
 
 __all__ = [
     "AbsorbingKernel",
@@ -61,12 +61,37 @@ __all__ = [
 ]
 
 
-if TYPE_CHECKING:
-    from probdiff import diagnostics, infer, plots
-else:
+_HOMES = {
+    "diffusion": ["Diffusion"],
+    "elbo": ["SampledTimeELBO", "track_kl"],
+    "kernels": ["AbsorbingKernel", "BernoulliKernel", "CategoricalKernel", "GaussianKernel"],
+    "prior": ["Prior"],
+    "simple_loss": ["CombinedLoss", "SimpleLoss"],
+    "standard": ["standard_diffusion"],
+    "storage": ["load", "save"],
+    "times": ["ImportanceTimes", "StratifiedTimes", "UniformTimes"],
+    "train": ["Fit", "fit"],
+}
+"""Files of the names that are no modules."""
 
-    def __getattr__(name: str) -> ModuleType:
-        """The folders that stand on ArviZ and matplotlib, slower to import than all the rest."""
-        if name not in ("diagnostics", "infer", "plots"):
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return importlib.import_module(f"{__name__}.{name}")
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """A public name or a module, imported when it is asked for: JAX takes seconds to import."""
+        for home, names in _HOMES.items():
+            if name in names:
+                value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+                globals()[name] = value
+                return value
+        module = f"{__name__}.{name}"
+        try:
+            return importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name != module:
+                raise
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from error
+
+    def __dir__() -> list[str]:
+        """All public names, imported or not: what an editor completes."""
+        return sorted({*globals(), *__all__})

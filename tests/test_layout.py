@@ -187,10 +187,25 @@ def test_public_names_exist():
         probdiff.no_such_name  # noqa: B018
 
 
+def test_public_names_are_imported_when_they_are_asked_for():
+    program = """
+import sys, probdiff
+assert not {"jax", "numpyro", "flax"} & set(sys.modules)
+assert set(probdiff.__all__) <= set(dir(probdiff))
+from probdiff import *
+assert Diffusion is probdiff.diffusion.Diffusion
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 SLOW = "sklearn pandas xarray matplotlib arviz arviz_base arviz_stats arviz_plots pooch".split()
 
 
 def test_the_package_imports_nothing_slow_until_it_is_used():
-    program = f"import sys, probdiff; print(set({SLOW}) & set(sys.modules))"
+    program = (
+        "import sys; from probdiff import Diffusion, datasets, networks, readouts, sample, fit"
+    )
+    program += f"; print(set({SLOW}) & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stdout + done.stderr
