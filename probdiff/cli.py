@@ -6,10 +6,12 @@ command needs is imported when it runs: to list experiments is quick.
 """
 
 import argparse
+import difflib
+import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,7 @@ DATA.npy is an array of examples along axis 0, in the units the model was traine
 Each example's bound is in the file, group "bound": xarray.open_datatree(FILE). From Python it is
 probdiff.diagnostics.bound.
 """
+COMMANDS = ("list", "run", "bound")
 
 
 class UsageError(Exception):
@@ -71,7 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: Arguments after the program's name; those of the process if absent.
     """
-    args = _parser().parse_args(argv)
+    argv, parser = sys.argv[1:] if argv is None else argv, _parser()
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        parser.error(f"no command {argv[0]!r}; there are {_listed(COMMANDS, argv[0])}")
+    args = parser.parse_args(argv)
+    if args.command is not _list:
+        _keep_compiled()
     try:
         args.command(args)
     except UsageError as error:
@@ -122,6 +130,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _listed(names: Iterable[str], wrong: str) -> str:
+    """Names there are, and the one that was meant, where one is close."""
+    found = difflib.get_close_matches(wrong.lower(), names, n=1)
+    return ", ".join(names) + "".join(f". Did you mean {name}?" for name in found)
+
+
+def _keep_compiled() -> None:
+    """Let JAX keep what it compiles in the user's cache folder, if it can be written.
+
+    JAX reads this as it is imported. Who has set its folder, or imported it before, is left alone.
+    """
+    if "jax" in sys.modules or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = cache / "probdiff" / "compiled"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # no place, or no home
+        return
+    if os.access(folder, os.W_OK):
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder.resolve())
+
+
 def _those(field: str) -> str:
     """Names of the experiments that have something."""
     return ", ".join(name for name, entry in TABLE.items() if getattr(entry, field))
@@ -145,7 +176,7 @@ def _summaries() -> list[str]:
 
 def _run(args: argparse.Namespace) -> None:
     if args.name not in TABLE:
-        raise UsageError(f"no experiment {args.name!r}; there are {', '.join(TABLE)}")
+        raise UsageError(f"no experiment {args.name!r}; there are {_listed(TABLE, args.name)}")
     entry = TABLE[args.name]
     if args.model is not None and not entry.model:
         raise UsageError(f"--model is for {_those('model')}; {args.name} trains its own")

@@ -1,5 +1,6 @@
 """The command line: exit status, and what is said where."""
 
+import os
 import re
 import subprocess
 import sys
@@ -233,16 +234,82 @@ def test_what_runs_no_experiment_imports_none():
 import sys
 from probdiff import cli
 
-before = set(sys.modules)  # what the package itself needs
-for argv in (["list"], ["run", "diggits"], ["--help"]):
+for argv in (["list"], ["run", "diggits"], ["lisst"], ["--help"]):
     try:
         cli.main(argv)
     except SystemExit:
         pass
-new = {name.split(".")[0] for name in set(sys.modules) - before}
-assert not new & {"sklearn", "scipy", "matplotlib", "arviz_base", "jax", "xarray"}, new
+slow = {"sklearn", "scipy", "matplotlib", "arviz_base", "jax", "numpyro", "flax", "xarray"}
+found = slow & {name.split(".")[0] for name in sys.modules}
+assert not found, found
 ours = [name for name in sys.modules if name.startswith("probdiff.experiments.")]
 assert not ours, ours
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        (["bonud"], "there are list, run, bound. Did you mean bound?"),
+        (["Lists"], "there are list, run, bound. Did you mean list?"),
+        (["fly"], "no command 'fly'; there are list, run, bound\n"),
+        (["run", "swis-roll"], "super-resolution. Did you mean swiss-roll?"),
+        (["run", "MNIST"], "super-resolution. Did you mean mnist?"),
+        (["run", "zzz"], "super-resolution\n"),
+    ],
+)
+def test_a_typo_is_answered_with_what_is_close(argv, meant, capsys):
+    try:
+        assert cli.main(argv) == 2
+    except SystemExit as stop:
+        assert stop.code == 2
+    assert meant in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "folder"),
+    [
+        ({"XDG_CACHE_HOME": "cache"}, "cache/probdiff/compiled"),
+        ({}, "home/.cache/probdiff/compiled"),
+        ({"JAX_COMPILATION_CACHE_DIR": "own"}, "own"),
+        ({"XDG_CACHE_HOME": "file"}, None),  # nothing can be written there
+    ],
+)
+def test_compiled_programs_are_kept_in_the_users_cache(given, folder, tmp_path):
+    (tmp_path / "file").touch()
+    program = """
+import os
+from probdiff import cli
+
+cli.main(["run", "no-such-experiment"])
+print(os.environ.get("JAX_COMPILATION_CACHE_DIR"))
+"""
+    paths = {name: str(tmp_path / place) for name, place in ({"HOME": "home"} | given).items()}
+    unset = {"XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"}
+    env = {name: value for name, value in os.environ.items() if name not in unset} | paths
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.stdout.strip() == str(folder and tmp_path / folder), done.stderr
+
+
+@pytest.mark.long
+def test_what_is_kept_is_used_and_gives_the_same(model, data, tmp_path):
+    cache = tmp_path / "cache"
+    env = dict(
+        os.environ, XDG_CACHE_HOME=str(cache), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0"
+    )
+    env.pop("JAX_COMPILATION_CACHE_DIR", None)
+
+    def bound(**more):
+        command = [sys.executable, "-m", "probdiff.cli", "bound", str(model[0]), str(data)]
+        done = subprocess.run(command, capture_output=True, text=True, env=env | more)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, len(list(cache.rglob("*-cache")))
+
+    without, kept = bound(JAX_ENABLE_COMPILATION_CACHE="false")
+    assert kept == 0
+    first, kept = bound()
+    assert kept > 0
+    assert bound() == (first, kept) == (without, kept)
