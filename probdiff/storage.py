@@ -18,7 +18,7 @@ import numpy as np
 import safetensors.numpy
 from flax import nnx
 
-from probdiff import kernels, networks, readouts, schedules, validation
+from probdiff import files, kernels, networks, readouts, schedules, validation
 from probdiff.diffusion import Diffusion
 from probdiff.networks.binding import built_in_config
 from probdiff.train import checkpoint
@@ -61,8 +61,8 @@ def save(path: str | Path, diffusion: Diffusion, params: Params) -> None:
     config |= {"config_sha256": _digest(config)}
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.replace(folder / "params.safetensors", data)
-    checkpoint.replace(folder / "config.json", json.dumps(config, indent=1).encode())
+    files.replace(folder / "params.safetensors", data)
+    files.replace(folder / "config.json", json.dumps(config, indent=1).encode())
 
 
 def load(path: str | Path, *, network: Network | None = None) -> tuple[Diffusion, Params]:

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "probdiff"
 # A place imports from the places above it. A folder is one place: its files may import each other.
 ORDER = """
-    bars arguments types datasets compilation devices
+    bars files arguments types datasets compilation devices
     kernels schedules readouts networks validation reverse trajectories prior diffusion standard
     times elbo simple_loss train storage sample
     infer diagnostics plots recipes experiments cli

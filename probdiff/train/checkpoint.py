@@ -3,9 +3,8 @@
 The file is safetensors: a JSON header (names, dtypes, shapes, text metadata), then the tensors'
 bytes. Reading it runs no code. Two things are added to the format.
 
-1. *All or nothing.* The bytes go to a neighbour file, are flushed to the disk, and the neighbour
-   takes the name in one step (`os.replace`). Whatever the moment of a crash, the name holds the old
-   file or the new one, never a part.
+1. *All or nothing.* Whatever the moment of a crash, the name holds the old file or the new one,
+   never a part (see `files`).
 2. *A seal.* The metadata hold the SHA-256 of the file as it would be without it: damaged or edited
    files are told from good ones before any number of theirs is used.
 
@@ -16,7 +15,6 @@ list's index from a dict's key. PRNG keys travel as their words.
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,8 @@ import numpy as np
 import safetensors
 from jaxtyping import PyTree
 from safetensors.numpy import save
+
+from probdiff import files
 
 _FORMAT = "probdiff.fit 2"
 _DTYPES = {"BOOL": "bool", "C64": "complex64", "BF16": "bfloat16"} | {
@@ -73,7 +73,7 @@ def write(path: Path, arrays: dict[str, np.ndarray], about: dict[str, str]) -> N
     # One entry, for the order of several differs from process to process.
     metadata = {"about": json.dumps({**about, "format": _FORMAT}, sort_keys=True)}
     sealed = metadata | {"sha256": sha256(save(arrays, metadata))}
-    replace(path, save(arrays, sealed))
+    files.replace(path, save(arrays, sealed))
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -118,17 +118,6 @@ def unpacked(data: bytes) -> dict[str, np.ndarray]:
         name: np.frombuffer(tensor["data"], dtypes[name]).reshape(tensor["shape"])
         for name, tensor in tensors.items()
     }
-
-
-def replace(path: Path, data: bytes) -> None:
-    """Put bytes at `path`, all or nothing."""
-    # One fixed name, so that what a killed process left behind is overwritten and never piles up.
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _is_key(leaf: Any) -> bool:
