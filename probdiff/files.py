@@ -45,7 +45,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     An error inside leaves what was at `path`, and an `OSError` names it.
     """
-    with _naming(path):
+    with naming(path):
         _sweep(path)
         own = f"{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
         partial = path.with_name(f"{path.name}.{own}.partial")
@@ -66,7 +66,7 @@ def locked(path: Path) -> Iterator[bool]:
         yield True
         return
     lock = path.with_name(path.name + ".lock")
-    with _naming(path):
+    with naming(path):
         descriptor = _open_lock(lock)
     try:
         if is_ours := descriptor is not None:
@@ -87,6 +87,19 @@ def holder(path: Path) -> str:
         return "another process"
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the system name the file that was to be written, not a neighbour or nothing."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            error.args = (f"{path}: {error}",)
+        else:
+            error.filename, error.filename2 = os.fspath(path), None
+        raise
+
+
 def _open_lock(lock: Path) -> int | None:
     """The lock's descriptor, or None where another holds it."""
     while True:
@@ -103,19 +116,6 @@ def _open_lock(lock: Path) -> int | None:
             if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
                 return descriptor
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Errors of the system name the file that was to be written, not a neighbour or nothing."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:
-            error.args = (f"{path}: {error}",)
-        else:
-            error.filename, error.filename2 = os.fspath(path), None
-        raise
 
 
 def _sweep(path: Path) -> None:

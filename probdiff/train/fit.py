@@ -100,7 +100,9 @@ def fit(
         progress: Whether to show a bar, with the loss per example.
 
     Raises:
-        ValueError: An argument does not fit, or the checkpoint is damaged or another run's.
+        ValueError: An argument does not fit, or the checkpoint is damaged or another run's, or
+            another run is writing it.
+        KeyboardInterrupt: Interrupted; says how to go on.
         FloatingPointError: Loss or weights are not finite; says at which step and sites.
 
     Example:
@@ -119,6 +121,8 @@ def fit(
         raise ValueError(f"ema_decay must lie in (0, 1); got {ema_decay}")
     if patience is not None and held_out is None:
         raise ValueError(f"held_out must be given with patience; got None and patience={patience}")
+    if None not in (log, checkpoint) and Path(log).resolve() == Path(checkpoint).resolve():
+        raise ValueError(f"log and checkpoint must be two files; got {log} for both")
     mesh = devices.checked(mesh)
     key_init, key_batches, key_held_out = random.split(key, 3)
     source = batches.from_data(key_batches, data, batch_size, mesh)
@@ -163,6 +167,7 @@ def fit(
         record = run.evaluated(record)
     weights = traced.weights(record.carry) if record.best is None else record.best
     return Fit(
-        params=weights.params, raw_params=weights.raw_params, losses=run.losses[: record.step],
-        state=record.carry.state, held_out_losses=record.held_out_losses, num_steps=record.step,
+        params=weights.params, raw_params=weights.raw_params, state=record.carry.state,
+        losses=run.losses[: record.step].copy(),  # callbacks keep views of the run's
+        held_out_losses=record.held_out_losses, num_steps=record.step,
     )  # fmt: skip

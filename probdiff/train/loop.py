@@ -11,6 +11,7 @@ The record of a run is never changed in place: an interrupt finds the one of the
 and a checkpoint holds that, with what tells the run from others.
 """
 
+import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PRNGKeyArray, PyTree
 from tqdm import tqdm
 
-from probdiff import bars, devices
+from probdiff import bars, devices, files
 from probdiff.train import checkpoint
 from probdiff.train import data as batches
 from probdiff.train.log import HeldOutLosses, Log, Progress
@@ -82,6 +83,10 @@ class Run(NamedTuple):
 
     def last_record(self, record: _Record) -> _Record:
         """The record after the last step; saved by the clock, at the end, and when interrupted."""
+        with self._sole_writer(record):
+            return self._trained(record)
+
+    def _trained(self, record: _Record) -> _Record:
         saved_step, saved_time = record.step, time.monotonic()
         with bars.bar(
             total=self.num_steps, initial=record.step, unit="step",
@@ -98,10 +103,36 @@ class Run(NamedTuple):
             except FloatingPointError:
                 saved_step = record.step  # what was saved before is further from the fault
                 raise
+            except KeyboardInterrupt as interrupt:
+                interrupt.args = (self._afterwards(record),)  # the last line that is shown
+                raise
             finally:
                 if record.step > saved_step:
                     self._save(record)
         return record
+
+    def _afterwards(self, record: _Record) -> str:
+        """How to go on after an interrupt."""
+        done = f"interrupted after step {record.step} of {self.num_steps}"
+        if self.checkpoint is None:
+            return f"{done}, which are lost: with checkpoint=, the same call would go on from there"
+        return f"{done}: the same call goes on from there, by {self.checkpoint}"
+
+    @contextlib.contextmanager
+    def _sole_writer(self, record: _Record) -> Iterator[None]:
+        """A `ValueError` in every process if another run writes the checkpoint."""
+        is_writer = self.checkpoint is not None and devices.is_first(self.mesh)
+        with contextlib.ExitStack() as stack:
+            is_free = True
+            if is_writer and self._room(record, 1):
+                is_free = stack.enter_context(files.locked(self.checkpoint))
+            if not devices.agreed(int(is_free), self.mesh):
+                raise ValueError(
+                    "checkpoint must be written by one run at a time; got "
+                    f"{self.checkpoint}, which {files.holder(self.checkpoint)} writes: wait for "
+                    "it, or give this run a file of its own"
+                )
+            yield
 
     def evaluated(self, record: _Record) -> _Record:
         """The record with one more evaluation."""
@@ -136,6 +167,7 @@ class Run(NamedTuple):
             if self.log and is_due:
                 params = self.svi.weights(record.carry).params
                 losses = self.losses[: record.step]
+                losses.flags.writeable = False  # of this view, which a callback gets
                 progress = Progress(record.step, params, losses, record.held_out_losses)
                 self.log.report(progress, self.source.examples)
             yield record
@@ -211,6 +243,8 @@ class Run(NamedTuple):
         """The record in the file; the one given if there is no file."""
         if not path.parent.is_dir():
             raise ValueError(f"checkpoint must lie in a folder that exists; got {path}")
+        if path.is_dir():
+            raise ValueError(f"checkpoint must be a file; got the folder {path}")
         if not path.exists():
             return record
         arrays, found = checkpoint.read(path)
