@@ -89,7 +89,7 @@ def fit(
             then returned, whether it stopped or not.
         checkpoint: File of the run, `.safetensors`. A run whose file is there goes on from it;
             `num_steps` may then be larger than before, all other arguments that change the
-            result must be the same.
+            result must be the same, and so must program, objective and optimiser.
         checkpoint_every: Seconds between checkpoints; there is one more at the end or interrupt.
         log: File that gets lines of JSON with step, seconds and losses; see `train.log`. A run
             that goes on adds to it, a new one starts it afresh.
@@ -153,6 +153,7 @@ def fit(
         key_held_out=devices.replicate(key_held_out, mesh), evaluate_every=evaluate_every,
         patience=patience, checkpoint=None if checkpoint is None else Path(checkpoint),
         checkpoint_every=checkpoint_every, identity=identity,
+        program=None if checkpoint is None else traced.identity(source.first),
         log=Log(None if log is None else Path(log), callback), mesh=mesh, progress=progress,
         losses=np.zeros(num_steps, jnp.result_type(float)),
     )  # fmt: skip

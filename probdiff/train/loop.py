@@ -25,8 +25,9 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from tqdm import tqdm
 
 from probdiff import bars, devices, files
-from probdiff.train import checkpoint
+from probdiff.train import checkpoint, identity
 from probdiff.train import data as batches
+from probdiff.train.identity import Program
 from probdiff.train.log import HeldOutLosses, Log, Progress
 from probdiff.train.step import Carry, TracedSVI, Weights, is_finite
 
@@ -36,6 +37,12 @@ _CHUNK_SECONDS = 2.0
 memory, which on a CPU costs a U-Net a quarter of a step: at 0.3 s it was a tenth of the time."""
 _FEW = 4
 """Steps of a chunk of a large model, where they take longer than that and no more than 20 s."""
+
+
+_REPLAYED = 16
+_SAME_HERE, _SAME_ELSEWHERE = 1e-5, 1e-2
+"""Steps done again, and how far their losses may be from what they were, of the largest: where all
+is as it was, by the order of sums; on another machine by its matrix products, in ten bits."""
 
 
 class _Record(NamedTuple):
@@ -68,6 +75,8 @@ class Run(NamedTuple):
     checkpoint_every: float
     identity: dict[str, str]
     """All arguments that change the result, but for the program and the number of steps."""
+    program: Program | None
+    """What tells the program from others, for a run with a checkpoint."""
     log: Log
     mesh: Mesh | None
     progress: bool
@@ -237,7 +246,8 @@ class Run(NamedTuple):
         arrays = checkpoint.flatten({"best": record.best, "carry": record.carry})
         arrays["losses"] = self.losses[: record.step]
         arrays["evaluations"] = np.array(record.evaluations, np.float64).reshape(-1, 2)
-        checkpoint.write(self.checkpoint, arrays, self.identity)
+        about = {**self.identity, "program": self.program.text()}
+        checkpoint.write(self.checkpoint, arrays, about)
 
     def _resumed(self, record: _Record, path: Path) -> _Record:
         """The record in the file; the one given if there is no file."""
@@ -248,22 +258,65 @@ class Run(NamedTuple):
         if not path.exists():
             return record
         arrays, found = checkpoint.read(path)
+        program = identity.read(found.pop("program", None))
         for name in self.identity | found:
             if (there := found.get(name)) != (here := self.identity.get(name)):
-                has = f"{path} has {name} {there}, not {here}"
-                raise ValueError(f"checkpoint must be of this run; {has}")
-        losses, evaluations = arrays.pop("losses"), arrays.pop("evaluations")
+                raise ValueError(_of_another_run(path, f"it has {name} {there}, not {here}"))
+        nothing = np.zeros(())
+        losses, evaluations = (arrays.pop(n, nothing) for n in ("losses", "evaluations"))
+        if losses.ndim != 1 or evaluations.ndim != 2 or evaluations.shape[1] != 2:
+            raise ValueError(_of_another_run(path, "it has no losses and evaluations"))
         if losses.size > self.num_steps:
             least = f"the {losses.size} steps in {path}"
             raise ValueError(f"num_steps must be at least {least}; got {self.num_steps}")
+        is_same = self.program.is_same(program)
+        if not is_same:
+            listed = [f"{n} {a}, not {b}" for n, a, b in self.program.differences(program)]
+            if listed:
+                raise ValueError(_of_another_run(path, f"it has {'; '.join(listed[:3])}"))
         template = {"best": record.best, "carry": record.carry}
         try:
             tree = checkpoint.unflatten(template, arrays)
         except ValueError as error:
-            raise ValueError(f"checkpoint must be of this run; {path} is not: {error}") from error
+            raise ValueError(_of_another_run(path, str(error))) from error
+        if not is_same:
+            self._replay(record, losses, program, path)
         self.losses[: losses.size] = losses
         done = tuple((int(step), float(loss)) for step, loss in evaluations)
         return _Record(losses.size, **devices.replicate(tree, self.mesh), evaluations=done)
+
+    def _replay(
+        self, record: _Record, losses: np.ndarray, program: Program | None, path: Path
+    ) -> None:
+        """Do the first steps again, and compare their losses with those of the file.
+
+        Operations are others by a rewritten program or other versions, or come in another order
+        (NumPyro sums some terms in that of a set): then numbers say whether it is the run. A
+        `ValueError` if not.
+        """
+        n = min(_REPLAYED, losses.size, self.source.capacity)
+        if not n:
+            return
+        there, here = losses[:n], np.asarray(self._chunk(record, self.source.take(0, n), n)[1])[:n]
+        is_at_home = program is not None and program.environment == self.program.environment
+        error = np.max(np.abs(here - there)) / max(np.max(np.abs(there)), 1e-30)
+        tolerance = _SAME_HERE if is_at_home else _SAME_ELSEWHERE
+        if not error <= tolerance:
+            i = int(np.argmax(~(np.abs(here - there) <= tolerance * np.max(np.abs(there)))))
+            raise ValueError(
+                _of_another_run(
+                    path,
+                    f"its step {i + 1} had the loss {there[i]:.7g}, that of this program, or from "
+                    f"these initial values, is {here[i]:.7g}",
+                )
+            )
+
+
+def _of_another_run(path: Path, difference: str) -> str:
+    return (
+        f"checkpoint must be of this run; got {path}, of another: {difference}. Go on with the "
+        "arguments it was begun with, or give this run a file of its own"
+    )
 
 
 def _chunk_length(n: int, seconds: float) -> int:

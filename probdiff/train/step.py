@@ -35,6 +35,7 @@ from probdiff import devices
 from probdiff.compilation import Programs, Traced, call, equations, trace
 from probdiff.networks.convolution import is_slow
 from probdiff.train import data as batches
+from probdiff.train import identity
 from probdiff.types import Params
 
 _CONVOLUTION = "conv_general_dilated"
@@ -137,6 +138,22 @@ class TracedSVI:
 
         jax.eval_shape(look, self.first_state)
         return found
+
+    def identity(self, data: PyTree) -> identity.Program:
+        """What tells the step's program from others."""
+        svi, sites = self._svi, {}
+
+        def look(state):
+            params = {**svi.get_params(state), **(state.mutable_state or {})}
+            guide = _sites(svi, svi.guide, state.rng_key, params, data)
+            model = handlers.replay(svi.model, guide)
+            sites["guide"] = guide
+            sites["model"] = _sites(svi, model, state.rng_key, params, data)
+            read.append(identity.program(svi, self._update, sites))
+
+        read: list[identity.Program] = []
+        jax.eval_shape(look, self.first_state)
+        return read[0]
 
     def _init(self, key: PRNGKeyArray, first: PyTree) -> SVIState:
         """`svi.init`, compiled as a whole: op by op it is ten times slower."""
