@@ -2,25 +2,44 @@
 
 `config.json` holds what `Diffusion` was made of, and the checksum of the parameters' file; built-in
 networks are rebuilt from their arguments by an allow-list, others have to be handed to `load`.
-Each file is written beside its place and renamed into it, the configuration last, so that a killed
-`save` leaves either the old model, or a mismatch that `load` names.
+
+A model is replaced in one step, the renaming of its `config.json`:
+
+    1. the new parameters are written under a name of their own, params-CHECKSUM.safetensors;
+    2. config.json, which holds that checksum, takes the place of the old one;
+    3. the new parameters take the name params.safetensors.
+
+`load` takes the parameters that the configuration names, under either name. So whatever the moment
+of a crash, there is the old model or the new one. Writers take turns.
+
+What is read may be damaged, foreign or made up: each field is checked before it is used, and a
+network's arguments against the parameters' shapes before it is made.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 import safetensors.numpy
 from flax import nnx
 
 from probdiff import files, kernels, networks, readouts, schedules, validation
 from probdiff.diffusion import Diffusion
+from probdiff.kernels import DiscreteKernel, GaussianKernel
 from probdiff.networks.binding import built_in_config
+from probdiff.readouts import DiscreteReadout, GaussianReadout, LastStep, Variance
 from probdiff.train import checkpoint
 from probdiff.types import Network, Params
 
@@ -55,14 +74,35 @@ def save(path: str | Path, diffusion: Diffusion, params: Params) -> None:
         ['config.json', 'params.safetensors']
     """
     diffusion.check_params(params)
-    leaves = validation.leaves_by_path(params)
-    data = safetensors.numpy.save({name: np.asarray(a, order="C") for name, a in leaves.items()})
+    leaves = {n: np.asarray(a, order="C") for n, a in validation.leaves_by_path(params).items()}
+    _check_numbers(leaves, "params")
+    data = safetensors.numpy.save(leaves)
     config = _config(diffusion) | {"params_sha256": checkpoint.sha256(data)}
     config |= {"config_sha256": _digest(config)}
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    files.replace(folder / "params.safetensors", data)
-    files.replace(folder / "config.json", json.dumps(config, indent=1).encode())
+    text, is_done = json.dumps(config, indent=1).encode(), False
+    while not is_done:
+        with files.locked(folder / "config.json") as is_ours:
+            if is_ours:
+                _replace_model(folder, config["params_sha256"], data, text)
+                is_done = True
+        if not is_done:
+            time.sleep(0.02)
+
+
+def _replace_model(folder: Path, checksum: str, data: bytes, config: bytes) -> None:
+    staged = _staged(folder, checksum)
+    files.replace(staged, data)
+    files.replace(folder / "config.json", config)
+    os.replace(staged, folder / "params.safetensors")
+    for left in folder.glob("params-" + "[0-9a-f]" * 16 + ".safetensors"):
+        left.unlink(missing_ok=True)  # of one who was killed before step 2
+
+
+def _staged(folder: Path, checksum: str) -> Path:
+    """Where parameters lie until the configuration names them."""
+    return folder / f"params-{checksum[:16]}.safetensors"
 
 
 def load(path: str | Path, *, network: Network | None = None) -> tuple[Diffusion, Params]:
@@ -90,21 +130,20 @@ def load(path: str | Path, *, network: Network | None = None) -> tuple[Diffusion
         True
     """
     folder = Path(path)
-    config = _read_config(folder / "config.json")
-    diffusion = _rebuild(config, network)
-    file = folder / "params.safetensors"
-    if not file.is_file():
-        raise ValueError(f"path must be a saved model; {file} is not there")
-    data = file.read_bytes()
-    if checkpoint.sha256(data) != config["params_sha256"]:
-        raise ValueError(f"{file} must be as it was saved; its checksum is another")
-    tensors = checkpoint.unpacked(data)
+    config, file, data = _read(folder)
+    tensors = _unpacked(file, data)
+    diffusion = _rebuild(folder / "config.json", config, tensors, network)
     tree = jax.tree.structure(diffusion.params_template)
     names = list(validation.leaves_by_path(diffusion.params_template))
     if sorted(names) != sorted(tensors):
-        raise ValueError(f"{file} must hold the parameters {sorted(names)}; got {sorted(tensors)}")
+        missing, unknown = sorted(set(names) - set(tensors)), sorted(set(tensors) - set(names))
+        found = f"missing: {_short(missing)}, unknown: {_short(unknown)}"
+        raise ValueError(f"{file} must hold the parameters of the model; {found}")
     params = jax.tree.unflatten(tree, [jnp.asarray(tensors[name]) for name in names])
-    diffusion.check_params(params)
+    try:
+        diffusion.check_params(params)
+    except ValueError as error:
+        raise ValueError(f"{file} must hold the parameters of the model: {error}") from None
     return diffusion, params
 
 
@@ -135,47 +174,235 @@ def _describe(part: Any) -> dict[str, Any]:
     return {"type": kind} | values
 
 
-def _revive(described: dict[str, Any]) -> Any:
-    values = {k: v for k, v in described.items() if k != "type"}
-    values = {k: _revive(v) if isinstance(v, dict) else v for k, v in values.items()}
-    if (kind := described["type"]) not in _PARTS:
-        raise ValueError(f"config.json must name built-in parts {sorted(_PARTS)}; got {kind!r}")
-    return _PARTS[kind](**values)
-
-
-def _rebuild(config: dict[str, Any], network: Network | None) -> Diffusion:
-    described = config["network"]
-    if network is None:
-        if described["settings"] is None or described["type"] not in NETWORKS:
-            known = f"is not one of the built-in {sorted(NETWORKS)}"
-            raise ValueError(f"network must be given: {described['type']!r} {known}")
-        saved = described["settings"].items()
-        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in saved}
-        network = NETWORKS[described["type"]](**settings, rngs=nnx.Rngs(0))
-    beta = np.asarray(config["beta"])
-    context_shape = config["context_shape"]
-    return Diffusion(
-        _revive(config["kernel"]), schedules.learned(beta) if config["beta_learned"] else beta,
-        network, event_shape=tuple(config["event_shape"]), readout=_revive(config["readout"]),
-        last_step=_revive(config["last_step"]), loc=np.asarray(config["loc"]),
-        scale=np.asarray(config["scale"]),
-        context_shape=None if context_shape is None else tuple(context_shape), name=config["name"],
-    )  # fmt: skip
+def _read(folder: Path) -> tuple[dict[str, Any], Path, bytes]:
+    """The configuration, and the file and bytes of the parameters that it names."""
+    for is_last in (False, False, True):
+        config = _read_config(folder / "config.json")
+        checksum = _checked(folder / "config.json", "params_sha256", config["params_sha256"])
+        for file in (folder / "params.safetensors", _staged(folder, checksum)):
+            with contextlib.suppress(FileNotFoundError):
+                data = file.read_bytes()
+                if checkpoint.sha256(data) == checksum:
+                    return config, file, data
+        if not is_last:
+            time.sleep(0.05)  # perhaps it is being replaced
+    file = folder / "params.safetensors"
+    if not file.is_file():
+        raise ValueError(f"path must be a saved model; {file} is not there")
+    raise ValueError(f"{file} must be as it was saved; its checksum is another")
 
 
 def _read_config(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"path must be a saved model; {file} is not there")
     try:
-        config = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        config = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} must be JSON as saved; {error}") from None
     found = config.get("format") if isinstance(config, dict) else None
-    if found != _FORMAT:
-        raise ValueError(f"{file} must have format {_FORMAT}; got {found}")
+    if type(found) is not int or found != _FORMAT:
+        raise ValueError(f"{file} must have format {_FORMAT}; got {_short(found)}")
     if config.pop("config_sha256", None) != _digest(config):
         raise ValueError(f"{file} must be as it was saved; its checksum is another")
+    _check_names(file, "the configuration", config, ("format", *_FIELDS))
     return config
+
+
+def _unpacked(file: Path, data: bytes) -> dict[str, np.ndarray]:
+    try:
+        tensors = checkpoint.unpacked(data)
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise ValueError(f"{file} must be a safetensors file as saved; {error}") from None
+    _check_numbers(tensors, str(file))
+    return tensors
+
+
+def _check_numbers(leaves: dict[str, np.ndarray], where: str) -> None:
+    for name, array in leaves.items():
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{where}{name} must be of a floating dtype; got {array.dtype}")
+        if not np.isfinite(array.astype(np.float64, copy=False)).all():
+            count = int(np.sum(~np.isfinite(array.astype(np.float64, copy=False))))
+            raise ValueError(
+                f"{where}{name} must be finite; got {count} of {array.size} numbers that are not"
+            )
+
+
+# A configuration is checked field by field, then what is made of it is asked.
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e30  # NaN is not, nor is what overflows
+
+
+def _are_numbers(value: Any, depth: int = 0) -> bool:
+    """A number, or lists of them in lists, as NumPy makes them."""
+    if type(value) is not list:
+        return _is_number(value)
+    return depth < 32 and all(_are_numbers(item, depth + 1) for item in value)
+
+
+def _is_shape(value: Any) -> bool:
+    sizes = type(value) is list and len(value) <= 32
+    is_counts = sizes and all(type(n) is int and 1 <= n <= _MOST_NUMBERS for n in value)
+    return is_counts and math.prod(value) <= _MOST_NUMBERS
+
+
+def _is_described(value: Any) -> bool:
+    return type(value) is dict and type(value.get("type")) is str
+
+
+_MOST_NUMBERS = 2**27
+"""Of an event: what is larger was not trained."""
+_PART = ("a part with its type and fields", _is_described)
+_UNITS = ("a number or lists of numbers, all finite", _are_numbers)
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "kernel": _PART,
+    "beta": ("a list of numbers", lambda v: type(v) is list and all(map(_is_number, v))),
+    "beta_learned": ("true or false", lambda v: type(v) is bool),
+    "network": ("an object with type and settings", _is_described),
+    "readout": _PART,
+    "last_step": _PART,
+    "event_shape": (f"a list of counts, {_MOST_NUMBERS} numbers in all at most", _is_shape),
+    "context_shape": ("null or a list of counts", lambda v: v is None or _is_shape(v)),
+    "loc": _UNITS,
+    "scale": _UNITS,
+    "name": ("a name", lambda v: type(v) is str and v != ""),
+    "params_sha256": (
+        "a SHA-256",
+        lambda v: type(v) is str and re.fullmatch("[0-9a-f]{64}", v) is not None,
+    ),
+}
+_KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    int: ("an integer", lambda v: type(v) is int and abs(v) < 2**31),
+    float: ("a finite number", _is_number),
+    Variance: _PART,
+}
+"""What fields of parts and networks are checked for, by their annotation."""
+_SETTINGS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    tuple[int, ...]: ("a list of counts", _is_shape),
+    int: ("a count", lambda v: type(v) is int and v >= 0),
+    int | None: ("null or a count", lambda v: v is None or (type(v) is int and v >= 1)),
+    str | None: ("null or a text", lambda v: v is None or type(v) is str),
+}
+_LAYERS = {"depth", "dense_depth", "upper_depth", "scales"}
+"""Settings of networks that count layers, and widths does by its length."""
+
+
+def _checked(
+    file: Path, field: str, value: Any, kind: tuple[str, Callable[[Any], bool]] | None = None
+) -> Any:
+    """The value of a field, or a `ValueError` that names file, field, expectation and value."""
+    expectation, is_right = _FIELDS[field] if kind is None else kind
+    if not is_right(value):
+        raise ValueError(f"{field} in {file} must be {expectation}; got {_short(value)}")
+    return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value) if type(value) is not int or abs(value) < 10**50 else "a huge integer"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _check_names(file: Path, field: str, values: dict, expected: Iterable[str]) -> None:
+    expected = set(expected)
+    if values.keys() != expected:
+        missing, unknown = sorted(expected - values.keys()), sorted(values.keys() - expected)
+        raise ValueError(
+            f"{field} in {file} must hold {sorted(expected)}; missing: {missing or 'none'}, "
+            f"unknown: {_short(unknown) if unknown else 'none'}"
+        )
+
+
+def _made(file: Path, field: str, make: Callable[..., Any], *args: Any, **values: Any) -> Any:
+    """What is made of values from a file; whatever goes wrong in it is the file's fault."""
+    try:
+        return make(*args, **values)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{field} in {file} must be as it was saved; {reason}") from error
+
+
+def _revive(file: Path, field: str, described: dict[str, Any], family: Any) -> Any:
+    """A kernel, readout, variance or last step."""
+    fitting = {name: cls for name, cls in _PARTS.items() if issubclass(cls, family)}
+    if (kind := described["type"]) not in fitting:
+        known = f"built-in parts {sorted(fitting)}"
+        raise ValueError(f"{field} in {file} must name {known}; got {_short(kind)}")
+    expected = {f.name: f for f in dataclasses.fields(fitting[kind])}
+    _check_names(file, field, described, ("type", *expected))
+    values = {}
+    for name, f in expected.items():
+        here = f"{field}.{name}"
+        values[name] = _checked(file, here, described[name], _KINDS.get(f.type, _UNITS))
+        if f.type is Variance:
+            values[name] = _revive(file, here, values[name], Variance)
+    return _made(file, field, fitting[kind], **values)
+
+
+def _rebuild(
+    file: Path, config: dict[str, Any], tensors: dict[str, np.ndarray], network: Network | None
+) -> Diffusion:
+    for field in _FIELDS:
+        _checked(file, field, config[field])
+    beta = _made(file, "beta", schedules.check_beta, config["beta"])
+    if network is None:
+        network = _network(file, config, tensors)
+    context_shape = config["context_shape"]
+    return _made(
+        file, "the configuration", Diffusion,
+        _revive(file, "kernel", config["kernel"], (GaussianKernel, DiscreteKernel)),
+        _made(file, "beta", schedules.learned, beta) if config["beta_learned"] else beta,
+        network, event_shape=tuple(config["event_shape"]),
+        readout=_revive(file, "readout", config["readout"], (GaussianReadout, DiscreteReadout)),
+        last_step=_revive(file, "last_step", config["last_step"], LastStep),
+        loc=_made(file, "loc", np.asarray, config["loc"], np.float64),
+        scale=_made(file, "scale", np.asarray, config["scale"], np.float64),
+        context_shape=None if context_shape is None else tuple(context_shape), name=config["name"],
+    )  # fmt: skip
+
+
+def _network(file: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> Network:
+    """A built-in network, its arguments held against the parameters before it is made."""
+    described = config["network"]
+    _check_names(file, "network", described, ("type", "settings"))
+    kind, saved = described["type"], described["settings"]
+    if saved is None or kind not in NETWORKS:
+        known = f"is not one of the built-in {sorted(NETWORKS)}"
+        raise ValueError(f"network must be given: {_short(kind)} {known}, in {file}")
+    _checked(file, "network.settings", saved, ("an object", lambda v: type(v) is dict))
+    signature = inspect.signature(NETWORKS[kind].__init__).parameters
+    expected = {n: p.annotation for n, p in signature.items() if n not in ("self", "rngs")}
+    _check_names(file, "network.settings", saved, expected)
+    numbers = sum(tensor.size for tensor in tensors.values())
+    most = max(numbers, len(config["beta"]), math.prod(config["event_shape"]))
+    for name, annotation in expected.items():
+        field, value = (
+            f"network.settings.{name}",
+            _checked(file, f"network.settings.{name}", saved[name], _SETTINGS[annotation]),
+        )
+        sizes = value if type(value) is list else [value] if type(value) is int else []
+        layers = value if name in _LAYERS else len(sizes)
+        if max(sizes, default=0) > most or layers > max(len(tensors), len(config["event_shape"])):
+            text = f"no more than the {numbers} parameters in {len(tensors)} arrays say"
+            raise ValueError(f"{field} in {file} must be {text}; got {_short(value)}")
+    settings = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
+
+    def make() -> Network:
+        return NETWORKS[kind](**settings, rngs=nnx.Rngs(0))
+
+    abstract = _made(file, "network.settings", nnx.eval_shape, make)
+    prefix = f"['{config['name']}_network$params']"
+    leaves = validation.leaves_by_path(nnx.to_pure_dict(nnx.state(abstract, nnx.Param)))
+    for name, leaf in leaves.items():
+        found = tensors.get(prefix + name)
+        if found is None or found.shape != leaf.shape:
+            got = "none" if found is None else f"shape {found.shape}"
+            raise ValueError(
+                f"network.settings in {file} must be those of the parameters: by them {name} of "
+                f"{config['name']!r} has shape {leaf.shape}; got {got}"
+            )
+    return _made(file, "network.settings", make)
 
 
 def _digest(config: dict[str, Any]) -> str:
