@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from probdiff import files
 from probdiff.experiments import TABLE, find
 
 EXAMPLES = """\
@@ -85,8 +86,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         _say(f"probdiff: {error}")
         return 2
-    except KeyboardInterrupt:
-        _say("probdiff: interrupted; see `probdiff run --help` for what goes on from a checkpoint")
+    except OSError as error:  # no network, a full disk, a folder that cannot be written
+        _say(f"probdiff: {error}")
+        return 2
+    except KeyboardInterrupt as interrupt:
+        kept = "see `probdiff run --help` for what goes on from a checkpoint"
+        _say(f"probdiff: {interrupt}" if str(interrupt) else f"probdiff: interrupted; {kept}")
         return 130
     return 0
 
@@ -202,9 +207,9 @@ def _run(args: argparse.Namespace) -> None:
     )  # fmt: skip
     print(format_table(rows))
     _say(f"done in {time.monotonic() - began:.0f} s; {out} holds:")
-    files = sorted(out.iterdir())
-    width = max((len(file.name) for file in files), default=0)
-    for file in files:
+    found = sorted(out.iterdir())
+    width = max((len(file.name) for file in found), default=0)
+    for file in found:
         _say(f"  {file.name:{width}}  {_meaning(file, out)}".rstrip())
 
 
@@ -242,7 +247,8 @@ def _bound(args: argparse.Namespace) -> None:
             tree["ladder"] = rungs["ladder"]
     except ValueError as error:
         raise UsageError(f"{args.data}: {error}") from error
-    tree.to_netcdf(out, engine="h5netcdf")
+    with files.replacing(out) as partial:
+        tree.to_netcdf(partial, engine="h5netcdf")
     k = tree["bound"].attrs
     nats, bits = (f"{k['mean' + u]:.6g} ± {k['se' + u]:.2g}" for u in ("", "_bits"))
     print(f"K = {nats} nats = {bits} bits")
@@ -268,10 +274,11 @@ def _read_array(path: Path) -> np.ndarray:
     if not path.is_file():
         raise UsageError(f"no such file: {path}")
     try:
-        array = np.load(path, allow_pickle=False)
+        with path.open("rb") as file:
+            array = np.load(file, allow_pickle=False)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
-    except (ValueError, EOFError) as error:
+    except Exception as error:  # whatever a foreign or damaged file leads to
         raise UsageError(
             f"{path} must be an array of numbers saved by numpy.save; for text: numpy.save("
             f"{str(path.with_suffix('.npy'))!r}, numpy.loadtxt({str(path)!r}, delimiter=','))"

@@ -114,7 +114,12 @@ def grey_images(folder: Path) -> list[Float[np.ndarray, "_ _"]]:
         raise ValueError(f"folder must hold files *.png; got {folder}")
     from matplotlib.image import imread
 
-    images = [imread(file) for file in files]
+    images = []
+    for file in files:
+        try:
+            images.append(imread(file))
+        except Exception as error:  # whatever the reader of damaged or foreign files comes upon
+            raise ValueError(f"{file} must be a PNG file; {error}") from error
     for file, image in zip(files, images, strict=True):
         if image.ndim != 2:
             raise ValueError(f"{file} must be grey; got {image.shape[2]} channels")

@@ -27,7 +27,7 @@ from jaxtyping import Array
 from matplotlib.figure import Figure
 
 import probdiff
-from probdiff import Diffusion, datasets, diagnostics, networks, plots, sample, schedules
+from probdiff import Diffusion, datasets, diagnostics, files, networks, plots, sample, schedules
 from probdiff.experiments.report import Experiment, Found, Row, Run
 from probdiff.experiments.training import rngs_of, sheets, train
 from probdiff.train import Progress
@@ -129,7 +129,7 @@ class _Watch(NamedTuple):
         k, line = tree["bound"].attrs, json.loads(self.log.read_text().splitlines()[-1])
         point = {"step": state.step, "seconds": line["seconds"], "mean": k["mean"], "se": k["se"]}
         points = [*(p for p in self.curve() if p["step"] < state.step), point]
-        (self.out_dir / "curve.json").write_text(json.dumps(points))
+        files.replace(self.out_dir / "curve.json", json.dumps(points).encode())
 
 
 def _figure(curve: list[dict[str, float | int]]) -> Figure:

@@ -28,7 +28,7 @@ import xarray as xr
 from jaxtyping import Array, Num
 from matplotlib.figure import Figure
 
-from probdiff import Diffusion, save
+from probdiff import Diffusion, files, save
 from probdiff.types import Params
 
 QUICK = "This was a quick run of a few steps, to see that all works: its numbers mean nothing."
@@ -235,14 +235,15 @@ def write_report(
         plt.close(figure)
         parts.append(f"![{name}]({name}.png)")
     for name, tree in trees.items():
-        tree.to_netcdf(out_dir / f"{name}.nc", engine="h5netcdf")
+        with files.replacing(out_dir / f"{name}.nc") as partial:
+            tree.to_netcdf(partial, engine="h5netcdf")
     table = [{name: _to_json(field) for name, field in row._asdict().items()} for row in rows]
     texts = {
         "table.json": json.dumps(table, indent=2, ensure_ascii=False, allow_nan=False),
         "report.md": "\n\n".join(parts),
     }
     for name, text in texts.items():
-        (out_dir / name).write_text(text + "\n", encoding="utf-8")
+        files.replace(out_dir / name, (text + "\n").encode())
     return out_dir / "report.md"
 
 

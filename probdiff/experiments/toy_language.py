@@ -44,7 +44,7 @@ from jaxtyping import Array, Float, Int
 from matplotlib.figure import Figure
 
 import probdiff
-from probdiff import Diffusion, diagnostics, networks, plots, readouts, sample, schedules
+from probdiff import Diffusion, diagnostics, files, networks, plots, readouts, sample, schedules
 from probdiff.experiments.report import Experiment, Found, Row, Run, mean_and_se, verdict
 from probdiff.experiments.training import Trained, train_and_bound
 
@@ -135,7 +135,8 @@ def _conduct(run: Run) -> Found:
     uniform, absorbing = (m.trained for m in models.values())
     folder = run.out_dir / "absorbing"
     probdiff.save(folder, *absorbing.model)
-    absorbing.tree.to_netcdf(folder / "bounds.nc", engine="h5netcdf")
+    with files.replacing(folder / "bounds.nc") as partial:
+        absorbing.tree.to_netcdf(partial, engine="h5netcdf")
     return Found(rows, figures, {"bounds": uniform.tree}, sections, uniform.model)
 
 
