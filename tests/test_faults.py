@@ -8,12 +8,16 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 
+import jax
 import numpy as np
 import pytest
+import xarray as xr
 from jax import random
 
-from probdiff import files, fit
+from probdiff import files, fit, load
+from probdiff.train import checkpoint
 from regression import data, make_svi
 
 
@@ -34,9 +38,9 @@ def run(svi):
     return run
 
 
-def start(program, *arguments, **options):
+def start(program, *arguments, env=None, **options):
     """A process that runs a program from here."""
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | (env or {})
     command = [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)]
     return subprocess.Popen(command, env=env, **options)
 
@@ -247,3 +251,127 @@ def test_an_interrupt_in_a_notebook_ends_in_that_line(run, tmp_path, capsys, mon
     assert isinstance(result.error_in_exec, KeyboardInterrupt)
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert "goes on from there" in last and "interrupted after step " in last
+
+
+# Kills: 50, at random moments.
+
+ANYTHING = """
+    import pathlib, sys
+    import jax, numpy as np, optax
+    from flax import nnx
+    from numpyro.infer import SVI
+    import numpyro, numpyro.distributions as dist
+    from probdiff import (
+        Diffusion, GaussianKernel, SampledTimeELBO, fit, infer, networks, save, schedules
+    )
+
+    folder = pathlib.Path(sys.argv[1])
+    network = networks.Perceptron((2,), 8, 1, 5, rngs=nnx.Rngs(0))
+    diffusion = Diffusion(
+        GaussianKernel(), schedules.linear(5, beta_T=0.5), network, event_shape=(2,)
+    )
+    svi = SVI(diffusion.model, diffusion.guide, optax.adam(1e-3), SampledTimeELBO())
+    x = np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32)
+
+    def train(num_steps, callback=None, **options):
+        return fit(
+            jax.random.key(0), svi, x, num_steps=num_steps, batch_size=8, ema_decay=0.9,
+            held_out=x, evaluate_every=50, callback=callback, progress=False, **options
+        )
+
+    def ready(*ignored):
+        print("ready", flush=True)
+"""
+TRAINING = """
+    files = {"checkpoint": folder / "run.safetensors", "log": folder / "log.jsonl"}
+    train(10**8, ready, checkpoint_every=0.0, **files)
+"""
+SAVING = """
+    params = diffusion.params_template
+    sets = [jax.tree.map(lambda leaf: np.full(leaf.shape, i, leaf.dtype), params) for i in (1, 2)]
+    save(folder / "model", diffusion, sets[0])
+    ready()
+    while True:
+        for values in sets:
+            save(folder / "model", diffusion, values)
+"""
+INFERENCE = """
+    from probdiff.experiments.report import Row, write_report
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), diffusion.params_template)
+    prior = diffusion.prior(params)
+
+    def program(y=None):
+        numpyro.sample("y", dist.Normal(prior(), 0.5).to_event(1), obs=y)
+
+    smc = infer.SMC(program, num_particles=64, num_runs=2)
+    for i in range(10**6):
+        smc.run(jax.random.key(i), y=np.array([1.0, -1.0], np.float32))
+        rows = [Row("log Z", smc.log_evidence, smc.log_evidence_se)]
+        write_report(folder, "a report", rows, trees={"posterior": smc.to_datatree()})
+        if i == 0:
+            ready()
+"""
+FINISH = """
+    fitted = train(int(sys.argv[2]), **(
+        {"checkpoint": folder / "run.safetensors", "log": folder / "log.jsonl"}
+        if sys.argv[3] == "resumed" else {"log": folder / "other.jsonl"}
+    ))
+    leaves = jax.tree.leaves((fitted.params, fitted.raw_params, fitted.state.optim_state))
+    np.savez(folder / sys.argv[3], fitted.losses, *fitted.held_out_losses, *leaves)
+"""
+
+
+def assert_training_goes_on(folder):
+    """After all its kills the run is the one that nothing interrupted."""
+    arrays, _ = checkpoint.read(folder / "run.safetensors")
+    num_steps = len(arrays["losses"]) + 100
+    for kind in ("resumed", "whole"):
+        done = textwrap.dedent(ANYTHING) + textwrap.dedent(FINISH)
+        assert start(done, folder, num_steps, kind).wait() == 0
+    resumed, whole = (np.load(folder / f"{kind}.npz") for kind in ("resumed", "whole"))
+    assert len(whole.files) > 10 and resumed["arr_0"].shape == (num_steps,)
+    for name in whole.files:
+        np.testing.assert_array_equal(resumed[name], whole[name])
+    logs = ((folder / name).read_text().splitlines() for name in ("log.jsonl", "other.jsonl"))
+    steps = [[json.loads(line)["step"] for line in log] for log in logs]
+    assert steps[0] == steps[1]
+    assert not list(folder.glob("*.partial")) and not list(folder.glob("*.lock"))
+
+
+def assert_a_model_is_whole(folder):
+    _, params = load(folder / "model")
+    values = {float(value) for leaf in jax.tree.leaves(params) for value in np.unique(leaf)}
+    assert values in ({1.0}, {2.0})
+
+
+def assert_a_report_is_whole(folder):
+    with xr.open_datatree(folder / "posterior.nc", engine="h5netcdf") as tree:
+        assert tree["posterior"]["x_0"].shape[-1] == 2
+        assert np.isfinite(tree["posterior"]["x_0"].values).all()
+    assert len(json.loads((folder / "table.json").read_text())) == 1
+    assert (folder / "report.md").read_text().endswith("\n")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("program", "kills", "judge", "is_judged_once"),
+    [
+        (TRAINING, 20, assert_training_goes_on, True),
+        (SAVING, 15, assert_a_model_is_whole, False),
+        (INFERENCE, 15, assert_a_report_is_whole, False),
+    ],
+    ids=["training", "saving", "inference"],
+)
+def test_kills_at_random_leave_what_is_whole(tmp_path, program, kills, judge, is_judged_once):
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "PYTHONWARNINGS": "ignore"}
+    quick = {"env": cache | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}}
+    rng, program = np.random.default_rng(), textwrap.dedent(ANYTHING) + textwrap.dedent(program)
+    for i in range(kills):
+        with start(program, tmp_path, stdout=subprocess.PIPE, text=True, **quick) as process:
+            assert process.stdout.readline() == "ready\n"
+            time.sleep(rng.uniform(0, 0.5))
+            process.send_signal(signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL
+        if not is_judged_once or i == kills - 1:
+            judge(tmp_path)
+    print(f"{kills} survived of {kills}")
