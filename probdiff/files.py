@@ -94,10 +94,8 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno is None:
-            error.args = (f"{path}: {error}",)
-        else:
-            error.filename, error.filename2 = os.fspath(path), None
-        raise
+            raise OSError(f"{path}: {error}") from error
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 def _open_lock(lock: Path) -> int | None:

@@ -44,6 +44,8 @@ from probdiff.train import checkpoint
 from probdiff.types import Network, Params
 
 _FORMAT = 1
+_PATIENCE = 60.0
+"""Seconds to wait for another who saves a model in the same folder; he needs a few."""
 NETWORKS = {n: c for n in networks.__all__ if isinstance(c := getattr(networks, n), type)}
 _PARTS = {
     cls.__name__: cls
@@ -62,7 +64,9 @@ def save(path: str | Path, diffusion: Diffusion, params: Params) -> None:
         params: Its parameters.
 
     Raises:
-        ValueError: if the parameters do not fit the model, or a part is not the package's own.
+        ValueError: if the parameters do not fit the model or are not finite, or a part is not the
+            package's own.
+        OSError: if the disk is full, say; the model that was there before still is.
 
     Example:
         See `load`, the way back:
@@ -81,14 +85,17 @@ def save(path: str | Path, diffusion: Diffusion, params: Params) -> None:
     config |= {"config_sha256": _digest(config)}
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    text, is_done = json.dumps(config, indent=1).encode(), False
-    while not is_done:
+    text, end = json.dumps(config, indent=1).encode(), time.monotonic() + _PATIENCE
+    while True:
         with files.locked(folder / "config.json") as is_ours:
             if is_ours:
                 _replace_model(folder, config["params_sha256"], data, text)
-                is_done = True
-        if not is_done:
-            time.sleep(0.02)
+                return
+        if time.monotonic() > end:
+            raise TimeoutError(
+                f"{folder} is being written by {files.holder(folder / 'config.json')}"
+            )
+        time.sleep(0.02)
 
 
 def _replace_model(folder: Path, checksum: str, data: bytes, config: bytes) -> None:

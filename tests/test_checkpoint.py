@@ -92,6 +92,50 @@ def test_a_file_of_another_format_is_refused_by_its_name(path, monkeypatch):
         checkpoint.read(path)
 
 
+def sealed(path, arrays, metadata):
+    """A file with a seal that is right, by one who knows of it."""
+    seal = checkpoint.sha256(safetensors.numpy.save(arrays, metadata))
+    path.write_bytes(safetensors.numpy.save(arrays, metadata | {"sha256": seal}))
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [{}, {"about": ""}, {"about": "[1]"}, {"about": "3"}, {"about": "{}"}, {"about": "[" * 10**5}],
+    ids=range(6),
+)
+def test_a_sealed_file_that_is_no_checkpoint_is_named(path, metadata):
+    sealed(path, {"x": np.zeros(3)}, metadata)
+    with pytest.raises(ValueError, match=r"run\.safetensors must (say what|have the format)"):
+        checkpoint.read(path)
+
+
+FOREIGN = [
+    b"\x89PNG\r\n\x1a\n" + bytes(100),
+    b"PK\x03\x04" + bytes(100),
+    b"\x80\x04cos\nsystem\n(S'true'\ntR.",
+    (2**62).to_bytes(8, "little") + b"{}",
+    (2).to_bytes(8, "little") + b"{}",
+    (10**5).to_bytes(8, "little") + b"[" * 10**5,
+    *(
+        len(header).to_bytes(8, "little") + header
+        for header in (
+            b'{"x":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}',
+            b'{"x":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,0]}}',
+            b'{"../x":{"dtype":"F13","shape":[],"data_offsets":[0,4]}}1234',
+            b'{"x":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}1234',
+            b'{"x":null}',
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("content", FOREIGN, ids=range(len(FOREIGN)))
+def test_a_foreign_file_is_refused_by_name(path, content):
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"run\.safetensors"):
+        checkpoint.read(path)
+
+
 def test_a_write_that_fails_leaves_the_old_file(path, monkeypatch):
     before = path.read_bytes()
 

@@ -11,12 +11,14 @@ import threading
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import xarray as xr
+from flax import nnx
 from jax import random
 
-from probdiff import files, fit, load
+from probdiff import Diffusion, GaussianKernel, files, fit, load, networks, save, schedules
 from probdiff.train import checkpoint
 from regression import data, make_svi
 
@@ -89,6 +91,61 @@ files.replace(pathlib.Path({str(tmp_path / "run")!r}), b"abc")
     assert len(os.listdir(tmp_path)) == 2
     files.replace(tmp_path / "run", b"abc")
     assert sorted(os.listdir(tmp_path)) == ["another", "run"]
+
+
+def most_bytes(count):
+    """The largest file that this process may write; None for any."""
+    resource = pytest.importorskip("resource")
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard if count is None else count, hard))
+
+
+@pytest.fixture
+def full():
+    """A disk that takes a thousand bytes a file, when it is told to."""
+    yield lambda: most_bytes(1000)
+    most_bytes(None)
+
+
+def test_a_checkpoint_on_a_full_disk_leaves_the_one_before(run, tmp_path, full):
+    path = tmp_path / "run"
+    done = run(checkpoint=path)
+    before = path.read_bytes()
+    assert len(before) > 1000
+    full()
+    with pytest.raises(OSError, match=r"too large: '.*run'"):
+        run(checkpoint=path, num_steps=30)
+    most_bytes(None)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["run"]
+    whole = run(num_steps=30)
+    np.testing.assert_array_equal(run(checkpoint=path, num_steps=30).losses, whole.losses)
+    np.testing.assert_array_equal(whole.losses[:20], done.losses)
+
+
+def test_a_model_saved_on_a_full_disk_leaves_the_one_before(tmp_path, full):
+    network = networks.RadialBasis((2,), 16, 5, rngs=nnx.Rngs(0))
+    rates = schedules.linear(5, beta_T=0.5)
+    diffusion = Diffusion(GaussianKernel(), rates, network, event_shape=(2,))
+    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), diffusion.params_template)
+    save(tmp_path, diffusion, params)
+    full()
+    with pytest.raises(OSError, match=r"too large: '.*params-.*safetensors'"):
+        save(tmp_path, diffusion, jax.tree.map(jnp.zeros_like, params))
+    most_bytes(None)
+    assert all((leaf == 1).all() for leaf in jax.tree.leaves(load(tmp_path)[1]))
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "params.safetensors"]
+
+
+def test_a_log_on_a_full_disk_is_named_and_mended(run, tmp_path, full):
+    log, path = tmp_path / "log.jsonl", tmp_path / "run"
+    run(log=log, checkpoint=path)
+    log.write_text('{"step": 1, "seconds": 0.0}\n' * 1000)
+    most_bytes(log.stat().st_size + 5)
+    with pytest.raises(OSError, match=r"too large: '.*log.jsonl'"):
+        run(log=log, num_steps=40, checkpoint=path, callback=None)
+    most_bytes(None)
+    run(log=log, num_steps=40, checkpoint=path)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()][-2:] == [30, 40]
 
 
 # One run at a time.

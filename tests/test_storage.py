@@ -23,9 +23,11 @@ from probdiff import (
     BernoulliKernel,
     Diffusion,
     GaussianKernel,
+    files,
     networks,
     readouts,
     schedules,
+    storage,
 )
 from probdiff.trajectories import ReverseTrajectory
 
@@ -479,3 +481,12 @@ def test_two_who_save_at_once_leave_one_of_the_two_whole(tmp_path):
         probdiff.load(tmp_path)
     probdiff.load(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["config.json", "params.safetensors"]
+
+
+def test_one_who_keeps_the_folder_to_himself_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "_PATIENCE", 0.1)
+    with (
+        files.locked(tmp_path / "config.json"),
+        pytest.raises(TimeoutError, match=f"is being written by process {os.getpid()}"),
+    ):
+        probdiff.save(tmp_path, plain(), random_params(plain()))

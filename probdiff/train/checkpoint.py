@@ -91,8 +91,11 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         raise ValueError(f"{path} must hold the seal that a checkpoint is written with; got none")
     if sha256(save(arrays, metadata)) != seal:
         raise ValueError(f"{path} was altered: its contents do not have the SHA-256 it names")
-    about = json.loads(metadata["about"])
-    if (found := about.pop("format")) != _FORMAT:
+    try:
+        about = dict(json.loads(metadata["about"]))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must say what it is about, as JSON; {error!r}") from error
+    if (found := about.pop("format", None)) != _FORMAT:
         raise ValueError(f"{path} must have the format {_FORMAT!r}; got {found!r}")
     return arrays, about
 
