@@ -114,6 +114,7 @@ class Diffusion:
         self.loc, self.scale = validation.check_units(kernel, self.event_shape, loc, scale)
         self.programs = Programs()
         self._read: Any = None
+        validation.check_rates(self.rates)
         validation.check_schedule(
             kernel, self.readout, self.last_step, self.rates, is_learned=is_learned
         )
@@ -281,7 +282,7 @@ class Diffusion:
                 absent; see `Prior`.
 
         Raises:
-            ValueError: if parameters are missing, unknown or of another shape.
+            ValueError: if parameters are missing, unknown, of another shape or not finite.
 
         Example:
             >>> diffusion = standard_diffusion((2,), T=5)
@@ -303,7 +304,7 @@ class Diffusion:
                 later, too.
 
         Raises:
-            ValueError: if parameters are missing, unknown or of another shape.
+            ValueError: if parameters are missing, unknown, of another shape or not finite.
 
         Example:
             >>> reverse = standard_diffusion((2,), T=5).bind({})
@@ -339,7 +340,7 @@ class Diffusion:
         return jax.eval_shape(trace, jax.random.key(0))
 
     def check_params(self, params: Params) -> None:
-        """Raise a `ValueError` that names what is missing, unknown or of another shape."""
+        """Raise a `ValueError` that names what is missing, unknown, of another shape or NaN."""
         validation.check_params(self.params_template, params, self.name)
 
     def check_data(self, x_0: Any, mask: Any = None) -> None:

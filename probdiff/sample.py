@@ -62,6 +62,7 @@ def ancestral(
     Raises:
         ValueError: if a number is out of range, parameters do not fit, contexts do not match, or
             blocks are too large to give every device of the mesh one.
+        FloatingPointError: if a draw is not finite.
 
     Example:
         >>> x_0 = sample.ancestral(jax.random.key(0), standard_diffusion((2,), T=5), {}, 4000)
@@ -80,6 +81,12 @@ def ancestral(
     )
     x_0, trajectories = zip(*drawn, strict=True)
     x_0 = np.concatenate(x_0)
+    is_finite = np.isfinite(x_0).reshape(num_samples, -1).all(1)
+    if not is_finite.all():
+        raise FloatingPointError(
+            f"{np.sum(~is_finite)} of {num_samples} draws are not finite: the network's output is "
+            "not at some level, or too large"
+        )
     return (x_0, np.concatenate(trajectories)) if keep_trajectory else x_0
 
 

@@ -18,6 +18,8 @@ from probdiff.kernels import AbsorbingKernel, BernoulliKernel, DiscreteKernel, K
 
 _FEW_ROWS = 32
 """Fewer examples say nothing of a second moment."""
+_ROOM = 1e4
+"""Between what a number may be and the least and the largest of its type."""
 
 
 def check_units(
@@ -44,7 +46,44 @@ def check_units(
             raise ValueError(f"{argument} must be finite; got {value}")
     if not np.all(units["scale"] > 0):
         raise ValueError(f"scale must be positive; got {scale}")
+    _check_magnitude(kernel.dtype, **units)
     return units["loc"].astype(kernel.dtype), units["scale"].astype(kernel.dtype)
+
+
+def _check_magnitude(dtype: Any, loc: np.ndarray, scale: np.ndarray) -> None:
+    """Units in which numbers have room above and below: noise is far smaller than the data."""
+    limits = np.finfo(dtype)
+    least, most = _ROOM * float(limits.tiny), float(limits.max) / _ROOM
+    if scale.min() < least or scale.max() > most:
+        far = scale.min() if scale.min() < least else scale.max()
+        raise ValueError(
+            f"scale must lie between {least:.2g} and {most:.2g} in {limits.dtype}; got {far}: "
+            "measure x_0 in other units"
+        )
+    if np.abs(loc).max() > most:
+        raise ValueError(
+            f"loc must be at most {most:.2g} in {limits.dtype}; got {np.abs(loc).max()}: "
+            "measure x_0 in other units"
+        )
+
+
+def check_rates(rates: np.ndarray) -> None:
+    """The rates, and the variances made of them, are numbers that JAX's float type can hold."""
+    limits = np.finfo(jnp.result_type(float))
+    least = _ROOM * float(limits.tiny)
+    if rates.min() < least:
+        t = int(rates.argmin()) + 1
+        raise ValueError(
+            f"beta must be at least {least:.2g} in {limits.dtype}; got {rates[t - 1]} at t = {t}"
+        )
+    noise_s = -np.expm1(np.cumsum(np.log1p(-rates[:-1])))
+    product = rates[1:] * noise_s  # in the variance of the bridge, β_t (1 − ᾱ_s)/(1 − ᾱ_t)
+    if product.min() < least:
+        t = int(product.argmin()) + 2
+        raise ValueError(
+            f"beta_t (1 - alpha_bar_s), s = t - 1, must be at least {least:.2g} in {limits.dtype}; "
+            f"got {product[t - 2]:.3g} at t = {t}, where beta_t = {rates[t - 1]:.3g}"
+        )
 
 
 def check_schedule(
@@ -97,6 +136,12 @@ def check_data(
         raise ValueError(f"mask must have the shape of {argument}, {shape}; got {np.shape(mask)}")
     if mask is not None and jnp.asarray(mask).dtype != bool:
         raise ValueError(f"mask must be boolean; got dtype {jnp.asarray(mask).dtype}")
+    if mask is not None and _is_concrete(mask) and not np.any(mask):
+        warnings.warn(
+            "mask is False throughout: nothing of x_0 is observed, and its bound is 0. It must be "
+            "True where x_0 is observed",
+            stacklevel=4,
+        )
     for law in (kernel, grid) if _is_concrete(x_0, mask) else ():
         if law is not None:
             law.check_values(_observed(x_0, mask), argument)
@@ -132,7 +177,10 @@ def warn_about_moment(
     is_few = np.size(x) < _FEW_ROWS * size
     if isinstance(kernel, DiscreteKernel) or not _is_concrete(x, mask) or is_few:
         return
-    moment = float(np.mean(np.square(_observed(x, mask), dtype=np.float64)))
+    observed = _observed(x, mask)
+    if not observed.size:
+        return
+    moment = float(np.mean(np.square(observed, dtype=np.float64)))
     if 0.5 <= moment <= 2:
         return
     correction = -0.5 * size * (moment - 1) * float(np.prod(1 - rates) + rates[0])
@@ -198,6 +246,18 @@ def check_params(template: Any, params: Any, name: str) -> None:
     for path, leaf in expected.items():
         if (shape := np.shape(given[path])) != leaf.shape:
             raise ValueError(f"params{path} must have shape {leaf.shape}; got {shape}")
+        if (count := _count_not_finite(given[path])) > 0:
+            raise ValueError(f"params{path} must be finite; got {count} numbers that are not")
+
+
+def _count_not_finite(leaf: Any) -> int:
+    """How many numbers are not finite; 0 where they cannot be seen."""
+    if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array | np.ndarray | float):
+        return 0
+    is_here = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+    if not (is_here and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)):
+        return 0
+    return int(np.count_nonzero(~np.isfinite(np.asarray(leaf))))
 
 
 def _fits(value: Any, event_shape: tuple[int, ...]) -> bool:

@@ -17,7 +17,9 @@ from probdiff import (
     diagnostics,
     networks,
     readouts,
+    sample,
     schedules,
+    standard_diffusion,
 )
 from probdiff.trajectories import ForwardTrajectory
 
@@ -199,3 +201,47 @@ def test_entropy_form_wants_a_kl_for_every_example_and_step():
     )
     with pytest.raises(ValueError, match=r"kl must have shape \(3, 4\); got \(1, 4\)"):
         diagnostics.entropy_form(diffusion, {}, jnp.zeros((3, 2)), np.zeros((1, 4)))
+
+
+# numbers that are not
+
+
+@pytest.mark.parametrize("num_draws", [1, 4])
+@pytest.mark.parametrize("readout", [None, readouts.Data()], ids=["exact", "data"])
+def test_a_mask_that_is_false_throughout_leaves_a_bound_of_zero(data, num_draws, readout):
+    options = {} if readout is None else {"readout": readout}
+    diffusion, mask = standard_diffusion((2,), T=4, **options), np.zeros((50, 2), bool)
+    args = jax.random.key(0), diffusion, {}, data
+    with pytest.warns(UserWarning, match="mask is False throughout"):
+        group = diagnostics.bound(*args, mask=mask, num_draws=num_draws)["bound"]
+    np.testing.assert_array_equal(group["bound"], 0.0)
+    np.testing.assert_array_equal(group["kl"], 0.0)
+    with pytest.warns(UserWarning, match="mask is False throughout"):
+        assert (diagnostics.sampled_bound(*args, mask=mask)["bound"]["bound"] == 0).all()
+
+
+def test_rows_without_an_observed_entry_leave_the_others_alone(data):
+    mask = np.ones((50, 2), bool)
+    mask[::2] = False
+    args = jax.random.key(0), standard_diffusion((2,), T=4), {}
+    group = diagnostics.bound(*args, data, mask=mask, num_draws=4)["bound"]
+    np.testing.assert_array_equal(group["bound"][::2], 0.0)
+    assert np.isfinite(group["bound"][1::2]).all() and (group["bound"][1::2] != 0).all()
+
+
+@pytest.mark.parametrize("function", ["bound", "sampled_bound", "ladder"])
+def test_a_bound_that_is_nan_says_where(data, function):
+    def network(x_t, t):  # fails at t = 3, for rows with x_t,0 above 0
+        bad = (t == 3) & (x_t[:, 0] > 0)
+        return jnp.where(bad[:, None], jnp.nan, jnp.zeros_like(x_t)).repeat(2, -1)
+
+    readout = readouts.Perturbation()
+    diffusion = Diffusion(
+        GaussianKernel(), schedules.cosine(4), network, event_shape=(2,), readout=readout
+    )
+    part = "log weight" if function == "ladder" else r"kl is NaN( at steps 3)?"
+    options = {"sizes": (1, 2), "num_repeats": 2, "num_draws": 2} if function == "ladder" else {}
+    with pytest.raises(FloatingPointError, match=rf"{part}.* of 50 examples, rows .*network"):
+        getattr(diagnostics, function)(jax.random.key(0), diffusion, {}, data, **options)
+    with pytest.raises(FloatingPointError, match=r"of 64 draws are not finite.*network"):
+        sample.ancestral(jax.random.key(0), diffusion, {}, 64)

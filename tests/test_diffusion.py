@@ -24,9 +24,12 @@ from probdiff import (
     Diffusion,
     GaussianKernel,
     SampledTimeELBO,
+    diagnostics,
     networks,
     readouts,
+    sample,
     schedules,
+    standard_diffusion,
     validation,
 )
 from probdiff.trajectories import ForwardTrajectory, ReverseTrajectory
@@ -633,6 +636,60 @@ def test_parameters_that_do_not_fit_are_refused_by_name(unchecked, taker, change
     diffusion, params = bound_prior()
     with pytest.raises(ValueError, match=message):
         getattr(diffusion, taker)(change(params))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_parameters_that_are_not_finite_are_refused_by_name(value):
+    diffusion, params = bound_prior()
+    site = params["x_0_network$params"]
+    weights = np.array(site["weights"])
+    weights[0, 0, 0] = value
+    params = {"x_0_network$params": {**site, "weights": weights}}
+    message = r"\['weights'\] must be finite; got [14] numbers that are not"
+    for taker in (diffusion.bind, diffusion.prior, diffusion.check_params):
+        with pytest.raises(ValueError, match=message):
+            taker(params)
+    with pytest.raises(ValueError, match=message):
+        diagnostics.bound(jax.random.key(0), diffusion, params, GOOD)
+    with pytest.raises(ValueError, match=message):
+        sample.ancestral(jax.random.key(0), diffusion, params, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta": np.array([1e-37, 0.5, 0.5])}, "beta must be at least .* float32; got 1e-37 at t"),
+        ({"beta": np.array([0.5, 1e-45, 0.5])}, "beta must be at least .* float32; got 1e-45 at t"),
+        ({"beta": schedules.learned(np.array([1e-38, 0.5]))}, "beta must .* float32; got 1e-38"),
+        (
+            {"beta": np.array([1e-20, 1e-20, 0.5])},
+            r"beta_t \(1 - alpha_bar_s\).*got 1e-40 at t = 2",
+        ),
+        ({"scale": 1e-40}, "scale must lie between .* float32; got 1e-40"),
+        ({"scale": 1e36}, "scale must lie between .* float32; got 1e\\+36"),
+        ({"scale": np.array([1.0, 1e-38])}, "scale must lie between .* float32; got 1e-38"),
+        ({"loc": -1e39}, "loc must be at most .* float32; got 1e\\+39"),
+    ],
+)
+def test_what_float32_cannot_hold_is_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+def test_rates_and_units_that_float64_holds_are_taken(x64):
+    options = {"beta": np.array([1e-60, 0.5, 0.5]), "scale": 1e-60, "loc": 1e50}
+    diffusion = standard_diffusion((2,), **options)
+    assert float(diffusion.bind({}).steps.beta[0]) == 1e-60
+
+
+@pytest.mark.parametrize("beta_1", [1e-33, 1e-20, 1e-9])
+def test_small_rates_that_are_taken_give_the_bound(beta_1):
+    beta = np.array([beta_1, 0.5, 0.9])
+    x = jnp.array([[0.5, -1.0], [2.0, 0.1]])
+    args = jax.random.key(0), standard_diffusion((2,), beta=beta), {}, x
+    tree = diagnostics.bound(*args, num_draws=2000)["bound"]
+    exact = dist.Normal(0, 1).log_prob(x).sum(1)  # K of the exact diffusion
+    assert np.all(np.abs(tree["bound"] - exact) < 4 * tree["bound_se"] + 1e-3)
 
 
 # the second moment

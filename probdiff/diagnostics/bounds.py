@@ -21,7 +21,7 @@ Source: Sohl-Dickstein et al. (2015), eqs. 10 to 14 and appendix B.
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -79,6 +79,7 @@ def bound(
 
     Raises:
         ValueError: if arguments do not fit the model, or blocks are too large for the mesh.
+        FloatingPointError: if a part of the bound is NaN; says which, and of which examples.
 
     Example:
         A model whose law is known, N(0, 1), so that K can be held beside log p:
@@ -97,6 +98,7 @@ def bound(
         key, diffusion, params, x_0, context, mask, _bound_block, block_size, mesh,
         progress=progress, num_draws=num_draws,
     )  # fmt: skip
+    check_numbers({"reconstruction": reconstruction, "kl": kl, "prior_kl": prior})
     tree = _tree(reconstruction - kl.sum(1) - prior, reconstruction, prior)
     steps = {"step": np.arange(2, diffusion.T + 1)}
     tree["bound"]["kl"] = xr.DataArray(kl, dims=("example", "step"), coords=steps)
@@ -138,6 +140,7 @@ def sampled_bound(
         key, diffusion, params, x_0, context, mask, _sampled_block, block_size, mesh,
         progress=progress, num_times=num_times,
     )  # fmt: skip
+    check_numbers({"reconstruction": reconstruction, "kl": kl, "prior_kl": prior})
     tree = _tree(reconstruction - kl - prior, reconstruction, prior)
     tree["bound"].attrs |= _measure(diffusion, x_0, mask) | {"num_times": num_times}
     return tree
@@ -156,6 +159,27 @@ def check_examples(
     diffusion.check_params(params)
     diffusion.check_data(x_0, mask)
     check_context_rows(context, diffusion.context_shape, len(x_0))
+
+
+def check_numbers(parts: Mapping[str, np.ndarray]) -> None:
+    """Raise a `FloatingPointError` that names the part and the examples where there is NaN."""
+    for name, values in parts.items():
+        is_nan = np.isnan(values.reshape(len(values), -1))
+        if is_nan.any():
+            rows = np.flatnonzero(is_nan.any(1))
+            at = ""
+            if values.ndim == 2 and name == "kl":
+                at = f" at steps {_some(np.flatnonzero(is_nan.any(0)) + 2)}"
+            raise FloatingPointError(
+                f"{name} is NaN{at} for {len(rows)} of {len(values)} examples, rows {_some(rows)}: "
+                "the network's output is not finite there, or too large to be squared"
+            )
+
+
+def _some(numbers: np.ndarray, most: int = 5) -> str:
+    """The first few numbers, and how many more there are."""
+    rest = f" and {len(numbers) - most} more" if len(numbers) > most else ""
+    return ", ".join(map(str, numbers[:most].tolist())) + rest
 
 
 def _parts(

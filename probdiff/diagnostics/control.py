@@ -52,5 +52,7 @@ def _regression(values: Array, features: Array, half: Array) -> Float[Array, "2"
     values = jnp.where(half, values - jnp.sum(jnp.where(half, values, 0.0)) / count, 0.0)
     features = jnp.where(half, features, 0.0)
     gram = features @ features.T
-    gram += _RIDGE * jnp.trace(gram) * jnp.eye(2, dtype=gram.dtype)
+    size = jnp.trace(gram)
+    ridge = jnp.where(size > 0, _RIDGE * size, 1.0)  # 0 where nothing is observed
+    gram += ridge * jnp.eye(2, dtype=gram.dtype)
     return jnp.linalg.solve(gram, features @ values)

@@ -30,6 +30,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from probdiff import bars, devices
+from probdiff.diagnostics.bounds import check_numbers
 from probdiff.diffusion import Data, Diffusion, Mask
 from probdiff.infer.particles import effective_number, log_mean, systematic
 from probdiff.kernels import AbsorbingKernel
@@ -113,7 +114,9 @@ def weigh(
         size=size, threshold=threshold,
     )  # fmt: skip
     joined = jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *blocks)
-    return jax.tree.map(lambda a: a.reshape(len(x_0), num_repeats, *a.shape[1:]), joined)
+    weighed = jax.tree.map(lambda a: a.reshape(len(x_0), num_repeats, *a.shape[1:]), joined)
+    check_numbers({"log weight": weighed.log_weights})
+    return weighed
 
 
 def _weigh_block(
