@@ -32,7 +32,7 @@ import numpy as np
 import numpyro
 from jaxtyping import Array, Shaped
 
-from probdiff import readouts, schedules, validation
+from probdiff import columns, readouts, schedules, validation
 from probdiff.arguments import check_shape, shape_text
 from probdiff.compilation import Programs, trace
 from probdiff.kernels import BernoulliKernel, DiscreteKernel, GaussianKernel, Kernel
@@ -344,15 +344,17 @@ class Diffusion:
         validation.check_params(self.params_template, params, self.name)
 
     def check_data(self, x_0: Any, mask: Any = None) -> None:
-        """Raise a `ValueError` unless data and mask fit; warn of a second moment far from 1."""
+        """Raise a `ValueError` unless data and mask fit; warn of columns that cannot be learned."""
         if x_0 is None:
             if mask is not None:
                 raise ValueError("mask must come with x_0, of which it says what is observed")
             return
         validation.check_data(self.kernel, self.event_shape, x_0, mask, grid=self.last_step.grid)
-        if self.scale is not None and not isinstance(x_0, jax.core.Tracer):
-            x = (np.asarray(x_0) - self.loc) / self.scale
-            validation.warn_about_moment(self.kernel, self.event_shape, self.rates, x, mask)
+        if not any(isinstance(a, jax.core.Tracer) for a in (x_0, mask)):
+            columns.check_columns(
+                self.kernel, self.event_shape, self.rates, self.units, x_0, mask,
+                is_on_grid=self.last_step.grid is not None,
+            )  # fmt: skip
 
     # private
 

@@ -16,8 +16,6 @@ from probdiff import readouts
 from probdiff.arguments import shape_text
 from probdiff.kernels import AbsorbingKernel, BernoulliKernel, DiscreteKernel, Kernel
 
-_FEW_ROWS = 32
-"""Fewer examples say nothing of a second moment."""
 _ROOM = 1e4
 """Between what a number may be and the least and the largest of its type."""
 
@@ -167,30 +165,6 @@ def check_variance(event_shape: tuple[int, ...], variance: Any) -> np.ndarray:
             f"transpose by {asymmetry:.3g}"
         )
     return value
-
-
-def warn_about_moment(
-    kernel: Kernel, event_shape: tuple[int, ...], rates: np.ndarray, x: Any, mask: Any
-) -> None:
-    """Warn where data, on the scale of the diffusion, are far from the second moment of π, 1."""
-    size = int(np.prod(event_shape))
-    is_few = np.size(x) < _FEW_ROWS * size
-    if isinstance(kernel, DiscreteKernel) or not _is_concrete(x, mask) or is_few:
-        return
-    observed = _observed(x, mask)
-    if not observed.size:
-        return
-    moment = float(np.mean(np.square(observed, dtype=np.float64)))
-    if 0.5 <= moment <= 2:
-        return
-    correction = -0.5 * size * (moment - 1) * float(np.prod(1 - rates) + rates[0])
-    warnings.warn(
-        f"x_0 has second moment {moment:.3g} after loc and scale, where x_T ~ π has 1: the "
-        f"entropy form of the bound (eq. 14) is off by {correction:.3g} nats per example, and "
-        "sampling starts from another law than the forward trajectory reaches. Pass loc= and "
-        "scale=",
-        stacklevel=5,
-    )
 
 
 def check_context(context: Any, context_shape: tuple[int, ...] | None) -> None:

@@ -108,7 +108,7 @@ def fit(
     Example:
         >>> network = networks.RadialBasis((), width=4, T=5, rngs=nnx.Rngs(0))
         >>> diffusion = Diffusion(GaussianKernel(), schedules.cosine(5), network, event_shape=())
-        >>> x = jax.random.bernoulli(jax.random.key(0), 0.5, (64,)) * 2.0 - 1  # −1 or 1
+        >>> x = jax.random.normal(jax.random.key(0), (64,))
         >>> svi = SVI(diffusion.model, diffusion.guide, optax.adam(0.05), SampledTimeELBO())
         >>> fitted = fit(jax.random.key(1), svi, x, num_steps=20, batch_size=32, progress=False)
         >>> list(fitted.params), fitted.losses.shape
