@@ -37,6 +37,7 @@ from probdiff.arguments import check_shape, shape_text
 from probdiff.compilation import Programs, trace
 from probdiff.kernels import BernoulliKernel, DiscreteKernel, GaussianKernel, Kernel
 from probdiff.networks.binding import bind, example_inputs, output_shape
+from probdiff.networks.rows import coupling, is_by_row
 from probdiff.prior import Prior
 from probdiff.reverse import Mask, Reverse, State, Units, Values
 from probdiff.trajectories import TRAJECTORY_SUFFIX, ForwardTrajectory, ReverseTrajectory, first
@@ -73,8 +74,8 @@ class Diffusion:
             with it. Two models in one program need two names.
 
     Raises:
-        ValueError: if an argument is out of range, the network keeps state, or its output has
-            another shape than the readout needs.
+        ValueError: if an argument is out of range, the network keeps state or looks at other rows
+            than one, or its output has another shape than the readout needs.
 
     Example:
         Before training this network says 0: the model is N(0, I), and K its log density.
@@ -451,6 +452,25 @@ class Diffusion:
                 f"{self.readout}; got {shape_text('B', out.shape[1:])}"
                 f"{self._outputs_hint(count)}"
             )
+        self._check_rows()
+
+    def _check_rows(self) -> None:
+        """Refuse a network that looks across the batch."""
+        if is_by_row(self.network):
+            return
+        function = self._binding.apply
+        if self._takes_log_snr:
+            function = functools.partial(_of_log_snr, function, schedules.steps(self.rates))
+        template = self.params_template.get(f"{self.name}_network$params")
+        states = self.kernel.num_states if isinstance(self.kernel, DiscreteKernel) else None
+        moved = coupling(function, template, self.event_shape, self.context_shape, self.T, states)
+        if moved > 0:
+            raise ValueError(
+                "network must take every row of x_t by itself, or K and draws depend on the rest "
+                f"of the batch; got a {type(self.network).__name__} whose output for a row moves "
+                f"by {moved:.2g} of its size as other rows change. Normalise, attend and pool over "
+                "the axes of one example (LayerNorm, GroupNorm), not over axis 0"
+            )
 
     def _outputs_hint(self, count: int) -> str:
         """What to say of a network that takes `outputs`, made for another number of them."""
@@ -466,6 +486,13 @@ def _at_log_snr(
     """A network that is told log ᾱ_t/(1 − ᾱ_t) instead of t."""
     step = steps.at(t, 0)
     return apply(params, x_t, jnp.log(step.alpha_bar_t) - jnp.log(step.noise_t), context)
+
+
+def _of_log_snr(
+    apply: Callable[..., Array], steps: Step, params: Any, x_t: State, t: Array, context: Any
+) -> Array:
+    """The same, its arguments in the order of a network's."""
+    return _at_log_snr(apply, params, steps, x_t, t, context)
 
 
 def _default_readout(kernel: Kernel) -> readouts.GaussianReadout | readouts.DiscreteReadout:
