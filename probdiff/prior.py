@@ -21,12 +21,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+from jaxtyping import Array
 
 from probdiff import validation
 from probdiff.compilation import Programs
 from probdiff.reverse import Reverse, State
 from probdiff.trajectories import TRAJECTORY_SUFFIX, ReverseTrajectory, first
 
+_CHECKED_DRAWS, _CHECKED_STEPS = 128, 20
+"""Draws of the prior that a covariance is compared with, and the most steps by which they come."""
+_NARROW, _MISFIT = 0.05, 4.0
+"""Share of the mean variance that is added to all; ratio of variances from which it is no fit."""
 FLOOR = 1e-5
 """Least variance along an axis, as a share of the largest: data need not fill their space."""
 
@@ -79,6 +84,9 @@ class Prior:
         ValueError: if the variance is not positive (a covariance: not symmetric, or with a negative
             eigenvalue).
 
+    Warns:
+        UserWarning: if a few draws of the prior, by few steps, do not have the covariance given.
+
     Example:
         >>> prior = standard_diffusion((2,)).prior({})
         >>> def program():
@@ -102,8 +110,9 @@ class Prior:
         self.programs = Programs() if programs is None else programs
         self.variance = validation.check_variance(reverse.event_shape, variance)
         if self.variance.ndim == 2 and self.variance.shape != reverse.event_shape:
-            _warn_about_units(reverse, self.variance)
             self.covariance = _eigen(self.variance)
+            if not _warn_about_units(reverse, self.variance):
+                _warn_of_misfit(reverse, self.covariance, self.programs)
             self.variance = np.diag(self.variance).reshape(reverse.event_shape)
 
     def __repr__(self) -> str:
@@ -155,20 +164,67 @@ class Prior:
         return numpyro.deterministic(self.name, jnp.where(mask, known, x_0))
 
 
-def _warn_about_units(reverse: Reverse, covariance: np.ndarray) -> None:
-    """Warn of a covariance in the user's units, where that can be told."""
+def _warn_about_units(reverse: Reverse, covariance: np.ndarray) -> bool:
+    """Warn of a covariance in the user's units, where that can be told; whether it did."""
     if reverse.units.scale is None:
-        return
+        return False
     sd = np.broadcast_to(np.asarray(reverse.units.scale), reverse.event_shape).reshape(-1)
     variances = np.diag(covariance)
     given, scaled = variances.mean(), (variances / sd**2).mean()
-    if 0.5 < scaled < 2 and not 0.5 < given < 2:
+    is_so = bool(0.5 < scaled < 2 and not 0.5 < given < 2)
+    if is_so:
         warnings.warn(
             f"variance has mean {given:.3g} along its diagonal, and {scaled:.3g} if "
             "divided by scale²: it looks like a covariance in the user's units. Give that of "
             "(x − loc)/scale",
             stacklevel=4,
         )
+    return is_so
+
+
+def _warn_of_misfit(reverse: Reverse, covariance: Covariance, programs: Programs) -> None:
+    """Warn of a covariance that is plainly not that of the prior's own draws.
+
+    With δ, a share of the mean variance, for what a network leaves of narrow axes, the draws'
+    covariance S is compared as (Σ + δ)^{-1/2} (S + δ) (Σ + δ)^{-1/2}, the identity where it fits.
+    Its largest eigenvalue may be (1 + √(d/n))² by chance, for n draws. Along the wider axes of Σ
+    alone it is asked whether the draws are too narrow, for a shrunk Σ is too wide along the others.
+    """
+    is_known = not any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(reverse))
+    if reverse.kernel.is_discrete or reverse.context_shape is not None or not is_known:
+        return
+    with jax.ensure_compile_time_eval():
+        short = reverse.respaced(min(_CHECKED_STEPS, reverse.n))
+        x = np.asarray(programs(_draws, jax.random.key(0), short), np.float64)
+    d, n = len(covariance.variances), len(x)
+    if not np.isfinite(x).all():
+        return
+    delta = _NARROW * covariance.variances.mean()
+    z = (x - x.mean(0)) @ covariance.axes / np.sqrt(covariance.variances + delta)
+    noise = delta / (covariance.variances + delta)
+    along = np.mean(z**2, 0) + noise
+    gram = z.T @ z / n + np.diag(noise)
+    most = float(np.linalg.eigvalsh(gram)[-1])
+    is_wide = covariance.variances >= covariance.variances.mean()
+    least = float(np.median((np.var(x @ covariance.axes, 0) / covariance.variances)[is_wide]))
+    if most <= _MISFIT * (1 + np.sqrt(d / n)) ** 2 and least >= 1 / _MISFIT:
+        return
+    trace = float(np.mean(along))
+    warnings.warn(
+        f"variance is a covariance that does not fit the prior: in some direction the prior's own "
+        f"draws vary {most:.2g} times as much as it says, along its wider half {least:.2g} times, "
+        f"and tr(Σ⁻¹ S)/d is {trace:.2g}; 1 is meant. Posteriors need many more particles, and "
+        "log_evidence may be far off. Give the covariance of (x_0 − loc)/scale of the training "
+        "data, entries in the order of the event, shrunk where there are few rows",
+        stacklevel=4,
+    )
+
+
+def _draws(key: Array, reverse: Reverse) -> Array:
+    """Draws of x_0 on the scale of the diffusion, flat."""
+    key_walk, key_last = jax.random.split(key)
+    x_1, _ = ReverseTrajectory(reverse).walk(key_walk, (_CHECKED_DRAWS,))
+    return reverse.last(x_1).sample(key_last).reshape(_CHECKED_DRAWS, -1)
 
 
 def _eigen(covariance: np.ndarray) -> Covariance:

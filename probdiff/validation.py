@@ -134,7 +134,8 @@ def check_data(
         raise ValueError(f"mask must have the shape of {argument}, {shape}; got {np.shape(mask)}")
     if mask is not None and jnp.asarray(mask).dtype != bool:
         raise ValueError(f"mask must be boolean; got dtype {jnp.asarray(mask).dtype}")
-    if mask is not None and _is_concrete(mask) and not np.any(mask):
+    is_data = mask is not None and argument == "x_0" and _is_concrete(mask)
+    if is_data and not np.asarray(mask).any():
         warnings.warn(
             "mask is False throughout: nothing of x_0 is observed, and its bound is 0. It must be "
             "True where x_0 is observed",

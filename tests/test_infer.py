@@ -5,6 +5,7 @@ The oracle is a diffusion that is N(0, 1) at every level, whose posteriors and e
 
 import contextlib
 import math
+import re
 import warnings
 
 import arviz_stats
@@ -426,6 +427,41 @@ def test_a_diffusion_that_does_not_end_in_noise_is_warned_of():
     (complaint,) = complaints_of(healthy(), left=0.2)
     assert "alpha_bar_T times E|x_0|^2 is 0.2" in complaint
     assert complaints_of(healthy(), left=0.09) == ()
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_what_is_far_out_is_said_in_standard_deviations(key, is_known):
+    scale = 7.0
+    prior = standard_normal((2,), scale=scale, loc=3.0).prior({})
+    value = 3 + scale * jnp.array([50.0, 0.5])
+
+    def program():
+        if is_known:
+            return prior(known=value, mask=jnp.array([True, False]))
+        numpyro.sample("y", dist.Normal(prior(), 0.1 * scale).to_event(1), obs=value)
+
+    smc = infer.SMC(program, num_particles=200)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        smc.run(key)
+    texts = [str(warning.message) for warning in caught]
+    what = "a known value" if is_known else "an entry"
+    said = f"{what} of x_0 lies (\\d+) standard deviations from loc"
+    (far,) = (int(found[1]) for text in texts if (found := re.search(said, text)))
+    assert (far == 50) if is_known else (20 < far <= 50), texts
+    assert not any("alpha_bar_T" in text for text in texts)
+
+
+@pytest.mark.parametrize(("variance", "shown"), [(1.0, False), (0.09, True), (100.0, False)])
+def test_far_out_is_by_the_variance_of_the_prior(key, variance, shown):
+    prior = standard_normal((2,)).prior({}, variance=variance)
+    known, mask = jnp.array([3.0, 0.0]), jnp.array([True, False])
+    smc = infer.SMC(lambda: prior(known=known, mask=mask), num_particles=200)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        smc.run(key)
+    is_said = any("lies 10 standard deviations" in str(warning.message) for warning in caught)
+    assert is_said == shown
 
 
 @pytest.mark.filterwarnings(QUIET)

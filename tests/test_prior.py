@@ -18,7 +18,14 @@ from numpyro.infer.util import log_density
 
 import reference
 from oracles import exact_gaussian
-from probdiff import BernoulliKernel, CategoricalKernel, Diffusion, GaussianKernel, schedules
+from probdiff import (
+    BernoulliKernel,
+    CategoricalKernel,
+    Diffusion,
+    GaussianKernel,
+    readouts,
+    schedules,
+)
 from probdiff.trajectories import ReverseTrajectory
 
 T = 4
@@ -364,6 +371,52 @@ def test_a_covariance_in_the_units_of_the_user_is_noticed():
     diffusion.prior({}, variance=covariance)
     with pytest.warns(UserWarning, match="looks like a covariance in the user's units"):
         diffusion.prior({}, variance=400 * covariance)
+
+
+SIGMA = 0.8 ** np.abs(np.arange(6)[:, None] - np.arange(6))
+ROWS = np.random.default_rng(0).multivariate_normal(np.zeros(6), SIGMA, 60)
+SIGNS = (-1.0) ** np.add.outer(np.arange(6), np.arange(6))
+
+
+@pytest.fixture(scope="module")
+def correlated():
+    """x_0 ~ N(0, Σ), 30 steps, by the x̂_0 that is exact for it."""
+    beta = schedules.log_snr_linear(30, beta_1=1e-3, alpha_bar_T=1e-3)
+    alpha_bar = jnp.asarray(np.cumprod(1 - beta), jnp.float32)
+    variances, axes = (jnp.asarray(a, jnp.float32) for a in np.linalg.eigh(SIGMA))
+
+    def network(x_t, t):
+        a = alpha_bar[t - 1][:, None]
+        gain = jnp.sqrt(a) * variances / (a * variances + 1 - a)
+        return ((x_t @ axes) * gain) @ axes.T
+
+    readout = readouts.Data(readouts.BridgeVariance())
+    return Diffusion(GaussianKernel(), beta, network, event_shape=(6,), readout=readout)
+
+
+@pytest.mark.parametrize(
+    ("covariance", "ratio"),
+    [
+        (0.01 * SIGMA, "times as much as it says"), (100 * SIGMA, r"wider half 0\.0"),
+        (SIGMA * SIGNS, "times as much as it says"), (1e-3 * np.eye(6), "vary .* times as much"),
+    ],
+    ids=["narrow", "wide", "signs", "white"],
+)  # fmt: skip
+def test_a_covariance_that_is_plainly_not_the_datas_is_noticed(correlated, covariance, ratio):
+    with pytest.warns(UserWarning, match=f"does not fit the prior.*{ratio}"):
+        correlated.prior({}, variance=covariance)
+
+
+@pytest.mark.parametrize(
+    "covariance",
+    [
+        SIGMA, np.cov(ROWS.T), np.cov(ROWS[:20].T), 0.5 * SIGMA + 0.5 * np.eye(6), np.eye(6),
+        0.5 * SIGMA, 2 * SIGMA, SIGMA - 0.1 * np.eye(6),
+    ],
+    ids=["exact", "sample", "few_rows", "shrunk", "white", "half", "twice", "sharper"],
+)  # fmt: skip
+def test_nothing_is_said_of_a_covariance_that_is_about_the_datas(correlated, covariance):
+    correlated.prior({}, variance=covariance)
 
 
 def test_a_prior_is_shown_on_a_line():

@@ -156,6 +156,7 @@ def test_power_is_the_regression_on_the_known_entries(x64, i, error):
     np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:variance is a covariance that does not fit")
 def test_power_counts_independent_entries_once_each_and_copies_once_together(x64):
     both, step, diffusion = np.array([True, True]), schedules.steps(BETA).at(15, 0), pair(0.0)
     independent = known_of(diffusion.prior({}), both)

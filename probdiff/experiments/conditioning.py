@@ -156,7 +156,9 @@ def gaussian_of(images: Images, *, offset: float = 0.5) -> Gaussian:
 
 def prior_of(diffusion: Diffusion, params: Params, gaussian: Gaussian) -> Prior:
     """The trained model, told the covariance of its data."""
-    return diffusion.prior(params, variance=gaussian.covariance / diffusion.scale**2)
+    with warnings.catch_warnings():  # the covariance is the data's: a quick run's network is not
+        warnings.filterwarnings("ignore", "variance is a covariance that does not fit the prior")
+        return diffusion.prior(params, variance=gaussian.covariance / diffusion.scale**2)
 
 
 def sampler(task: Task, *, num_particles: int, num_runs: int, progress: bool = False) -> infer.SMC:

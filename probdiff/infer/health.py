@@ -8,7 +8,8 @@
     Pareto k of the worst step         > 0.7          the same, hidden by a resampling
     R-hat over runs                    > 1.05         runs differ in where their draws lie
     twists that are not finite         > 0            log r is nan or infinite somewhere
-    ᾱ_T E|x_0|²                        > 0.1          the diffusion does not end in noise
+    √E x_0²/τ², of one entry           > 8            x_0 is where no data were
+    ᾱ_T E|x_0|², elsewhere             > 0.1          the diffusion does not end in noise
 
 Source: Vehtari et al. (2021) for R-hat, (2024) for k.
 """
@@ -20,6 +21,7 @@ import numpy as np
 from probdiff.infer.particles import Options, Outcome
 
 _MAX_SERIES = 2000  # coordinates whose R-hat is computed, evenly picked where there are more
+_FAR = 8.0  # standard deviations of x_0
 _FEWEST_FOR_PARETO = 100
 """Weights that a Pareto fit needs: a fifth of them is the tail, and k of fewer is mostly noise."""
 
@@ -61,11 +63,14 @@ class Health(NamedTuple):
     r_hat: np.ndarray  # largest R-hat over runs, of log r and of coordinates; nan for one run
     bad: np.ndarray  # largest share of particles, of any level and run, whose twist was not finite
     left: np.ndarray  # ᾱ_T E|x_0|², on the scale of the diffusion; 0 for symbols
+    far: np.ndarray  # √E x_0² of the furthest entry, in standard deviations of x_0; 0 for symbols
+    is_known: np.ndarray  # whether that entry is known
 
 
 def health(
-    outcome: Outcome, log_w: np.ndarray, index: np.ndarray, in_runs: np.ndarray, left: Any
-) -> Health:
+    outcome: Outcome, log_w: np.ndarray, index: np.ndarray, in_runs: np.ndarray, left: Any,
+    far: tuple[Any, Any] = (0.0, False),
+) -> Health:  # fmt: skip
     """Measure a run.
 
     Args:
@@ -74,6 +79,7 @@ def health(
         index: Particles that are the draws, `(R·N, *plates)`.
         in_runs: Particles that are equally weighted draws of each run, `(R, N, *plates)`.
         left: ᾱ_T E|x_0|² of the draws.
+        far: Root mean square of their furthest entry, in standard deviations; whether it is known.
     """
     z, trace = outcome.log_evidences, outcome.trace
     is_dead = np.isneginf(z).all(0)
@@ -86,7 +92,8 @@ def health(
         1 / np.sum(np.exp(2 * log_w), 0), _count_distinct(np.take_along_axis(ancestors, index, 0)),
         _count_distinct(index), trace.resampled.sum(0).max(0), pareto_k(log_w),
         np.mean([pareto_k(run) for run in outcome.worst_log_weights], 0),
-        _r_hat(outcome, in_runs), trace.bad.max((0, 1)), np.broadcast_to(left, np.shape(is_dead)),
+        _r_hat(outcome, in_runs), trace.bad.max((0, 1)),
+        *(np.broadcast_to(a, np.shape(is_dead)) for a in (left, *far)),
     )  # fmt: skip
     return Health(*map(np.asarray, measures))
 
@@ -150,17 +157,25 @@ def complaints(options: Options, health: Health, advice: str) -> tuple[str, ...]
     """
     found = _of_weights(options, health, advice) if options.is_weighted else []
     is_alive = ~(health.is_dead & options.is_weighted)
+    is_far = health.far > _FAR
     found += [
         _say(health.bad > 0,
             "the twist was not finite for up to {:.1%} of the particles of a level, which were "
             "counted as almost impossible there. Check that log r and its gradient are finite "
             "wherever x_0 may lie",
             np.max(health.bad)),
-        _say(is_alive & (health.left > 0.1),
+        _say(is_alive & is_far,
+            "{} of x_0 lies {:.0f} standard deviations from loc, by the variance of the prior, "
+            "where there were no data to learn from: what the network says there is a guess. Check "
+            "the units of what is {}, and loc and scale; the prior may be of other data",
+            *(("a known value", _most(health.far, is_far), "known")
+              if np.any(health.is_known & is_far)
+              else ("an entry", _most(health.far, is_far), "observed"))),
+        _say(is_alive & (health.left > 0.1) & ~is_far,
             "alpha_bar_T times E|x_0|^2 is {:.2g}, more than 0.1: the diffusion starts from noise "
             "at a level where the data are still seen, so that its own law is not quite that of "
             "the data. Train with a smaller alpha_bar_T",
-            np.max(health.left)),
+            _most(health.left, is_alive & ~is_far)),
     ]  # fmt: skip
     return tuple(filter(None, found))
 
@@ -216,6 +231,10 @@ def _say(is_so: Any, text: str, *values: Any) -> str:
 
 def _least(values: np.ndarray, among: Any) -> Any:
     return np.min(np.where(among, values, np.max(values)))
+
+
+def _most(values: np.ndarray, among: Any) -> Any:
+    return np.max(np.where(among, values, np.min(values)))
 
 
 def systems(is_so: Any) -> str:

@@ -106,8 +106,9 @@ def sample(
     outcome = run(program_read, options, key, progress=progress)
     log_w = pooled_log_weights(outcome, options.is_weighted)
     index, in_runs = _equally_weighted(key, outcome, log_w, options.is_weighted)
-    left = _left(program_read, _taken(pooled(outcome.x_0), index))
-    measured = health(outcome, log_w, index, in_runs, left)
+    draws = _taken(pooled(outcome.x_0), index)
+    left, far = _left(program_read, draws), _far(program_read, draws)
+    measured = health(outcome, log_w, index, in_runs, left, far)
     found = complaints(options, measured, _advice(program_read, options))
     return Result(program_read, options, key, outcome, index, in_runs, measured, found)
 
@@ -120,6 +121,25 @@ def _left(program: Read, x_0: np.ndarray) -> np.ndarray | float:
     x = np.asarray(reverse.units.to_state(x_0))
     square = np.sum(x**2, tuple(range(1 + len(plates), x.ndim)))
     return np.asarray(np.asarray(reverse.trained.alpha_bar_t[-1]) * square.mean(0))
+
+
+def _far(program: Read, x_0: np.ndarray) -> tuple[Any, Any]:
+    """Root mean square of the furthest entry, in standard deviations of x_0; whether it is known.
+
+    Of entries that hardly vary, the mean variance counts.
+    """
+    draw, shape = program.conditioned.draw, program.conditioned.reverse.event_shape
+    if draw.reverse.kernel.is_discrete:
+        return 0.0, False
+    x = np.asarray(draw.reverse.units.to_state(x_0), np.float64)
+    variance = np.broadcast_to(np.asarray(draw.variance), shape)
+    rms = np.sqrt(np.mean(x**2, 0) / np.maximum(variance, variance.mean()))
+    plates = program.conditioned.batch_shape
+    rms = rms.reshape(*plates, -1)
+    furthest = rms.argmax(-1)[..., None]
+    known = np.broadcast_to(False if draw.mask is None else draw.mask, (*plates, *shape))
+    known = known.reshape(rms.shape)
+    return tuple(np.take_along_axis(a, furthest, -1)[..., 0] for a in (rms, known))
 
 
 def _advice(program: Read, options: Options) -> str:
