@@ -154,7 +154,7 @@ def _ties(sample: np.ndarray) -> np.ndarray:
 def _of_values(sample: np.ndarray, scale: np.ndarray, beta_1: float, said: np.ndarray) -> list[str]:
     """Columns that take few values, or one in many rows; marked in `said`."""
     there, ties = ~np.isnan(sample), _ties(sample)
-    few, one, same = (np.zeros(scale.size, bool) for _ in range(3))
+    few, one, same, coarse = (np.zeros(scale.size, bool) for _ in range(4))
     about: dict[int, tuple[int, float, float, float]] = {}
     for i in np.flatnonzero((ties >= _TIED) & (there.sum(0) >= FEW_ROWS)):
         values, counts = np.unique(sample[there[:, i], i].astype(np.float64), return_counts=True)
@@ -163,10 +163,13 @@ def _of_values(sample: np.ndarray, scale: np.ndarray, beta_1: float, said: np.nd
         about[i] = len(values), gap, float(values[counts.argmax()]), share
         same[i] = len(values) == 1
         few[i] = gap / scale.reshape(-1)[i] > 4 * math.sqrt(beta_1)
+        spacing = np.spacing(np.nanmax(np.abs(sample[:, i])))  # of its own type
+        coarse[i] = few[i] and gap <= 4 * float(spacing)
         one[i] = not same[i] and not few[i] and share >= _TIED
     texts = []
     for found in (same, few, one):
         said |= found.reshape(said.shape)
+    few &= ~coarse
     noise = (
         "put it on a grid (last_step=readouts.Discretised(low, high, levels)), or add uniform "
         "noise as wide as a step (as datasets.dequantise does)"
@@ -176,6 +179,13 @@ def _of_values(sample: np.ndarray, scale: np.ndarray, beta_1: float, said: np.nd
         texts.append(
             f"x_0 is constant{_at(same.reshape(said.shape))}, {about[i][2]:.6g} in all of "
             f"the {len(sample)} examples looked at: a density there has no limit. Leave it out"
+        )
+    if coarse.any():
+        i = int(np.flatnonzero(coarse)[0])
+        texts.append(
+            f"x_0 as {sample.dtype} has values no less than {about[i][1]:.3g} apart"
+            f"{_at(coarse.reshape(said.shape))}, {about[i][1] / scale.reshape(-1)[i]:.2g} times "
+            "scale: its type holds no finer ones so far from 0. Pass float64, or x_0 less an offset"
         )
     if few.any():
         i = int(np.flatnonzero(few)[0])

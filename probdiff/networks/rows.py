@@ -11,7 +11,7 @@ dropped; a network whose code has been tried is not tried again.
 """
 
 import sys
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ _ROWS = 3
 _MOVED = 1e-3  # of the output's size: more than rounding
 _SCALES = (1.0, 0.1)  # of weights and numbers, the second where the first give no number
 _KEPT = 256
-_tried: dict[Hashable, float] = {}
+_tried: dict[int, float] = {}
 
 
 def is_by_row(network: Any) -> bool:
@@ -68,7 +68,7 @@ def coupling(
     is_known = not any(isinstance(const, jax.core.Tracer) for const in traced.consts)
     if not is_known or not _reads_inputs(traced, len(jax.tree.leaves(template))):
         return 0.0
-    key = traced.fingerprint()
+    key = hash(traced.fingerprint())  # the code itself would be kept alive
     if key not in _tried:
         if len(_tried) >= _KEPT:
             _tried.clear()
