@@ -190,7 +190,10 @@ def _warn_of_misfit(reverse: Reverse, covariance: Covariance, programs: Programs
     Its largest eigenvalue may be (1 + √(d/n))² by chance, for n draws. Along the wider axes of Σ
     alone it is asked whether the draws are too narrow, for a shrunk Σ is too wide along the others.
     """
-    is_known = not any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(reverse))
+    leaves = [a for a in jax.tree.leaves(reverse) if isinstance(a, jax.Array)]
+    is_known = not any(isinstance(a, jax.core.Tracer) for a in leaves) and all(
+        a.is_fully_addressable for a in leaves
+    )
     if reverse.kernel.is_discrete or reverse.context_shape is not None or not is_known:
         return
     with jax.ensure_compile_time_eval():

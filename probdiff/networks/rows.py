@@ -50,6 +50,8 @@ def coupling(
         T: Number of steps.
         states: Number of values of a symbol; None for numbers.
     """
+    if any(jnp.issubdtype(a.dtype, jax.dtypes.extended) for a in jax.tree.leaves(template)):
+        return 0.0  # random keys, of which there are no other values to try
     rng = np.random.default_rng(0)
 
     def inputs() -> list[np.ndarray | None]:
