@@ -103,7 +103,7 @@ def _move(
 
 
 def _scaled(a: np.ndarray | None, scale: float) -> np.ndarray | None:
-    return a if a is None or a.dtype.kind != "f" else a * a.dtype.type(scale)
+    return a if a is None or a.dtype.kind != "f" else np.asarray(a * a.dtype.type(scale))
 
 
 def _random(rng: np.random.Generator, leaf: Any, scale: float) -> np.ndarray:
@@ -111,7 +111,7 @@ def _random(rng: np.random.Generator, leaf: Any, scale: float) -> np.ndarray:
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return np.zeros(leaf.shape, leaf.dtype)
     inputs = max(1, int(np.prod(leaf.shape[:-1])))
-    return (scale / np.sqrt(inputs) * rng.standard_normal(leaf.shape)).astype(leaf.dtype)
+    return np.asarray(scale / np.sqrt(inputs) * rng.standard_normal(leaf.shape), leaf.dtype)
 
 
 def _reads_inputs(traced: Traced, weights: int) -> bool:
