@@ -4,10 +4,10 @@
     x = prior(context=c)                   x_0 ~ p(· | c)
     x = prior(known=values, mask=mask)     the same, given that x_0 = values wherever mask is True
 
-The last is exact conditioning: known entries come back bit for bit, and the program gains the
-factor log p(x_0 = values on the mask | x_1), a density for numbers, a mass for symbols and for
-numbers on a grid. Under handlers that only draw (`Predictive`) the factor is ignored, as every
-observation is; `infer` and `MCMC` count it.
+The last is exact conditioning: known entries come back bit for bit, x_0 is a draw of the others,
+and the program gains the factor log p(x_0 = values on the mask | x_1), a density for numbers, a
+mass for symbols and for numbers on a grid, which `infer` and `MCMC` count. `Predictive` counts no
+observation and no factor: it takes posterior draws of x_0, and without them it is refused.
 
 Source: Sohl-Dickstein et al. (2015), section 2.5.
 """
@@ -21,11 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+import numpyro.distributions as dist
 from jaxtyping import Array
+from numpyro.distributions import biject_to, constraints
+from numpyro.distributions.transforms import Transform
 
 from probdiff import validation
 from probdiff.compilation import Programs
-from probdiff.reverse import Reverse, State
+from probdiff.reverse import DataGivenFirst, Mask, Reverse, State
 from probdiff.trajectories import TRAJECTORY_SUFFIX, ReverseTrajectory, first
 
 _CHECKED_DRAWS, _CHECKED_STEPS = 128, 20
@@ -93,7 +96,7 @@ class Prior:
         ...     return prior(known=jnp.array([3.0, 0.0]), mask=jnp.array([True, False]))
         >>> sites = trace(seed(program, 0)).get_trace()
         >>> list(sites)
-        ['x_0_trajectory', 'x_0_free', 'x_0_known', 'x_0']
+        ['x_0_trajectory', 'x_0', 'x_0_known']
         >>> float(sites["x_0"]["value"][0])
         3.0
     """
@@ -125,8 +128,8 @@ class Prior:
     def __call__(self, *, context: Any = None, known: Any = None, mask: Any = None) -> State:
         """Draw x_0: sites `name_trajectory` and `name`, no parameters.
 
-        With `known` the sites are `name_trajectory`, `name_free` (what is drawn before the known
-        entries are put in), the factor `name_known`, and `name`, deterministic.
+        With `known` the density of `name` is that of the other entries alone, and there is the
+        factor `name_known` beside it.
 
         Args:
             context: Handed to the network, `(*plates, *context_shape)`.
@@ -138,7 +141,9 @@ class Prior:
             x_0, `(*plates, *event_shape)`, in the user's units.
 
         Raises:
-            ValueError: if shapes or values do not fit, or only one of known and mask is given.
+            ValueError: if shapes or values do not fit, or only one of known and mask is given; if
+                known entries come with prior predictive draws (`Predictive` without draws of x_0),
+                whose law would not be given them.
         """
         reverse = self.reverse.given(context)
         if (known is None) != (mask is None):
@@ -155,13 +160,98 @@ class Prior:
         infer = {"prior": draw, "programs": self.programs}
         trajectory = numpyro.sample(site, ReverseTrajectory(reverse), infer=infer)
         x_1 = first(trajectory, reverse.event_dim)
-        law = reverse.data(x_1)
+        law, infer = reverse.data(x_1), {"data_of": draw}
         if known is None:
-            return numpyro.sample(self.name, law)
+            return numpyro.sample(self.name, law, infer=infer)
         validation.check_batch_shape(known, x_1, reverse.event_shape, argument="known")
-        x_0 = numpyro.sample(f"{self.name}_free", law)
-        numpyro.factor(f"{self.name}_known", law.masked(mask).log_prob(known))
-        return numpyro.deterministic(self.name, jnp.where(mask, known, x_0))
+        x_0 = numpyro.sample(self.name, _DataGivenKnown(law, known, mask, self.name), infer=infer)
+        factor = dist.Unit(law.masked(mask).log_prob(known))
+        infer = {"known_of": draw, "is_auxiliary": True}
+        numpyro.sample(f"{self.name}_known", factor, obs=factor.sample(None), infer=infer)
+        return jnp.where(mask, known, x_0)
+
+
+class _DataGivenKnown(DataGivenFirst):
+    """p(x_0 | x_1) of the entries that are not known; the known ones stand in its draws."""
+
+    pytree_data_fields = ("known",)
+    pytree_aux_fields = ("name",)
+
+    def __init__(self, law: DataGivenFirst, known: Any, mask: Mask, name: str):
+        super().__init__(law.base, law.data_support, law.event_dim, law.units, ~mask)
+        self.known, self.name = known, name
+
+    @property
+    def support(self) -> constraints.Constraint:
+        if self.data_support is not constraints.real:
+            return super().support
+        low, high = (jnp.where(self.observed, end, self.known) for end in (-jnp.inf, jnp.inf))
+        return _Points(low, high, self.event_dim)
+
+    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> State:
+        if numpyro.get_mask() is False:  # under Predictive, which counts no factor
+            raise ValueError(
+                f"prior {self.name!r} has known entries, and Predictive would not draw the others "
+                "given them. Give it posterior draws, Predictive(program, smc.get_samples()), of "
+                "infer.SMC or of MCMC(NUTS(infer.noncentered(program)))"
+            )
+        return jnp.where(self.observed, super().sample(key, sample_shape), self.known)
+
+
+class _Points(constraints._Interval):
+    """Intervals, of which some are a point: the support of x_0 where entries are known.
+
+    As an interval with computed ends it makes MCMC work out its draws within the program.
+    """
+
+    def __init__(self, low: Array, high: Array, event_dim: int):
+        super().__init__(low, high)
+        self.event_dim = event_dim
+
+    def __call__(self, x: Any) -> Any:
+        return jnp.all(super().__call__(jnp.asarray(x)), tuple(range(-self.event_dim, 0)))
+
+    def tree_flatten(self) -> Any:
+        fields, (names, _) = super().tree_flatten()
+        return fields, (names, {"event_dim": self.event_dim})
+
+
+class _ToPoints(Transform):
+    """Numbers with known ones put in, whose coordinates have the law N(0, 1) in their place."""
+
+    def __init__(self, points: _Points):
+        self.points = points
+
+    @property
+    def domain(self) -> constraints.Constraint:
+        return constraints.independent(constraints.real, self.points.event_dim)
+
+    @property
+    def codomain(self) -> constraints.Constraint:
+        return self.points
+
+    @property
+    def _is_known(self) -> Array:
+        return self.points.lower_bound == self.points.upper_bound
+
+    def __call__(self, x: Any) -> Array:
+        return jnp.where(self._is_known, self.points.lower_bound, x)
+
+    def _inverse(self, y: Any) -> Array:
+        return jnp.where(self._is_known, 0.0, y)
+
+    def log_abs_det_jacobian(self, x: Any, y: Any, intermediates: Any = None) -> Array:
+        log_p = jnp.where(self._is_known, dist.Normal(0.0, 1.0).log_prob(x), 0.0)
+        return jnp.sum(log_p, tuple(range(-self.points.event_dim, 0)))
+
+    def tree_flatten(self) -> Any:
+        return (self.points,), (("points",), {})
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ToPoints) and self.points == other.points
+
+
+biject_to.register(_Points)(_ToPoints)
 
 
 def _warn_about_units(reverse: Reverse, covariance: np.ndarray) -> bool:

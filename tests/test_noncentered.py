@@ -139,7 +139,7 @@ def program_of(prior, known=None, mask=None):
 
 
 def centred(diffusion, noise, context):
-    """Trajectory, x_0 and Σ log σ from noise, in a loop; rows in front."""
+    """Trajectory, x_0, Σ log σ of all steps and of the last, from noise, in a loop; rows first."""
     reverse = diffusion.bind({}, context=context)
     x, volume = jnp.asarray(noise[:, T]), 0.0
     walked = [x]
@@ -150,8 +150,8 @@ def centred(diffusion, noise, context):
         walked.insert(0, x)
     mean, variance = reference.transition(np.asarray(x), BETA, 1)
     x_0 = diffusion.loc + diffusion.scale * (mean + np.sqrt(variance) * noise[:, 0])
-    volume += 3 * np.sum(np.log(np.sqrt(variance) * diffusion.scale))
-    return jnp.stack(walked, 1), x_0, volume
+    last = np.log(np.sqrt(variance) * diffusion.scale)
+    return jnp.stack(walked, 1), x_0, volume, last
 
 
 @pytest.mark.parametrize("is_known", [False, True])
@@ -163,9 +163,10 @@ def test_density_over_noise_is_that_over_levels_times_the_volume(x64, is_known):
     known = rng.normal(size=(3, 2))
     options = {"known": known, "mask": mask} if is_known else {}
     program = program_of(diffusion.prior({}), **options)
-    trajectory, x_0, volume = centred(diffusion, noise, context)
-    name = "x_0_free" if is_known else "x_0"
-    values = {"x_0_trajectory": trajectory, name: x_0}
+    trajectory, x_0, volume, last = centred(diffusion, noise, context)
+    is_free = ~mask if is_known else np.ones((3, 2), bool)
+    volume += np.where(is_free, last, stats.norm.logpdf(noise[:, 0])).sum()
+    values = {"x_0_trajectory": trajectory, "x_0": jnp.where(is_free, x_0, known)}
     by_levels, _ = log_density(program, (context, y), {}, values)
     over_noise, sites = log_density(
         noncentered(program), (context, y), {}, {"x_0_noise": jnp.asarray(noise)}
@@ -174,7 +175,7 @@ def test_density_over_noise_is_that_over_levels_times_the_volume(x64, is_known):
     expected = np.where(mask, known, x_0) if is_known else x_0
     np.testing.assert_allclose(sites["x_0"]["value"], expected, rtol=1e-10)
     if is_known:
-        assert list(sites) == ["rows", "x_0_noise", "x_0_known", "x_0", "y"]
+        assert list(sites) == ["rows", "x_0_noise", "x_0", "x_0_known", "y"]
         np.testing.assert_array_equal(np.asarray(sites["x_0"]["value"])[mask], known[mask])
 
 

@@ -13,7 +13,8 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from numpyro import handlers
-from numpyro.infer import Predictive
+from numpyro.distributions import biject_to
+from numpyro.infer import MCMC, NUTS, Predictive
 from numpyro.infer.util import log_density
 
 import reference
@@ -23,8 +24,10 @@ from probdiff import (
     CategoricalKernel,
     Diffusion,
     GaussianKernel,
+    infer,
     readouts,
     schedules,
+    standard_diffusion,
 )
 from probdiff.trajectories import ReverseTrajectory
 
@@ -33,6 +36,7 @@ BETA = schedules.linear(T, beta_1=0.05, beta_T=0.6)
 LOC, SCALE = np.array([0.5, -1.0]), np.array([2.0, 0.3])
 KNOWN = np.array([[0.1, 2.0], [-3.0, 0.7], [1.5, 1.1]])
 MASK = np.array([[True, False], [True, True], [False, False]])
+PAIR = standard_diffusion((2,), T=4).prior({})  # x_0 ~ N(0, I)
 
 
 def network(x_t, t, context=None):
@@ -90,27 +94,27 @@ def test_sites_without_known_are_two_draws(x64):
     assert not any(site["is_observed"] for site in sites.values())
 
 
-def test_sites_with_known_are_two_draws_a_factor_and_their_mixture(x64):
+def test_sites_with_known_are_two_draws_and_a_factor(x64):
     prior = numbers(name="roll").prior({})
     sites = sites_of(in_plate(prior, known=KNOWN, mask=MASK))
-    kinds = {n: (s["type"], s.get("is_observed")) for n, s in sites.items() if n != "rows"}
+    kinds = {n: (s["type"], s["is_observed"]) for n, s in sites.items() if n != "rows"}
     assert kinds == {
         "roll_trajectory": ("sample", False),
-        "roll_free": ("sample", False),
+        "roll": ("sample", False),
         "roll_known": ("sample", True),
-        "roll": ("deterministic", None),
     }
-    free, x_0 = (np.asarray(sites[name]["value"]) for name in ("roll_free", "roll"))
+    x_0 = np.asarray(sites["roll"]["value"])
+    np.testing.assert_array_equal(x_0[MASK], KNOWN[MASK])
+    free = np.asarray(sites_of(in_plate(prior))["roll"]["value"])
     np.testing.assert_array_equal(x_0[~MASK], free[~MASK])
-    assert not np.any(free[MASK] == x_0[MASK])
 
 
-def test_known_does_not_change_what_is_drawn_of_the_rest(x64):
+def test_the_density_of_x_0_is_that_of_the_entries_that_are_not_known(x64):
     prior = numbers().prior({})
-    free = sites_of(in_plate(prior, known=KNOWN, mask=MASK))["x_0_free"]["fn"]
-    nothing = sites_of(in_plate(prior))["x_0"]["fn"]
-    value = np.zeros((3, 2))
-    np.testing.assert_array_equal(free.log_prob(value), nothing.log_prob(value))
+    sites = sites_of(in_plate(prior, known=KNOWN, mask=MASK))
+    x_1, x_0 = sites["x_0_trajectory"]["value"][:, 0], np.random.default_rng(0).normal(size=(3, 2))
+    expected = np.where(MASK, 0.0, log_last(x_0, x_1)).sum(-1)
+    np.testing.assert_allclose(sites["x_0"]["fn"].log_prob(x_0), expected, rtol=1e-10)
 
 
 def test_the_trajectory_carries_what_inference_needs(x64):
@@ -149,8 +153,7 @@ def test_conditioning_on_all_entries_is_observing_them(x64):
     """p(trajectory) p(known | x_1) is what `reverse` gives an observed x_0."""
     diffusion = numbers()
     prior = diffusion.prior({})
-    rng = np.random.default_rng(0)
-    trajectory, free = rng.normal(size=(3, T, 2)), rng.normal(size=(3, 2))
+    trajectory = np.random.default_rng(0).normal(size=(3, T, 2))
 
     def observed():
         with numpyro.plate("rows", 3):
@@ -159,16 +162,16 @@ def test_conditioning_on_all_entries_is_observing_them(x64):
     values = {"x_0_trajectory": trajectory}
     expected, _ = log_density(observed, (), {}, values)
     program = in_plate(prior, known=KNOWN, mask=np.ones((3, 2), bool))
-    actual, _ = log_density(program, (), {}, values | {"x_0_free": free})
-    drawn = log_last(free, trajectory[:, 0]).sum()
-    np.testing.assert_allclose(actual - drawn, expected, rtol=1e-10)
+    actual, _ = log_density(program, (), {}, values | {"x_0": KNOWN})
+    np.testing.assert_allclose(actual, expected, rtol=1e-10)
 
 
 def test_conditioning_on_nothing_is_no_conditioning(x64):
     prior = numbers().prior({})
     sites = sites_of(in_plate(prior, known=KNOWN, mask=np.zeros((3, 2), bool)))
     assert np.all(sites["x_0_known"]["fn"].log_prob(sites["x_0_known"]["value"]) == 0)
-    np.testing.assert_array_equal(sites["x_0"]["value"], sites["x_0_free"]["value"])
+    free = sites_of(in_plate(prior))["x_0"]["value"]
+    np.testing.assert_array_equal(sites["x_0"]["value"], free)
 
 
 @pytest.mark.parametrize(
@@ -220,10 +223,10 @@ def test_what_is_not_known_is_not_read(x64):
     """Values outside the mask may be NaN; nothing of them enters, forwards or backwards."""
     prior, holes = numbers().prior({}), np.where(MASK, KNOWN, np.nan)
     trajectory = jnp.asarray(np.random.default_rng(0).normal(size=(3, T, 2)))
-    free = jnp.asarray(KNOWN)
+    x_0 = jnp.asarray(KNOWN)
 
     def density(trajectory, known):
-        values = {"x_0_trajectory": trajectory, "x_0_free": free}
+        values = {"x_0_trajectory": trajectory, "x_0": x_0}
         return log_density(in_plate(prior, known=known, mask=MASK), (), {}, values)[0]
 
     slopes = (jax.jit(jax.grad(density, argnums=i)) for i in (0, 1))
@@ -244,18 +247,83 @@ def test_known_may_be_traced(x64):
     np.testing.assert_allclose(jax.jit(factor)(KNOWN, MASK), factor(KNOWN, MASK), rtol=1e-10)
 
 
-def test_handlers_that_only_draw_ignore_the_factor(x64):
+A, Y, SIGMA = 1.2, 2.5, 0.3  # the known entry, and a noisy look at the sum of both
+
+
+def sum_of_two(y=None):
+    """x_0 ~ N(0, I), of which entry 0 is known: entry 1 given y is N((y − a)/(1 + σ²), …)."""
+    x = PAIR(known=np.array([A, 0.0], np.float32), mask=np.array([True, False]))
+    return numpyro.sample("y", dist.Normal(x.sum(), SIGMA), obs=y)
+
+
+def draws_of(sampler):
+    """Draws of `sum_of_two` given Y, by site name."""
+    if sampler == "SMC":
+        smc = infer.SMC(sum_of_two, num_particles=400, num_runs=4)
+        smc.run(jax.random.key(0), y=Y)
+        return smc.get_samples()
+    program = sum_of_two if sampler == "NUTS" else infer.noncentered(sum_of_two)
+    mcmc = MCMC(NUTS(program), num_warmup=300, num_samples=1500, progress_bar=False)
+    mcmc.run(jax.random.key(0), y=Y)
+    return mcmc.get_samples()
+
+
+@pytest.mark.parametrize("sampler", ["SMC", pytest.param("NUTS", marks=pytest.mark.long), "noise"])
+def test_posterior_draws_with_known_entries_go_into_predictive(sampler):
+    """Of 1,500 draws or more, those of NUTS worth at least 400."""
+    draws = draws_of(sampler)
+    sites = {"x_0": draws["x_0"]} if sampler == "noise" else draws
+    predicted = Predictive(sum_of_two, sites)(jax.random.key(1))["y"]
+    mean, variance = (Y - A) / (1 + SIGMA**2), SIGMA**2 / (1 + SIGMA**2)
+    assert np.all(draws["x_0"][:, 0] == np.float32(A))
+    assert abs(draws["x_0"][:, 1].mean() - mean) < 4 * np.sqrt(variance / 400)
+    assert abs(draws["x_0"][:, 1].var() - variance) < 4 * variance * np.sqrt(2 / 400)
+    assert abs(predicted.mean() - A - mean) < 4 * np.sqrt((variance + SIGMA**2) / 400)
+    assert abs(predicted.var() / (variance + SIGMA**2) - 1) < 4 * np.sqrt(2 / 400)
+
+
+def test_what_nuts_walks_over_where_entries_are_known_has_a_proper_law(x64):
+    """Coordinates of known entries are N(0, 1), of free ones those of x_0: nothing is flat."""
     prior = numbers().prior({})
-    far = np.array([1e3, 0.0])
-    program = {
-        "known": lambda: prior(known=far, mask=np.array([True, False])),
-        "plain": prior,
-    }
-    draws = {n: Predictive(p, num_samples=5)(jax.random.key(0)) for n, p in program.items()}
-    np.testing.assert_array_equal(
-        draws["known"]["x_0_trajectory"], draws["plain"]["x_0_trajectory"]
-    )
-    assert np.all(draws["known"]["x_0"][:, 0] == 1e3)
+    law = sites_of(in_plate(prior, known=KNOWN, mask=MASK))["x_0"]["fn"]
+    to_x_0 = biject_to(law.support)
+    u = np.random.default_rng(0).normal(size=(3, 2))
+    value = to_x_0(u)
+    np.testing.assert_array_equal(value, np.where(MASK, KNOWN, u))
+    volume = to_x_0.log_abs_det_jacobian(u, value)
+    expected = np.where(MASK, reference.log_normal(u, 0.0, 1.0), 0.0).sum(-1)
+    np.testing.assert_allclose(volume, expected, rtol=1e-10)
+    np.testing.assert_allclose(to_x_0(to_x_0.inv(value)), value)
+    assert np.all(law.support(value)) and not np.any(law.support(value + 1)[MASK.any(-1)])
+
+
+@pytest.mark.long
+def test_a_known_entry_may_be_a_latent_of_the_program():
+    """x_0[0] = a ~ N(0, 1) is what the prior says of it anyway: a given x_0[0] + x_0[1] = y."""
+
+    def program():
+        a = numpyro.sample("a", dist.Normal(0.0, 1.0))
+        x = PAIR(known=jnp.stack([a, 0.0]), mask=np.array([True, False]))
+        numpyro.sample("y", dist.Normal(x.sum(), SIGMA), obs=Y)
+
+    mcmc = MCMC(NUTS(program), num_warmup=300, num_samples=1000, progress_bar=False)
+    mcmc.run(jax.random.key(0))
+    draws = mcmc.get_samples()
+    np.testing.assert_array_equal(draws["x_0"][:, 0], draws["a"])
+    # a has the density N(a; 0, 1) twice, once of its own and once that of the factor
+    precision = np.linalg.inv(np.diag([2.0, 1.0]) + np.ones((2, 2)) / SIGMA**2)
+    mean = precision @ np.full(2, Y / SIGMA**2)
+    sd = np.sqrt(np.diag(precision))
+    assert np.all(np.abs(draws["x_0"].mean(0) - mean) < 4 * sd / np.sqrt(150))
+
+
+def test_a_prior_predictive_with_known_entries_is_refused():
+    """It would draw the unconditional law, and put the known entries in."""
+    with pytest.raises(ValueError, match=r"'x_0' has known entries.*Predictive.*infer.SMC"):
+        Predictive(sum_of_two, num_samples=3)(jax.random.key(0))
+    sites_of(sum_of_two)  # to look at is no draw
+    plain = Predictive(lambda: PAIR(), num_samples=3)(jax.random.key(0))
+    assert plain["x_0"].shape == (3, 2)
 
 
 # context

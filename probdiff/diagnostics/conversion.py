@@ -215,9 +215,7 @@ def _diffusions(sites: dict[str, _Site]) -> dict[str, _Axes]:
             x_name = name.removesuffix(TRAJECTORY_SUFFIX)
             diffusions[x_name] = _Axes(numbered(x_name, 0, law.x_dim), law.steps.T, None)
         elif isinstance(law, DataGivenFirst):
-            x_name = name.removesuffix("_free") if name not in diffusions else name
-            found = _Axes(numbered(x_name, 0, law.event_dim), None, None)
-            diffusions.setdefault(x_name, found)
+            diffusions.setdefault(name, _Axes(numbered(name, 0, law.event_dim), None, None))
     return diffusions
 
 
@@ -232,9 +230,7 @@ def _event_dims(
 ) -> list[str] | None:
     """Axes of an event that belongs to a diffusion; None of any other."""
     for x_name, axes in diffusions.items():
-        if name in (x_name, f"{x_name}_free") or re.fullmatch(
-            rf"{re.escape(x_name)}_trajectory_\d+", name
-        ):
+        if name == x_name or re.fullmatch(rf"{re.escape(x_name)}_trajectory_\d+", name):
             return axes.x_dims
         if name == x_name + TRAJECTORY_SUFFIX:
             return [step[x_name], *axes.x_dims]

@@ -181,16 +181,17 @@ class _Retreat(Messenger):
         normal = dist.Normal(0.0, 1.0).expand(shape).to_event(event_dim)
         noise = numpyro.sample(f"{name}_noise", normal, infer={"walk": driven})
         noise = jnp.moveaxis(noise, -event_dim, 0)
-        self.noise_0[name if draw.known is None else f"{name}_free"] = noise[0]
+        self.noise_0[name] = noise[0]
         x_1 = _x_1_of_noise(reverse, noise)
         msg["value"], msg["stop"] = _only(x_1, len(driven.lead)), True
 
     def _put_data(self, msg: Site) -> None:
         name, law = msg["name"], _unexpanded(msg["fn"])
+        draw = msg["infer"]["data_of"]
         x_0 = law.units.to_data(law.base.loc + law.base.scale * self.noise_0[name])
+        x_0 = x_0 if draw.known is None else jnp.where(draw.mask, draw.known, x_0)
         msg["value"], msg["stop"] = x_0, True
-        if not name.endswith("_free"):
-            numpyro.deterministic(name, x_0)
+        numpyro.deterministic(name, x_0)
 
 
 def _x_1_of_noise(reverse: Reverse, noise: _Noise) -> _State:

@@ -131,7 +131,7 @@ def read(program: Program, args: tuple, kwargs: dict) -> Read:
         (site,) = priors
         draw = site["infer"]["prior"]
         _check_plates(site, draw.name)
-        _check_latents(sites, {site["name"], _drawn(draw)})
+        _check_latents(sites, {site["name"], draw.name})
         observed = _observed(sites, site, draw)
         batch_shape = site["fn"].batch_shape
         leaves, tree = jax.tree.flatten(draw)
@@ -187,7 +187,7 @@ class _Place(Messenger):
         if "prior" in msg["infer"]:
             draw = msg["infer"]["prior"]
             self.priors.append(msg)
-            self._drawn.add(_drawn(draw))
+            self._drawn.add(draw.name)
             msg["value"] = jnp.zeros(msg["fn"].shape(), draw.reverse.kernel.dtype)
         elif msg["name"] in self._drawn and not msg["is_observed"]:
             dtype = self.priors[-1]["infer"]["prior"].reverse.kernel.dtype
@@ -207,11 +207,6 @@ def _sites(program: Program, args: tuple, kwargs: dict, x_0: Any) -> tuple[Sites
             "it, and axes within one observation are declared by .to_event"
         )
         raise
-
-
-def _drawn(draw: PriorDraw) -> str:
-    """Name of the site at which x_0 is drawn."""
-    return draw.name if draw.known is None else f"{draw.name}_free"
 
 
 def _check_plates(site: Site, prior: str) -> None:
