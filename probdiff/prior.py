@@ -157,16 +157,17 @@ class Prior:
             mask = mask if isinstance(mask, np.ndarray) else jnp.asarray(mask)
         draw = PriorDraw(self.name, reverse, self.variance, self.covariance, known, mask)
         site = self.name + TRAJECTORY_SUFFIX
-        infer = {"prior": draw, "programs": self.programs}
-        trajectory = numpyro.sample(site, ReverseTrajectory(reverse), infer=infer)
-        x_1 = first(trajectory, reverse.event_dim)
-        law, infer = reverse.data(x_1), {"data_of": draw}
+        law = ReverseTrajectory(reverse)
+        infer = {"prior": draw, "prior_law": law, "programs": self.programs}
+        x_1 = first(numpyro.sample(site, law, infer=infer), reverse.event_dim)
+        law = reverse.data(x_1)
         if known is None:
-            return numpyro.sample(self.name, law, infer=infer)
+            return numpyro.sample(self.name, law, infer={"data_of": draw, "prior_law": law})
         validation.check_batch_shape(known, x_1, reverse.event_shape, argument="known")
-        x_0 = numpyro.sample(self.name, _DataGivenKnown(law, known, mask, self.name), infer=infer)
         factor = dist.Unit(law.masked(mask).log_prob(known))
-        infer = {"known_of": draw, "is_auxiliary": True}
+        law = _DataGivenKnown(law, known, mask, self.name)
+        x_0 = numpyro.sample(self.name, law, infer={"data_of": draw, "prior_law": law})
+        infer = {"known_of": draw, "prior_law": factor, "is_auxiliary": True}
         numpyro.sample(f"{self.name}_known", factor, obs=factor.sample(None), infer=infer)
         return jnp.where(mask, known, x_0)
 

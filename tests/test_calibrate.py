@@ -289,6 +289,27 @@ def test_programs_that_cannot_be_simulated_are_refused(program, message):
         infer.calibrate(jax.random.key(0), program, posterior)
 
 
+def test_a_prior_that_a_handler_changes_is_refused():
+    """Its draws are simulated as they would be without; their posterior would not be."""
+
+    def program(y=None):
+        with numpyro.handlers.mask(mask=False):
+            x = SHORT()
+        numpyro.sample("y", dist.Normal(x, SIGMA).to_event(1), obs=y)
+
+    with pytest.raises(ValueError, match="must keep its density at site 'x_0_trajectory'"):
+        infer.calibrate(jax.random.key(0), program, posterior, num_simulations=1)
+
+
+def test_a_latent_with_a_substituted_value_is_no_data():
+    def program(y=None):
+        in_plate(y, numpyro.sample("sigma", dist.HalfNormal(1.0)))
+
+    program = numpyro.handlers.substitute(program, {"sigma": jnp.array(SIGMA)})
+    tree = infer.calibrate(jax.random.key(0), program, posterior, num_simulations=1)
+    assert passes(tree) and tree.attrs["num_simulations"] == 200
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -203,6 +203,43 @@ def test_an_observed_x_0_stays_observed(x64):
     assert list(sites) == ["x_0_noise", "x_0"] and sites["x_0"]["is_observed"]
 
 
+@pytest.mark.parametrize("site", ["x_0", "x_0_trajectory"])
+def test_an_intervention_is_what_follows_and_not_what_is_drawn(x64, site):
+    """y depends on the value; the noise, and x_0 without it, do not."""
+    prior = standard().prior({})
+    value = np.array([0.3, -1.0]) if site == "x_0" else np.full((T, 2), 0.5)
+    noise = {"x_0_noise": jnp.asarray(np.random.default_rng(0).normal(size=(T + 1, 2)))}
+
+    def program():
+        numpyro.sample("y", dist.Normal(prior(), 1.0).to_event(1), obs=np.zeros(2))
+
+    sites = given(noncentered(handlers.do(program, {site: jnp.asarray(value)})), noise)
+    x_0 = (
+        value
+        if site == "x_0"
+        else np.sqrt(1 - BETA[0]) * 0.5 + np.sqrt(BETA[0]) * noise["x_0_noise"][0]
+    )
+    np.testing.assert_allclose(sites["y"]["fn"].base_dist.loc, x_0, rtol=1e-6)
+    if site == "x_0":
+        alone = given(noncentered(program), noise)["x_0"]["value"]
+        np.testing.assert_array_equal(sites["x_0"]["value"], alone)
+
+
+def test_a_scope_gives_its_prefix_to_the_noise(x64):
+    prior = standard().prior({})
+
+    def program():
+        for name in ("a", "b"):
+            with handlers.scope(prefix=name):
+                prior()
+
+    sites = sites_of(noncentered(program))
+    assert list(sites) == ["a/x_0_noise", "a/x_0", "b/x_0_noise", "b/x_0"]
+    x_0 = {"a/x_0": np.ones((3, 2)), "b/x_0": np.zeros((3, 2))}
+    starts = initial_noise(jax.random.key(0), noncentered(program), x_0)
+    assert set(starts) == {"a/x_0_noise", "b/x_0_noise"}
+
+
 def test_backwards_holds_one_level_for_each_step():
     """A network 256 wide inside: all its steps at once would take 256 levels for each."""
     rows, width, steps = 64, 256, 50
@@ -445,8 +482,19 @@ def refusals():
         "subsampled": (subsampled, "must keep its density"),
         "masked": (masked, "must keep its density"),
         "unbound": (unbound, "param 'w' is unbound"),
-        "conditioned": (handlers.condition(plain, data=values), "must be left to its noise"),
-        "substituted": (handlers.substitute(plain, data=values), "must be left to its noise"),
+        "conditioned": (handlers.condition(plain, data=values), "must be left to its prior"),
+        "substituted": (handlers.substitute(plain, data=values), "must be left to its prior"),
+        "x_0 substituted": (
+            handlers.substitute(plain, data={"x_0": jnp.zeros(2)}),
+            "must be left to its prior",
+        ),
+        "known and conditioned": (
+            handlers.condition(
+                lambda: prior(known=np.zeros(2), mask=np.array([True, False])),
+                data={"x_0": jnp.zeros(2)},
+            ),
+            "must be left to its prior",
+        ),
     }
 
 

@@ -14,6 +14,8 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from numpyro import handlers
+from numpyro.contrib.control_flow import scan
 from scipy import stats
 
 from probdiff import (
@@ -269,3 +271,163 @@ def test_a_diffusion_goes_with_all_that_was_compiled_for_it(key):
     del diffusion, prior, program, smc
     gc.collect()
     assert [ref() for ref in gone] == [None] * len(gone)
+
+
+# handlers around the program
+
+
+def noisy(prior, sigma=SIGMA):
+    """One measurement y = 1 of x_0 ~ N(0, 1)."""
+
+    def program():
+        numpyro.sample("y", dist.Normal(prior(), sigma), obs=1.0)
+
+    return program
+
+
+def masked(prior):
+    def program():
+        with handlers.mask(mask=False):
+            x = prior()
+        numpyro.sample("y", dist.Normal(x, SIGMA), obs=1.0)
+
+    return program
+
+
+def subsampled(prior):
+    def program():
+        x = prior()
+        with numpyro.plate("rows", 10, subsample_size=5):
+            numpyro.sample("y", dist.Normal(x, SIGMA), obs=1.0)
+
+    return program
+
+
+def in_scan(prior):
+    def program():
+        x, _ = scan(lambda x, _: (numpyro.sample("z", dist.Normal(x, 1.0)),) * 2, prior(), None, 3)
+        numpyro.sample("y", dist.Normal(x, SIGMA), obs=1.0)
+
+    return program
+
+
+def halved(prior):
+    """Of two known entries the factor of one hides."""
+    known = handlers.block(lambda: prior(known=1.0, mask=True), hide=["x_0_known"])
+    return lambda: known()
+
+
+def with_key(prior):
+    def program():
+        noise = jax.random.normal(numpyro.prng_key())
+        numpyro.sample("y", dist.Normal(prior() + noise, SIGMA), obs=1.0)
+
+    return program
+
+
+TRAJECTORY = {"x_0_trajectory": jnp.ones(6)}
+REFUSED = {
+    "x_0 conditioned": (
+        lambda p: handlers.condition(noisy(p), {"x_0": 2.0}),
+        r"'x_0' must be left to its prior.*use prior\(known=values, mask=mask\)",
+    ),
+    "x_0 substituted": (
+        lambda p: handlers.substitute(noisy(p), {"x_0": 2.0}),
+        r"'x_0' must be left to its prior.*use prior\(known=values, mask=mask\)",
+    ),
+    "trajectory conditioned": (
+        lambda p: handlers.condition(noisy(p), TRAJECTORY), "'x_0_trajectory' must be left to"
+    ),
+    "trajectory substituted": (
+        lambda p: handlers.substitute(noisy(p), TRAJECTORY), "'x_0_trajectory' must be left to"
+    ),
+    "trajectory replaced": (
+        lambda p: handlers.do(noisy(p), TRAJECTORY), "'x_0_trajectory' must not be replaced"
+    ),
+    "x_0 hidden": (
+        lambda p: handlers.block(handlers.seed(noisy(p), 0), hide=["x_0"]),
+        r"sites \['x_0'\] must be seen",
+    ),
+    "trajectory hidden": (
+        lambda p: handlers.block(handlers.seed(noisy(p), 0), hide=["x_0_trajectory"]),
+        r"got 0 calls \[\] that no handler",
+    ),
+    "factor hidden": (halved, r"sites \['x_0', 'x_0_known'\] must be seen"),
+    "prior masked": (masked, "must keep its density at site 'x_0_trajectory'"),
+    "all masked": (lambda p: handlers.mask(noisy(p), mask=False), "must keep its density"),
+    "all scaled": (lambda p: handlers.scale(noisy(p), 2.0), "must keep its density"),
+    "subsampled": (subsampled, "plate 'rows' must not be subsampled.*got 5 of 10"),
+    "latent in a scan": (in_scan, "latent site 'z' must have a value"),
+    "key": (with_key, "must not draw by numpyro.prng_key"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_be_ignored_is_refused(prior, case):
+    make, words = REFUSED[case]
+    for sampler in (infer.SMC(make(prior)), infer.Guided(make(prior), check=False)):
+        with pytest.raises(ValueError, match=words) as raised:
+            sampler.run(jax.random.key(0))
+    assert "raised in the program" not in str(getattr(raised.value, "__notes__", ""))
+
+
+def evidence(program):
+    """log Z by two runs of 64 particles."""
+    return run(program).log_evidence
+
+
+LOG_Z = stats.norm.logpdf(1.0, 0, np.hypot(1, SIGMA))
+
+
+def with_sigma(prior, size=None):
+    """The scale of the noise is a latent site outside the plate."""
+
+    def program():
+        sigma = numpyro.sample("sigma", dist.HalfNormal(1.0))
+        if size is None:
+            return noisy(prior, sigma)()
+        with numpyro.plate("rows", size):
+            return noisy(prior, sigma)()
+
+    return program
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_a_latent_with_a_substituted_value_is_a_constant(prior, size):
+    program = with_sigma(prior, size)
+    with pytest.raises(ValueError, match=r"latent site 'sigma' must have a value.*substitute"):
+        infer.SMC(program).run(jax.random.key(0))
+    program = handlers.substitute(program, {"sigma": SIGMA})
+    np.testing.assert_allclose(evidence(program), np.full(size or (), LOG_Z), atol=0.1)
+
+
+def test_a_conditioned_latent_counts_as_the_observation_that_it_is(prior):
+    program = handlers.condition(with_sigma(prior), {"sigma": SIGMA})
+    log_p = stats.halfnorm.logpdf(SIGMA)
+    assert evidence(program) == pytest.approx(LOG_Z + log_p, abs=0.1)
+    program = handlers.condition(with_sigma(prior, 2), {"sigma": SIGMA})
+    with pytest.raises(ValueError, match=r"'sigma' must lie inside the plates.*substitute"):
+        evidence(program)
+
+
+def test_a_bound_parameter_is_a_constant(prior):
+    def program():
+        noisy(prior, numpyro.param("sigma", 3.0))()
+
+    assert evidence(handlers.substitute(program, {"sigma": SIGMA})) == pytest.approx(LOG_Z, abs=0.1)
+
+
+def test_an_intervention_on_x_0_leaves_its_draws_to_the_prior(prior):
+    smc = infer.SMC(
+        handlers.do(noisy(prior), {"x_0": jnp.array(2.0)}), num_particles=500, num_runs=2
+    )
+    smc.run(jax.random.key(0))
+    assert smc.log_evidence == pytest.approx(stats.norm.logpdf(1.0, 2.0, SIGMA), abs=1e-4)
+    assert stats.kstest(smc.get_samples()["x_0"], "norm").pvalue > 1e-3
+
+
+def test_a_scope_gives_its_prefix_to_x_0(prior):
+    smc = run(handlers.scope(noisy(prior), prefix="a", divider="."))
+    assert smc.log_evidence == pytest.approx(LOG_Z, abs=0.1)
+    assert set(smc.get_samples()) == {"a.x_0"}
+    assert list(smc.to_datatree()["posterior"].data_vars) == ["a.x_0"]

@@ -33,12 +33,13 @@ import jax
 import numpy as np
 from jaxtyping import Array
 from numpyro import handlers
+from numpyro.primitives import Messenger
 
 from probdiff import bars
 from probdiff.arguments import check_at_least
 from probdiff.compilation import call, trace
 from probdiff.infer.health import InferenceWarning
-from probdiff.infer.program import BLOCK, Conditioned, Program, Sites, read
+from probdiff.infer.program import BLOCK, Conditioned, Program, Site, Sites, read
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -146,18 +147,22 @@ class _Simulator:
         named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         needed = {p.name: None for p in parameters if p.kind in named and p.default is p.empty}
         self._program, self.kwargs = program, needed | kwargs
-        sites = self._sites(key)
-        priors = [site for site in sites.values() if "prior" in site.get("infer", {})]
-        if len(priors) != 1:
+        sites, constants = self._sites(key)
+        marks = {
+            n: site["infer"] for n, site in sites.items() if "prior_law" in site.get("infer", {})
+        }
+        priors = [name for name, mark in marks.items() if "prior" in mark]
+        names = [name for name, mark in marks.items() if "data_of" in mark]
+        if not len(priors) == len(names) == 1:
             raise ValueError(
                 "program must call a prior made by Diffusion.prior exactly once; got "
                 f"{len(priors)} calls"
             )
-        (site,) = priors
-        draw, self._batch_shape = site["infer"]["prior"], site["fn"].batch_shape
-        self.name, self._reverse = draw.name, draw.reverse
+        (site,), (self.name,) = (sites[name] for name in priors), names
+        self._reverse, self._batch_shape = site["infer"]["prior"].reverse, site["fn"].batch_shape
         self._programs = site["infer"]["programs"]
-        self._arguments = _arguments(sites, {site["name"], self.name}, observed or {}, program)
+        ours = {site["name"], self.name} | constants
+        self._arguments = _arguments(sites, ours, observed or {}, program)
         size = math.prod(self._reverse.event_shape)
         z = np.asarray(jax.random.normal(key, (num_projections if size > 1 else 0, size)))
         self._directions = z / np.linalg.norm(z, axis=1, keepdims=True)  # unit vectors
@@ -190,14 +195,29 @@ class _Simulator:
         first = 1 + len(self._batch_shape)
         return {k: np.reshape(v, (len(v), -1, *v.shape[first:])) for k, v in values.items()}
 
-    def _sites(self, key: Array) -> Sites:
-        with handlers.block():
-            return handlers.trace(handlers.seed(self._program, key)).get_trace(**self.kwargs)
+    def _sites(self, key: Array) -> tuple[Sites, set[str]]:
+        """All sites, and the names of those that a handler in the program gave a value."""
+        constants = _Constants()
+        with handlers.block(), constants:
+            sites = handlers.trace(handlers.seed(self._program, key)).get_trace(**self.kwargs)
+        return sites, constants.names
 
     def _simulate(self, key: Array) -> tuple[Array, dict]:
-        sites = self._sites(key)
+        sites, _ = self._sites(key)
         data = {name: sites[site]["value"] for site, name in self._arguments.items()}
         return sites[self.name]["value"], data
+
+
+class _Constants(Messenger):
+    """Names of latent sites that have a value before they are drawn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def process_message(self, msg: Site) -> None:
+        if msg["type"] == "sample" and msg["value"] is not None and not msg["is_observed"]:
+            self.names.add(msg["name"])
 
 
 def _log_r(conditioned: Conditioned, x_0: Array) -> Array:

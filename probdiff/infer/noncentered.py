@@ -33,9 +33,9 @@ from numpyro.distributions import biject_to
 from numpyro.primitives import Messenger
 
 from probdiff.arguments import shape_text
-from probdiff.infer.program import Program, Site
+from probdiff.infer.program import Program, Site, changed, given, unexpanded
 from probdiff.reverse import Reverse
-from probdiff.trajectories import ReverseTrajectory, SampledTimes
+from probdiff.trajectories import TRAJECTORY_SUFFIX, SampledTimes
 
 _Noise = Float[Array, "levels *shape"]
 _State = Float[Array, "*shape"]
@@ -155,7 +155,7 @@ class _Retreat(Messenger):
     def __init__(self, steps: int | None):
         super().__init__()
         self.steps = steps
-        self.noise_0: dict[str, Array] = {}
+        self.noise_0: dict[int, Array] = {}  # of each draw of a prior
 
     def process_message(self, msg: Site) -> None:
         if msg["type"] == "param" and msg["value"] is None:
@@ -168,30 +168,33 @@ class _Retreat(Messenger):
             return
         if "prior" in msg["infer"]:
             self._put_trajectory(msg)
-        elif msg["name"] in self.noise_0 and not msg["is_observed"]:
+        elif "data_of" in msg["infer"]:
             self._put_data(msg)
 
     def _put_trajectory(self, msg: Site) -> None:
         draw = msg["infer"]["prior"]
-        name, reverse = draw.name, draw.reverse.respaced(self.steps)
+        reverse = draw.reverse.respaced(self.steps)
         _check(msg)
+        name = msg["name"].removesuffix(TRAJECTORY_SUFFIX)  # with the prefix of a scope
         driven = _Driven(name, reverse, msg["fn"].batch_shape)
         event_dim = 1 + reverse.event_dim
         shape = (*driven.lead, reverse.n + 1, *reverse.event_shape)
         normal = dist.Normal(0.0, 1.0).expand(shape).to_event(event_dim)
-        noise = numpyro.sample(f"{name}_noise", normal, infer={"walk": driven})
+        noise = numpyro.sample(f"{draw.name}_noise", normal, infer={"walk": driven})
         noise = jnp.moveaxis(noise, -event_dim, 0)
-        self.noise_0[name] = noise[0]
+        self.noise_0[id(draw)] = noise[0]
         x_1 = _x_1_of_noise(reverse, noise)
         msg["value"], msg["stop"] = _only(x_1, len(driven.lead)), True
 
     def _put_data(self, msg: Site) -> None:
-        name, law = msg["name"], _unexpanded(msg["fn"])
-        draw = msg["infer"]["data_of"]
-        x_0 = law.units.to_data(law.base.loc + law.base.scale * self.noise_0[name])
+        draw, law = msg["infer"]["data_of"], unexpanded(msg["fn"])
+        if msg["is_observed"] and draw.known is None:
+            return
+        _refuse(changed(msg) or given(msg))
+        x_0 = law.units.to_data(law.base.loc + law.base.scale * self.noise_0[id(draw)])
         x_0 = x_0 if draw.known is None else jnp.where(draw.mask, draw.known, x_0)
         msg["value"], msg["stop"] = x_0, True
-        numpyro.deterministic(name, x_0)
+        numpyro.deterministic(draw.name, x_0)
 
 
 def _x_1_of_noise(reverse: Reverse, noise: _Noise) -> _State:
@@ -236,7 +239,7 @@ def _only(x_1: _State, lead_dim: int) -> SampledTimes:
 
 
 def _check(msg: Site) -> None:
-    name, draw = msg["name"], msg["infer"]["prior"]
+    draw = msg["infer"]["prior"]
     reverse = draw.reverse
     if reverse.kernel.is_discrete or reverse.grid is not None:
         numbers, other = "numbers that are", f"numbers on a grid, {reverse.last_step}"
@@ -246,24 +249,12 @@ def _check(msg: Site) -> None:
             f"prior {draw.name!r} must be one of {numbers} smooth in their noise; got {other}. Use "
             "infer.SMC"
         )
-    if msg["value"] is not None:
-        raise ValueError(
-            f"trajectory {name!r} must be left to its noise; got a value from a handler inside "
-            "noncentered"
-        )
-    law = _unexpanded(msg["fn"])
-    is_own = isinstance(law, ReverseTrajectory) and law.reverse is reverse
-    if msg["scale"] is not None or not is_own:
-        raise ValueError(
-            f"prior {draw.name!r} must keep its density; got one that is scaled, masked "
-            "or replaced by a handler or a subsampling plate. Scale and mask the observed sites"
-        )
+    _refuse(given(msg) or changed(msg))
 
 
-def _unexpanded(law: dist.Distribution) -> Any:
-    while isinstance(law, dist.ExpandedDistribution):
-        law = law.base_dist
-    return law
+def _refuse(text: str) -> None:
+    if text:
+        raise ValueError(text)
 
 
 def _is_latent(site: Site) -> bool:

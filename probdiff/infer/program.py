@@ -6,11 +6,15 @@ Any NumPyro program with one `prior()` and observed sites below it conditions th
 
 which counts likelihoods, `numpyro.factor`, masks and scales. The plates that enclose `prior()`
 split the program into systems, independent posteriors side by side; log r has one value per system.
-So an observed site must lie inside those plates, and no other latent site may be there.
+So an observed site must lie inside those plates, and no other latent site may be there. One that a
+handler gives a value is none: by `condition` it is observed, and its log density counts in the
+evidence like any other; by `substitute` it is a constant, which does not count. `do` on x_0 leaves
+its draws to the prior. All else that handlers do to the prior is refused.
 
-A program is read anew at every run: once to find the prior and check the sites, once to trace r.
-Its array arguments are arguments of r; the closures and globals that it reads are part of what was
-traced (see `compilation`), so that nothing is stale.
+A program is read anew at every run: to find the prior and check the sites, to see that it says the
+same again, and to trace r. Its array arguments are arguments of r; the closures and globals that it
+reads are part of what was traced (see `compilation`), so that nothing is stale. It must not draw by
+itself (`numpyro.prng_key`, NumPy, a subsampling plate): one draw would stand for all.
 
 Source: Sohl-Dickstein et al. (2015), section 2.5, eqs. 16 to 18.
 """
@@ -30,7 +34,7 @@ from jaxtyping import Array, Float
 from numpyro import handlers
 from numpyro.primitives import Messenger
 
-from probdiff.compilation import Programs, Traced, call, trace
+from probdiff.compilation import Programs, Traced, is_equal, trace
 from probdiff.prior import PriorDraw
 from probdiff.reverse import Reverse
 
@@ -110,55 +114,87 @@ def _map(traced: Traced, arrays: list[Array], rows: tuple) -> Any:
     return jax.lax.map(lambda row: traced(arrays, *row), rows, batch_size=BLOCK)
 
 
+class _Look(NamedTuple):
+    """What one reading of a program finds."""
+
+    traced: Traced  # leaves of the prior's draw that are computed, and what is said at x_0 = 0
+    leaves: list[Any]  # all of them, None for a computed one: weights stay where they are
+    tree: Any
+    is_computed: list[bool]
+    batch_shape: tuple[int, ...]
+    observed: tuple[str, ...]
+    names: Names
+    programs: Programs
+
+
 def read(program: Program, args: tuple, kwargs: dict) -> Read:
     """Read a program as prior and likelihood.
 
     Raises:
-        ValueError: if it holds no prior or two, another latent site, an unbound parameter, an
-            observed site outside the plates of the prior, or a `Delta` likelihood.
+        ValueError: if it holds no prior or two, one that a handler or a subsampling plate changes,
+            another latent site, an unbound parameter, an observed site outside the plates of the
+            prior, a `Delta` likelihood, or draws of its own.
     """
     arrays, rebuild = _arrays(args, kwargs)
-    found: dict[str, Any] = {}
-
-    def look(arrays: list[Array]) -> list[Array]:
-        sites, priors = _sites(program, *rebuild(arrays), None)
-        if len(priors) != 1:
-            names = sorted(site["name"] for site in priors)
-            raise ValueError(
-                "program must call a prior made by Diffusion.prior exactly once; got "
-                f"{len(names)} calls {names}"
-            )
-        (site,) = priors
-        draw = site["infer"]["prior"]
-        _check_plates(site, draw.name)
-        _check_latents(sites, {site["name"], draw.name})
-        observed = _observed(sites, site, draw)
-        batch_shape = site["fn"].batch_shape
-        leaves, tree = jax.tree.flatten(draw)
-        # of the prior only what depends on the arguments is computed: weights stay where they are
-        computed = [isinstance(leaf, jax.core.Tracer) for leaf in leaves]
-        found.update(
-            leaves=[None if c else leaf for leaf, c in zip(leaves, computed, strict=True)],
-            tree=tree, is_computed=computed, batch_shape=batch_shape, observed=observed,
-            names=_names(sites, site, draw, observed), programs=site["infer"]["programs"],
-        )  # fmt: skip
-        return list(itertools.compress(leaves, computed))
-
-    computed = trace(look, arrays)
-    values = iter(found["programs"](call, computed, arrays))
-    both = zip(found["leaves"], found["is_computed"], strict=True)
-    draw = jax.tree.unflatten(found["tree"], [next(values) if c else leaf for leaf, c in both])
-    batch_shape, observed = found["batch_shape"], found["observed"]
+    look = _look(program, arrays, rebuild)
+    _check_repeats(look, lambda: _look(program, arrays, rebuild))
+    computed = look.programs(_computed, look.traced, arrays) if any(look.is_computed) else []
+    values, both = iter(computed), zip(look.leaves, look.is_computed, strict=True)
+    draw = jax.tree.unflatten(look.tree, [next(values) if c else leaf for leaf, c in both])
 
     def likelihood(arrays: list[Array], x_0: Array) -> dict[str, Array]:
         sites, _ = _sites(program, *rebuild(arrays), x_0)
-        return {name: _per_system(sites[name], batch_shape) for name in observed}
+        return {name: _per_system(sites[name], look.batch_shape) for name in look.observed}
 
-    shape = (*batch_shape, *draw.reverse.event_shape)
+    shape = (*look.batch_shape, *draw.reverse.event_shape)
     x_0 = jax.ShapeDtypeStruct(shape, draw.reverse.kernel.dtype)
     traced = trace(likelihood, arrays, x_0)
-    conditioned = Conditioned(draw, traced, arrays, batch_shape, observed)
-    return Read(program, args, kwargs, conditioned, found["names"], found["programs"])
+    conditioned = Conditioned(draw, traced, arrays, look.batch_shape, look.observed)
+    return Read(program, args, kwargs, conditioned, look.names, look.programs)
+
+
+def _look(program: Program, arrays: list[Array], rebuild: Callable) -> _Look:
+    found: dict[str, Any] = {}
+
+    def look(arrays: list[Array]) -> tuple[list[Array], dict[str, Array]]:
+        sites, place = _sites(program, *rebuild(arrays), None)
+        site, name = _the_prior(sites, place)
+        draw, batch_shape = site["infer"]["prior"], site["fn"].batch_shape
+        _check_plates(site)
+        observed = _observed(sites, site, name)
+        leaves, tree = jax.tree.flatten(draw)
+        is_computed = [isinstance(leaf, jax.core.Tracer) for leaf in leaves]
+        both = zip(leaves, is_computed, strict=True)
+        found.update(
+            leaves=[None if c else leaf for leaf, c in both], tree=tree, is_computed=is_computed,
+            batch_shape=batch_shape, observed=observed, programs=site["infer"]["programs"],
+            names=_names(sites, site, name, observed),
+        )  # fmt: skip
+        said = {name: _per_system(sites[name], batch_shape) for name in observed}
+        return list(itertools.compress(leaves, is_computed)), said | deterministics(sites, name)
+
+    return _Look(trace(look, arrays), **found)
+
+
+def _computed(traced: Traced, arrays: list[Array]) -> list[Array]:
+    return traced(arrays)[0]
+
+
+def _check_repeats(look: _Look, again: Callable[[], _Look]) -> None:
+    """Refuse a program that says something else each time; it may keep what its first call made."""
+    second = again()
+    if not _is_same(look, second) and not _is_same(second, again()):
+        raise ValueError(
+            "program must say the same each time it is read, since one reading stands for all "
+            "draws; got another at the second: it draws by NumPy or Python, reads the time or "
+            "uses up an iterator. Make such values before and pass them as arguments, or draw them "
+            "by numpyro.sample"
+        )
+
+
+def _is_same(look: _Look, other: _Look) -> bool:
+    is_alike = len(look.leaves) == len(other.leaves) and look.traced.is_same(other.traced)
+    return is_alike and all(map(is_equal, look.leaves, other.leaves))
 
 
 def _arrays(args: tuple, kwargs: dict) -> tuple[list[Array], Callable]:
@@ -175,76 +211,158 @@ def _arrays(args: tuple, kwargs: dict) -> tuple[list[Array], Callable]:
 
 
 class _Place(Messenger):
-    """Gives priors their x_0 from outside, where their trajectories would be drawn."""
+    """Gives priors their x_0 from outside, where their trajectories would be drawn.
+
+    It stands outside the program, so that all its handlers have done what they do, and refuses what
+    they change of a prior, and what has no value.
+    """
 
     def __init__(self, x_0: Any):
         super().__init__()
-        self.x_0, self.priors, self._drawn = x_0, [], set()
+        self.x_0, self.refusal = x_0, None
+        self.priors: list[Site] = []
+        self.data: list[str] = []  # names of sites of x_0
+        self.known: list[str] = []  # of factors of known entries
 
     def process_message(self, msg: Site) -> None:
-        if msg["type"] != "sample":
-            return
-        if "prior" in msg["infer"]:
-            draw = msg["infer"]["prior"]
+        name, infer = msg.get("name"), msg.get("infer", {})
+        if msg["type"] == "prng_key":
+            self._refuse(
+                "program must not draw by numpyro.prng_key, of which one draw would stand for all. "
+                "Draw by numpyro.sample, or pass the key as an argument"
+            )
+        elif msg["type"] == "plate":
+            self._check_plate(*msg["args"], name)
+        elif msg["type"] == "param" and msg["value"] is None:
+            self._refuse(
+                f"param {name!r} is unbound in the program, which would take its initial value. "
+                "Give it a value by numpyro.handlers.substitute(program, data=params)"
+            )
+        elif "prior_law" in infer:
+            self._place(msg)
+        elif _is_latent(msg):
+            self._refuse(
+                f"latent site {name!r} must have a value: only x_0 is inferred here. Give it one "
+                "by numpyro.handlers.substitute, as a constant, which does not count, or by "
+                "condition, as an observation, whose log density counts in the evidence; or infer "
+                "it along by MCMC(NUTS(noncentered(...)))"
+            )
+
+    def _place(self, msg: Site) -> None:
+        infer, name, x_0 = msg["infer"], msg["name"], self.x_0
+        self._refuse(changed(msg))
+        if "known_of" in infer:
+            self.known.append(name)
+        elif "prior" in infer:
+            if msg.get("_intervener_id") is not None:
+                self._refuse(f"trajectory {name!r} must not be replaced by handlers.do; do so to "
+                             "x_0, or use MCMC(NUTS(noncentered(...)))")  # fmt: skip
+            self._refuse(given(msg))
             self.priors.append(msg)
-            self._drawn.add(draw.name)
-            msg["value"] = jnp.zeros(msg["fn"].shape(), draw.reverse.kernel.dtype)
-        elif msg["name"] in self._drawn and not msg["is_observed"]:
-            dtype = self.priors[-1]["infer"]["prior"].reverse.kernel.dtype
-            msg["value"] = jnp.zeros(msg["fn"].shape(), dtype) if self.x_0 is None else self.x_0
+            msg["value"] = jnp.zeros(msg["fn"].shape(), infer["prior"].reverse.kernel.dtype)
+        else:
+            self._refuse(given(msg))
+            self.data.append(name)
+            dtype = infer["data_of"].reverse.kernel.dtype
+            msg["value"] = jnp.zeros(msg["fn"].shape(), dtype) if x_0 is None else x_0
+
+    def _check_plate(self, size: int, subsample_size: int | None, name: str) -> None:
+        if subsample_size not in (None, size):
+            self._refuse(
+                f"plate {name!r} must not be subsampled, since a program is read once and one "
+                f"subset would stand for all; got {subsample_size} of {size}. Give it all its data"
+            )
+
+    def _refuse(self, text: str) -> None:
+        if text:
+            self.refusal = ValueError(text)
+            raise self.refusal
 
 
-def _sites(program: Program, args: tuple, kwargs: dict, x_0: Any) -> tuple[Sites, list[Site]]:
-    """All sites of a program at x_0 (zeros for None), and those of its priors."""
+def _is_latent(site: Site) -> bool:
+    """Whether a site is neither observed nor given a value; those of a scan come with theirs."""
+    has_value = site["value"] is not None and not site.get("_control_flow_done", False)
+    return site["type"] == "sample" and not site["is_observed"] and not has_value
+
+
+def changed(site: Site) -> str:
+    """What to say of a site of a prior whose density a handler changed; nothing otherwise."""
+    if site["scale"] is None and unexpanded(site["fn"]) is site["infer"]["prior_law"]:
+        return ""
+    return (
+        f"prior must keep its density at site {site['name']!r}; got one that is scaled, masked or "
+        "replaced by a handler or a subsampling plate. Scale and mask the observed sites"
+    )
+
+
+def given(site: Site) -> str:
+    """What to say of a site of a prior that has a value from a handler; nothing otherwise."""
+    if site["value"] is None:
+        return ""
+    return (
+        f"site {site['name']!r} must be left to its prior; got a value from a handler (condition, "
+        "substitute or replay). To fix entries of x_0 use prior(known=values, mask=mask)"
+    )
+
+
+def unexpanded(law: dist.Distribution) -> Any:
+    """The law under what plates put around it."""
+    while isinstance(law, dist.ExpandedDistribution):
+        law = law.base_dist
+    return law
+
+
+def _sites(program: Program, args: tuple, kwargs: dict, x_0: Any) -> tuple[Sites, _Place]:
+    """All sites of a program at x_0 (zeros for None), and what was placed."""
     place = _Place(x_0)
     try:
         with handlers.block(), place:
             seeded = handlers.seed(program, jax.random.key(0))
-            return handlers.trace(seeded).get_trace(*args, **kwargs), place.priors
+            return handlers.trace(seeded).get_trace(*args, **kwargs), place
     except (TypeError, ValueError) as error:
-        error.add_note(
-            "raised in the program. If shapes do not fit: a site's batch must be the plates around "
-            "it, and axes within one observation are declared by .to_event"
-        )
+        if error is not place.refusal:
+            error.add_note(
+                "raised in the program. If shapes do not fit: a site's batch must be the plates "
+                "around it, and axes within one observation are declared by .to_event"
+            )
         raise
 
 
-def _check_plates(site: Site, prior: str) -> None:
+def _the_prior(sites: Sites, place: _Place) -> tuple[Site, str]:
+    """The one prior's trajectory, and the name of its x_0."""
+    if len(place.priors) != 1:
+        names = sorted(site["name"] for site in place.priors)
+        raise ValueError(
+            "program must call a prior made by Diffusion.prior exactly once; got "
+            f"{len(names)} calls {names} that no handler (block, reparam) hides"
+        )
+    (site,), draw = place.priors, place.priors[0]["infer"]["prior"]
+    is_whole = len(place.data) == 1 and len(place.known) == (draw.known is not None)
+    if not is_whole or sites[place.data[0]]["type"] != "sample":
+        names = [draw.name] if draw.known is None else [draw.name, f"{draw.name}_known"]
+        raise ValueError(
+            f"sites {names} must be seen as the prior makes them; got one that a handler (block, "
+            "reparam) or another site of that name hides"
+        )
+    return site, place.data[0]
+
+
+def _check_plates(site: Site) -> None:
     for frame in site["cond_indep_stack"]:
         if site["fn"].batch_shape[frame.dim] != frame.size:
             raise ValueError(
                 f"plate {frame.name!r} around the prior must have the size of the prior's batch; "
                 f"got {frame.size} and {site['fn'].batch_shape}"
             )
-    if site["scale"] is not None:
-        raise ValueError(
-            f"prior {prior!r} must not be scaled: a subsampling plate or a handler changes the "
-            "prior's weight, which a posterior cannot have. Scale the observed sites"
-        )
 
 
-def _check_latents(sites: Sites, ours: set[str]) -> None:
-    params = [n for n, s in sites.items() if s["type"] == "param"]
-    if params:
-        raise ValueError(
-            f"param {params[0]!r} is unbound in the program, which would take its initial value. "
-            "Give it a value by numpyro.handlers.substitute(program, data=params)"
-        )
-    for name, site in sites.items():
-        if site["type"] == "sample" and not site["is_observed"] and name not in ours:
-            raise ValueError(
-                f"latent site {name!r} must have a value: only x_0 is inferred here. Give it one "
-                "by numpyro.handlers.condition, or infer it along by MCMC(NUTS(noncentered(...)))"
-            )
-
-
-def _observed(sites: Sites, prior: Site, draw: PriorDraw) -> tuple[str, ...]:
+def _observed(sites: Sites, prior: Site, x_0: str) -> tuple[str, ...]:
     """Names of the observed sites, each of them fit to be a likelihood."""
     plates = {frame.name for frame in prior["cond_indep_stack"]}
-    observed = (n for n, s in sites.items() if s["type"] == "sample" and s["is_observed"])
-    names = tuple(name for name in observed if name != f"{draw.name}_known")
+    observed = {n: s for n, s in sites.items() if s["type"] == "sample" and s["is_observed"]}
+    names = tuple(name for name, site in observed.items() if "known_of" not in site["infer"])
     for name in names:
-        _check_observed(sites[name], plates, draw.name)
+        _check_observed(sites[name], plates, x_0)
     return names
 
 
@@ -260,7 +378,8 @@ def _check_observed(site: Site, plates: set[str], prior: str) -> None:
         raise ValueError(
             f"observed site {name!r} must lie inside the plates of the prior {prior!r}, since each "
             f"of their entries is a posterior of its own; it is outside {sorted(missing)}. Move it "
-            "inside, or take the prior out of the plate"
+            "inside, or take the prior out of the plate; a latent site that is only to have a "
+            "value gets it by numpyro.handlers.substitute, as a constant, which does not count"
         )
     if not is_factor(site):
         _check_rows(site, prior)
@@ -323,10 +442,10 @@ def systems_are_coupled(conditioned: Conditioned, x_0: Array, other: Array) -> A
     return jnp.any(~is_first & (jnp.abs(before - after) > 1e-4 * (1 + jnp.abs(before))))
 
 
-def _names(sites: Sites, prior: Site, draw: PriorDraw, observed: tuple[str, ...]) -> Names:
-    batch_shape, name = prior["fn"].batch_shape, draw.name
+def _names(sites: Sites, prior: Site, name: str, observed: tuple[str, ...]) -> Names:
+    batch_shape = prior["fn"].batch_shape
     plates = plate_dims(prior, "plate", batch_shape)
-    dims = {name: [*plates, *numbered(name, 0, draw.reverse.event_dim)]}
+    dims = {name: [*plates, *numbered(name, 0, prior["infer"]["prior"].reverse.event_dim)]}
     batch_dims = {}
     for site in observed:
         law = sites[site]["fn"]
