@@ -19,6 +19,7 @@ from numpyro.contrib.control_flow import scan
 from scipy import stats
 
 from probdiff import (
+    BernoulliKernel,
     Diffusion,
     GaussianKernel,
     diagnostics,
@@ -431,3 +432,68 @@ def test_a_scope_gives_its_prefix_to_x_0(prior):
     assert smc.log_evidence == pytest.approx(LOG_Z, abs=0.1)
     assert set(smc.get_samples()) == {"a.x_0"}
     assert list(smc.to_datatree()["posterior"].data_vars) == ["a.x_0"]
+
+
+# systems
+
+ROWS = 40  # systems
+
+
+def in_rows(prior, mean, *, y=0.0, size=ROWS):
+    """One measurement for each system, of what `mean` makes of all of them."""
+
+    def program():
+        with numpyro.plate("rows", size):
+            numpyro.sample("y", dist.Normal(mean(prior()), SIGMA), obs=y)
+
+    return program
+
+
+COUPLED = {
+    "a later entry": (lambda x: x.at[37].add(3 * x[11]), 0.0),
+    "a later entry, weakly": (lambda x: x.at[37].add(0.01 * x[11]), 0.0),
+    "neighbours": (lambda x: x + 0.1 * jnp.roll(x, 1), 0.0),
+    "where x is large": (lambda x: x.at[7].add(jnp.where(x[3] > 2.5, 3.0, 0.0)), 0.0),
+    "the order": (lambda x: jnp.sort(x), 0.0),
+}
+
+
+@pytest.mark.parametrize("case", COUPLED)
+def test_entries_of_plates_that_depend_on_each_other_are_refused(prior, case):
+    mean, y = COUPLED[case]
+    with pytest.raises(ValueError, match=r"must keep the entries of the plates .* apart"):
+        run(in_rows(prior, mean, y=y))
+
+
+@pytest.mark.long
+def test_entries_that_depend_on_each_other_where_the_posterior_is_are_refused(prior):
+    """Beyond 14 standard deviations of the prior, where no point was tried before the run."""
+    with pytest.raises(ValueError, match=r"must keep the entries of the plates .* apart"):
+        run(in_rows(prior, lambda x: x + jnp.where(x > 14, 0.1 * x.sum(), 0.0), y=30.0, size=3))
+
+
+def test_symbols_of_plates_that_depend_on_each_other_are_refused():
+    bits = standard_diffusion((2,), kernel=BernoulliKernel(0.5)).prior({})
+
+    def program():
+        with numpyro.plate("rows", 6):
+            x = bits().sum(-1)
+            numpyro.sample("y", dist.Normal(x + 1.0 * x[4] * x[5], SIGMA), obs=0.0)
+
+    with pytest.raises(ValueError, match=r"must keep the entries of the plates .* apart"):
+        run(program)
+
+
+@pytest.mark.parametrize(
+    "mean",
+    [
+        lambda x: x - x.mean() + x.mean(),
+        lambda x: jnp.linalg.inv(jnp.eye(ROWS) + 1) @ (x + x.sum()),
+    ],
+    ids=["mean taken and given back", "solved for"],
+)
+def test_entries_that_are_apart_but_for_rounding_are_not_refused(prior, mean):
+    z = evidence(in_rows(prior, mean))
+    np.testing.assert_allclose(
+        z, np.full(ROWS, stats.norm.logpdf(0, 0, np.hypot(1, SIGMA))), atol=0.1
+    )

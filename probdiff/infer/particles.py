@@ -30,13 +30,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from probdiff import bars
-from probdiff.infer.program import Conditioned, Read, systems_are_coupled
+from probdiff.infer.program import BLOCK, Conditioned, Read, systems_are_coupled
 from probdiff.infer.quadratic import local
 from probdiff.infer.spread import PERFECT, Common, Problem, Reading, common, hessian, measure
 from probdiff.infer.twist import Look, Twist, View
 from probdiff.prior import PriorDraw
 
 _PROBES = 8  # points at which the likelihood is tried before a run
+_HALVES = 32  # halves of the systems that are moved then, each at points of its own
 _CHUNKS = 20  # parts of a run between which the progress bar moves
 
 
@@ -273,6 +274,7 @@ class Outcome(NamedTuple):
     ancestors: np.ndarray  # each particle's ancestor at the start, `(R, N, *plates)`
     worst_log_weights: np.ndarray  # of the step of least effective number, `(R, N, *plates)`
     trace: Trace  # at levels n..0, `(n + 1, R, *plates)`
+    is_coupled: Any = False  # whether log r of a system moves with another's x_0, at the particles
 
 
 # the program, known entries with their mask, and the keys: what is compiled once for all
@@ -285,7 +287,7 @@ def run(read: Read, options: Options, key: Array, *, progress: bool) -> Outcome:
     Before the walk the likelihood is tried at a few points, to see whether every entry of x_0 has
     one of its own (its curvature is diagonal), whether the curvature is the same everywhere (log r
     is quadratic), whether r is 0 at all of them, and whether log r of one system moves with the x_0
-    of another.
+    of another; that is tried again among the particles, which are where the posterior is.
 
     Raises:
         ValueError: if the twist does not fit, the systems are coupled, or nan is observed.
@@ -297,11 +299,7 @@ def run(read: Read, options: Options, key: Array, *, progress: bool) -> Outcome:
     inputs = conditioned, known, mask, keys
     found = map(bool, programs(_probe, inputs, options=options))
     is_diagonal, is_quadratic, is_impossible, is_coupled = found
-    if is_coupled:
-        raise ValueError(
-            "program must keep the entries of the plates around the prior apart; log r of one "
-            "moved with the x_0 of another. Take the prior out of the plate"
-        )
+    _check_apart(is_coupled)
     if is_impossible and any(np.isnan(a).any() for a in conditioned.arrays if a.dtype.kind == "f"):
         raise ValueError(
             "program must not observe nan: its arguments hold some, and no draw of the prior "
@@ -319,7 +317,16 @@ def run(read: Read, options: Options, key: Array, *, progress: bool) -> Outcome:
                 bar.update(int(high - low))
         out = programs(_end, inputs, shared, state, options=options)
         bar.update(1)
+    _check_apart(bool(out.is_coupled))
     return jax.tree.map(np.asarray, out)
+
+
+def _check_apart(is_coupled: bool) -> None:
+    if is_coupled:
+        raise ValueError(
+            "program must keep the entries of the plates around the prior apart; log r of one "
+            "moved with the x_0 of another. Take the prior out of the plate"
+        )
 
 
 def _check(draw: PriorDraw, options: Options) -> None:
@@ -364,15 +371,31 @@ def _probe(inputs: _Inputs, *, options: Options) -> tuple[Array, ...]:
     problem, key = _problem(inputs, options), jax.random.key(0)
     reverse, shape = problem.reverse, (problem.systems, problem.size)
     if reverse.kernel.is_discrete:
-        states = reverse.kernel.num_data_states
-        points = jax.random.randint(key, (2, *shape), 0, states, jnp.int32)
         curvature = jnp.zeros(3, bool)
     else:
-        tau2 = problem.of_entries(problem.draw.variance).astype(reverse.kernel.dtype)
-        points = jax.random.normal(key, (_PROBES, *shape)) * jnp.sqrt(tau2)
+        points = jax.random.normal(key, (_PROBES, *shape)) * _sd(problem)
         curvature = _curvature(problem, points, key)
-    x_0 = reverse.units.to_data(problem.shaped(points))
-    return *curvature, systems_are_coupled(problem.conditioned, x_0[0], x_0[1])
+
+    def draw(key: Array, width: Array) -> Array:
+        if reverse.kernel.is_discrete:
+            x = jax.random.randint(key, shape, 0, reverse.kernel.num_data_states, jnp.int32)
+        else:
+            x = width * jax.random.normal(key, shape) * _sd(problem)
+        return reverse.to_data(problem.shaped(x[None])[0])
+
+    def is_coupled(row: tuple[Array, Array]) -> Array:
+        keys, width = jax.random.split(row[0], 3), row[1]
+        points = (draw(key, width) for key in keys[1:])
+        return systems_are_coupled(keys[0], problem.conditioned, *points)
+
+    widths = jnp.exp2(jnp.arange(_HALVES) % 4 - 1.0)
+    return *curvature, jnp.any(jax.lax.map(is_coupled, (jax.random.split(key, _HALVES), widths)))
+
+
+def _sd(problem: Problem) -> Array:
+    """Standard deviations of the entries of x_0, on the scale of the diffusion."""
+    tau2 = problem.of_entries(problem.draw.variance).astype(problem.reverse.kernel.dtype)
+    return jnp.sqrt(tau2)
 
 
 def _curvature(problem: Problem, points: Array, key: Array) -> tuple[Array, Array, Array]:
@@ -418,6 +441,11 @@ def _end(inputs: _Inputs, shared: tuple, state: State, *, options: Options) -> O
     log_w = jnp.where(jnp.isfinite(total), log_w - total, even)
     log_r = jax.vmap(problem.conditioned.log_r)(x_0)
 
+    def is_coupled(row: tuple[Array, Array, Array]) -> Array:
+        return systems_are_coupled(row[0], problem.conditioned, *row[1:])
+
+    rows = jax.random.split(jax.random.key(1), len(x_0)), x_0, jnp.roll(x_0, 1, 0)
+    coupled = jnp.any(jax.lax.map(is_coupled, rows, batch_size=BLOCK))
     R, N = options.num_runs, options.num_particles
     by_run = [
         walk.rows(a).reshape(R, N, *batch_shape) for a in (log_w, state.ancestor, state.worst)
@@ -425,5 +453,5 @@ def _end(inputs: _Inputs, shared: tuple, state: State, *, options: Options) -> O
     return Outcome(
         x_0.reshape(R, N, *x_0.shape[1:]), by_run[0], log_z.reshape(R, *batch_shape),
         log_r.reshape(R, N, *batch_shape), *by_run[1:],
-        jax.tree.map(lambda a: a[::-1].reshape(len(a), R, *batch_shape), state.trace),
+        jax.tree.map(lambda a: a[::-1].reshape(len(a), R, *batch_shape), state.trace), coupled,
     )  # fmt: skip

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 from numpyro import handlers
 from numpyro.primitives import Messenger
 
@@ -432,14 +432,23 @@ def _per_system(site: Site, batch_shape: tuple[int, ...]) -> Float[Array, "..."]
     return jnp.sum(log_prob, axis=ones, keepdims=True)
 
 
-def systems_are_coupled(conditioned: Conditioned, x_0: Array, other: Array) -> Array:
-    """Whether log r of a system moves when only the first system goes from `x_0` to `other`."""
-    batch_shape = conditioned.batch_shape
-    is_first = jnp.arange(math.prod(batch_shape)).reshape(batch_shape) == 0
-    event_dim = jnp.ndim(x_0) - len(batch_shape)
-    moved = jnp.where(jnp.expand_dims(is_first, range(-event_dim, 0)), other, x_0)
-    before, after = conditioned.log_r(x_0), conditioned.log_r(moved)
-    return jnp.any(~is_first & (jnp.abs(before - after) > 1e-4 * (1 + jnp.abs(before))))
+def systems_are_coupled(
+    key: Array, conditioned: Conditioned, x_0: Array, other: Array
+) -> Bool[Array, ""]:
+    """Whether log r of a system moves with the x_0 of others.
+
+    A random half of the systems goes from `x_0` to `other`. Every system must then have the log r
+    that it has where all are with it. Two systems are parted by every second such half.
+    """
+    shape = conditioned.batch_shape
+    if math.prod(shape) == 1:
+        return jnp.array(False)
+    is_moved = jax.random.bernoulli(key, 0.5, shape)
+    event_axes = range(len(shape) - jnp.ndim(x_0), 0)
+    mixed = jnp.where(jnp.expand_dims(is_moved, event_axes), other, x_0)
+    stayed, moved, found = map(conditioned.log_r, (x_0, other, mixed))
+    expected = jnp.where(is_moved, moved, stayed)
+    return jnp.any(jnp.abs(found - expected) > 1e-4 * (1 + jnp.abs(expected)))
 
 
 def _names(sites: Sites, prior: Site, name: str, observed: tuple[str, ...]) -> Names:
