@@ -27,7 +27,7 @@ from numpyro.distributions import constraints
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
-from probdiff import SampledTimeELBO, fit, standard_diffusion
+from probdiff import BernoulliKernel, SampledTimeELBO, fit, standard_diffusion
 from probdiff.train import checkpoint as checkpoints
 from probdiff.train import data as batches
 from probdiff.train import loop as chunks
@@ -697,3 +697,68 @@ def test_a_run_that_goes_on_takes_back_the_lines_it_does_again(key, svi, tmp_pat
 def test_a_log_without_a_folder_is_refused(key, svi, tmp_path):
     with pytest.raises(ValueError, match="log must lie in a folder that exists"):
         quiet(key, svi, data(), num_steps=1, log=tmp_path / "no" / "log.jsonl")
+
+
+# Guide and model that belong together.
+
+
+def exact(T=4, **options):
+    return standard_diffusion((2,), T=T, **options)
+
+
+def in_own(model, guide):
+    """The same statements inside programs of a user."""
+
+    def own_model(x):
+        with numpyro.plate("rows", len(x)):
+            model.reverse(x)
+
+    def own_guide(x):
+        with numpyro.plate("rows", len(x)):
+            guide.forward(x)
+
+    return own_model, own_guide
+
+
+def model_and_guide(model, guide):
+    return model.model, guide.guide
+
+
+OTHERS = {
+    "T": (exact(), exact(T=5), r"one kernel and one T at 'x_0_trajectory'.*, 5\).*, 4\)"),
+    "rates": (
+        exact(), exact(beta=np.linspace(0.3, 0.9, 4)), "the same rates at 'x_0'; .*one Diffusion"
+    ),
+    "units": (exact(), exact(scale=3.0), "the same loc and scale at 'x_0'"),
+    "kernel": (
+        exact(kernel=BernoulliKernel(0.3)), exact(kernel=BernoulliKernel(0.5)), "one kernel"
+    ),
+    "name": (exact(), exact(name="z"), r"must hold the trajectory 'x_0_trajectory'.*\['rows'|data"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("programs", [model_and_guide, in_own])
+@pytest.mark.parametrize("case", OTHERS)
+@pytest.mark.filterwarnings("ignore:Found vars in guide", "ignore:Found non-auxiliary vars")
+def test_a_guide_of_another_diffusion_is_refused(key, programs, case):
+    model, guide, message = OTHERS[case]
+    svi = SVI(*programs(model, guide), optax.sgd(0.1), Trace_ELBO())
+    x = np.ones((3, 2), int if case == "kernel" else np.float32)
+    with pytest.raises(ValueError, match=message):
+        quiet(key, svi, x, num_steps=1)
+
+
+@pytest.mark.parametrize("loss", [Trace_ELBO(), SampledTimeELBO()])
+def test_a_model_is_no_guide_and_a_guide_no_model(key, loss):
+    diffusion, x = exact(), np.ones((3, 2), np.float32)
+    with pytest.raises(ValueError, match=r"guide must draw trajectories .* holds 'x_0' as a model"):
+        quiet(key, SVI(diffusion.model, diffusion.model, optax.sgd(0.1), loss), x, num_steps=1)
+
+
+def test_a_guide_of_an_equal_diffusion_is_taken(key):
+    """Made anew, with missing entries: K of N(0, I) at zeros."""
+    model, guide = (exact(loc=1.0, scale=2.0) for _ in range(2))
+    x = np.array([[1.0, 1.0], [1.0, np.nan]], np.float32)
+    svi = SVI(*model_and_guide(model, guide), optax.sgd(0.1), Trace_ELBO(num_particles=200))
+    losses = quiet(key, svi, {"x_0": x, "mask": ~np.isnan(x)}, num_steps=1).losses
+    assert abs(losses[0] - 3 * (0.5 * np.log(2 * np.pi) + np.log(2.0))) < 0.5

@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
 from jax import lax, random
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
@@ -34,8 +36,10 @@ from numpyro.primitives import Messenger
 from probdiff import devices
 from probdiff.compilation import Programs, Traced, call, equations, trace
 from probdiff.networks.convolution import is_slow
+from probdiff.reverse import DataGivenFirst, Reverse
 from probdiff.train import data as batches
 from probdiff.train import identity
+from probdiff.trajectories import TRAJECTORY_SUFFIX, ForwardTrajectory, ReverseTrajectory
 from probdiff.types import Params
 
 _CONVOLUTION = "conv_general_dilated"
@@ -66,6 +70,7 @@ class TracedSVI:
         self._svi, self._mesh = svi, mesh
         self._programs = _kept.setdefault(svi, Programs())
         self.first_state = self._init(key, first)
+        self._check_trajectories(first)
         self._get_params = self._trace(svi.get_params, self.first_state)
         self._update = self._trace(self._update_on, self.first_state, first)
         _warn_of_slow_convolutions(self._update)
@@ -154,6 +159,25 @@ class TracedSVI:
         read: list[identity.Program] = []
         jax.eval_shape(look, self.first_state)
         return read[0]
+
+    def _check_trajectories(self, batch: PyTree) -> None:
+        """Refuse guide and model whose trajectories do not belong together.
+
+        Those of one `Diffusion` hold the same rates; of two, their numbers are compared.
+        """
+        svi, pairs = self._svi, {}
+
+        def look(state: SVIState, batch: PyTree) -> dict[str, list[tuple[Array, Array]]]:
+            params = {**svi.get_params(state), **(state.mutable_state or {})}
+            guide = _sites(svi, svi.guide, state.rng_key, params, batch)
+            model = _sites(svi, handlers.replay(svi.model, guide), state.rng_key, params, batch)
+            pairs.update(_pairs(model, guide))
+            return {name: _numbers(*pair) for name, pair in pairs.items()}
+
+        jax.eval_shape(look, self.first_state, batch)
+        if any(forward.steps is not reverse.steps for forward, reverse, _ in pairs.values()):
+            for name, numbers in jax.jit(look)(self.first_state, batch).items():
+                _check_numbers(name, numbers)
 
     def _init(self, key: PRNGKeyArray, first: PyTree) -> SVIState:
         """`svi.init`, compiled as a whole: op by op it is ten times slower."""
@@ -267,6 +291,75 @@ def _sites(svi: SVI, program: Callable, key: PRNGKeyArray, params: dict, batch: 
     args, kwargs = batches.arguments(batch)
     program = handlers.substitute(handlers.seed(program, key), data=params)
     return handlers.trace(program).get_trace(*args, **kwargs, **svi.static_kwargs)
+
+
+_Pair = tuple[ForwardTrajectory, Reverse, Array]
+
+
+def _pairs(model: dict[str, dict], guide: dict[str, dict]) -> dict[str, _Pair]:
+    """Forward trajectory, reverse process and x_0 of each diffusion that the model observes."""
+    advice = "Make both of one Diffusion: SVI(diffusion.model, diffusion.guide, ...)"
+    pairs = {}
+    for name, site in guide.items():
+        if site["type"] == "sample" and isinstance(_unwrapped(site), DataGivenFirst):
+            raise ValueError(
+                f"guide must draw trajectories from data, by Diffusion.guide or forward; got one "
+                f"that holds {name!r} as a model does. {advice}"
+            )
+    for name, site in model.items():
+        trajectory = model.get(name + TRAJECTORY_SUFFIX)
+        is_seen = site["type"] == "sample" and site["is_observed"]
+        if not is_seen or not isinstance(_unwrapped(site), DataGivenFirst) or not trajectory:
+            continue
+        if trajectory["is_observed"]:
+            continue
+        if trajectory["name"] not in guide:
+            raise ValueError(
+                f"guide must hold the trajectory {trajectory['name']!r} of the model; got sites "
+                f"{sorted(guide)}. {advice}"
+            )
+        forward, law = _unwrapped(guide[trajectory["name"]]), _unwrapped(trajectory)
+        if not isinstance(forward, ForwardTrajectory):
+            continue  # a guide of another kind, which any density may be
+        if not isinstance(law, ReverseTrajectory):
+            raise ValueError(
+                f"model must draw {trajectory['name']!r} by Diffusion.model or reverse; got a "
+                f"{type(law).__name__}, as a guide does. {advice}"
+            )
+        ours, others = (forward.kernel, forward.steps.T), (law.reverse.kernel, law.reverse.T)
+        if ours != others:
+            raise ValueError(
+                f"guide and model must have one kernel and one T at {trajectory['name']!r}; got "
+                f"{ours} and {others}. {advice}"
+            )
+        pairs[name] = forward, law.reverse, site["value"]
+    return pairs
+
+
+def _numbers(forward: ForwardTrajectory, reverse: Reverse, x_0: Array) -> list[tuple[Array, Array]]:
+    """Rates of guide and model, and x_0 on the scale of each, where it is observed."""
+    states = forward.x_0, jnp.broadcast_to(reverse.to_state(x_0), forward.x_0.shape)
+    if forward.observed is not None:
+        states = tuple(jnp.where(forward.observed, x, jnp.zeros_like(x)) for x in states)
+    return [(forward.steps.beta, reverse.steps.beta), states]
+
+
+def _check_numbers(name: str, numbers: list[tuple[Array, Array]]) -> None:
+    for what, (ours, others) in zip(("rates", "loc and scale"), numbers, strict=True):
+        gap = np.max(np.abs(np.asarray(ours, float) - np.asarray(others, float)), initial=0.0)
+        if gap > 1e-3 * np.max(np.abs(np.asarray(others, float)), initial=0.0):
+            raise ValueError(
+                f"guide and model must have the same {what} at {name!r}; got two that differ. Make "
+                "both of one Diffusion: SVI(diffusion.model, diffusion.guide, ...)"
+            )
+
+
+def _unwrapped(site: dict) -> Any:
+    """The law under what plates and masks put around it."""
+    law = site["fn"]
+    while isinstance(law, dist.ExpandedDistribution | dist.MaskedDistribution):
+        law = law.base_dist
+    return law
 
 
 def _finiteness(sites: dict[str, dict]) -> dict[str, dict[str, Bool[Array, ""]]]:
