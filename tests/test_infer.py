@@ -549,8 +549,11 @@ def test_the_tree_has_named_dims_and_all_groups(done):
     plates = ("row", "column")
     expected = {
         "posterior": {"x_0": ("chain", "draw", *plates, "x_0_dim_0"), "first": None},
-        "sample_stats": {"log_r": ("chain", "draw", *plates), "log_weight": None},
-        "log_likelihood": {"y": ("chain", "draw", *plates)},
+        "sample_stats": {
+            "log_r": ("chain", "draw", *plates),
+            "log_weight": None,
+            "log_likelihood_y": ("chain", "draw", *plates),
+        },
         "posterior_predictive": {"y": ("chain", "draw", *plates)},
         "observed_data": {"y": plates},
         "runs": {"x_0": ("chain", "draw", *plates, "x_0_dim_0"), "log_r": None},
@@ -577,8 +580,8 @@ def test_the_tree_holds_the_numbers_of_the_run(done):
     np.testing.assert_array_equal(tree["posterior"]["x_0"][0], draws["x_0"])
     y = tree["observed_data"]["y"].values
     log_lik = stats.norm.logpdf(y, draws["first"], 0.5)
-    np.testing.assert_allclose(tree["log_likelihood"]["y"][0], log_lik, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(tree["sample_stats"]["log_r"][0], log_lik, rtol=1e-4, atol=1e-4)
+    for name in ("log_likelihood_y", "log_r"):
+        np.testing.assert_allclose(tree["sample_stats"][name][0], log_lik, rtol=1e-4, atol=1e-4)
     noise = tree["posterior_predictive"]["y"].values[0] - draws["first"]
     assert stats.kstest(noise.ravel() / 0.5, "norm").pvalue > 1e-3
     np.testing.assert_array_equal(tree["smc"]["log_evidence"], done.log_evidence)
@@ -609,10 +612,43 @@ def test_the_tree_goes_to_a_file_and_back_and_into_arviz(done, tmp_path):
 
 def test_factors_are_likelihoods_and_not_data(smc):
     tree = run(smc, 1.0, 0.5, 2.0).to_datatree()
-    assert set(tree["log_likelihood"].data_vars) == {"y", "shift"}
+    stats = tree["sample_stats"]
+    assert {"log_likelihood_y", "log_likelihood_shift"} < set(stats.data_vars)
     assert set(tree["posterior_predictive"].data_vars) == {"y"}
     assert set(tree["observed_data"].data_vars) == {"y"}
-    np.testing.assert_array_equal(tree["log_likelihood"]["shift"], np.full((1, 1024), 2.0))
+    np.testing.assert_array_equal(stats["log_likelihood_shift"], np.full((1, 1024), 2.0))
+
+
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter")
+@pytest.mark.parametrize("size", [None, pytest.param(2, marks=pytest.mark.long)])
+def test_loo_of_several_looks_at_one_x_0_is_that_of_the_gaussian_oracle(size):
+    """Six looks at each x_0 ~ N(0, 1): log p(y_i | the others), by the joint law of all."""
+    y = np.random.default_rng(0).normal(0.7, 1.0, size=(6, size) if size else 6)
+
+    def program(y):
+        with numpyro.plate("row", size) if size else contextlib.nullcontext():
+            x = ASIDE()
+            with numpyro.plate("look", 6, dim=-2 if size else -1):
+                numpyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    sampler = infer.SMC(program, num_particles=500, num_runs=4, steps=10)
+    sampler.run(jax.random.key(0), y.astype(np.float32))
+    tree = sampler.to_datatree()
+    joint = stats.multivariate_normal(np.zeros(6), np.eye(6) + 1)
+    one_less = stats.multivariate_normal(np.zeros(5), np.eye(5) + 1)
+    columns = y.reshape(6, -1).T
+    exact = [joint.logpdf(c) - one_less.logpdf(np.delete(c, i)) for c in columns for i in range(6)]
+    found = arviz_stats.loo(tree, var_name="y", pointwise=True)
+    assert dict(tree["log_likelihood"]["y"].sizes) == (
+        {"chain": 1, "draw": 2000, "look": 6} | ({"row": size} if size else {})
+    )
+    ours = found.elpd_i.transpose(*(["row"] if size else []), "look").values.ravel()
+    np.testing.assert_allclose(ours, exact, atol=0.1)
+
+
+def test_the_only_look_at_an_x_0_does_not_invite_loo(done):
+    """Its loo is the evidence, which 1,536 values of p(y | x_0) under the posterior miss."""
+    assert "log_likelihood" not in done.to_datatree().children
 
 
 @pytest.mark.long

@@ -83,6 +83,7 @@ class Names(NamedTuple):
     plates: tuple[str, ...]  # plates around the prior
     dims: dict[str, list[str]]  # dims of each site's value
     batch_dims: dict[str, list[str]]  # dims of each observed site's log density
+    repeated: list[str]  # observed sites with several values for one x_0, in plates of their own
 
 
 class Read(NamedTuple):
@@ -455,16 +456,18 @@ def _names(sites: Sites, prior: Site, name: str, observed: tuple[str, ...]) -> N
     batch_shape = prior["fn"].batch_shape
     plates = plate_dims(prior, "plate", batch_shape)
     dims = {name: [*plates, *numbered(name, 0, prior["infer"]["prior"].reverse.event_dim)]}
-    batch_dims = {}
+    batch_dims, repeated = {}, []
     for site in observed:
         law = sites[site]["fn"]
         shape = jnp.broadcast_shapes(law.shape(), jnp.shape(sites[site]["value"]))
         first = len(shape) - law.event_dim
         batch_dims[site] = plate_dims(sites[site], site, shape[:first])
         dims[site] = batch_dims[site] + numbered(site, first, len(shape))
+        if math.prod(shape[:first]) > math.prod(batch_shape):
+            repeated.append(site)
     for site in _deterministic(sites, name):
         dims[site] = _deterministic_dims(sites[site], plates, batch_shape)
-    return Names(name, tuple(plates), dims, batch_dims)
+    return Names(name, tuple(plates), dims, batch_dims, repeated)
 
 
 def deterministics(sites: Sites, x_0: str) -> dict[str, Array]:

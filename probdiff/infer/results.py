@@ -9,12 +9,17 @@ of the prior's plates, then put in random order: the first few draws are as good
 draws of different entries are independent. The DataTree has groups
 
     posterior               equally weighted draws of all runs (chain = 1)
-    sample_stats            of the same draws: log r, and the particle each of them is
-    log_likelihood          log p(site | x_0) of every observed site, value by value
+    sample_stats            of the same draws: log r, the particle each of them is, and
+                            log_likelihood_SITE, log p(site | x_0), of sites with one value for x_0
+    log_likelihood          the same of sites with more values for one x_0, value by value
     posterior_predictive    a new value of every observed site for every draw, factors left out
     observed_data           the values that were observed
     runs                    draws of each run on its own (chain = run), for R-hat
     smc                     by level and run: effective number, resampling, moves; and the evidence
+
+Leaving out one of several values changes a posterior a little, and `arviz_stats.loo` is for
+`log_likelihood`. Leaving out the only one leaves the prior, which no reweighting of the posterior
+gives: such values do not stand there, and their loo would be the evidence.
 
 Dims of plates have the plates' names. Attributes say what was run and with which versions; booleans
 are 0 and 1, which netCDF can hold.
@@ -326,10 +331,13 @@ def datatree(result: Result, attrs: dict[str, Any]) -> "xr.DataTree":
         return {name: whole(site) for name, site in with_values(sites).items()}
 
     predictive = program.map(predicted, x_0, jax.random.split(key, len(x_0)))
+    log_p = program.map(likelihoods, x_0)
+    repeated = {name: log_p.pop(name) for name in names.repeated}
+    stats = _sample_stats(result) | {f"log_likelihood_{name}": a for name, a in log_p.items()}
     groups = {
         "posterior": _one_chain(draws),
-        "sample_stats": _one_chain(_sample_stats(result)),
-        "log_likelihood": _one_chain(program.map(likelihoods, x_0)),
+        "sample_stats": _one_chain(stats),
+        "log_likelihood": _one_chain(repeated),
         "posterior_predictive": _one_chain(predictive),
         "observed_data": {name: a[0] for name, a in program.map(values, x_0[:1]).items()},
         "runs": {name: take_in_runs(a, result.in_runs) for name, a in of_runs.items()},

@@ -145,8 +145,9 @@ class Sampler(abc.ABC):
     def to_datatree(self) -> "xr.DataTree":
         """The run as an ArviZ DataTree, NumPy arrays with named dims.
 
-        Groups `posterior`, `sample_stats`, `log_likelihood`, `posterior_predictive`,
-        `observed_data`, `runs` and `smc`; `infer.results` says what they hold.
+        Groups `posterior`, `sample_stats`, `posterior_predictive`, `observed_data`, `runs` and
+        `smc`, and `log_likelihood` for `arviz_stats.loo` where a site has several values for one
+        x_0; `infer.results` says what they hold.
 
         Example:
             >>> prior = standard_diffusion((2,)).prior({})
@@ -158,7 +159,7 @@ class Sampler(abc.ABC):
             >>> tree = guided.to_datatree()
             >>> dict(tree["posterior"]["x_0"].sizes)
             {'chain': 1, 'draw': 200, 'points': 3, 'x_0_dim_0': 2}
-            >>> dict(tree["log_likelihood"]["y"].sizes)  # for arviz_stats.loo
+            >>> dict(tree["sample_stats"]["log_likelihood_y"].sizes)
             {'chain': 1, 'draw': 200, 'points': 3}
         """
         return results.datatree(self.result, self._attrs())
