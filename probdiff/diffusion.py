@@ -71,7 +71,8 @@ class Diffusion:
             moment near 1. `x_0` and every density stay in the user's units.
         context_shape: Shape of one example's context, None where there is none.
         name: Name of the data site; the trajectory is `name + "_trajectory"`, parameters begin
-            with it. Two models in one program need two names.
+            with it. Two models in one program need two names; those that DataTrees give to dims
+            and variables of their own, such as "draw", are refused.
 
     Raises:
         ValueError: if an argument is out of range, the network keeps state or looks at other rows
@@ -104,6 +105,7 @@ class Diffusion:
         context_shape: tuple[int, ...] | None = None,
         name: str = "x_0",
     ):
+        validation.check_name(name)
         self.kernel, self.network, self.name = kernel, network, name
         self.event_shape = check_shape("event_shape", event_shape)
         is_given = context_shape is not None

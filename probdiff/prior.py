@@ -7,7 +7,8 @@
 The last is exact conditioning: known entries come back bit for bit, x_0 is a draw of the others,
 and the program gains the factor log p(x_0 = values on the mask | x_1), a density for numbers, a
 mass for symbols and for numbers on a grid, which `infer` and `MCMC` count. `Predictive` counts no
-observation and no factor: it takes posterior draws of x_0, and without them it is refused.
+observation and no factor: it takes posterior draws of x_0, and without them it is refused. (The
+trajectory that it draws beside given x_0 is the prior's, as of any site without a draw.)
 
 Source: Sohl-Dickstein et al. (2015), section 2.5.
 """

@@ -206,6 +206,19 @@ def check_batch_shape(
         )
 
 
+TAKEN = {"chain", "draw", "example", "level", "log_r", "projection", "step", "t"}
+"""Names that DataTrees give to dims, coordinates and variables of their own."""
+
+
+def check_name(name: str) -> None:
+    """A name that no DataTree would lose."""
+    if not isinstance(name, str) or not name or name in TAKEN:
+        raise ValueError(
+            f"name must be a string other than {sorted(TAKEN)}, which DataTrees give to dims and "
+            f"variables of their own; got {name!r}"
+        )
+
+
 def check_params(template: Any, params: Any, name: str) -> None:
     """Parameters are those of the template: names, tree and shapes."""
     if not isinstance(params, dict):

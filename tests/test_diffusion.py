@@ -466,6 +466,8 @@ def wide(x_t, t):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"name": "draw"}, "name must be a string other than .* DataTrees .*; got 'draw'"),
+        ({"name": "log_r"}, "name must be a string other than .* DataTrees .*; got 'log_r'"),
         ({"beta": [0.1, 1.2, 0.3]}, r"beta must lie in \(0, 1\); got 1.2 at t = 2"),
         ({"beta": [0.0, 0.2]}, r"beta must lie in \(0, 1\); got 0.0 at t = 1"),
         ({"beta": 0.1}, r"beta must have shape \(T,\)"),

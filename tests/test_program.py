@@ -5,6 +5,8 @@ The oracle: two measurements of one x_0 ~ N(0, 1), y ~ N(0, σ² I + 1 1ᵀ).
 
 import dataclasses
 import gc
+import random
+import time
 import weakref
 from typing import Any
 
@@ -372,6 +374,20 @@ def test_what_would_be_ignored_is_refused(prior, case):
     assert "raised in the program" not in str(getattr(raised.value, "__notes__", ""))
 
 
+AROUND = {
+    "mask": lambda: handlers.mask(mask=False),
+    "scale": lambda: handlers.scale(scale=2.0),
+    "condition": lambda: handlers.condition(data={"x_0": 1.0}),
+    "plate": lambda: numpyro.plate("rows", 3),
+}
+
+
+@pytest.mark.parametrize("case", AROUND)
+def test_a_handler_around_the_run_is_refused(prior, case):
+    with pytest.raises(ValueError, match=f"{case} must be put around the program"), AROUND[case]():
+        infer.SMC(noisy(prior)).run(jax.random.key(0))
+
+
 def evidence(program):
     """log Z by two runs of 64 particles."""
     return run(program).log_evidence
@@ -427,6 +443,7 @@ def test_an_intervention_on_x_0_leaves_its_draws_to_the_prior(prior):
     assert stats.kstest(smc.get_samples()["x_0"], "norm").pvalue > 1e-3
 
 
+@pytest.mark.long
 def test_a_scope_gives_its_prefix_to_x_0(prior):
     smc = run(handlers.scope(noisy(prior), prefix="a", divider="."))
     assert smc.log_evidence == pytest.approx(LOG_Z, abs=0.1)
@@ -484,6 +501,7 @@ def test_symbols_of_plates_that_depend_on_each_other_are_refused():
         run(program)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "mean",
     [
@@ -497,3 +515,85 @@ def test_entries_that_are_apart_but_for_rounding_are_not_refused(prior, mean):
     np.testing.assert_allclose(
         z, np.full(ROWS, stats.norm.logpdf(0, 0, np.hypot(1, SIGMA))), atol=0.1
     )
+
+
+# names
+
+
+def test_an_observed_site_counts_whatever_its_name(prior):
+    def program():
+        numpyro.sample("x_0_known", dist.Normal(prior(), SIGMA), obs=1.0)
+
+    assert evidence(program) == pytest.approx(LOG_Z, abs=0.1)
+
+
+def test_a_site_that_the_tree_would_lose_is_refused_there(prior):
+    def program():
+        numpyro.deterministic("draw", 2 * prior())
+
+    smc = run(program)
+    draws = smc.get_samples()
+    np.testing.assert_array_equal(draws["draw"], 2 * draws["x_0"])
+    with pytest.raises(ValueError, match="'draw' must not name a dim and a variable of group post"):
+        smc.to_datatree()
+
+
+# draws inside the program
+
+
+def adding(prior, draw, site=numpyro.deterministic):
+    """Something is drawn inside, and its value used."""
+
+    def program():
+        numpyro.sample("y", dist.Normal(prior() + site("noise", draw()), SIGMA), obs=1.0)
+
+    return program
+
+
+GENERATOR, STREAM = np.random.default_rng(0), iter(range(100))
+DRAWS = {
+    "NumPy's generator": np.random.normal,
+    "a generator closed over": GENERATOR.normal,
+    "an array": lambda: jnp.asarray(GENERATOR.normal(size=3)).sum(),
+    "Python's": random.random,
+    "an iterator": lambda: float(next(STREAM)),
+    "a key made of the time": lambda: jax.random.normal(jax.random.key(time.time_ns() % 2**31)),
+}
+
+
+@pytest.mark.parametrize("case", DRAWS)
+def test_draws_of_the_programs_own_are_refused(prior, case):
+    with pytest.raises(ValueError, match="must say the same each time it is read"):
+        run(adding(prior, DRAWS[case]))
+
+
+def test_draws_that_only_a_deterministic_site_or_a_known_value_shows_are_refused(prior):
+    def shown():
+        prior()
+        numpyro.deterministic("noise", jnp.asarray(np.random.normal()))
+
+    def known():
+        prior(known=np.float32(np.random.normal()), mask=True)
+
+    for program in (shown, known):
+        with pytest.raises(ValueError, match="must say the same each time it is read"):
+            run(program)
+
+
+@pytest.mark.long
+def test_what_a_program_keeps_and_calls_is_no_draw(prior):
+    """A value made at the first call, a function new at each, a diffusion made inside."""
+    made = []
+
+    def kept():
+        made.append(None)
+        return 0.0 * (len(made) == 1) + 0.5 * (len(made) > 1)
+
+    def called():
+        shape = jax.ShapeDtypeStruct((), jnp.float32)
+        return jax.pure_callback(lambda: np.float32(0.5), shape, vmap_method="broadcast_all")
+
+    expected = stats.norm.logpdf(0.5, 0, np.hypot(1, SIGMA))
+    own = lambda: standard_diffusion(T=6).prior({})()  # noqa: E731
+    for of, value in ((prior, kept), (prior, called), (own, lambda: 0.5)):
+        assert evidence(adding(of, value)) == pytest.approx(expected, abs=0.1)

@@ -57,7 +57,9 @@ def noncentered(program: Program, *, steps: int | None = None) -> Program:
     Returns:
         A program with the arguments of `program`. When called it raises a `ValueError` if it meets
         no prior, one of symbols or of numbers on a grid, one whose density a handler or a
-        subsampling plate changes, or one whose trajectory has a value, or an unbound parameter.
+        subsampling plate changes, or one whose trajectory or x_0 has a value from a handler, or an
+        unbound parameter. An x_0 that `condition` observes is one more observation, where none of
+        its entries is known.
 
     Example:
         >>> prior = standard_diffusion(T=4).prior({})  # x_0 ~ N(0, 1)

@@ -29,10 +29,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array, Bool, Float
 from numpyro import handlers
-from numpyro.primitives import Messenger
+from numpyro.primitives import _PYRO_STACK, Messenger
 
 from probdiff.compilation import Programs, Traced, is_equal, trace
 from probdiff.prior import PriorDraw
@@ -134,8 +135,9 @@ def read(program: Program, args: tuple, kwargs: dict) -> Read:
     Raises:
         ValueError: if it holds no prior or two, one that a handler or a subsampling plate changes,
             another latent site, an unbound parameter, an observed site outside the plates of the
-            prior, a `Delta` likelihood, or draws of its own.
+            prior, a `Delta` likelihood, or draws of its own; if it is read inside a handler.
     """
+    _check_outside()
     arrays, rebuild = _arrays(args, kwargs)
     look = _look(program, arrays, rebuild)
     _check_repeats(look, lambda: _look(program, arrays, rebuild))
@@ -179,6 +181,21 @@ def _look(program: Program, arrays: list[Array], rebuild: Callable) -> _Look:
 
 def _computed(traced: Traced, arrays: list[Array]) -> list[Array]:
     return traced(arrays)[0]
+
+
+def _check_outside() -> None:
+    """Refuse handlers around the run, which a program that is read by itself does not see."""
+    kinds = (
+        handlers.condition, handlers.do, handlers.lift, handlers.mask, handlers.reparam,
+        handlers.replay, handlers.scale, handlers.substitute, numpyro.plate,
+    )  # fmt: skip
+    hidden = itertools.takewhile(lambda h: not isinstance(h, handlers.block), _PYRO_STACK[::-1])
+    names = [type(handler).__name__ for handler in hidden if isinstance(handler, kinds)]
+    if names:
+        raise ValueError(
+            f"{names[0]} must be put around the program, not around the run, where it has no "
+            "effect: SMC(handlers.condition(program, data))"
+        )
 
 
 def _check_repeats(look: _Look, again: Callable[[], _Look]) -> None:
@@ -472,7 +489,7 @@ def _names(sites: Sites, prior: Site, name: str, observed: tuple[str, ...]) -> N
 
 def deterministics(sites: Sites, x_0: str) -> dict[str, Array]:
     """Values of the program's own deterministic sites."""
-    return {name: sites[name]["value"] for name in _deterministic(sites, x_0)}
+    return {name: jnp.asarray(sites[name]["value"]) for name in _deterministic(sites, x_0)}
 
 
 def _deterministic(sites: Sites, x_0: str) -> list[str]:

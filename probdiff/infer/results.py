@@ -27,6 +27,7 @@ are 0 and 1, which netCDF can hold.
 Source: Del Moral et al. (2006).
 """
 
+import itertools
 import math
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -349,6 +350,12 @@ def datatree(result: Result, attrs: dict[str, Any]) -> "xr.DataTree":
         # the last names of dims: what is missing of a broadcast axis is missing in front
         of = {n: list(known.get(n, names.plates)) for n in data}
         dims = {n: of[n][len(of[n]) - data[n].ndim + leading :] for n in data}
+        taken = sorted(set(data) & {"chain", "draw", *itertools.chain(*dims.values())})
+        if taken:
+            raise ValueError(
+                f"{taken[0]!r} must not name a dim and a variable of group {group}, which a "
+                "DataTree would lose: rename the site or the plate; get_samples holds its draws"
+            )
         if data:
             tree[group] = from_dict({group: data}, dims=dims, check_conventions=False)[group]
     values_of, coords = _levels(result)
