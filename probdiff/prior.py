@@ -191,13 +191,18 @@ class _DataGivenKnown(DataGivenFirst):
         return _Points(low, high, self.event_dim)
 
     def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> State:
-        if numpyro.get_mask() is False:  # under Predictive, which counts no factor
-            raise ValueError(
-                f"prior {self.name!r} has known entries, and Predictive would not draw the others "
-                "given them. Give it posterior draws, Predictive(program, smc.get_samples()), of "
-                "infer.SMC or of MCMC(NUTS(infer.noncentered(program)))"
-            )
+        check_counted(self.name)
         return jnp.where(self.observed, super().sample(key, sample_shape), self.known)
+
+
+def check_counted(name: str) -> None:
+    """Refuse to draw a prior of known entries under `Predictive`, which counts no factor."""
+    if numpyro.get_mask() is False:
+        raise ValueError(
+            f"prior {name!r} has known entries, and Predictive would not draw the others given "
+            "them. Give it posterior draws, Predictive(program, smc.get_samples()), of infer.SMC "
+            "or of MCMC(NUTS(infer.noncentered(program)))"
+        )
 
 
 class _Points(constraints._Interval):

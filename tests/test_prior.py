@@ -319,8 +319,11 @@ def test_a_known_entry_may_be_a_latent_of_the_program():
 
 def test_a_prior_predictive_with_known_entries_is_refused():
     """It would draw the unconditional law, and put the known entries in."""
-    with pytest.raises(ValueError, match=r"'x_0' has known entries.*Predictive.*infer.SMC"):
-        Predictive(sum_of_two, num_samples=3)(jax.random.key(0))
+    for program in (sum_of_two, infer.noncentered(sum_of_two)):
+        with pytest.raises(ValueError, match=r"'x_0' has known entries.*Predictive.*infer.SMC"):
+            Predictive(program, num_samples=3)(jax.random.key(0))
+    noise = {"x_0_noise": jnp.zeros((3, 5, 2))}
+    assert Predictive(program, noise)(jax.random.key(0))["x_0"].shape == (3, 2)
     sites_of(sum_of_two)  # to look at is no draw
     plain = Predictive(lambda: PAIR(), num_samples=3)(jax.random.key(0))
     assert plain["x_0"].shape == (3, 2)

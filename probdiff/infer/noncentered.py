@@ -34,6 +34,7 @@ from numpyro.primitives import Messenger
 
 from probdiff.arguments import shape_text
 from probdiff.infer.program import Program, Site, changed, given, unexpanded
+from probdiff.prior import check_counted
 from probdiff.reverse import Reverse
 from probdiff.trajectories import TRAJECTORY_SUFFIX, SampledTimes
 
@@ -181,8 +182,9 @@ class _Retreat(Messenger):
         driven = _Driven(name, reverse, msg["fn"].batch_shape)
         event_dim = 1 + reverse.event_dim
         shape = (*driven.lead, reverse.n + 1, *reverse.event_shape)
-        normal = dist.Normal(0.0, 1.0).expand(shape).to_event(event_dim)
-        noise = numpyro.sample(f"{draw.name}_noise", normal, infer={"walk": driven})
+        normal = dist.Normal(0.0, 1.0) if draw.known is None else _NoiseOfKnown(name)
+        law = normal.expand(shape).to_event(event_dim)
+        noise = numpyro.sample(f"{draw.name}_noise", law, infer={"walk": driven})
         noise = jnp.moveaxis(noise, -event_dim, 0)
         self.noise_0[id(draw)] = noise[0]
         x_1 = _x_1_of_noise(reverse, noise)
@@ -197,6 +199,20 @@ class _Retreat(Messenger):
         x_0 = x_0 if draw.known is None else jnp.where(draw.mask, draw.known, x_0)
         msg["value"], msg["stop"] = x_0, True
         numpyro.deterministic(draw.name, x_0)
+
+
+class _NoiseOfKnown(dist.Normal):
+    """N(0, 1), not to be drawn by `Predictive`, as the prior over it is not."""
+
+    pytree_aux_fields = ("name",)
+
+    def __init__(self, name: str):
+        super().__init__(0.0, 1.0)
+        self.name = name
+
+    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
+        check_counted(self.name)
+        return super().sample(key, sample_shape)
 
 
 def _x_1_of_noise(reverse: Reverse, noise: _Noise) -> _State:

@@ -177,6 +177,9 @@ class SMC(Sampler):
 
     Args:
         program: Any NumPyro program with one `prior()` and observed sites or factors below it.
+            Another latent site needs a value: by `handlers.substitute` it is a constant, which the
+            evidence does not count; by `handlers.condition` an observation, which it does. Programs
+            that draw by themselves, and handlers that change the prior, are refused.
         num_particles: Particles N of one run, at least 1. What a posterior needs, a run must hold:
             more runs do not help where one of them collapses.
         num_runs: Independent runs R, at least 1, whose spread is the error; of one it is nan.
