@@ -487,9 +487,10 @@ def _names(sites: Sites, prior: Site, name: str, observed: tuple[str, ...]) -> N
     return Names(name, tuple(plates), dims, batch_dims, repeated)
 
 
-def deterministics(sites: Sites, x_0: str) -> dict[str, Array]:
+def deterministics(sites: Sites, x_0: str) -> dict[str, Any]:
     """Values of the program's own deterministic sites."""
-    return {name: jnp.asarray(sites[name]["value"]) for name in _deterministic(sites, x_0)}
+    values = {name: sites[name]["value"] for name in _deterministic(sites, x_0)}
+    return jax.tree.map(jnp.asarray, values)
 
 
 def _deterministic(sites: Sites, x_0: str) -> list[str]:
