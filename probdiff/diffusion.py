@@ -21,6 +21,8 @@ Source: Sohl-Dickstein et al. (2015), sections 2.2 to 2.4.
 """
 
 import contextlib
+import copy
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -33,17 +35,25 @@ import numpyro
 from jaxtyping import Array, Shaped
 
 from probdiff import columns, readouts, schedules, validation
-from probdiff.arguments import check_shape, shape_text
+from probdiff.arguments import check_shape, plain, plain_arrays, shape_text
 from probdiff.compilation import Programs, trace
 from probdiff.kernels import BernoulliKernel, DiscreteKernel, GaussianKernel, Kernel
 from probdiff.networks.binding import bind, example_inputs, output_shape
 from probdiff.networks.rows import coupling, is_by_row
 from probdiff.prior import Prior
-from probdiff.reverse import Mask, Reverse, State, Units, Values
+from probdiff.reverse import Mask, Reverse, State, Units, Values, less_loc, where_observed
 from probdiff.trajectories import TRAJECTORY_SUFFIX, ForwardTrajectory, ReverseTrajectory, first
 from probdiff.types import Network, Params, Step
 
 Data = Shaped[Array | np.ndarray, "..."]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=[])
+@dataclasses.dataclass(frozen=True, eq=False)
+class Deviations:
+    """Data less loc, taken in float64: what `fit` hands to a diffusion's own programs."""
+
+    values: Any
 
 
 class Diffusion:
@@ -66,7 +76,9 @@ class Diffusion:
             numbers, `Logits()` for bits, `DataLogits()` for classes.
         last_step: p(x_0 | x_1): `Tied()`, `Learned()`, or `Discretised(low, high, levels)` for
             numbers on a grid; tied by default, learned for classes.
-        loc: Subtracted from the data, broadcastable to `event_shape`.
+        loc: Subtracted from the data, broadcastable to `event_shape`; kept in float64. Where it is
+            large beside scale, data want NumPy's float64, and draws have it; inside a program x_0
+            is of JAX's float type, and a warning says where that is too coarse.
         scale: Then divided by; the diffusion runs on (x − loc)/scale, which should have second
             moment near 1. `x_0` and every density stay in the user's units.
         context_shape: Shape of one example's context, None where there is none.
@@ -172,11 +184,9 @@ class Diffusion:
             >>> seed(guide, 0)(jnp.zeros((3, 4, 2))).shape
             (3, 4, 5, 2)
         """
-        self.check_data(x_0, mask)
-        x_0 = jnp.asarray(x_0) if mask is None else jnp.where(mask, x_0, jnp.zeros_like(x_0))
-        law = ForwardTrajectory(
-            self.kernel, self._steps(), self.to_state(x_0), len(self.event_shape), mask
-        )
+        x_0, _, mask = self._checked(x_0, None, mask)
+        x_0 = jnp.asarray(self.to_state(where_observed(mask, x_0, 0)))
+        law = ForwardTrajectory(self.kernel, self._steps(), x_0, len(self.event_shape), mask)
         return numpyro.sample(self.trajectory_name, law)
 
     def reverse(self, x_0: Data | None = None, *, context: Any = None, mask: Mask = None) -> State:
@@ -202,7 +212,7 @@ class Diffusion:
             >>> seed(model, 0)().shape
             (3, 4, 2)
         """
-        self.check_data(x_0, mask)
+        x_0, context, mask = self._checked(x_0, context, mask)
         reverse = self._unconditional().given(context)
         trajectory = numpyro.sample(self.trajectory_name, ReverseTrajectory(reverse, mask))
         x_1 = first(trajectory, len(self.event_shape))
@@ -212,7 +222,9 @@ class Diffusion:
 
     # programs over examples
 
-    def model(self, x_0: Data | None = None, *, context: Any = None, mask: Mask = None) -> State:
+    def model(
+        self, x_0: Data | Deviations | None = None, *, context: Any = None, mask: Mask = None
+    ) -> State:
         """The learned reverse trajectory: `reverse` in a plate "data" over the rows of x_0.
 
         Without x_0 (and context) there is no plate: one example is drawn. Arguments, what is
@@ -227,10 +239,13 @@ class Diffusion:
             >>> seed(diffusion.model, 0)().shape  # one draw
             (2,)
         """
+        diffusion, x_0 = self._of(x_0)
         with self._plate(x_0, context):
-            return self.reverse(x_0, context=context, mask=mask)
+            return diffusion.reverse(x_0, context=context, mask=mask)
 
-    def guide(self, x_0: Data | None = None, *, context: Any = None, mask: Mask = None) -> Any:
+    def guide(
+        self, x_0: Data | Deviations | None = None, *, context: Any = None, mask: Mask = None
+    ) -> Any:
         """The forward trajectory: `forward` in a plate "data" over the rows of x_0.
 
         Arguments are those of `model`, though x_0 must be given and context is of use to the model
@@ -245,13 +260,15 @@ class Diffusion:
         """
         if x_0 is None:
             raise ValueError("x_0 must be given to the guide, which starts at data; got None")
+        diffusion, x_0 = self._of(x_0)
         with self._plate(x_0, context):
-            return self.forward(x_0, mask=mask)
+            return diffusion.forward(x_0, mask=mask)
 
-    def model_by_step(self, x_0: Data | None = None, *, context: Any = None) -> State:
+    def model_by_step(self, x_0: Data | Deviations | None = None, *, context: Any = None) -> State:
         """`model` with a site for every level, from x_T down; sites `name_trajectory_t`."""
-        self.check_data(x_0, None)
-        reverse, event_dim = self._unconditional().given(context), len(self.event_shape)
+        diffusion, x_0 = self._of(x_0)
+        x_0, context, _ = diffusion._checked(x_0, context, None)
+        reverse, event_dim = diffusion._unconditional().given(context), len(self.event_shape)
         with self._plate(x_0, context):
             batch_shape = ReverseTrajectory(reverse).batch_shape
             pi = self.kernel.stationary((*batch_shape, *self.event_shape))
@@ -262,13 +279,14 @@ class Diffusion:
                 x = numpyro.sample(f"{self.trajectory_name}_{t - 1}", p.to_event(event_dim))
             return numpyro.sample(self.name, reverse.data(x), obs=x_0)
 
-    def guide_by_step(self, x_0: Data | None = None, *, context: Any = None) -> None:
+    def guide_by_step(self, x_0: Data | Deviations | None = None, *, context: Any = None) -> None:
         """`guide` with a site for every level: q(x_T | x_0), then the bridge down to x_1."""
         if x_0 is None:
             raise ValueError("x_0 must be given to the guide, which starts at data; got None")
-        self.check_data(x_0, None)
+        diffusion, x_0 = self._of(x_0)
+        x_0, context, _ = diffusion._checked(x_0, context, None)
         event_dim, steps = len(self.event_shape), self._steps()
-        x_0_scaled = self.to_state(jnp.asarray(x_0))
+        x_0_scaled = jnp.asarray(diffusion.to_state(x_0))
         with self._plate(x_0, context):
             q = self.kernel.marginal(x_0_scaled, steps.at(self.T, event_dim))
             x = numpyro.sample(f"{self.trajectory_name}_{self.T}", q.to_event(event_dim))
@@ -317,6 +335,7 @@ class Diffusion:
             True
         """
         self.check_params(params)
+        params = plain_arrays("params", params)
         self._bind_anew()
         with numpyro.handlers.block(), numpyro.handlers.substitute(data=params):
             reverse = self._unconditional()
@@ -330,6 +349,19 @@ class Diffusion:
     def to_state(self, x_0: Values) -> Values:
         """Data as the diffusion holds them: (x_0 − loc)/scale, or symbols as int32."""
         return self.kernel.to_state(self.units.to_state(x_0))
+
+    def less_loc(self, x_0: Data) -> Deviations | np.ndarray:
+        """Data for the diffusion's own programs, loc taken off in float64 where it matters.
+
+        They are as they were for symbols, for numbers on a grid, and where loc is 0.
+        """
+        x_0 = np.asarray(plain("x_0", x_0))
+        has_loc = self.loc is not None and self.last_step.grid is None and np.any(self.loc != 0)
+        is_fit = x_0.shape[x_0.ndim - len(self.event_shape) :] == self.event_shape
+        if not (has_loc and is_fit and jnp.issubdtype(x_0.dtype, jnp.floating)):
+            return x_0  # what does not fit is refused by the program
+        self._warn_about_precision(x_0)
+        return Deviations(less_loc(x_0, self.loc, self.kernel.dtype))
 
     @functools.cached_property
     def params_template(self) -> Params:
@@ -347,12 +379,16 @@ class Diffusion:
         validation.check_params(self.params_template, params, self.name)
 
     def check_data(self, x_0: Any, mask: Any = None) -> None:
-        """Raise a `ValueError` unless data and mask fit; warn of columns that cannot be learned."""
+        """Raise a `ValueError` unless data and mask fit.
+
+        Warns of columns that cannot be learned, and of a float type that is too coarse for loc.
+        """
         if x_0 is None:
             if mask is not None:
                 raise ValueError("mask must come with x_0, of which it says what is observed")
             return
         validation.check_data(self.kernel, self.event_shape, x_0, mask, grid=self.last_step.grid)
+        self._warn_about_precision(plain("x_0", x_0))
         if not any(isinstance(a, jax.core.Tracer) for a in (x_0, mask)):
             columns.check_columns(
                 self.kernel, self.event_shape, self.rates, self.units, x_0, mask,
@@ -360,6 +396,30 @@ class Diffusion:
             )  # fmt: skip
 
     # private
+
+    def _checked(self, x_0: Any, context: Any, mask: Any) -> tuple[Any, Any, Any]:
+        """Arguments of a statement as JAX reads them right, checked."""
+        context, mask = plain("context", context), plain("mask", mask)
+        self.check_data(x_0, mask)
+        if x_0 is None:
+            self._warn_about_precision(None)
+        return plain("x_0", x_0), context, mask
+
+    def _warn_about_precision(self, x_0: Any) -> None:
+        """Of data, or of what a program draws; a grid is no finer than float32."""
+        if self.last_step.grid is None:
+            dtype = self.kernel.dtype if x_0 is None else x_0.dtype
+            validation.warn_about_precision(
+                self.loc, self.scale, self.event_shape, dtype, stacklevel=6
+            )
+
+    def _of(self, x_0: Any) -> tuple["Diffusion", Any]:
+        """The diffusion that data are of: with loc 0 for `Deviations`; and their values."""
+        if not isinstance(x_0, Deviations):
+            return self, x_0
+        relative = copy.copy(self)
+        relative.loc = np.zeros_like(self.loc)
+        return relative, x_0.values
 
     @property
     def _takes_log_snr(self) -> bool:

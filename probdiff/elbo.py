@@ -21,6 +21,7 @@ out, hence without their condition on the data's second moment.
 """
 
 import abc
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -82,11 +83,18 @@ def track_kl(guide: _Program) -> _Program:
         (4,)
     """
 
-    def tracked(*args: Any, **kwargs: Any) -> Any:
-        with _TrackKL():
-            return guide(*args, **kwargs)
+    return functools.partial(_tracked, guide)
 
-    return tracked
+
+def untracked(guide: _Program) -> _Program:
+    """The guide that `track_kl` was given; another is returned as it is."""
+    is_tracked = isinstance(guide, functools.partial) and guide.func is _tracked
+    return guide.args[0] if is_tracked else guide
+
+
+def _tracked(guide: _Program, *args: Any, **kwargs: Any) -> Any:
+    with _TrackKL():
+        return guide(*args, **kwargs)
 
 
 class _PlaceTimes(Messenger):

@@ -28,6 +28,7 @@ from numpyro.distributions import biject_to, constraints
 from numpyro.distributions.transforms import Transform
 
 from probdiff import validation
+from probdiff.arguments import plain
 from probdiff.compilation import Programs
 from probdiff.reverse import DataGivenFirst, Mask, Reverse, State
 from probdiff.trajectories import TRAJECTORY_SUFFIX, ReverseTrajectory, first
@@ -146,16 +147,19 @@ class Prior:
                 known entries come with prior predictive draws (`Predictive` without draws of x_0),
                 whose law would not be given them.
         """
-        reverse = self.reverse.given(context)
+        reverse = self.reverse.given(plain("context", context))
+        if reverse.grid is None:
+            validation.warn_about_precision(
+                *reverse.units, reverse.event_shape, reverse.kernel.dtype, stacklevel=3
+            )
         if (known is None) != (mask is None):
             given = "mask" if known is None else "known"
             raise ValueError(f"known and mask must be given together; got only {given}")
         if known is not None:
+            known, mask = plain("known", known), plain("mask", mask)
             validation.check_data(
                 reverse.kernel, reverse.event_shape, known, mask, "known", grid=reverse.grid
             )
-            known = jnp.asarray(known)
-            mask = mask if isinstance(mask, np.ndarray) else jnp.asarray(mask)
         draw = PriorDraw(self.name, reverse, self.variance, self.covariance, known, mask)
         site = self.name + TRAJECTORY_SUFFIX
         law = ReverseTrajectory(reverse)

@@ -35,6 +35,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from numpyro.distributions import constraints
 
 from probdiff import schedules
+from probdiff.arguments import plain
 from probdiff.kernels import Kernel
 from probdiff.readouts import DiscreteReadout, GaussianReadout, Variance
 from probdiff.readouts.grid import Grid
@@ -50,7 +51,11 @@ Level = Int[Any, "..."] | int
 
 
 class Units(NamedTuple):
-    """The user's units, x_0 = loc + scale · x; None and None for symbols, which have none."""
+    """The user's units, x_0 = loc + scale · x; None and None for symbols, which have none.
+
+    Both are NumPy's float64, so that NumPy's float64 data lose no digits to a large loc. Inside
+    what is compiled they have JAX's float type, as x_0 has.
+    """
 
     loc: Any = None
     scale: Any = None
@@ -164,6 +169,34 @@ class Reverse:
         """Coefficients of the step from level t, broadcastable to x_t."""
         return self.steps.at(t, self.event_dim)
 
+    # relative to loc
+
+    def relative(self) -> "Reverse":
+        """The process of x_0 − loc, of the same density: for what float32 is to hold in full.
+
+        Values of a grid stay where they are, and symbols.
+        """
+        if not self._has_loc:
+            return self
+        loc, scale = self.units
+        return dataclasses.replace(self, units=Units(np.zeros(np.shape(loc)), scale))
+
+    def less_loc(self, x_0: Any) -> np.ndarray:
+        """x_0 as `relative` has it, NumPy: float64 until loc is taken off."""
+        x_0 = np.asarray(plain("x_0", x_0))
+        return less_loc(x_0, self.units.loc, self.kernel.dtype) if self._has_loc else x_0
+
+    def plus_loc(self, x_0: Any) -> np.ndarray:
+        """What `relative` draws in the user's units, NumPy's float64; symbols stay ints."""
+        x_0 = np.asarray(x_0)
+        if self._has_loc:
+            return x_0.astype(np.float64) + np.asarray(self.units.loc, np.float64)
+        return x_0 if self.grid is None else self.grid.nearest_in_float64(x_0)
+
+    @property
+    def _has_loc(self) -> bool:
+        return self.units.loc is not None and self.grid is None
+
     # what the network says
 
     def outputs(self, x_t: State, t: Level, *, examples_first: bool = False) -> Outputs:
@@ -263,6 +296,21 @@ class Reverse:
         return self.trained.at(self._time(t), self.event_dim)
 
 
+def less_loc(x_0: np.ndarray, loc: Any, dtype: Any) -> np.ndarray:
+    """x_0 − loc, the difference taken in float64."""
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused as data
+        difference = np.empty(x_0.shape, dtype)
+        return np.subtract(x_0, loc, out=difference, dtype=np.float64, casting="same_kind")
+
+
+def where_observed(mask: Any, there: Any, otherwise: Any) -> Any:
+    """`there` where the mask, which may be None, is True; of NumPy's arrays as NumPy has it."""
+    if mask is None:
+        return there
+    is_numpy = isinstance(there, np.ndarray) and isinstance(mask, np.ndarray)
+    return (np if is_numpy else jnp).where(mask, there, otherwise)
+
+
 def _on_grid(x_0: Values, support: Any) -> Values:
     return support.nearest(x_0) if isinstance(support, Grid) else x_0
 
@@ -303,7 +351,7 @@ class DataGivenFirst(dist.Distribution):
         return _on_grid(self.units.to_data(x), self.data_support)
 
     def log_prob(self, value: Any, intermediates: Any = None) -> Float[Array, "..."]:
-        value = self._seen(value, jnp.zeros((), jnp.asarray(value).dtype))
+        value = where_observed(self.observed, value, 0)
         loc, scale = self.units
         if isinstance(self.data_support, Grid):
             mean, sd = self.base.loc * scale + loc, self.base.scale * scale
@@ -311,8 +359,5 @@ class DataGivenFirst(dist.Distribution):
         else:
             terms = self.base.log_prob(self.units.to_state(value))
             terms = terms if scale is None else terms - jnp.log(scale)
-        terms = self._seen(terms, 0.0)  # a missing entry may be NaN
+        terms = where_observed(self.observed, terms, 0.0)  # a missing entry may be NaN
         return jnp.sum(terms, axis=tuple(range(-self.event_dim, 0)))
-
-    def _seen(self, there: Any, otherwise: Any) -> Any:
-        return there if self.observed is None else jnp.where(self.observed, there, otherwise)

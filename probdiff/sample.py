@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from probdiff import bars, devices
-from probdiff.arguments import check_at_least
+from probdiff.arguments import check_at_least, plain
 from probdiff.diffusion import Diffusion
 from probdiff.reverse import Reverse, State
 from probdiff.trajectories import ReverseTrajectory
@@ -56,8 +56,9 @@ def ancestral(
         progress: Show a bar over the blocks.
 
     Returns:
-        NumPy array `(num_samples, *event_shape)` in the user's units; with `keep_trajectory` a
-        pair of it and the trajectories, `(num_samples, T or steps, *event_shape)`.
+        NumPy array `(num_samples, *event_shape)` in the user's units, float64 or symbols as ints;
+        with `keep_trajectory` a pair of it and the trajectories, `(num_samples, T or steps,
+        *event_shape)`.
 
     Raises:
         ValueError: if a number is out of range, parameters do not fit, contexts do not match, or
@@ -72,15 +73,16 @@ def ancestral(
     check_at_least(1, num_samples=num_samples, block_size=block_size)
     reverse = diffusion.bind(params).respaced(steps)
     check_context_rows(context, diffusion.context_shape, num_samples)
+    context = None if context is None else np.asarray(plain("context", context))
     mesh = devices.checked(mesh)
     devices.check_block_size(block_size, num_samples, "draws", mesh)
     progress = progress and devices.is_first(mesh)
     blocks = _blocks(key, num_samples, context, block_size, progress)
     drawn = devices.blockwise(
-        diffusion.programs, _draw_block, reverse, blocks, mesh, keep=keep_trajectory
+        diffusion.programs, _draw_block, reverse.relative(), blocks, mesh, keep=keep_trajectory
     )
     x_0, trajectories = zip(*drawn, strict=True)
-    x_0 = np.concatenate(x_0)
+    x_0 = reverse.plus_loc(np.concatenate(x_0))
     is_finite = np.isfinite(x_0).reshape(num_samples, -1).all(1)
     if not is_finite.all():
         raise FloatingPointError(
@@ -97,7 +99,7 @@ def _blocks(
     starts = range(0, num_samples, block_size)
     for block, start in enumerate(bars.bar(starts, desc="sample", disable=not progress)):
         numbers = np.arange(start, min(start + block_size, num_samples))
-        given = None if context is None else np.asarray(context[start : start + block_size])
+        given = None if context is None else context[start : start + block_size]
         yield jax.random.fold_in(key, block), numbers, given
 
 

@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int
 from numpyro.distributions import constraints
 
 from probdiff.kernels import Kernel
-from probdiff.reverse import Mask, Reverse, State, Values
+from probdiff.reverse import Mask, Reverse, State, Values, where_observed
 from probdiff.types import Step
 
 TRAJECTORY_SUFFIX = "_trajectory"
@@ -114,8 +114,8 @@ class ForwardTrajectory(_Trajectory):
     @classmethod
     def of(cls, reverse: Reverse, x_0: Values, mask: Mask = None) -> "ForwardTrajectory":
         """The one that a reverse process undoes, for data in the user's units."""
-        x_0 = jnp.asarray(x_0) if mask is None else jnp.where(mask, x_0, jnp.zeros_like(x_0))
-        return cls(reverse.kernel, reverse.trained, reverse.to_state(x_0), reverse.event_dim, mask)
+        x_0 = jnp.asarray(reverse.to_state(where_observed(mask, x_0, 0)))
+        return cls(reverse.kernel, reverse.trained, x_0, reverse.event_dim, mask)
 
     def broadcast_to(self, batch_shape: tuple[int, ...]) -> "ForwardTrajectory":
         """The same law for a larger batch, by repeating x_0."""

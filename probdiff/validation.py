@@ -13,17 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from probdiff import readouts
-from probdiff.arguments import shape_text
+from probdiff.arguments import plain, shape_text
 from probdiff.kernels import AbsorbingKernel, BernoulliKernel, DiscreteKernel, Kernel
 
 _ROOM = 1e4
 """Between what a number may be and the least and the largest of its type."""
+_COARSEST = 1e-3
+"""Share of scale by which numbers of a float type may be apart: their rounding is then unseen."""
+_MOST_COLUMNS = 3
+"""Columns named in a warning."""
 
 
 def check_units(
     kernel: Kernel, event_shape: tuple[int, ...], loc: Any, scale: Any
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """loc and scale in JAX's float type; None for symbols, which have no units."""
+    """loc and scale in float64; None for symbols, which have no units."""
     if isinstance(kernel, DiscreteKernel):
         if np.any(np.asarray(loc) != 0) or np.any(np.asarray(scale) != 1):
             raise ValueError(f"loc and scale must be 0 and 1 for symbols; got {loc}, {scale}")
@@ -33,7 +37,8 @@ def check_units(
                 f"{np.shape(kernel.rate)}"
             )
         return None, None
-    units = {"loc": np.asarray(loc, np.float64), "scale": np.asarray(scale, np.float64)}
+    units = {"loc": plain("loc", loc), "scale": plain("scale", scale)}
+    units = {argument: np.array(value, np.float64) for argument, value in units.items()}
     for argument, value in units.items():
         if not _fits(value, event_shape):
             raise ValueError(
@@ -45,7 +50,7 @@ def check_units(
     if not np.all(units["scale"] > 0):
         raise ValueError(f"scale must be positive; got {scale}")
     _check_magnitude(kernel.dtype, **units)
-    return units["loc"].astype(kernel.dtype), units["scale"].astype(kernel.dtype)
+    return units["loc"], units["scale"]
 
 
 def _check_magnitude(dtype: Any, loc: np.ndarray, scale: np.ndarray) -> None:
@@ -120,20 +125,25 @@ def check_data(
     grid: readouts.Grid | None = None,
 ) -> None:  # fmt: skip
     """Shape and dtype of data and mask; their values where they are concrete."""
+    x_0, mask = plain(argument, x_0), plain("mask", mask)
     shape, dim = np.shape(x_0), len(event_shape)
     if len(shape) < dim or shape[len(shape) - dim :] != event_shape:
         expected = shape_text("...", event_shape)
         raise ValueError(f"{argument} must have shape {expected}; got {shape}")
-    dtype = jnp.result_type(x_0) if isinstance(x_0, jax.Array) else np.asarray(x_0).dtype
-    if not isinstance(kernel, DiscreteKernel) and not jnp.issubdtype(dtype, jnp.floating):
+    is_of_numbers = not isinstance(kernel, DiscreteKernel)
+    if is_of_numbers and not jnp.issubdtype(x_0.dtype, jnp.floating):
         raise ValueError(
-            f"{argument} must be of a floating dtype; got {dtype}: pass "
-            f"{argument}.astype(numpy.float32)"
+            f"{argument} must be of a floating dtype; got {x_0.dtype}: pass "
+            f"{argument}.astype(numpy.float64)"
+        )
+    if not (jnp.issubdtype(x_0.dtype, jnp.number) or x_0.dtype == bool):
+        raise ValueError(
+            f"{argument} must be of an integer dtype; got {x_0.dtype}: pass {argument}.astype(int)"
         )
     if mask is not None and np.shape(mask) != shape:
         raise ValueError(f"mask must have the shape of {argument}, {shape}; got {np.shape(mask)}")
-    if mask is not None and jnp.asarray(mask).dtype != bool:
-        raise ValueError(f"mask must be boolean; got dtype {jnp.asarray(mask).dtype}")
+    if mask is not None and mask.dtype != bool:
+        raise ValueError(f"mask must be boolean; got dtype {mask.dtype}")
     is_data = mask is not None and argument == "x_0" and _is_concrete(mask)
     if is_data and not np.asarray(mask).any():
         warnings.warn(
@@ -168,6 +178,40 @@ def check_variance(event_shape: tuple[int, ...], variance: Any) -> np.ndarray:
     return value
 
 
+def warn_about_precision(
+    loc: Any, scale: Any, event_shape: tuple[int, ...], dtype: Any, stacklevel: int
+) -> None:
+    """Warn by column where numbers near loc are further apart than 1e-3 of scale."""
+    if not isinstance(loc, np.ndarray):  # symbols have none, and of a traced one nothing is known
+        return
+    dtype = jnp.dtype(dtype)
+    spacing = np.ldexp(float(jnp.finfo(dtype).eps), np.frexp(np.abs(loc))[1] - 1)
+    coarse = np.broadcast_to((loc != 0) & (spacing > _COARSEST * scale), event_shape)
+    if not coarse.any():
+        return
+    places = [tuple(map(int, place)) for place in np.argwhere(coarse)]
+    texts = []
+    for place in places[:_MOST_COLUMNS]:
+        at, apart, width = (
+            float(np.broadcast_to(a, event_shape)[place]) for a in (loc, spacing, scale)
+        )
+        column = f"column {place[0]}" if len(place) == 1 else f"entry {place}"
+        texts.append(
+            f"{f'in {column}: ' if place else ''}{dtype} numbers near the loc of {at:.9g} are "
+            f"{apart:.3g} apart, with a scale of {width:.3g}"
+        )
+    if len(places) > _MOST_COLUMNS:
+        texts.append(f"and so in {len(places) - _MOST_COLUMNS} more")
+    warnings.warn(
+        f"x_0 is held too coarsely, more than 1e-3 of scale, {'; '.join(texts)}. Densities and "
+        "draws are off by as much. Give data to fit, sample and diagnostics as NumPy's float64; "
+        "in a program of your own use a Diffusion with loc=0, whose parameters are the same, and "
+        "give it observations less loc, or switch x64 on by "
+        'jax.config.update("jax_enable_x64", True)',
+        stacklevel=stacklevel,
+    )
+
+
 def check_context(context: Any, context_shape: tuple[int, ...] | None) -> None:
     """Context is given exactly where it is expected, with the expected shape."""
     if (context is None) != (context_shape is None):
@@ -178,6 +222,7 @@ def check_context(context: Any, context_shape: tuple[int, ...] | None) -> None:
         )
     if context is None:
         return
+    plain("context", context)
     shape, dim = np.shape(context), len(context_shape)
     if len(shape) < dim or shape[len(shape) - dim :] != context_shape:
         raise ValueError(f"context must have shape {shape_text('...', context_shape)}; got {shape}")

@@ -390,7 +390,7 @@ def with_nan(place):
         (
             KNOWN.astype(int),
             MASK,
-            "known must be of a floating dtype; got int64: pass known.astype(numpy.float32)",
+            "known must be of a floating dtype; got int64: pass known.astype(numpy.float64)",
         ),
         (with_nan((0, 0)), MASK, "known must be finite"),
         (KNOWN[0], MASK[0], "known must have the batch shape of the plates around it, (3,)"),

@@ -32,7 +32,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from probdiff import bars, devices
-from probdiff.arguments import check_at_least, shape_text
+from probdiff.arguments import check_at_least, plain, shape_text
 from probdiff.diagnostics.control import controlled
 from probdiff.diffusion import Data, Diffusion, Mask
 from probdiff.elbo import prior_kl, step_kl
@@ -193,16 +193,26 @@ def _parts(
     devices.check_block_size(block_size, len(x_0), "examples", mesh)
     starts = range(0, len(x_0), block_size)
     disable = not (progress and devices.is_first(mesh))
+    reverse, rows_of = relative_rows(diffusion, params, x_0, context, mask)
 
     def blocks() -> Iterator[tuple[Array | np.ndarray | None, ...]]:
         for block, start in enumerate(bars.bar(starts, desc="bound", disable=disable)):
             rows = slice(start, start + block_size)
-            given = [None if a is None else np.asarray(a[rows]) for a in (x_0, context, mask)]
+            given = (None if a is None else a[rows] for a in rows_of)
             yield jax.random.fold_in(key, block), *given
 
-    reverse = diffusion.bind(params)
     parts = devices.blockwise(diffusion.programs, function, reverse, blocks(), mesh, **counts)
-    return (np.concatenate(part) for part in zip(*parts, strict=True))
+    return (np.concatenate(part).astype(np.float64) for part in zip(*parts, strict=True))
+
+
+def relative_rows(
+    diffusion: Diffusion, params: Params, x_0: Data, context: Any, mask: Mask | None
+) -> tuple[Reverse, tuple[np.ndarray | None, ...]]:
+    """The process of x_0 − loc, whose density is the same, with its x_0, contexts and masks."""
+    reverse = diffusion.bind(params)
+    context, mask = plain("context", context), plain("mask", mask)
+    given = (None if a is None else np.asarray(a) for a in (context, mask))
+    return reverse.relative(), (reverse.less_loc(x_0), *given)
 
 
 def _bound_block(
@@ -377,7 +387,7 @@ def entropy_form(
         raise ValueError(f"kl must have shape {(len(x_0), diffusion.T - 1)}; got {np.shape(kl)}")
     steps = diffusion.bind(params).steps
     kernel, event_dim = diffusion.kernel, len(diffusion.event_shape)
-    x = diffusion.to_state(jnp.asarray(x_0))
+    x = jnp.asarray(diffusion.to_state(plain("x_0", x_0)))
     q_1 = kernel.marginal(x, steps.at(1, event_dim))
     q_T = kernel.marginal(x, steps.at(diffusion.T, event_dim))
     pi = kernel.stationary(x.shape)

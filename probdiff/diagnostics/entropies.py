@@ -37,6 +37,7 @@ import numpyro.distributions as dist
 import xarray as xr
 from jaxtyping import Array, Float
 
+from probdiff.arguments import plain
 from probdiff.diagnostics.bounds import digest
 from probdiff.diffusion import Data, Diffusion
 from probdiff.kernels import AbsorbingKernel, DiscreteKernel, GaussianKernel
@@ -88,7 +89,7 @@ def entropies(diffusion: Diffusion, params: Params, x_0: Data, tree: xr.DataTree
     kernel = diffusion.kernel
     if isinstance(kernel, AbsorbingKernel):
         raise ValueError(f"kernel must put mass on data for eq. 24; got {kernel}")
-    x = diffusion.to_state(jnp.asarray(x_0))
+    x = jnp.asarray(diffusion.to_state(plain("x_0", x_0)))
     steps = diffusion.bind(params).steps
     forward, before, after, log_pi = _closed_forms(kernel, x, steps, len(diffusion.event_shape))
     lower = (forward + before - after).mean(1)
@@ -148,7 +149,8 @@ def information(
     paid = np.concatenate([kl, tree["bound"]["prior_kl"].values[:, None]], 1)  # steps 2..T, and π
     above = np.cumsum(paid[:, ::-1], 1)[:, ::-1]  # at level t: steps t + 1..T, and π
     levels = np.unique(np.round(np.linspace(1, T, min(num_levels, T))).astype(int))
-    inputs = key, diffusion.bind(params), jnp.asarray(x_0), jnp.asarray(levels)
+    reverse = diffusion.bind(params)
+    inputs = key, reverse.relative(), jnp.asarray(reverse.less_loc(x_0)), jnp.asarray(levels)
     contrast = np.asarray(diffusion.programs(_contrast, *inputs))
     variables = {
         "model": ("level", above.mean(0)), "model_se": ("level", _se(above)),

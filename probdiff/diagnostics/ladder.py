@@ -37,6 +37,7 @@ from jaxtyping import Array
 from scipy import stats
 
 from probdiff import devices
+from probdiff.arguments import plain
 from probdiff.diagnostics.bounds import bound, check_examples
 from probdiff.diagnostics.weights import draw_and_weigh, weigh
 from probdiff.diffusion import Data, Diffusion, Mask
@@ -192,9 +193,10 @@ def sandwich(
     reverse = diffusion.bind(params)
     check_context_rows(context, diffusion.context_shape, num_examples)
     key_draws, key_weights = jax.random.split(key)
-    context = None if context is None else jnp.asarray(context)
-    inputs = key_draws, reverse, context, jnp.arange(num_examples)
-    x_0, own = map(np.asarray, diffusion.programs(draw_and_weigh, *inputs))
+    context = None if context is None else jnp.asarray(plain("context", context))
+    inputs = key_draws, reverse.relative(), context, jnp.arange(num_examples)
+    x_0, own = diffusion.programs(draw_and_weigh, *inputs)
+    x_0, own = reverse.plus_loc(x_0), np.asarray(own)
     log_w = weigh(
         key_weights, diffusion, params, x_0, context, None, size=sizes[-1],
         num_repeats=num_repeats, threshold=0.0, block_size=block_size, mesh=mesh,

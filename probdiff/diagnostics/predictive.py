@@ -31,7 +31,7 @@ import xarray as xr
 from arviz_base import from_dict
 from jaxtyping import Array
 
-from probdiff.arguments import check_at_least, shape_text
+from probdiff.arguments import check_at_least, plain, shape_text
 from probdiff.diffusion import Data, Diffusion
 from probdiff.infer.calibrate import p_values_of, pit, verdict
 from probdiff.infer.program import numbered
@@ -87,7 +87,9 @@ def predictive_check(
     """
     _check(diffusion, x_0, num_replicates, context, statistics or {})
     key_draws, key_ties = jax.random.split(key)
-    x_0, shape = np.asarray(x_0), (num_replicates, *np.shape(x_0))
+    x_0, grid = np.asarray(plain("x_0", x_0)), diffusion.last_step.grid
+    x_0 = x_0 if grid is None else grid.nearest_in_float64(x_0)  # as draws are: they may be equal
+    shape = (num_replicates, *x_0.shape)
     rows = None if context is None else np.concatenate([np.asarray(context)] * num_replicates)
     draws = ancestral(
         key_draws, diffusion, params, num_replicates * len(x_0), context=rows,

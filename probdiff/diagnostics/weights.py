@@ -30,7 +30,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from probdiff import bars, devices
-from probdiff.diagnostics.bounds import check_numbers
+from probdiff.diagnostics.bounds import check_numbers, relative_rows
 from probdiff.diffusion import Data, Diffusion, Mask
 from probdiff.infer.particles import effective_number, log_mean, systematic
 from probdiff.kernels import AbsorbingKernel
@@ -101,7 +101,7 @@ def weigh(
     count = len(x_0) * num_repeats
     share = -(-count // (1 if mesh is None else mesh.size))
     per_block = min(share, max(1, block_size // size))
-    given = [None if a is None else np.asarray(a) for a in (x_0, context, mask)]
+    reverse, given = relative_rows(diffusion, params, x_0, context, mask)
     starts = bars.bar(range(0, count, per_block), desc="weigh", disable=not progress)
 
     def block(start: int) -> tuple[Array | np.ndarray | None, ...]:
@@ -110,7 +110,7 @@ def weigh(
         return key, example, repeat, *(None if a is None else a[example] for a in given)
 
     blocks = devices.blockwise(
-        diffusion.programs, _weigh_block, diffusion.bind(params), map(block, starts), mesh,
+        diffusion.programs, _weigh_block, reverse, map(block, starts), mesh,
         size=size, threshold=threshold,
     )  # fmt: skip
     joined = jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *blocks)

@@ -36,7 +36,7 @@ from numpyro import handlers
 from numpyro.primitives import Messenger
 
 from probdiff import bars
-from probdiff.arguments import check_at_least
+from probdiff.arguments import check_at_least, plain_arrays
 from probdiff.compilation import call, trace
 from probdiff.infer.health import InferenceWarning
 from probdiff.infer.program import BLOCK, Conditioned, Program, Site, Sites, read
@@ -146,7 +146,7 @@ class _Simulator:
         parameters = inspect.signature(program).parameters.values()
         named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         needed = {p.name: None for p in parameters if p.kind in named and p.default is p.empty}
-        self._program, self.kwargs = program, needed | kwargs
+        self._program, self.kwargs = program, needed | plain_arrays("kwargs", kwargs)
         sites, constants = self._sites(key)
         marks = {
             n: site["infer"] for n, site in sites.items() if "prior_law" in site.get("infer", {})
@@ -186,6 +186,8 @@ class _Simulator:
         self, data: dict, x_star: np.ndarray, draws: np.ndarray
     ) -> dict[str, np.ndarray]:
         """Quantities of x_0* and, behind it, of the draws, `(1 + L, entries of plates, ...)`."""
+        if np.issubdtype(x_star.dtype, np.floating):
+            draws = draws.astype(x_star.dtype)  # as the program holds them, or ties would be missed
         x_0 = np.concatenate([x_star[None], draws])
         conditioned = read(self._program, (), self.kwargs | data).conditioned
         values = {self.name: x_0, "log_r": np.asarray(self._programs(_log_r, conditioned, x_0))}

@@ -32,7 +32,7 @@ from numpyro import handlers
 from numpyro.distributions import biject_to
 from numpyro.primitives import Messenger
 
-from probdiff.arguments import shape_text
+from probdiff.arguments import plain, shape_text
 from probdiff.infer.program import Program, Site, changed, given, unexpanded
 from probdiff.prior import check_counted
 from probdiff.reverse import Reverse
@@ -121,7 +121,7 @@ def initial_noise(
         >>> bool(jnp.allclose(there, x_0, atol=1e-4))
         True
     """
-    draws = {name: jnp.asarray(value) for name, value in draws.items()}
+    draws = {name: jnp.asarray(plain(name, value)) for name, value in draws.items()}
     counts = {value.shape[:1] for value in draws.values()}
     if len(counts) != 1 or () in counts or (0,) in counts:
         shapes = {name: value.shape for name, value in draws.items()}

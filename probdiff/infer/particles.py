@@ -267,7 +267,7 @@ def _population_keys(key: Array, batch_shape: tuple[int, ...], num_runs: int) ->
 class Outcome(NamedTuple):
     """What a run leaves, NumPy arrays; R runs, N particles, plates as the prior has them."""
 
-    x_0: np.ndarray  # `(R, N, *plates, *event_shape)`, the user's units
+    x_0: np.ndarray  # `(R, N, *plates, *event_shape)`, the user's units, float64 or symbols
     log_weights: np.ndarray  # normalised over N, `(R, N, *plates)`
     log_evidences: np.ndarray  # log Ẑ of each run, `(R, *plates)`
     log_r: np.ndarray  # log r of each particle, `(R, N, *plates)`
@@ -318,7 +318,16 @@ def run(read: Read, options: Options, key: Array, *, progress: bool) -> Outcome:
         out = programs(_end, inputs, shared, state, options=options)
         bar.update(1)
     _check_apart(bool(out.is_coupled))
-    return jax.tree.map(np.asarray, out)
+    out = jax.tree.map(np.asarray, out)
+    return out._replace(x_0=_in_users_units(conditioned.draw, out.x_0))
+
+
+def _in_users_units(draw: PriorDraw, x_0: np.ndarray) -> np.ndarray:
+    """What the relative process drew, in float64, known entries as they were given."""
+    x_0 = draw.reverse.plus_loc(x_0)
+    if draw.known is None:
+        return x_0
+    return np.where(draw.mask, np.asarray(draw.known).astype(x_0.dtype), x_0)
 
 
 def _check_apart(is_coupled: bool) -> None:
@@ -354,8 +363,8 @@ def _known(conditioned: Conditioned) -> tuple[Array | None, np.ndarray | None]:
     if not np.isfinite(np.asarray(draw.known)[mask]).all():
         raise ValueError("known must be finite wherever mask is True; got entries that are not")
     d = math.prod(draw.reverse.event_shape)
-    values = jnp.where(mask, draw.known, jnp.zeros_like(draw.known))
-    known = jnp.broadcast_to(draw.reverse.to_state(values), shape).reshape(-1, d)
+    values = jnp.asarray(draw.reverse.to_state(np.where(mask, np.asarray(draw.known), 0)))
+    known = jnp.broadcast_to(values, shape).reshape(-1, d)
     rows = np.broadcast_to(mask, shape).reshape(-1, d)
     return known, rows[0] if (rows == rows[0]).all() else rows
 
@@ -431,7 +440,8 @@ def _end(inputs: _Inputs, shared: tuple, state: State, *, options: Options) -> O
     walk = _walk(inputs, options, shared)
     state, problem = walk.finish(state), walk.problem
     draw, batch_shape = problem.draw, problem.conditioned.batch_shape
-    x_0 = problem.reverse.to_data(problem.shaped(walk.rows(state.x)))
+    x = problem.shaped(walk.rows(state.x))
+    x_0 = problem.reverse.to_data(x)
     if draw.known is not None:
         x_0 = jnp.where(draw.mask, draw.known, x_0)
     log_w = jnp.where(jnp.isnan(state.log_w), -jnp.inf, state.log_w)
@@ -450,6 +460,7 @@ def _end(inputs: _Inputs, shared: tuple, state: State, *, options: Options) -> O
     by_run = [
         walk.rows(a).reshape(R, N, *batch_shape) for a in (log_w, state.ancestor, state.worst)
     ]
+    x_0 = problem.reverse.relative().to_data(x)
     return Outcome(
         x_0.reshape(R, N, *x_0.shape[1:]), by_run[0], log_z.reshape(R, *batch_shape),
         log_r.reshape(R, N, *batch_shape), *by_run[1:],

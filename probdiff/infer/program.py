@@ -35,6 +35,7 @@ from jaxtyping import Array, Bool, Float
 from numpyro import handlers
 from numpyro.primitives import _PYRO_STACK, Messenger
 
+from probdiff.arguments import plain, plain_arrays
 from probdiff.compilation import Programs, Traced, is_equal, trace
 from probdiff.prior import PriorDraw
 from probdiff.reverse import Reverse
@@ -123,6 +124,7 @@ class _Look(NamedTuple):
     leaves: list[Any]  # all of them, None for a computed one: weights stay where they are
     tree: Any
     is_computed: list[bool]
+    known_at: int | None  # which of the arguments are the known values, as they were given
     batch_shape: tuple[int, ...]
     observed: tuple[str, ...]
     names: Names
@@ -144,6 +146,9 @@ def read(program: Program, args: tuple, kwargs: dict) -> Read:
     computed = look.programs(_computed, look.traced, arrays) if any(look.is_computed) else []
     values, both = iter(computed), zip(look.leaves, look.is_computed, strict=True)
     draw = jax.tree.unflatten(look.tree, [next(values) if c else leaf for leaf, c in both])
+    if look.known_at is not None:  # as it was given, in NumPy's float64 where it was
+        known = [leaf for leaf in jax.tree.leaves((args, kwargs)) if _is_array(leaf)]
+        draw = dataclasses.replace(draw, known=plain("known", known[look.known_at]))
 
     def likelihood(arrays: list[Array], x_0: Array) -> dict[str, Array]:
         sites, _ = _sites(program, *rebuild(arrays), x_0)
@@ -168,7 +173,9 @@ def _look(program: Program, arrays: list[Array], rebuild: Callable) -> _Look:
         leaves, tree = jax.tree.flatten(draw)
         is_computed = [isinstance(leaf, jax.core.Tracer) for leaf in leaves]
         both = zip(leaves, is_computed, strict=True)
+        is_known = (array is draw.known for array in arrays)
         found.update(
+            known_at=next(itertools.compress(itertools.count(), is_known), None),
             leaves=[None if c else leaf for leaf, c in both], tree=tree, is_computed=is_computed,
             batch_shape=batch_shape, observed=observed, programs=site["infer"]["programs"],
             names=_names(sites, site, name, observed),
@@ -218,14 +225,19 @@ def _is_same(look: _Look, other: _Look) -> bool:
 def _arrays(args: tuple, kwargs: dict) -> tuple[list[Array], Callable]:
     """Array arguments, and how to put others in their place."""
     leaves, tree = jax.tree.flatten((args, kwargs))
-    # NumPy's floats count as arrays: values of data, of which each would be compiled for otherwise.
-    is_array = [isinstance(leaf, jax.Array | np.ndarray | np.floating) for leaf in leaves]
+    is_array = [_is_array(leaf) for leaf in leaves]
 
     def rebuild(arrays: list[Array]) -> tuple[tuple, dict]:
         given, both = iter(arrays), zip(leaves, is_array, strict=True)
         return jax.tree.unflatten(tree, [next(given) if a else leaf for leaf, a in both])
 
-    return [jnp.asarray(leaf) for leaf in itertools.compress(leaves, is_array)], rebuild
+    given = plain_arrays("argument ", list(itertools.compress(leaves, is_array)))
+    return [jnp.asarray(leaf) for leaf in given], rebuild
+
+
+def _is_array(leaf: Any) -> bool:
+    """NumPy's floats count: values of data, of which each would be compiled for otherwise."""
+    return isinstance(leaf, jax.Array | np.ndarray | np.floating)
 
 
 class _Place(Messenger):

@@ -214,9 +214,10 @@ class Twist(abc.ABC):
         log_known = jnp.zeros(tilt.log_psi.shape)
         moved = jnp.abs(tilt.shift) / jnp.sqrt(view.variance)
         if view.is_last and view.known is not None:
-            reverse, draw = view.problem.reverse, view.problem.draw
-            law = reverse.data(view.problem.shaped(view.x_t), draw.mask)
-            log_known = law.log_prob(draw.known).reshape(log_known.shape)
+            problem, reverse = view.problem, view.problem.reverse.relative()
+            law = reverse.data(problem.shaped(view.x_t), problem.draw.mask)
+            known = reverse.to_data(problem.shaped(view.known[None])[0])
+            log_known = law.log_prob(known).reshape(log_known.shape)
             moved = jnp.where(view.mask, 0.0, moved)
         factors, law = jnp.moveaxis(tilt.factors, 0, -2), (view.mean, view.variance)
         proposal = GaussianProposal(*law, tilt.shift, tilt.diagonal, factors, log_known)

@@ -95,6 +95,11 @@ class Grid(constraints.Constraint):
         index = jnp.clip(index, 0, self.levels - 1).astype(jnp.int32)
         return jnp.asarray(self.values, jnp.result_type(x, float))[index]
 
+    def nearest_in_float64(self, x: Any) -> Float[np.ndarray, "..."]:
+        """`nearest` in NumPy, with all digits of the values."""
+        index = np.round((np.asarray(x, np.float64) - self.low) / self.spacing)
+        return np.asarray(self.values[np.clip(index, 0, self.levels - 1).astype(int)])
+
     def log_mass(self, x: ArrayLike, mean: ArrayLike, sd: ArrayLike) -> Float[Array, "..."]:
         """log P(x) of N(mean, sd²) put on the grid, elementwise, nats; −∞ for x off the grid."""
         x, mean, sd = map(jnp.asarray, (x, mean, sd))
@@ -106,8 +111,7 @@ class Grid(constraints.Constraint):
 
     def check_values(self, values: np.ndarray, argument: str) -> None:
         """Raise a `ValueError` unless the values lie on the grid."""
-        index = np.round((np.asarray(values, np.float64) - self.low) / self.spacing)
-        nearest = self.values[np.clip(index, 0, self.levels - 1).astype(int)]
+        nearest = self.nearest_in_float64(values)
         off = np.asarray(values)[np.abs(values - nearest) > _SLACK * self.spacing]
         if off.size:
             raise ValueError(

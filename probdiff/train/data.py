@@ -12,12 +12,16 @@ on whether it was interrupted. Three sources give the loop its data, n steps fro
 - `Whole`: all of the data at every step; a program with a subsampling plate draws its batch itself.
 - `Stream`: an iterator's batches in its order, stacked, so that many steps share a transfer.
 
+A diffusion's own programs are given x_0 − loc, the difference taken in float64 before data are
+arrays of JAX's float type, which may not hold the digits behind a large loc.
+
 The permutations are NumPy's: they are drawn, as an iterator's batches are fetched, on the host
 while the device is busy with the chunk before.
 """
 
 import abc
 import functools
+import inspect
 import itertools
 import json
 from collections.abc import Iterator
@@ -27,9 +31,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import ArrayLike, Int, Int32, PRNGKeyArray, PyTree
+from numpyro.infer import SVI
 
 from probdiff import devices
-from probdiff.arguments import check_at_least
+from probdiff.arguments import check_at_least, plain_arrays
+from probdiff.diffusion import Diffusion
+from probdiff.elbo import untracked
 from probdiff.train import checkpoint
 
 _MAX_STEPS = 1024  # of a chunk: their losses and indices are kept
@@ -45,12 +52,38 @@ def arguments(batch: PyTree) -> tuple[tuple, dict]:
     return (batch if isinstance(batch, tuple) else (batch,)), {}
 
 
-def as_arrays(data: PyTree, name: str = "data") -> PyTree:
-    """`data` with JAX arrays for leaves; a `ValueError` unless it is an array, tuple or dict."""
+def own_diffusion(svi: SVI) -> Diffusion | None:
+    """The diffusion whose own model and guide an SVI has; None for any other programs."""
+    model, guide = svi.model, untracked(svi.guide)
+    if not (inspect.ismethod(model) and inspect.ismethod(guide)):
+        return None
+    pairs = {
+        Diffusion.model: Diffusion.guide, Diffusion.model_by_step: Diffusion.guide_by_step,
+    }  # fmt: skip
+    is_own = guide.__func__ is pairs.get(model.__func__) and guide.__self__ is model.__self__
+    return model.__self__ if is_own else None
+
+
+def as_arrays(data: PyTree, name: str = "data", diffusion: Diffusion | None = None) -> PyTree:
+    """`data` with JAX arrays for leaves; a `ValueError` unless it is an array, tuple or dict.
+
+    Where the programs are a diffusion's own, its x_0 are less loc, taken off in float64.
+    """
     if not isinstance(data, (np.ndarray, jax.Array, tuple, dict)):
         got = type(data).__name__
         raise ValueError(f"{name} must be an array, or a tuple or dict of arrays; got {got}")
-    return jax.tree.map(jnp.asarray, data)
+    data = plain_arrays(name, data)
+    return jax.tree.map(jnp.asarray, data if diffusion is None else _less_loc(data, diffusion))
+
+
+def _less_loc(data: PyTree, diffusion: Diffusion) -> PyTree:
+    """x_0 is the first of a tuple."""
+    if isinstance(data, dict):
+        is_given = data.get("x_0") is not None
+        return data | {"x_0": diffusion.less_loc(data["x_0"])} if is_given else data
+    if isinstance(data, tuple):
+        return (diffusion.less_loc(data[0]), *data[1:]) if data else data
+    return diffusion.less_loc(data)
 
 
 class Source(abc.ABC):
@@ -138,13 +171,13 @@ class Minibatches(Source):
 class Stream(Source):
     """An iterator's batches: arrays, or tuples or dicts of arrays, of one shape throughout."""
 
-    def __init__(self, iterator: Iterator, mesh: Mesh | None):
-        first = next(iterator, None)
+    def __init__(self, iterator: Iterator, mesh: Mesh | None, diffusion: Diffusion | None = None):
+        first, self._diffusion = next(iterator, None), diffusion
         if first is None:
             raise ValueError(
                 "data must yield at least one batch; got an iterator that is at its end"
             )
-        self.first = self.known = as_arrays(first, "a batch of data")
+        self.first = self.known = as_arrays(first, "a batch of data", diffusion)
         self.examples = _shared_length(self.first, "a batch of data")
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(self.first))
         self.capacity = max(1, min(_MAX_STEPS, _MAX_STREAM_BYTES // max(size, 1)))
@@ -175,18 +208,22 @@ class Stream(Source):
     def _next(self) -> PyTree:
         for batch in self._batches:
             self._taken += 1
-            return batch
+            batch = plain_arrays("data", batch)
+            return batch if self._diffusion is None else _less_loc(batch, self._diffusion)
         raise ValueError(f"data must yield a batch for every step; it ended after {self._taken}")
 
 
-def from_data(key: PRNGKeyArray, data: PyTree, batch_size: int | None, mesh: Mesh | None) -> Source:
+def from_data(
+    key: PRNGKeyArray, data: PyTree, batch_size: int | None, mesh: Mesh | None,
+    diffusion: Diffusion | None = None,
+) -> Source:  # fmt: skip
     """What the arguments of `fit` ask for, or a `ValueError`; `key` orders minibatches."""
     if isinstance(data, Iterator):
         if batch_size is not None:
             where = "where data is an iterator of batches"
             raise ValueError(f"batch_size must be None {where}; got {batch_size}")
-        return Stream(data, mesh)
-    data = as_arrays(data)
+        return Stream(data, mesh, diffusion)
+    data = as_arrays(data, diffusion=diffusion)
     if batch_size is not None:
         return Minibatches(key, data, batch_size, mesh)
     if mesh is not None:

@@ -78,6 +78,7 @@ def fit(
             large would give their sum. All counts of steps are then of the small batches.
         data: Arguments of guide and model: an array or a tuple goes by position, a dict by
             keyword. Or an iterator of such batches; a resumed run skips one for each step done.
+            Of a diffusion's own model and guide, loc is taken off x_0 in NumPy's float64.
         num_steps: Steps in all, those of an interrupted run included.
         batch_size: Examples a step, along axis 0, drawn without replacement within an epoch. None
             gives each step all of the data: so is a program with its own subsampling plate fitted.
@@ -125,8 +126,9 @@ def fit(
         raise ValueError(f"log and checkpoint must be two files; got {log} for both")
     mesh = devices.checked(mesh)
     key_init, key_batches, key_held_out = random.split(key, 3)
-    source = batches.from_data(key_batches, data, batch_size, mesh)
-    held_out = None if held_out is None else batches.as_arrays(held_out, "held_out")
+    own = batches.own_diffusion(svi)
+    source = batches.from_data(key_batches, data, batch_size, mesh, own)
+    held_out = None if held_out is None else batches.as_arrays(held_out, "held_out", own)
     if log is not None and not devices.is_first(mesh):
         log = os.devnull  # for a run with a log is cut into other chunks than one without
     traced = TracedSVI(svi, key_init, source.first, mesh)
