@@ -297,7 +297,9 @@ class Reverse:
 
 
 def less_loc(x_0: np.ndarray, loc: Any, dtype: Any) -> np.ndarray:
-    """x_0 − loc, the difference taken in float64."""
+    """x_0 − loc, the difference taken in float64, without a copy of all of it in float64."""
+    if x_0.dtype == dtype and not np.any(loc):
+        return x_0
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused as data
         difference = np.empty(x_0.shape, dtype)
         return np.subtract(x_0, loc, out=difference, dtype=np.float64, casting="same_kind")

@@ -355,3 +355,155 @@ def test_loc_and_scale_are_saved_with_all_their_digits(tmp_path, key):
     probdiff.save(tmp_path / "model", diffusion, {})
     again, _ = probdiff.load(tmp_path / "model", network=network)
     assert again.loc == diffusion.loc and again.scale == diffusion.scale
+
+
+# Arrays of other kinds: right, or refused by name.
+
+
+def swapped(x):
+    """The same values, their bytes the other way round."""
+    x = np.asarray(x)
+    return x.astype(x.dtype.newbyteorder(">"))
+
+
+def shifted_by_context(**options):
+    """Its draws and bounds depend on the context."""
+
+    def network(x_t, t, context):
+        return jnp.stack([0 * x_t + context, 0 * x_t], -1)
+
+    beta = schedules.cosine(3)
+    return Diffusion(GaussianKernel(), beta, network, event_shape=(), context_shape=(), **options)
+
+
+def doors():
+    """What takes arrays, each as a function of one array."""
+    key, near, mask = jax.random.key(0), normal(0.0), np.array([True, False, True])
+    table, by_context = normal(0.0, 1.0, (3,)), shifted_by_context()
+    bits = standard_diffusion((3,), 3, kernel=BernoulliKernel(0.5))
+    x, whole = np.zeros(3, np.float32), lambda a: (a > 0).astype(f"{a.dtype.byteorder}i4")
+    weights = lambda w, x_t, t: jnp.stack([0 * x_t + w.sum(), 0 * x_t], -1)  # noqa: E731
+    weighted = Diffusion(
+        GaussianKernel(), schedules.cosine(3), (weights, np.zeros(3, np.float32)), event_shape=()
+    )
+    measured = infer.SMC(
+        lambda y: numpyro.sample("y", dist.Normal(table.prior({})(), 1.0).to_event(1), obs=y),
+        num_particles=100,
+        num_runs=1,
+    )
+    known = infer.SMC(
+        lambda known: table.prior({})(known=known, mask=mask), num_particles=100, num_runs=1
+    )
+    closed = lambda known: infer.SMC(  # noqa: E731
+        lambda: table.prior({})(known=known, mask=mask), num_particles=100, num_runs=1
+    )
+    svi = SVI(near.model, near.guide, optax.adam(1e-2), SampledTimeELBO())
+
+    def evidence(smc, *args):
+        smc.run(key, *args)
+        return smc.log_evidence
+
+    return {
+        "data": lambda a: diagnostics.bound(key, near, {}, a)["bound"]["bound"],
+        "symbols": lambda a: diagnostics.bound(key, bits, {}, whole(a)[None])["bound"]["bound"],
+        "context": lambda a: diagnostics.bound(key, by_context, {}, x, context=a)["bound"]["bound"],
+        "context of draws": lambda a: sample.ancestral(key, by_context, {}, 3, context=a),
+        "params": lambda a: sample.ancestral(key, weighted, {"x_0_network$params": a}, 4),
+        "loc": lambda a: sample.ancestral(key, normal(a, 1.0, (3,)), {}, 2),
+        "training": lambda a: fit(key, svi, a, num_steps=1, progress=False).losses,
+        "held-out": lambda a: (
+            fit(key, svi, x, num_steps=1, held_out=a, progress=False).held_out_losses.loss
+        ),
+        "stock SVI": lambda a: svi.run(key, 1, a, progress_bar=False).losses,
+        "an argument": lambda a: evidence(measured, a),
+        "known": lambda a: evidence(known, a),
+        "known, closed over": lambda a: evidence(closed(a)),
+    }
+
+
+@pytest.mark.filterwarnings("ignore::probdiff.infer.InferenceWarning")
+@pytest.mark.parametrize("door", doors())
+def test_bytes_of_the_other_order_are_read_right(door):
+    """After a native call of the same shape, where JAX would read them as they lie."""
+    a = np.array([0.5, -1.0, 2.0], np.float32)
+    at = doors()[door]
+    native = np.asarray(at(a))
+    for dtype in (">f4", ">f8"):
+        np.testing.assert_array_equal(np.asarray(at(a.astype(dtype))), native)
+
+
+def test_masks_and_booleans_have_no_order(key):
+    x, mask = np.ones((2, 3)), np.array([[True, False, True]] * 2)
+    diffusion = normal(0.0, 1.0, (3,))
+    tree = diagnostics.bound(key, diffusion, {}, swapped(x), mask=mask)
+    near = diagnostics.bound(key, diffusion, {}, x, mask=jnp.asarray(mask))
+    np.testing.assert_array_equal(tree["bound"]["bound"], near["bound"]["bound"])
+
+
+def kinds(x):
+    """The same numbers (multiples of 1/4), held otherwise."""
+    import pandas as pd
+    import xarray as xr
+
+    wide = np.zeros((len(x), 6), np.float32)
+    wide[:, ::2] = x
+    frozen = x.copy()
+    frozen.flags.writeable = False
+    return {
+        "float16": x.astype(np.float16),
+        "bfloat16": x.astype(jnp.bfloat16),
+        "JAX's bfloat16": jnp.asarray(x, jnp.bfloat16),
+        "float64": x.astype(np.float64),
+        "long double": x.astype(np.longdouble),
+        "every other column": wide[:, ::2],
+        "columns first": np.asfortranarray(x),
+        "read only": frozen,
+        "backwards": x[::-1].copy()[::-1],
+        "DataFrame": pd.DataFrame(x),
+        "DataArray": xr.DataArray(x),
+        "nothing masked": np.ma.array(x),
+    }
+
+
+@pytest.mark.parametrize("name", kinds(np.zeros((1, 3), np.float32)))
+def test_the_same_numbers_held_otherwise_have_the_same_bound(unchecked, key, name):
+    diffusion, x = normal(0.0, 1.0, (3,)), np.round(4 * numbers(8, 3)).astype(np.float32) / 4
+    near = diagnostics.bound(key, diffusion, {}, x)["bound"]
+    tree = diagnostics.bound(key, diffusion, {}, kinds(x)[name])["bound"]
+    np.testing.assert_array_equal(tree["bound"], near["bound"])
+    assert tree.attrs["data"] == near.attrs["data"]
+
+
+def test_a_view_of_one_row_many_times_is_read_as_its_rows(key):
+    diffusion, row = normal(0.0, 1.0, (3,)), np.array([0.5, -1.0, 2.0], np.float32)
+    view = np.broadcast_to(row, (5, 3))
+    near = diagnostics.bound(key, diffusion, {}, view.copy())["bound"]["bound"]
+    np.testing.assert_array_equal(
+        diagnostics.bound(key, diffusion, {}, view)["bound"]["bound"], near
+    )
+
+
+MASKED = np.ma.array([0.5, -1.0, 2.0], mask=[False, True, False])
+
+
+@pytest.mark.parametrize("door", sorted({*doors()} - {"symbols"}))
+def test_a_masked_array_is_refused_by_name(unchecked, door):
+    with pytest.raises(
+        ValueError, match=r"must not be a masked array.* 1 masked .*numpy\.ma\.getmask"
+    ):
+        doors()[door](MASKED)
+
+
+def test_a_masked_table_is_refused_as_data(key):
+    x = np.ma.masked_less(np.array([[0.5, -9.0]]), -5)
+    message = r"x_0 must not be a masked array.* 1 masked entries: pass x_0\.data, and a mask"
+    for call in (diagnostics.bound, diagnostics.sampled_bound, diagnostics.ladder):
+        with pytest.raises(ValueError, match=message):
+            call(key, normal(0.0, 1.0, (2,)), {}, x)
+
+
+def test_objects_are_refused_by_name(key):
+    bits = standard_diffusion((3,), 3, kernel=BernoulliKernel(0.5))
+    for diffusion, kind in ((normal(0.0, 1.0, (3,)), "a floating"), (bits, "an integer")):
+        with pytest.raises(ValueError, match=f"x_0 must be of {kind} dtype; got object"):
+            diagnostics.bound(key, diffusion, {}, np.ones((2, 3), object))

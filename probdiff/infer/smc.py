@@ -100,8 +100,8 @@ class Sampler(abc.ABC):
         draws come in random order, and one may come twice.
 
         Returns:
-            Arrays `(M, *plates, *event_shape)`, the user's units; M is `num_runs · num_particles`,
-            or `num_samples`.
+            Arrays `(M, *plates, *event_shape)`, the user's units, x_0 in float64 or symbols; M is
+            `num_runs · num_particles`, or `num_samples`.
 
         Example:
             >>> prior = standard_diffusion().prior({})
