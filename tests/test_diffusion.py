@@ -554,7 +554,7 @@ def with_entry(value):
         (
             GOOD.astype(np.int32),
             None,
-            r"x_0 must be of a floating dtype; got int32: pass x_0.astype\(numpy.float32\)",
+            r"x_0 must be of a floating dtype; got int32: pass x_0.astype\(numpy.float64\)",
         ),
         (GOOD == 0, None, "x_0 must be of a floating dtype; got bool"),
         (GOOD, np.ones(2, bool), r"mask must have the shape of x_0, \(3, 2\); got \(2,\)"),

@@ -224,15 +224,14 @@ def _is_same(look: _Look, other: _Look) -> bool:
 
 def _arrays(args: tuple, kwargs: dict) -> tuple[list[Array], Callable]:
     """Array arguments, and how to put others in their place."""
-    leaves, tree = jax.tree.flatten((args, kwargs))
+    leaves, tree = jax.tree.flatten(plain_arrays("argument ", (args, kwargs)))
     is_array = [_is_array(leaf) for leaf in leaves]
 
     def rebuild(arrays: list[Array]) -> tuple[tuple, dict]:
         given, both = iter(arrays), zip(leaves, is_array, strict=True)
         return jax.tree.unflatten(tree, [next(given) if a else leaf for leaf, a in both])
 
-    given = plain_arrays("argument ", list(itertools.compress(leaves, is_array)))
-    return [jnp.asarray(leaf) for leaf in given], rebuild
+    return [jnp.asarray(leaf) for leaf in itertools.compress(leaves, is_array)], rebuild
 
 
 def _is_array(leaf: Any) -> bool:
