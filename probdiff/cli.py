@@ -232,8 +232,8 @@ def _bound(args: argparse.Namespace) -> None:
         diffusion, params = load(args.model)
     except ValueError as error:
         raise UsageError(error) from error
-    if isinstance(diffusion.kernel, GaussianKernel):
-        x_0 = x_0.astype("float32")
+    if isinstance(diffusion.kernel, GaussianKernel) and not np.issubdtype(x_0.dtype, np.floating):
+        x_0 = x_0.astype("float64")
     out = Path(args.out or Path(args.model) / f"bounds-{Path(args.data).stem}.nc")
     if not out.parent.is_dir():
         raise UsageError(f"--out must lie in a folder that exists; got {out}")

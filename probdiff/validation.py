@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from probdiff import readouts
-from probdiff.arguments import plain, shape_text
+from probdiff.arguments import plain, plain_arrays, shape_text
 from probdiff.kernels import AbsorbingKernel, BernoulliKernel, DiscreteKernel, Kernel
 
 _ROOM = 1e4
@@ -203,10 +203,10 @@ def warn_about_precision(
     if len(places) > _MOST_COLUMNS:
         texts.append(f"and so in {len(places) - _MOST_COLUMNS} more")
     warnings.warn(
-        f"x_0 is held too coarsely, more than 1e-3 of scale, {'; '.join(texts)}. Densities and "
-        "draws are off by as much. Give data to fit, sample and diagnostics as NumPy's float64; "
-        "in a program of your own use a Diffusion with loc=0, whose parameters are the same, and "
-        "give it observations less loc, or switch x64 on by "
+        f"x_0 is held too coarsely, in steps above 1e-3 of scale; {'; '.join(texts)}. Densities "
+        "and draws are off by as much. Give data to fit and diagnostics as NumPy's float64; in a "
+        "program of your own use a Diffusion with loc=0, whose parameters are the same, and give "
+        "it observations less loc, or switch x64 on by "
         'jax.config.update("jax_enable_x64", True)',
         stacklevel=stacklevel,
     )
@@ -265,9 +265,10 @@ def check_name(name: str) -> None:
 
 
 def check_params(template: Any, params: Any, name: str) -> None:
-    """Parameters are those of the template: names, tree and shapes."""
+    """Parameters are those of the template: names, tree and shapes; no array is masked."""
     if not isinstance(params, dict):
         raise ValueError(f"params must be a dict by site name; got {type(params).__name__}")
+    plain_arrays("params", params)
     expected, given = leaves_by_path(template), leaves_by_path(params)
     missing = sorted(expected.keys() - given.keys())
     unknown = sorted(given.keys() - expected.keys())

@@ -11,7 +11,9 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+import xarray as xr
 from flax import nnx
+from numpyro import handlers
 from numpyro.infer import SVI, Predictive, Trace_ELBO
 from scipy import stats
 
@@ -23,6 +25,7 @@ from probdiff import (
     GaussianKernel,
     ImportanceTimes,
     SampledTimeELBO,
+    cli,
     diagnostics,
     fit,
     infer,
@@ -325,6 +328,7 @@ def programs_in_float32():
         "Predictive": lambda key: Predictive(diffusion.model, num_samples=2)(key),
         "SMC": lambda key: infer.SMC(observed, num_particles=9, num_runs=1).run(key, y=JULIAN),
         "a program of the user's": lambda key: svi.init(key, jnp.asarray(x, jnp.float32)),
+        "NUTS": lambda key: handlers.seed(infer.noncentered(observed), key)(JULIAN),
         "by step": lambda key: Predictive(diffusion.model_by_step, num_samples=2)(key),
         "float32 data": lambda key: diagnostics.bound(key, diffusion, {}, np.float32(x)),
         "JAX's data": lambda key: diagnostics.bound(key, diffusion, {}, jnp.asarray(x)),
@@ -355,6 +359,21 @@ def test_loc_and_scale_are_saved_with_all_their_digits(tmp_path, key):
     probdiff.save(tmp_path / "model", diffusion, {})
     again, _ = probdiff.load(tmp_path / "model", network=network)
     assert again.loc == diffusion.loc and again.scale == diffusion.scale
+
+
+@pytest.mark.long
+def test_the_command_line_reads_files_with_all_their_digits(tmp_path, key):
+    """In either order of bytes."""
+    diffusion, x = trainable(1e8), numbers(20) + 1e8
+    svi = SVI(diffusion.model, diffusion.guide, optax.adam(1e-2), SampledTimeELBO())
+    params = fit(key, svi, x, num_steps=1, progress=False).params
+    probdiff.save(tmp_path / "model", diffusion, params)
+    np.save(tmp_path / "x.npy", x.astype(">f8"))
+    assert cli.main(["bound", str(tmp_path / "model"), str(tmp_path / "x.npy")]) == 0
+    with xr.open_datatree(tmp_path / "model" / "bounds-x.nc", engine="h5netcdf") as tree:
+        ours = tree["bound"]["bound"].values
+    exact = diagnostics.bound(jax.random.key(0), diffusion, params, x)["bound"]["bound"]
+    np.testing.assert_allclose(ours, exact, atol=1e-6)
 
 
 # Arrays of other kinds: right, or refused by name.
@@ -443,7 +462,6 @@ def test_masks_and_booleans_have_no_order(key):
 def kinds(x):
     """The same numbers (multiples of 1/4), held otherwise."""
     import pandas as pd
-    import xarray as xr
 
     wide = np.zeros((len(x), 6), np.float32)
     wide[:, ::2] = x
