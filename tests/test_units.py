@@ -4,6 +4,8 @@ The oracle is `standard_diffusion` with loc and scale, N(loc, scale²) in the us
 by any loc, densities, evidences and draws relative to loc are the same.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -306,6 +308,7 @@ def test_a_posterior_far_from_zero_has_mean_and_sd(key):
 # Where float32 is too coarse, it is said.
 
 
+@functools.cache
 def programs_in_float32():
     """Each runs a program in which x_0 is a number of float32, in the user's units."""
     diffusion = normal(np.array([0.0, JULIAN]), np.array([1.0, 0.1]), (2,))
@@ -395,6 +398,7 @@ def shifted_by_context(**options):
     return Diffusion(GaussianKernel(), beta, network, event_shape=(), context_shape=(), **options)
 
 
+@functools.cache
 def doors():
     """What takes arrays, each as a function of one array."""
     key, near, mask = jax.random.key(0), normal(0.0), np.array([True, False, True])
@@ -459,6 +463,12 @@ def test_masks_and_booleans_have_no_order(key):
     np.testing.assert_array_equal(tree["bound"]["bound"], near["bound"]["bound"])
 
 
+@functools.cache
+def table():
+    """N(0, I) of three columns, compiled once."""
+    return normal(0.0, 1.0, (3,))
+
+
 def kinds(x):
     """The same numbers (multiples of 1/4), held otherwise."""
     import pandas as pd
@@ -485,7 +495,7 @@ def kinds(x):
 
 @pytest.mark.parametrize("name", kinds(np.zeros((1, 3), np.float32)))
 def test_the_same_numbers_held_otherwise_have_the_same_bound(unchecked, key, name):
-    diffusion, x = normal(0.0, 1.0, (3,)), np.round(4 * numbers(8, 3)).astype(np.float32) / 4
+    diffusion, x = table(), np.round(4 * numbers(8, 3)).astype(np.float32) / 4
     near = diagnostics.bound(key, diffusion, {}, x)["bound"]
     tree = diagnostics.bound(key, diffusion, {}, kinds(x)[name])["bound"]
     np.testing.assert_array_equal(tree["bound"], near["bound"])
