@@ -35,6 +35,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import ArrayLike, PyTree
 
+from probdiff.arguments import check_object
 from probdiff.compilation import Programs
 
 
@@ -42,6 +43,7 @@ def checked(mesh: Mesh | None) -> Mesh | None:
     """The same devices on an axis that the compiler may use as it sees fit."""
     if mesh is None:
         return None
+    check_object(Mesh, "a jax.sharding.Mesh", mesh=mesh)
     if len(mesh.axis_names) != 1:
         raise ValueError(f"mesh must have one axis; got {mesh.axis_names}")
     count = len({device.process_index for device in mesh.devices.flat})

@@ -35,7 +35,14 @@ import numpyro
 from jaxtyping import Array, Shaped
 
 from probdiff import columns, readouts, schedules, validation
-from probdiff.arguments import check_shape, plain, plain_arrays, shape_text
+from probdiff.arguments import (
+    check_object,
+    check_shape,
+    plain,
+    plain_arrays,
+    read_array,
+    shape_text,
+)
 from probdiff.compilation import Programs, trace
 from probdiff.kernels import BernoulliKernel, DiscreteKernel, GaussianKernel, Kernel
 from probdiff.networks.binding import bind, example_inputs, output_shape
@@ -117,6 +124,12 @@ class Diffusion:
         context_shape: tuple[int, ...] | None = None,
         name: str = "x_0",
     ):
+        check_object(Kernel, "a kernel such as GaussianKernel()", kernel=kernel)
+        family = readouts.GaussianReadout | readouts.DiscreteReadout
+        check_object(family, "one such as readouts.Epsilon()", or_none=True, readout=readout)
+        check_object(
+            readouts.LastStep, "one such as readouts.Tied()", or_none=True, last_step=last_step
+        )
         validation.check_name(name)
         self.kernel, self.network, self.name = kernel, network, name
         self.event_shape = check_shape("event_shape", event_shape)
@@ -184,6 +197,8 @@ class Diffusion:
             >>> seed(guide, 0)(jnp.zeros((3, 4, 2))).shape
             (3, 4, 5, 2)
         """
+        if x_0 is None:
+            raise ValueError("x_0 must be given to the guide, which starts at data; got None")
         x_0, _, mask = self._checked(x_0, None, mask)
         x_0 = jnp.asarray(self.to_state(where_observed(mask, x_0, 0)))
         law = ForwardTrajectory(self.kernel, self._steps(), x_0, len(self.event_shape), mask)
@@ -348,6 +363,7 @@ class Diffusion:
 
     def to_state(self, x_0: Values) -> Values:
         """Data as the diffusion holds them: (x_0 − loc)/scale, or symbols as int32."""
+        x_0 = read_array("x_0", x_0, jnp.integer, jnp.floating, jnp.bool_)
         return self.kernel.to_state(self.units.to_state(x_0))
 
     def less_loc(self, x_0: Data) -> Deviations | np.ndarray:
@@ -492,13 +508,19 @@ class Diffusion:
                 f"{type(self.network).__name__} that takes the log-SNR"
             )
         inputs = example_inputs(self.event_shape, self.context_shape, self.kernel.dtype)
+        if isinstance(self.network, type):
+            raise ValueError(f"network must be made first; got the class {self.network}")
         try:
             is_pair = isinstance(self.network, tuple)
             function, *given = self.network if is_pair else (self.network,)
             called = (a for a in (*given, *inputs) if a is not None)
             inspect.signature(function).bind(*called)
         except TypeError as error:
-            form = "network(x_t, t)" if self.context_shape is None else "network(x_t, t, context)"
+            form = (
+                "network(x_t, t)"
+                if self.context_shape is None
+                else "network(x_t, t, context), as there is a context_shape"
+            )
             raise ValueError(f"network must be callable as {form}; {error}") from None
 
         def call(key: Array) -> Array:
@@ -508,11 +530,12 @@ class Diffusion:
         out = jax.eval_shape(call, jax.random.key(0))
         count = self.readout.num_outputs(self.kernel)
         expected = (2, *output_shape(self.event_shape, count))
+        check_object(jax.ShapeDtypeStruct, "a function that returns an array", network=out)
         if out.shape != expected:
             raise ValueError(
-                f"network must return shape {shape_text('B', expected[1:])} for "
-                f"{self.readout}; got {shape_text('B', out.shape[1:])}"
-                f"{self._outputs_hint(count)}"
+                f"network must return shape {shape_text('B', expected[1:])} at "
+                f"event_shape {self.event_shape} for {self.readout}; got "
+                f"{shape_text('B', out.shape[1:])}{self._outputs_hint(count)}"
             )
         self._check_rows()
 

@@ -35,6 +35,7 @@ from numpyro.infer.elbo import ELBO
 from numpyro.primitives import Messenger, mutable
 from numpyro.util import check_model_guide_match
 
+from probdiff.arguments import check_at_least, check_callable, check_flag, check_object
 from probdiff.reverse import DataGivenFirst, Reverse, State, Values
 from probdiff.times import StratifiedTimes, Times
 from probdiff.trajectories import (
@@ -83,6 +84,7 @@ def track_kl(guide: _Program) -> _Program:
         (4,)
     """
 
+    check_callable("guide(*args)", guide=guide)
     return functools.partial(_tracked, guide)
 
 
@@ -143,11 +145,10 @@ class SampledTimeLoss(ELBO, abc.ABC):
         times: Times | None = None,
         vectorize_particles: Any = True,
     ):
-        for argument, value in {"num_particles": num_particles, "num_times": num_times}.items():
-            if value != int(value) or value < 1:
-                raise ValueError(f"{argument} must be an integer of at least 1; got {value}")
-        if times is not None and not isinstance(times, Times):
-            raise ValueError(f"times must be a law of t such as StratifiedTimes(); got {times}")
+        check_at_least(1, num_particles=num_particles, num_times=num_times)
+        check_object(Times, "a law of t such as StratifiedTimes()", or_none=True, times=times)
+        if not callable(vectorize_particles):
+            check_flag(vectorize_particles=vectorize_particles)
         self.num_times = num_times
         self.times = StratifiedTimes() if times is None else times
         super().__init__(num_particles, vectorize_particles)

@@ -28,7 +28,7 @@ from numpyro.distributions import biject_to, constraints
 from numpyro.distributions.transforms import Transform
 
 from probdiff import validation
-from probdiff.arguments import plain
+from probdiff.arguments import check_object, check_text, plain
 from probdiff.compilation import Programs
 from probdiff.reverse import DataGivenFirst, Mask, Reverse, State
 from probdiff.trajectories import TRAJECTORY_SUFFIX, ReverseTrajectory, first
@@ -111,6 +111,9 @@ class Prior:
         variance: Any = None,
         programs: Programs | None = None,
     ):
+        check_object(Reverse, "what Diffusion.bind returns", reverse=reverse)
+        check_text(name=name)
+        check_object(Programs, or_none=True, programs=programs)
         self.reverse, self.name, self.covariance = reverse, name, None
         self.programs = Programs() if programs is None else programs
         self.variance = validation.check_variance(reverse.event_shape, variance)

@@ -35,7 +35,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from numpyro.distributions import constraints
 
 from probdiff import schedules
-from probdiff.arguments import plain
+from probdiff.arguments import check_at_least, plain
 from probdiff.kernels import Kernel
 from probdiff.readouts import DiscreteReadout, GaussianReadout, Variance
 from probdiff.readouts.grid import Grid
@@ -152,6 +152,7 @@ class Reverse:
         Raises:
             ValueError: if n is not in 2..T.
         """
+        check_at_least(0, or_none=True, steps=n)
         if n is None or n == self.n:
             return self
         return dataclasses.replace(self, steps=schedules.respaced(self.trained, n)[1])

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from probdiff import bars, devices
-from probdiff.arguments import check_at_least, plain
+from probdiff.arguments import check_at_least, check_flag, check_key, check_object, plain
 from probdiff.diffusion import Diffusion
 from probdiff.reverse import Reverse, State
 from probdiff.trajectories import ReverseTrajectory
@@ -70,6 +70,9 @@ def ancestral(
         >>> x_0.shape, bool(abs(x_0.var() - 1) < 0.1)
         ((4000, 2), True)
     """
+    check_key(key)
+    check_object(Diffusion, diffusion=diffusion)
+    check_flag(keep_trajectory=keep_trajectory, progress=progress)
     check_at_least(1, num_samples=num_samples, block_size=block_size)
     reverse = diffusion.bind(params).respaced(steps)
     check_context_rows(context, diffusion.context_shape, num_samples)

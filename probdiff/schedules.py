@@ -25,8 +25,20 @@ import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array, Float, Int
 
-from probdiff.arguments import check_at_least
+from probdiff.arguments import (
+    INNER_SHARE,
+    POSITIVE_SHARE,
+    Range,
+    as_array,
+    check_at_least,
+    check_number,
+    check_object,
+    check_text,
+)
 from probdiff.types import Step
+
+_OFFSETS = Range("lie in (0, 1000]", lambda x: 0 < x <= 1000)
+"""Beyond, the cosine is a straight line and its differences have no digits."""
 
 
 def harmonic(T: int) -> Float[np.ndarray, " T"]:
@@ -73,7 +85,9 @@ def linear(T: int, *, beta_1: float = 1e-4, beta_T: float = 0.02) -> Float[np.nd
     Source: Ho et al. (2020), section 4.
     """
     check_at_least(2, T=T)
-    return check_beta(np.linspace(beta_1, beta_T, T))
+    check_number(INNER_SHARE, beta_1=beta_1)
+    check_number(POSITIVE_SHARE, beta_T=beta_T)
+    return np.linspace(beta_1, beta_T, T)
 
 
 def cosine(T: int, *, offset: float = 0.008, beta_max: float = 0.999) -> Float[np.ndarray, " T"]:
@@ -83,7 +97,7 @@ def cosine(T: int, *, offset: float = 0.008, beta_max: float = 0.999) -> Float[n
 
     Args:
         T: Number of steps, at least 2.
-        offset: Keeps the first steps from being too small; above 0.
+        offset: Keeps the first steps from being too small; in (0, 1000].
         beta_max: Largest rate, in (0, 1].
 
     Raises:
@@ -99,10 +113,8 @@ def cosine(T: int, *, offset: float = 0.008, beta_max: float = 0.999) -> Float[n
     Source: Nichol & Dhariwal (2021), equation 17.
     """
     check_at_least(2, T=T)
-    if not 0 < beta_max <= 1:
-        raise ValueError(f"beta_max must lie in (0, 1]; got {beta_max}")
-    if not offset > 0:
-        raise ValueError(f"offset must be above 0; got {offset}")
+    check_number(POSITIVE_SHARE, beta_max=beta_max)
+    check_number(_OFFSETS, offset=offset)
     angle = 0.5 * math.pi * (np.arange(T + 1) / T + offset) / (1 + offset)
     alpha_bar = np.cos(angle) ** 2
     return check_beta(np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], beta_max))
@@ -129,9 +141,7 @@ def log_snr_linear(T: int, *, beta_1: float, alpha_bar_T: float) -> Float[np.nda
     Source: Kingma et al. (2021) for the scale.
     """
     check_at_least(2, T=T)
-    for name, value in {"beta_1": beta_1, "alpha_bar_T": alpha_bar_T}.items():
-        if not 0 < value < 1:
-            raise ValueError(f"{name} must lie in (0, 1); got {value}")
+    check_number(INNER_SHARE, beta_1=beta_1, alpha_bar_T=alpha_bar_T)
     if alpha_bar_T >= 1 - beta_1:
         raise ValueError(f"alpha_bar_T must be below 1 - beta_1 = {1 - beta_1}; got {alpha_bar_T}")
     first = math.log1p(-beta_1) - math.log(beta_1)
@@ -152,6 +162,7 @@ class LearnedRates:
 
     def __call__(self, name: str) -> Float[Array, " T"]:
         """Rates at a `numpyro.param` site of this name, β_1 put before it unchanged."""
+        check_text(name=name)
         init = jnp.asarray(self.beta[1:], jnp.result_type(float))
         rest = numpyro.param(name, init, constraint=dist.constraints.unit_interval)
         return jnp.concatenate([jnp.asarray(self.beta[:1], init.dtype), rest])
@@ -208,7 +219,7 @@ def check_beta(beta: Any) -> Float[np.ndarray, " T"]:
             ...
         ValueError: beta must lie in (0, 1); got 1.0 at t = 2
     """
-    beta = np.asarray(beta, np.float64)
+    beta = np.asarray(as_array("beta", beta), np.float64)
     if beta.ndim != 1 or beta.shape[0] < 2:
         raise ValueError(f"beta must have shape (T,) with T of at least 2; got shape {beta.shape}")
     inside = (beta > 0) & (beta < 1)
@@ -240,6 +251,8 @@ def steps(beta: Any) -> Step:
         >>> f"{table.noise_t[0]:.1e}", f"{1 - table.alpha_bar_t[0]:.1e}"  # 1 − ᾱ_1 keeps its digits
         ('1.0e-09', '0.0e+00')
     """
+    beta = as_array("beta", beta, "T")
+    beta = check_beta(beta) if isinstance(beta, np.ndarray) else beta
     xp = np if isinstance(beta, np.ndarray) else jnp
     with np.errstate(divide="ignore"):  # log(0) = −inf is right for β_T = 1: ᾱ_T = 0
         log_alpha_bar_t = xp.cumsum(xp.log1p(-beta))
@@ -272,6 +285,8 @@ def respaced(table: Step, steps: int) -> tuple[Int[np.ndarray, " n"], Step]:
         >>> [round(a, 3) for a in longer.alpha_bar_s.tolist()]  # of the levels 0, 1 and 5
         [1.0, 0.889, 0.444]
     """
+    check_object(Step, "the table of schedules.steps", table=table)
+    check_at_least(0, steps=steps)
     if not 2 <= steps <= table.T:
         raise ValueError(f"steps must lie in 2..T = {table.T}; got {steps}")
     times = evenly_spread(table.T, steps)
@@ -287,4 +302,5 @@ def evenly_spread(T: int, n: int) -> Int[np.ndarray, " n"]:
         >>> schedules.evenly_spread(10, 4).tolist()
         [1, 4, 7, 10]
     """
+    check_at_least(1, T=T, n=n)
     return np.unique(np.round(np.linspace(1, T, n)).astype(int))

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jaxtyping import Array, Float, Int
 
+from probdiff.arguments import POSITIVE, check_number
 from probdiff.elbo import SampledTimeLoss, bridge_at, prior_kl, step_kl
 from probdiff.kernels import GaussianKernel, bridge_weights
 from probdiff.reverse import DataGivenFirst, Reverse, State, Values
@@ -94,8 +95,7 @@ class CombinedLoss(SampledTimeLoss):
     """
 
     def __init__(self, weight: float = 1e-3, **options: Any):
-        if not weight > 0:
-            raise ValueError(f"weight must be above 0; got {weight}")
+        check_number(POSITIVE, weight=weight)
         self.weight = weight
         super().__init__(**options)
 

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from probdiff import readouts, schedules
+from probdiff.arguments import check_at_least, check_object, check_shape
 from probdiff.diffusion import Diffusion
-from probdiff.kernels import BernoulliKernel, DiscreteKernel, GaussianKernel
+from probdiff.kernels import BernoulliKernel, DiscreteKernel, GaussianKernel, Kernel
 from probdiff.networks.binding import output_shape
 
 
@@ -55,10 +56,13 @@ def standard_diffusion(
         [1.0, 0.0]
     """
     kernel = GaussianKernel() if kernel is None else kernel
+    check_object(Kernel, "a kernel such as GaussianKernel()", kernel=kernel)
+    event_shape = check_shape("event_shape", event_shape)
+    check_at_least(2, T=T)
     is_gaussian = isinstance(kernel, GaussianKernel)
     beta = options.pop("beta", (schedules.cosine if is_gaussian else schedules.harmonic)(T))
     readout = options.pop("readout", _readout(kernel))
-    shape = output_shape(tuple(event_shape), readout.num_outputs(kernel))
+    shape = output_shape(event_shape, readout.num_outputs(kernel))
 
     def network(x_t: Any, t: Any, context: Any = None) -> Float[Array, "..."]:
         return jnp.zeros((x_t.shape[0], *shape))

@@ -36,6 +36,7 @@ import safetensors.numpy
 from flax import nnx
 
 from probdiff import files, kernels, networks, readouts, schedules, validation
+from probdiff.arguments import check_object, check_path
 from probdiff.diffusion import Diffusion
 from probdiff.kernels import DiscreteKernel, GaussianKernel
 from probdiff.networks.binding import built_in_config
@@ -77,6 +78,8 @@ def save(path: str | Path, diffusion: Diffusion, params: Params) -> None:
         ...     sorted(os.listdir(folder))
         ['config.json', 'params.safetensors']
     """
+    check_path("path", path)
+    check_object(Diffusion, diffusion=diffusion)
     diffusion.check_params(params)
     leaves = {n: np.asarray(a, order="C") for n, a in validation.leaves_by_path(params).items()}
     _check_numbers(leaves, "params")
@@ -136,6 +139,7 @@ def load(path: str | Path, *, network: Network | None = None) -> tuple[Diffusion
         >>> all(jax.tree.leaves(same))
         True
     """
+    check_path("path", path)
     folder = Path(path)
     config, file, data = _read(folder)
     tensors = _unpacked(file, data)

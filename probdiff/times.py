@@ -18,6 +18,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from probdiff.arguments import POSITIVE_SHARE, as_array, check_key, check_number, check_shape
+
+
+def _per_step(mean_square_kl: Array) -> Array:
+    mean_square_kl = as_array("mean_square_kl", mean_square_kl, "steps")
+    if not len(mean_square_kl):
+        raise ValueError("mean_square_kl must hold a number for each step; got none")
+    return jnp.asarray(mean_square_kl)
+
 
 class Times(abc.ABC):
     """How the times t in 2..T are drawn, one per example (times `num_times`)."""
@@ -31,6 +40,7 @@ class Times(abc.ABC):
 
     def law(self, mean_square_kl: Float[Array, " steps"]) -> Float[Array, " steps"]:
         """P(t) for t = 2..T."""
+        mean_square_kl = _per_step(mean_square_kl)
         return jnp.full(mean_square_kl.shape, 1 / mean_square_kl.shape[0])
 
     def draw(
@@ -56,7 +66,8 @@ class UniformTimes(Times):
 
     def uniforms(self, key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
         """Independent uniforms."""
-        return jax.random.uniform(key, shape)
+        check_key(key)
+        return jax.random.uniform(key, check_shape("shape", shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +84,8 @@ class StratifiedTimes(Times):
 
     def uniforms(self, key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
         """One in every interval of length 1/n."""
-        n = math.prod(shape)
+        check_key(key)
+        n = math.prod(check_shape("shape", shape))
         return ((jax.random.uniform(key) + jnp.arange(n) / n) % 1.0).reshape(shape)
 
 
@@ -102,8 +114,7 @@ class ImportanceTimes(Times):
     tracks_kl = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.uniform_share <= 1:  # without it weights grow without limit
-            raise ValueError(f"uniform_share must lie in (0, 1]; got {self.uniform_share}")
+        check_number(POSITIVE_SHARE, uniform_share=self.uniform_share)  # 0: weights without limit
 
     def uniforms(self, key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
         """Those of `StratifiedTimes`."""
@@ -111,7 +122,7 @@ class ImportanceTimes(Times):
 
     def law(self, mean_square_kl: Float[Array, " steps"]) -> Float[Array, " steps"]:
         """Proportional to the root mean square; a step never visited counts as the largest."""
-        root = jnp.sqrt(mean_square_kl)
+        root = jnp.sqrt(_per_step(mean_square_kl))
         largest = jnp.max(root)
         root = jnp.where(root > 0, root, jnp.where(largest > 0, largest, 1.0))
         uniform = 1 / root.shape[0]

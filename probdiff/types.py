@@ -15,7 +15,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
+
+from probdiff.arguments import as_array, check_at_least, check_object, known, read_array, shown
 
 Network = Callable[..., Array] | tuple[Callable[..., Array], Any]
 """`network(x_t, t, context=None)`: x_t `(B, *event_shape)`, t int32 `(B,)` in 1..T; or a pair of
@@ -70,6 +73,43 @@ class Step(NamedTuple):
 
     def at(self, t: Int[Array, "*batch"] | int, event_dim: int) -> "Step":
         """Entries t of a table, with `event_dim` axes of size 1 behind, so that they meet x."""
+        check_at_least(0, event_dim=event_dim)
+        t = read_array("t", t, jnp.integer)
+        times = known(t)
+        if times is not None and not ((times >= 1) & (times <= self.T)).all():
+            raise ValueError(f"t must lie in 1..{self.T}; got {shown(t)}")
         index = jnp.asarray(t) - 1
         shape = index.shape + (1,) * event_dim
         return Step(*(jnp.reshape(column[index], shape) for column in self))
+
+
+def check_step(step: Step) -> None:
+    """Raise a `ValueError` unless these are the coefficients of a step."""
+    check_object(Step, "a Step, as schedules.steps(beta).at(t, event_dim)", step=step)
+
+
+def as_states(step: Step, num_states: int = 0, **states: Any) -> list[Array]:
+    """States at a step as arrays of JAX: symbols 0..num_states − 1, or numbers where it is 0.
+
+    A `ValueError` names the one that is something else, or does not broadcast with the rest.
+    """
+    check_step(step)
+    kinds = (jnp.integer, jnp.bool_) if num_states else (jnp.integer, jnp.floating)
+    arrays = []
+    for name, state in states.items():
+        array = read_array(name, state, *kinds)
+        symbols = known(array) if num_states else None
+        if symbols is not None and ((symbols < 0) | (symbols >= num_states)).any():
+            raise ValueError(f"{name} must hold symbols 0..{num_states - 1}; got {shown(array)}")
+        if not num_states and isinstance(array, np.ndarray):  # JAX's own may be NaN where masked
+            as_array(name, array, is_finite=True)
+        arrays.append(jnp.asarray(array, jnp.int32 if array.dtype == bool else None))
+    shapes = {name: array.shape for name, array in zip(states, arrays, strict=True)}
+    try:
+        np.broadcast_shapes(np.shape(step.beta), *shapes.values())
+    except ValueError:
+        raise ValueError(
+            f"{' and '.join(shapes)} must broadcast with the coefficients of step, of shape "
+            f"{np.shape(step.beta)}; got {shapes}"
+        ) from None
+    return arrays

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from probdiff import readouts
-from probdiff.arguments import plain, plain_arrays, shape_text
+from probdiff.arguments import as_array, plain, plain_arrays, read_array, shape_text
 from probdiff.kernels import AbsorbingKernel, BernoulliKernel, DiscreteKernel, Kernel
 
 _ROOM = 1e4
@@ -37,16 +37,14 @@ def check_units(
                 f"{np.shape(kernel.rate)}"
             )
         return None, None
-    units = {"loc": plain("loc", loc), "scale": plain("scale", scale)}
-    units = {argument: np.array(value, np.float64) for argument, value in units.items()}
+    given = {"loc": loc, "scale": scale}
+    units = {n: np.array(as_array(n, v, is_finite=True), np.float64) for n, v in given.items()}
     for argument, value in units.items():
         if not _fits(value, event_shape):
             raise ValueError(
                 f"{argument} must be broadcastable to event_shape {event_shape}; "
                 f"got shape {value.shape}"
             )
-        if not np.isfinite(value).all():
-            raise ValueError(f"{argument} must be finite; got {value}")
     if not np.all(units["scale"] > 0):
         raise ValueError(f"scale must be positive; got {scale}")
     _check_magnitude(kernel.dtype, **units)
@@ -125,7 +123,8 @@ def check_data(
     grid: readouts.Grid | None = None,
 ) -> None:  # fmt: skip
     """Shape and dtype of data and mask; their values where they are concrete."""
-    x_0, mask = plain(argument, x_0), plain("mask", mask)
+    x_0 = read_array(argument, x_0, jnp.number, jnp.bool_)
+    mask = None if mask is None else read_array("mask", mask, jnp.number, jnp.bool_)
     shape, dim = np.shape(x_0), len(event_shape)
     if len(shape) < dim or shape[len(shape) - dim :] != event_shape:
         expected = shape_text("...", event_shape)
@@ -135,10 +134,6 @@ def check_data(
         raise ValueError(
             f"{argument} must be of a floating dtype; got {x_0.dtype}: pass "
             f"{argument}.astype(numpy.float64)"
-        )
-    if not (jnp.issubdtype(x_0.dtype, jnp.number) or x_0.dtype == bool):
-        raise ValueError(
-            f"{argument} must be of an integer dtype; got {x_0.dtype}: pass {argument}.astype(int)"
         )
     if mask is not None and np.shape(mask) != shape:
         raise ValueError(f"mask must have the shape of {argument}, {shape}; got {np.shape(mask)}")
@@ -158,7 +153,8 @@ def check_data(
 
 def check_variance(event_shape: tuple[int, ...], variance: Any) -> np.ndarray:
     """A positive variance that broadcasts to the event, or a covariance of its d numbers."""
-    value = np.asarray(1.0 if variance is None else variance, np.float64)
+    given = 1.0 if variance is None else as_array("variance", variance)
+    value = np.asarray(given, np.float64)
     d = int(np.prod(event_shape))
     is_matrix = value.shape == (d, d) and not _fits(value, event_shape)
     if not (is_matrix or _fits(value, event_shape)):

@@ -158,9 +158,9 @@ def test_pictures_are_those_of_their_key(key):
         ({"r_min": 0.0}, "r_min must be positive and finite; got 0.0"),
         ({"r_min": math.nan}, "r_min must be positive and finite; got nan"),
         ({"r_max": 1.0}, "r_max must be finite and above r_min = 1.0; got 1.0"),
-        ({"r_max": math.inf}, "r_max must be finite and above r_min = 1.0; got inf"),
-        ({"greys": np.zeros(0)}, "greys must be finite and at least one; got"),
-        ({"greys": np.array([0.0, math.nan])}, "greys must be finite and at least one; got"),
+        ({"r_max": math.inf}, "r_max must be positive and finite; got inf"),
+        ({"greys": np.zeros(0)}, "greys must be at least one number; got none"),
+        ({"greys": np.array([0.0, math.nan])}, "greys must be finite; got"),
     ],
 )
 def test_bad_arguments_are_named(key, options, message):

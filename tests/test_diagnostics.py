@@ -144,7 +144,7 @@ BAD = {
         jax.random.key(0), d, {}, jnp.zeros((3, 2)), context=jnp.zeros((3, 1))
     ),
     r"last_step must be Tied\(\)": lambda d: diagnostics.entropy_form(
-        d, {}, jnp.zeros((3, 2)), np.zeros((3, 19))
+        jax.random.key(0), d, {}, jnp.zeros((3, 2)), np.zeros((3, 19))
     ),
 }
 
@@ -200,7 +200,9 @@ def test_entropy_form_wants_a_kl_for_every_example_and_step():
         readout=readouts.Perturbation(readouts.ForwardVariance()),
     )
     with pytest.raises(ValueError, match=r"kl must have shape \(3, 4\); got \(1, 4\)"):
-        diagnostics.entropy_form(diffusion, {}, jnp.zeros((3, 2)), np.zeros((1, 4)))
+        diagnostics.entropy_form(
+            jax.random.key(0), diffusion, {}, jnp.zeros((3, 2)), np.zeros((1, 4))
+        )
 
 
 # numbers that are not

@@ -410,7 +410,8 @@ def test_entropy_form_is_a_bound_only_with_its_correction():
     diffusion, params = tiny(BernoulliKernel(0.3), readouts.Tied())
     data, _, bound = enumerate_diffusion(diffusion, params)
     kl = diagnostics.bound(jax.random.key(0), diffusion, params, data, num_draws=20_000)
-    plain, correction = diagnostics.entropy_form(diffusion, params, data, kl["bound"]["kl"].values)
+    key, kl = jax.random.key(0), kl["bound"]["kl"].values
+    plain, correction = diagnostics.entropy_form(key, diffusion, params, data, kl)
     assert np.allclose(plain + correction, bound, atol=0.03)
     # FACTS of the correction: −(a − m)(ᾱ_T + β_1) log((1−m)/m) for each bit of mean activity a
     activity = data.sum(1)
@@ -446,8 +447,8 @@ BAD = {
     "for Logits(); got (B, 6); pass outputs= to the network: 1 for bits": lambda: bits(
         network=made_for(2)
     ),
-    "shape (B, 12) for DataLogits(); got (B, 3); pass outputs= to the network: 1 for bits, the "
-    "number of classes (with states=) for classes": lambda: bits(
+    "shape (B, 12) at event_shape (3,) for DataLogits(); got (B, 3); pass outputs= to the "
+    "network: 1 for bits, the number of classes (with states=) for classes": lambda: bits(
         kernel=CategoricalKernel(4), network=made_for(1)
     ),
     "rate must lie in (0, 1); got 0.0": lambda: BernoulliKernel(0.0),

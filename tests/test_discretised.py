@@ -377,8 +377,8 @@ def test_whole_numbers_of_another_type_are_refused_not_cast():
     ("make", "message"),
     [
         (lambda: Discretised(3, 3, 2), "low < high; got 3 and 3"),
-        (lambda: Discretised(0, np.inf, 2), "low and high must be finite"),
-        (lambda: Discretised(0, 1, 1), "levels must be an integer of at least 2; got 1"),
+        (lambda: Discretised(0, np.inf, 2), "high must be finite; got inf"),
+        (lambda: Discretised(0, 1, 1), "levels must be at least 2; got 1"),
         (lambda: Discretised(0, 1, 2.5), "levels must be an integer of at least 2; got 2.5"),
         (lambda: Discretised(0, 1, 2**20), "float32 would not tell them"),
         (

@@ -67,7 +67,7 @@ def heartbeat(T=100):
 
 def measured(diffusion, x, **options):
     tree = diagnostics.bound(KEY, diffusion, {}, x, **options)
-    return tree, diagnostics.entropies(diffusion, {}, x, tree)["entropy"]
+    return tree, diagnostics.entropies(KEY, diffusion, {}, x, tree)["entropy"]
 
 
 def test_bounds_hold_at_every_step_of_gaussian_data_of_unit_moment():
@@ -182,7 +182,7 @@ def test_what_does_not_fit_is_refused_by_name():
     x = data(np.ones(2), 20)
     tree, _ = measured(diffusion, x)
     for call in (
-        lambda x, tree: diagnostics.entropies(diffusion, {}, x, tree),
+        lambda x, tree: diagnostics.entropies(KEY, diffusion, {}, x, tree),
         lambda x, tree: diagnostics.information(KEY, diffusion, {}, x, tree),
     ):
         with pytest.raises(
@@ -193,7 +193,7 @@ def test_what_does_not_fit_is_refused_by_name():
             call(x + 1, tree)
         with pytest.raises(ValueError, match="tree must be what"):
             call(x, xr.DataTree())
-    with pytest.raises(ValueError, match="x_0 must be at least 2 to contrast; got 1"):
+    with pytest.raises(ValueError, match="x_0 must be at least 2 examples to contrast; got 1"):
         one = diagnostics.bound(KEY, diffusion, {}, x[:1])
         diagnostics.information(KEY, diffusion, {}, x[:1], one)
     table = jnp.zeros((4, 6))
@@ -203,4 +203,4 @@ def test_what_does_not_fit_is_refused_by_name():
     )  # fmt: skip
     x = np.zeros((2, 2), np.int32)
     with pytest.raises(ValueError, match=r"kernel must put mass on data for eq\. 24"):
-        diagnostics.entropies(absorbing, {}, x, diagnostics.bound(KEY, absorbing, {}, x))
+        diagnostics.entropies(KEY, absorbing, {}, x)

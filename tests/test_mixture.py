@@ -125,7 +125,7 @@ def test_evidence_under_the_standard_normal_is_exact_over_any_number_of_levels(s
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"components": 1}, "components must be an integer of at least 2; got 1"),
+        ({"components": 1}, "components must be at least 2; got 1"),
         ({"low": 2.0}, "low must be below high = 2.0; got 2.0"),
     ],
 )

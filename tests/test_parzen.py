@@ -107,7 +107,7 @@ def test_one_test_image_has_no_standard_error():
 
 HOLE = np.where(np.arange(6).reshape(3, 2) == 4, np.nan, TEST)
 BAD = {
-    r"validation must have .* of a draw, \(3, 2\); got shape \(5, 2, 3\)": (
+    r"validation must have .* of those of draws, \(3, 2\); got shape \(5, 2, 3\)": (
         (DRAWS, VALIDATION.reshape(5, 2, 3), TEST), {}),
     r"test must have .*; got shape \(3, 2\)": ((DRAWS, VALIDATION, TEST[0]), {}),
     r"draws must have one or more rows.*; got shape \(0, 3, 2\)": (

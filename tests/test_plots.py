@@ -85,7 +85,7 @@ def test_slices_keep_the_order_of_levels():
 
 
 def test_slices_refuse_a_level_without_a_title():
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="titles must be 2, one for each level; got 1"):
         plots.slices([np.zeros((3, 2))] * 2, ["a"])
 
 

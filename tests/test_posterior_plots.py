@@ -247,7 +247,7 @@ def test_observations_may_have_units_and_a_size_of_their_own():
 
 def test_posterior_images_refuse_what_does_not_fit():
     given = images()
-    with pytest.raises(ValueError, match="all columns must have as many images"):
+    with pytest.raises(ValueError, match="mean must be 2 images, as draws; got 1"):
         plots.posterior_images(**(given | {"mean": given["mean"][:1]}))
     axes = plt.figure().subplots(2, 3)
     with pytest.raises(ValueError, match=r"axes must have shape \(2, 8\); got \(2, 3\)"):

@@ -173,5 +173,5 @@ def test_symbols_are_refused():
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan")])
 def test_a_weight_that_is_not_positive_is_refused(weight):
-    with pytest.raises(ValueError, match="weight must be above 0"):
+    with pytest.raises(ValueError, match="weight must be positive"):
         CombinedLoss(weight)

@@ -100,8 +100,12 @@ def test_the_text_is_plain(monkeypatch):
 
 
 def test_a_network_still_works_after_a_call_that_fails():
+    network = OneLayer(5, 3)
+    with pytest.raises(TypeError, match=r"same shape|dot_general"):
+        networks.summary(network, (7,))
+    assert network(jnp.zeros((1, 5)), jnp.ones(1, jnp.int32)).shape == (1, 3)
     event_shape, network = case("Perceptron")
-    with pytest.raises(TypeError, match="same shape"):
+    with pytest.raises(ValueError, match=r"event_shape must be that of the network, \(2, 3\)"):
         networks.summary(network, (7,))
     out = network(jnp.zeros((1, *event_shape)), jnp.ones(1, jnp.int32))
     np.testing.assert_array_equal(out, np.zeros((1, 2, 6)))

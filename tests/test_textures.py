@@ -190,5 +190,5 @@ def test_bad_arguments_are_named(key, options, message):
 
 
 def test_colour_array_is_refused(key, unchecked):
-    with pytest.raises(ValueError, match=r"images\[0\] must have two axes; got shape \(9, 9, 3\)"):
+    with pytest.raises(ValueError, match=r"images\[0\] must have shape \(height, width\)"):
         datasets.textures(key, 2, [np.zeros((9, 9, 3))], size=2)

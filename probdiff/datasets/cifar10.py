@@ -21,9 +21,11 @@ of https://www.cs.toronto.edu/~kriz/cifar.html.
 import tarfile
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped, UInt8
 
+from probdiff.arguments import read_array
 from probdiff.datasets.files import fetch, given
 
 _ARCHIVE = "cifar-10-binary.tar.gz"
@@ -84,6 +86,12 @@ def with_mirrored(
         >>> datasets.with_mirrored(np.array([[[1, 2, 3]]])).tolist()
         [[[1, 2, 3]], [[3, 2, 1]]]
     """
+    images = read_array("images", images, jnp.integer, jnp.floating, jnp.bool_)
+    if images.ndim not in (3, 4):
+        raise ValueError(
+            f"images must have shape (n, height, width) or (n, height, width, channels); got shape "
+            f"{images.shape}"
+        )
     return np.concatenate([images, images[:, :, ::-1]])
 
 

@@ -26,7 +26,6 @@ Source: Lee, Mumford and Huang (2001), Occlusion Models for Natural Images; for 
 front, Kendall and Thönnes (1999), Perfect Simulation in Stochastic Geometry.
 """
 
-import math
 from functools import partial
 
 import jax
@@ -34,8 +33,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from probdiff.arguments import check_at_least
+from probdiff.arguments import POSITIVE, Range, as_array, check_at_least, check_key, check_number
 
+_RADII = Range("lie in [1e-6, 1e18]", lambda r: 1e-6 <= r <= 1e18)
+"""Of others the squares are 0 or infinite in float32, and no disc would ever hide the ground."""
 _Number = Float[Array, ""] | float
 _Greys = Float[Array | np.ndarray, "k"] | None
 
@@ -65,14 +66,17 @@ def dead_leaves(
         >>> round(float(same), 1)
         0.8
     """
+    check_key(key)
     check_at_least(1, n=n, size=size)
-    if not (math.isfinite(r_min) and r_min > 0):
-        raise ValueError(f"r_min must be positive and finite; got {r_min}")
-    if not (math.isfinite(r_max) and r_max > r_min):
+    check_number(POSITIVE, r_min=r_min, r_max=r_max)
+    check_number(_RADII, r_min=r_min, r_max=r_max)
+    if r_max <= r_min:
         raise ValueError(f"r_max must be finite and above r_min = {r_min}; got {r_max}")
-    if greys is not None and not (len(greys) and np.all(np.isfinite(greys))):
-        raise ValueError(f"greys must be finite and at least one; got {greys}")
-    return _pictures(key, r_min, r_max, greys, n=n, size=size)
+    if greys is not None:
+        greys = as_array("greys", greys, "k", is_finite=True)
+        if not len(greys):
+            raise ValueError("greys must be at least one number; got none")
+    return _pictures(key, float(r_min), float(r_max), greys, n=n, size=size)
 
 
 @partial(jax.jit, static_argnames=("n", "size"))

@@ -1,12 +1,13 @@
 """Digits: scikit-learn's 1797 real images of 8 × 8 pixels, levels 0..16; dequantisation."""
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from probdiff.arguments import POSITIVE, as_array, check_key, check_number
 
 
 class Digits(NamedTuple):
@@ -82,8 +83,12 @@ def dequantise(
 
     Source: Theis, van den Oord and Bethge (2016), section 3.1.
     """
-    if not (math.isfinite(levels_width) and levels_width > 0):
-        raise ValueError(f"levels_width must be positive and finite; got {levels_width}")
+    check_key(key)
+    check_number(POSITIVE, levels_width=levels_width)
+    x = jnp.asarray(as_array("x", x, is_finite=True))
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x must be of a floating dtype; got {x.dtype}")
+    levels_width = float(levels_width)
     value = x + levels_width * jax.random.uniform(key, x.shape, dtype=x.dtype)
     # In float32, 16 + (1 − 2⁻²⁴) rounds to 17, which belongs to the next level.
     return jnp.minimum(value, jnp.nextafter(x + levels_width, x))

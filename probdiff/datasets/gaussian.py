@@ -5,7 +5,7 @@ import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from probdiff.arguments import check_at_least
+from probdiff.arguments import as_array, check_at_least, check_key
 
 
 def gaussian(
@@ -26,9 +26,11 @@ def gaussian(
         >>> x.shape, round(float(np.corrcoef(x.T)[0, 1]), 1)
         ((10000, 2), 0.8)
     """
+    check_key(key)
     check_at_least(1, n=n)
-    _check_covariance("covariance", covariance)
-    mean = jnp.zeros(len(covariance)) if mean is None else jnp.asarray(mean)
+    covariance = _covariance("covariance", covariance)
+    d = len(covariance)
+    mean = jnp.zeros(d) if mean is None else jnp.asarray(as_array("mean", mean, d, is_finite=True))
     return dist.MultivariateNormal(mean, jnp.asarray(covariance)).sample(key, (n,))
 
 
@@ -46,6 +48,7 @@ def gaussian_mixture(
         >>> round(float(x.var()), 1)  # 1 within components, 4 between them
         5.0
     """
+    check_key(key)
     check_at_least(1, n=n)
     mixture = gaussian_mixture_distribution(means=means, covariances=covariances, weights=weights)
     return mixture.sample(key, (n,))
@@ -72,11 +75,15 @@ def gaussian_mixture_distribution(
         >>> log_p.shape, round(float(log_p[0]), 2)  # −2 − log √(2π)
         ((3,), -2.92)
     """
+    means = as_array("means", means, "k", "d", is_finite=True)
+    count, d = means.shape
+    if not means.size:
+        raise ValueError(f"means must be one or more points; got shape {means.shape}")
+    covariances = as_array("covariances", covariances, count, d, d)
     for k, covariance in enumerate(covariances):
-        _check_covariance(f"covariances[{k}]", covariance)
-    if weights is None:
-        weights = np.full(len(means), 1 / len(means))
-    if np.any(np.asarray(weights) < 0) or abs(np.sum(weights) - 1) > 1e-5:
+        _covariance(f"covariances[{k}]", covariance)
+    weights = np.full(count, 1 / count) if weights is None else as_array("weights", weights, count)
+    if not (np.all(np.asarray(weights) >= 0) and abs(np.sum(weights) - 1) <= 1e-5):
         raise ValueError(f"weights must be probabilities with sum 1; got {weights}")
     return dist.MixtureSameFamily(
         dist.Categorical(jnp.asarray(weights)),
@@ -84,9 +91,12 @@ def gaussian_mixture_distribution(
     )
 
 
-def _check_covariance(name: str, covariance: Float[Array | np.ndarray, "d d"]) -> None:
-    covariance = np.asarray(covariance)
+def _covariance(name: str, covariance: Float[Array | np.ndarray, "d d"]) -> np.ndarray:
+    covariance = np.asarray(as_array(name, covariance, "d", "d", is_finite=True))
+    if not covariance.size or covariance.shape[0] != covariance.shape[1]:
+        raise ValueError(f"{name} must have shape (d, d); got {covariance.shape}")
     # The tolerance is float32 rounding of a product of matrices.
     symmetric = np.allclose(covariance, covariance.T, rtol=1e-5, atol=1e-6)
     if not symmetric or np.linalg.eigvalsh(covariance).min() <= 0:
         raise ValueError(f"{name} must be symmetric and positive definite; got {covariance}")
+    return covariance

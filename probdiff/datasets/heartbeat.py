@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Int, PRNGKeyArray
 
-from probdiff.arguments import check_at_least
+from probdiff.arguments import check_at_least, check_key
 
 
 def heartbeat_sequences(*, length: int = 20, period: int = 5) -> Int[np.ndarray, "period length"]:
@@ -30,6 +30,7 @@ def heartbeat_sequences(*, length: int = 20, period: int = 5) -> Int[np.ndarray,
                [0, 0, 1, 0, 0, 1]], dtype=int32)
     """
     check_at_least(2, period=period)
+    check_at_least(1, length=length)
     if length < period or length % period:
         raise ValueError(f"length must be a multiple of period {period}; got {length}")
     return (np.arange(length) % period == np.arange(period)[:, None]).astype(np.int32)
@@ -45,6 +46,7 @@ def heartbeat(
         >>> x.shape, set(x.sum(axis=1).tolist())  # four beats in each
         ((1000, 20), {4})
     """
+    check_key(key)
     check_at_least(1, n=n)
     sequences = heartbeat_sequences(length=length, period=period)
     return sequences[np.asarray(jax.random.randint(key, (n,), 0, period))]

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray, UInt8
 
+from probdiff.arguments import check_key, known, read_array, shown
 from probdiff.datasets.files import fetch
 
 _MNIST = {
@@ -112,6 +113,11 @@ def binarise(
 
     Source: Salakhutdinov and Murray (2008), On the Quantitative Analysis of Deep Belief Networks.
     """
+    check_key(key)
+    images = read_array("images", images, jnp.integer)
+    levels = known(images)
+    if levels is not None and not ((levels >= 0) & (levels <= 255)).all():
+        raise ValueError(f"images must hold grey levels 0..255; got {shown(images)}")
     return jax.random.bernoulli(key, jnp.asarray(images) / 255.0).astype(jnp.int32)
 
 

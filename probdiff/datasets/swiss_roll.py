@@ -27,7 +27,14 @@ import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from probdiff.arguments import check_at_least
+from probdiff.arguments import (
+    NOT_NEGATIVE,
+    POSITIVE_SHARE,
+    as_array,
+    check_at_least,
+    check_key,
+    check_number,
+)
 
 _ROLL_MEAN = (2.0, 2 / (3 * math.pi))
 
@@ -46,8 +53,9 @@ def swiss_roll(key: PRNGKeyArray, n: int, *, noise: float) -> Float[Array, "{n} 
         >>> x.shape, round(float(x.var(axis=0).mean()), 1)
         ((10000, 2), 1.0)
     """
+    check_key(key)
     check_at_least(1, n=n)
-    _check_not_negative("noise", noise)
+    check_number(NOT_NEGATIVE, noise=noise)
     key_angle, key_noise = jax.random.split(key)
     u = jax.random.uniform(key_angle, (n,))
     return _roll(u, noise) + noise / _roll_scale(noise) * jax.random.normal(key_noise, (n, 2))
@@ -82,10 +90,9 @@ def swiss_roll_log_density(
         >>> print(datasets.swiss_roll_log_density(x, noise=0.5).round(1))
         [ -1.2 -19.5]
     """
-    _check_not_negative("noise", noise)
-    _check_not_negative("extra_variance", extra_variance)
-    if not 0 < shrink <= 1:
-        raise ValueError(f"shrink must lie in (0, 1]; got {shrink}")
+    x = jnp.asarray(as_array("x", x, ..., 2))
+    check_number(NOT_NEGATIVE, noise=noise, extra_variance=extra_variance)
+    check_number(POSITIVE_SHARE, shrink=shrink)
     variance = shrink * (noise / _roll_scale(noise)) ** 2 + extra_variance
     if variance == 0:
         raise ValueError(
@@ -116,8 +123,3 @@ def _roll(u: Float[Array, "n"], noise: float) -> Float[Array, "n 2"]:
     theta = 1.5 * math.pi * (1 + 2 * u)
     raw = theta[:, None] * jnp.stack([jnp.cos(theta), jnp.sin(theta)], axis=-1)
     return (raw - jnp.array(_ROLL_MEAN)) / _roll_scale(noise)
-
-
-def _check_not_negative(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be finite and not negative; got {value}")

@@ -32,7 +32,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, PRNGKeyArray, Real
 
-from probdiff.arguments import check_at_least
+from probdiff.arguments import (
+    INNER_SHARE,
+    as_array,
+    check_at_least,
+    check_flag,
+    check_key,
+    check_number,
+    check_object,
+    check_path,
+)
 
 _Image = Real[Array | np.ndarray, "_ _"]
 
@@ -78,9 +87,10 @@ def textures(
         >>> data.train.shape, data.test.shape, round(float(data.train.std()), 1)
         ((500, 8, 8), (100, 8, 8), 1.0)
     """
+    check_key(key)
     check_at_least(1, n=n, n_test=n_test, size=size)
-    if not 0 < test_share < 1:
-        raise ValueError(f"test_share must lie in (0, 1); got {test_share}")
+    check_number(INNER_SHARE, test_share=test_share)
+    check_flag(flip=flip)
     train, test = _split(images, size, test_share)
     loc = _mean(train, size)
     scale = math.sqrt(_mean([(region - loc) ** 2 for region in train], size))
@@ -109,7 +119,7 @@ def grey_images(folder: Path) -> list[Float[np.ndarray, "_ _"]]:
         >>> images[0].shape, round(float(images[0].mean()), 2)  # 51 / 255
         ((80, 60), 0.2)
     """
-    files = sorted(Path(folder).glob("*.png"))
+    files = sorted(check_path("folder", folder).glob("*.png"))
     if not files:
         raise ValueError(f"folder must hold files *.png; got {folder}")
     from matplotlib.image import imread
@@ -130,12 +140,12 @@ def _split(
     images: Sequence[_Image], size: int, test_share: float
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Upper and lower part of every image, in float64."""
+    check_object(Sequence | np.ndarray | jax.Array, "a sequence of arrays", images=images)
     if not len(images):
         raise ValueError("images must hold at least one image; got none")
     train, test = [], []
     for k, image in enumerate(images):
-        if image.ndim != 2:
-            raise ValueError(f"images[{k}] must have two axes; got shape {image.shape}")
+        image = as_array(f"images[{k}]", image, "height", "width")
         height, width = image.shape
         cut = height - round(test_share * height)
         if min(cut, height - cut, width) < size:

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import xarray as xr
 
+from probdiff.arguments import check_object
+
 
 class BitsPerDim(NamedTuple):
     """Bits per entry of one example, an upper bound: mean over examples, its standard error.
@@ -46,6 +48,7 @@ def bits_per_dim(tree: xr.DataTree) -> BitsPerDim:
         >>> round(diagnostics.bits_per_dim(tree).mean, 1)
         1.0
     """
+    check_object(xr.DataTree, "what diagnostics.bound returned", tree=tree)
     group = tree.children.get("bound")
     if group is None or not {"reference_measure", "num_dims"} <= set(group.attrs):
         got = list(tree.children)

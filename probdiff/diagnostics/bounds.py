@@ -32,7 +32,16 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from probdiff import bars, devices
-from probdiff.arguments import check_at_least, plain, shape_text
+from probdiff.arguments import (
+    as_array,
+    check_at_least,
+    check_flag,
+    check_key,
+    check_object,
+    plain,
+    read_array,
+    shape_text,
+)
 from probdiff.diagnostics.control import controlled
 from probdiff.diffusion import Data, Diffusion, Mask
 from probdiff.elbo import prior_kl, step_kl
@@ -150,6 +159,8 @@ def check_examples(
     diffusion: Diffusion, params: Params, x_0: Data, context: Any, mask: Mask | None, **counts: int
 ) -> None:
     """Raise a `ValueError` unless examples, what comes with them, and counts fit the model."""
+    check_object(Diffusion, diffusion=diffusion)
+    read_array("x_0", x_0, jnp.number, jnp.bool_)
     if np.ndim(x_0) != len(diffusion.event_shape) + 1 or np.shape(x_0)[0] < 1:
         raise ValueError(
             f"x_0 must have shape {shape_text('N', diffusion.event_shape)} with N at least 1; "
@@ -188,6 +199,8 @@ def _parts(
     progress: bool, **counts: int,
 ) -> Iterator[np.ndarray]:  # fmt: skip
     """What a function of blocks returns, of all examples."""
+    check_key(key)
+    check_flag(progress=progress)
     check_examples(diffusion, params, x_0, context, mask, **counts, block_size=block_size)
     mesh = devices.checked(mesh)
     devices.check_block_size(block_size, len(x_0), "examples", mesh)
@@ -338,7 +351,11 @@ def _tree(total: np.ndarray, reconstruction: np.ndarray, prior: np.ndarray) -> x
 
 
 def entropy_form(
-    diffusion: Diffusion, params: Params, x_0: Data, kl: Float[Any, "example step"]
+    key: Array,
+    diffusion: Diffusion,
+    params: Params,
+    x_0: Data,
+    kl: Float[Any, "example step"] | None = None,
 ) -> tuple[Float[Array, " example"], Float[Array, " example"]]:
     """The paper's eq. 14 for every example, and the correction that makes it a bound.
 
@@ -351,10 +368,11 @@ def entropy_form(
     for the Gaussian −½ (ᾱ_T + β_1) Σ_i (x_i² − 1), x on the scale of the diffusion.
 
     Args:
+        key: Randomness of `bound`, where kl is not given.
         diffusion: The model; its last step must be tied, as eq. 14 assumes.
         params: Its parameters (the schedule may be among them).
         x_0: As in `bound`.
-        kl: KL_t in nats, as in `bound(...)["bound"]["kl"]`.
+        kl: KL_t in nats, as in `bound(...)["bound"]["kl"]`; by default what `bound` says.
 
     Returns:
         K_14 and the correction, nats per example; their sum is the bound.
@@ -367,8 +385,9 @@ def entropy_form(
 
         >>> diffusion = standard_diffusion()
         >>> x = 2 * np.array([-1.0, 1.0], np.float32)
-        >>> group = diagnostics.bound(jax.random.key(0), diffusion, {}, x)["bound"]
-        >>> k_14, correction = diagnostics.entropy_form(diffusion, {}, x, group["kl"].values)
+        >>> key = jax.random.key(0)
+        >>> group = diagnostics.bound(key, diffusion, {}, x)["bound"]
+        >>> k_14, correction = diagnostics.entropy_form(key, diffusion, {}, x, group["kl"].values)
         >>> bool(jnp.allclose(k_14 + correction, group["bound"].values, atol=1e-4))
         True
         >>> beta = schedules.cosine(10)
@@ -376,13 +395,19 @@ def entropy_form(
         >>> bool(jnp.allclose(correction, exact, atol=1e-4))
         True
     """
+    check_key(key)
+    check_object(Diffusion, diffusion=diffusion)
     if not isinstance(diffusion.last_step, Tied):
         raise ValueError(f"last_step must be Tied() for eq. 14; got {diffusion.last_step}")
+    read_array("x_0", x_0, jnp.number, jnp.bool_)
     if np.ndim(x_0) != len(diffusion.event_shape) + 1:
         raise ValueError(
             f"x_0 must have shape {shape_text('N', diffusion.event_shape)}; got {np.shape(x_0)}"
         )
     diffusion.check_data(x_0)
+    if kl is None:
+        kl = bound(key, diffusion, params, x_0)["bound"]["kl"].values
+    kl = as_array("kl", kl)
     if np.shape(kl) != (len(x_0), diffusion.T - 1):
         raise ValueError(f"kl must have shape {(len(x_0), diffusion.T - 1)}; got {np.shape(kl)}")
     steps = diffusion.bind(params).steps

@@ -20,6 +20,8 @@ import numpy as np
 import xarray as xr
 from scipy import stats
 
+from probdiff.arguments import INNER_SHARE, check_number, check_object
+
 _NOTE = (
     "Lower bounds on log p(x) are compared, not log p(x): a difference may be that of the bounds' "
     "slack"
@@ -60,8 +62,8 @@ def compare(models: Mapping[str, xr.DataTree], *, prob: float = 0.95) -> xr.Data
         >>> group["difference"].values.round(1).tolist()
         [0.0, -0.1]
     """
-    if not 0 < prob < 1:
-        raise ValueError(f"prob must lie in (0, 1); got {prob}")
+    check_number(INNER_SHARE, prob=prob)
+    check_object(Mapping, "a mapping of names to trees", models=models)
     if len(models) < 2:
         raise ValueError(f"models must be two or more; got {list(models)}")
     groups = {name: _bound_of(name, tree) for name, tree in models.items()}
@@ -94,6 +96,7 @@ def _mean_and_se(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _bound_of(name: str, tree: xr.DataTree) -> xr.DataTree:
     """Group `bound` of a tree, refused where it cannot be compared."""
+    check_object(xr.DataTree, "what diagnostics.bound returned", **{f"models[{name!r}]": tree})
     group = tree.children.get("bound")
     if group is None or "bound" not in group or not set(_SHARED) <= set(group.attrs):
         raise ValueError(

@@ -34,7 +34,7 @@ from numpyro import handlers
 from numpyro.infer import MCMC, NUTS, SVI, Predictive
 from numpyro.infer.svi import SVIRunResult
 
-from probdiff.arguments import check_at_least
+from probdiff.arguments import check_at_least, check_key, check_object
 from probdiff.infer.program import numbered, plate_dims, unwrapped
 from probdiff.infer.smc import Sampler
 from probdiff.reverse import DataGivenFirst
@@ -86,6 +86,11 @@ def to_datatree(
         >>> dict(tree["training"]["loss"].sizes)
         {'step': 5}
     """
+    family = MCMC | Sampler | Fit | SVIRunResult
+    check_object(family, "SMC, Guided or MCMC that has run, or a fit", source=source)
+    check_key(key, or_none=True)
+    check_object(SVI, "a numpyro.infer.SVI", or_none=True, svi=svi)
+    check_at_least(1, num_draws=num_draws)
     if isinstance(source, Fit | SVIRunResult):
         return _of_fit(source, svi, key, num_draws, args, kwargs)
     if svi is not None or key is not None or args or kwargs:
@@ -125,7 +130,6 @@ def _of_fit(
         raise ValueError(f"svi and key must be given together; got {alone} alone")
     if svi is None and (args or kwargs):
         raise ValueError("arguments of a program must come with svi; got none")
-    check_at_least(1, num_draws=num_draws)
     tree = xr.DataTree(name="probdiff")
     if svi is not None:
         kwargs = svi.static_kwargs | kwargs

@@ -37,8 +37,8 @@ import numpyro.distributions as dist
 import xarray as xr
 from jaxtyping import Array, Float
 
-from probdiff.arguments import plain
-from probdiff.diagnostics.bounds import digest
+from probdiff.arguments import check_at_least, check_key, check_object, plain
+from probdiff.diagnostics.bounds import bound, check_examples, digest
 from probdiff.diffusion import Data, Diffusion
 from probdiff.kernels import AbsorbingKernel, DiscreteKernel, GaussianKernel
 from probdiff.reverse import Reverse
@@ -48,14 +48,17 @@ from probdiff.types import Params, Step
 _Kernel = GaussianKernel | DiscreteKernel
 
 
-def entropies(diffusion: Diffusion, params: Params, x_0: Data, tree: xr.DataTree) -> xr.DataTree:
+def entropies(
+    key: Array, diffusion: Diffusion, params: Params, x_0: Data, tree: xr.DataTree | None = None
+) -> xr.DataTree:
     """Bounds on the entropy of every reverse step.
 
     Args:
+        key: Randomness of `bound`, where no tree is given.
         diffusion: The model.
         params: Its parameters (the schedule may be among them).
         x_0: As in `bound`.
-        tree: What `bound` returned for these examples.
+        tree: What `bound` returned for these examples, without a mask; made by it if absent.
 
     Returns:
         DataTree with group `entropy`, nats, mean over examples and summed over an example's entries
@@ -75,7 +78,7 @@ def entropies(diffusion: Diffusion, params: Params, x_0: Data, tree: xr.DataTree
         >>> key, key_x = jax.random.split(jax.random.key(0))
         >>> x = jax.random.normal(key_x, (2000,))
         >>> tree = diagnostics.bound(key, diffusion, {}, x)
-        >>> group = diagnostics.entropies(diffusion, {}, x, tree)["entropy"]
+        >>> group = diagnostics.entropies(key, diffusion, {}, x, tree)["entropy"]
         >>> bool((group["lower"] < group["upper"]).all())
         True
         >>> exact = 0.5 * np.log(2 * np.pi * np.e * schedules.cosine(5)[1:])
@@ -83,12 +86,13 @@ def entropies(diffusion: Diffusion, params: Params, x_0: Data, tree: xr.DataTree
         >>> bool((abs(gap) < 4 * group["model_se"].values).all())
         True
     """
-    diffusion.check_params(params)
-    diffusion.check_data(x_0)
-    kl = _kl(tree, diffusion, x_0)
+    check_key(key)
+    check_examples(diffusion, params, x_0, None, None)
     kernel = diffusion.kernel
     if isinstance(kernel, AbsorbingKernel):
         raise ValueError(f"kernel must put mass on data for eq. 24; got {kernel}")
+    tree = bound(key, diffusion, params, x_0) if tree is None else tree
+    kl = _kl(tree, diffusion, x_0)
     x = jnp.asarray(diffusion.to_state(plain("x_0", x_0)))
     steps = diffusion.bind(params).steps
     forward, before, after, log_pi = _closed_forms(kernel, x, steps, len(diffusion.event_shape))
@@ -107,7 +111,7 @@ def entropies(diffusion: Diffusion, params: Params, x_0: Data, tree: xr.DataTree
 
 
 def information(
-    key: Array, diffusion: Diffusion, params: Params, x_0: Data, tree: xr.DataTree, *,
+    key: Array, diffusion: Diffusion, params: Params, x_0: Data, tree: xr.DataTree | None = None, *,
     num_levels: int = 50,
 ) -> xr.DataTree:  # fmt: skip
     """Bounds on I(X_0; X_t), what level t still tells of the data; arguments as in `entropies`.
@@ -115,7 +119,7 @@ def information(
     Both are estimates: within their standard errors the lower may come out above the upper.
 
     Args:
-        key: Randomness.
+        key: Randomness, also of `bound` where no tree is given.
         x_0: N at least 2 examples. Every level compares each with each.
         num_levels: Levels at which the contrast is made, evenly spread over 1..T.
 
@@ -139,11 +143,12 @@ def information(
         >>> bool((abs(high - exact) < 4 * group["model_se"].values).all())  # for the true model
         True
     """
-    diffusion.check_params(params)
-    diffusion.check_data(x_0)
-    for argument, value, least in (("x_0", len(x_0), 2), ("num_levels", num_levels, 1)):
-        if value < least:
-            raise ValueError(f"{argument} must be at least {least} to contrast; got {value}")
+    check_key(key)
+    check_at_least(1, num_levels=num_levels)
+    check_examples(diffusion, params, x_0, None, None)
+    if len(x_0) < 2:
+        raise ValueError(f"x_0 must be at least 2 examples to contrast; got {len(x_0)}")
+    tree = bound(jax.random.fold_in(key, 0), diffusion, params, x_0) if tree is None else tree
     kl = _kl(tree, diffusion, x_0)
     T = diffusion.T
     paid = np.concatenate([kl, tree["bound"]["prior_kl"].values[:, None]], 1)  # steps 2..T, and π
@@ -165,6 +170,7 @@ def information(
 
 def _kl(tree: xr.DataTree, diffusion: Diffusion, x_0: Data) -> np.ndarray:
     """KL_t by example and step, of the tree that `bound` made of these examples."""
+    check_object(xr.DataTree, "what diagnostics.bound returned", tree=tree)
     shape = (len(x_0), diffusion.T - 1)
     if "bound" not in tree.children or "kl" not in tree["bound"]:
         raise ValueError("tree must be what `diagnostics.bound` returned; got one without its kl")

@@ -37,7 +37,16 @@ from jaxtyping import Array
 from scipy import stats
 
 from probdiff import devices
-from probdiff.arguments import plain
+from probdiff.arguments import (
+    POSITIVE_SHARE,
+    check_at_least,
+    check_flag,
+    check_key,
+    check_number,
+    check_object,
+    check_shape,
+    plain,
+)
 from probdiff.diagnostics.bounds import bound, check_examples
 from probdiff.diagnostics.weights import draw_and_weigh, weigh
 from probdiff.diffusion import Data, Diffusion, Mask
@@ -108,13 +117,12 @@ def ladder(
         0.0
     """
     sizes, mesh = _check_sizes(sizes), devices.checked(mesh)
+    check_flag(progress=progress)
     progress = progress and devices.is_first(mesh)
+    check_key(key)
     check_examples(diffusion, params, x_0, context, mask, block_size=block_size)
-    for argument, value in {"num_repeats": num_repeats, "num_draws": num_draws}.items():
-        if value < 2:
-            raise ValueError(f"{argument} must be at least 2, for standard errors; got {value}")
-    if not 0 < threshold <= 1:
-        raise ValueError(f"threshold must lie in (0, 1]; got {threshold}")
+    check_at_least(2, num_repeats=num_repeats, num_draws=num_draws)  # for standard errors
+    check_number(POSITIVE_SHARE, threshold=threshold)
     key_bound, key_weights, key_smc = jax.random.split(key, 3)
     options: dict[str, Any] = {
         "size": sizes[-1], "num_repeats": num_repeats, "block_size": block_size, "mesh": mesh,
@@ -183,13 +191,12 @@ def sandwich(
         True
     """
     sizes, mesh = _check_sizes(sizes), devices.checked(mesh)
+    check_flag(progress=progress)
     progress = progress and devices.is_first(mesh)
-    for argument, value, least in (
-        ("num_examples", num_examples, 2), ("num_repeats", num_repeats, 1),
-        ("block_size", block_size, 1),
-    ):  # fmt: skip
-        if value < least:
-            raise ValueError(f"{argument} must be at least {least}; got {value}")
+    check_key(key)
+    check_object(Diffusion, diffusion=diffusion)
+    check_at_least(2, num_examples=num_examples)
+    check_at_least(1, num_repeats=num_repeats, block_size=block_size)
     reverse = diffusion.bind(params)
     check_context_rows(context, diffusion.context_shape, num_examples)
     key_draws, key_weights = jax.random.split(key)
@@ -218,9 +225,9 @@ def sandwich(
 
 
 def _check_sizes(sizes: Iterable[int]) -> tuple[int, ...]:
-    sizes = tuple(sizes)
+    sizes = check_shape("sizes", sizes)
     is_ascending = all(a < b for a, b in itertools.pairwise(sizes))
-    if not sizes or sizes[0] < 1 or not is_ascending or any(sizes[-1] % s for s in sizes):
+    if not sizes or not is_ascending or any(sizes[-1] % s for s in sizes):
         raise ValueError(
             f"sizes must be positive, ascending, and each a divisor of the last; got {sizes}"
         )

@@ -20,11 +20,12 @@ Oord & Bethge (2016) for what is wrong with it.
 import math
 from collections.abc import Iterator, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 
 from probdiff import bars
-from probdiff.arguments import check_at_least
+from probdiff.arguments import as_array, check_at_least, check_flag, read_array
 from probdiff.diagnostics.bounds import digest, summary
 from probdiff.diffusion import Data
 
@@ -66,7 +67,7 @@ def parzen(
         >>> tree["parzen"].attrs["bandwidth"], round(tree["parzen"].attrs["mean"], 1)
         (0.2, -1.4)
     """
-    _check(draws, validation, test, bandwidths, block_size)
+    _check(draws, validation, test, bandwidths, block_size, progress)
     centres, seen, asked = (
         np.asarray(x, np.float64).reshape(len(x), -1) for x in (draws, validation, test)
     )
@@ -93,19 +94,22 @@ def parzen(
 
 def _check(
     draws: Data, validation: Data, test: Data, bandwidths: Sequence[float] | np.ndarray,
-    block_size: int,
+    block_size: int, progress: bool,
 ) -> None:  # fmt: skip
+    check_at_least(1, block_size=block_size)
+    check_flag(progress=progress)
     for name, x in (("draws", draws), ("validation", validation), ("test", test)):
+        read_array(name, x, jnp.integer, jnp.floating)
         if np.ndim(x) < 1 or len(x) < 1 or np.shape(x)[1:] != np.shape(draws)[1:]:
             raise ValueError(
-                f"{name} must have one or more rows, each of the shape of a draw, "
+                f"{name} must have one or more rows, each of the shape of those of draws, "
                 f"{np.shape(draws)[1:]}; got shape {np.shape(x)}"
             )
         if not np.isfinite(np.asarray(x)).all():
             raise ValueError(f"{name} must be finite; got nan or infinity")
+    as_array("bandwidths", bandwidths, "bandwidths")
     if len(bandwidths) < 1 or not all(0 < s < math.inf for s in bandwidths):
         raise ValueError(f"bandwidths must be one or more positive numbers; got {bandwidths}")
-    check_at_least(1, block_size=block_size)
 
 
 def _distances(

@@ -26,12 +26,21 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 from arviz_base import from_dict
 from jaxtyping import Array
 
-from probdiff.arguments import check_at_least, plain, shape_text
+from probdiff.arguments import (
+    check_at_least,
+    check_callable,
+    check_key,
+    check_object,
+    plain,
+    read_array,
+    shape_text,
+)
 from probdiff.diffusion import Data, Diffusion
 from probdiff.infer.calibrate import p_values_of, pit, verdict
 from probdiff.infer.program import numbered
@@ -85,7 +94,9 @@ def predictive_check(
         >>> (p["x_0"].values > 0.01).tolist(), bool(p["difference"] < 1e-6)
         ([True, True], True)
     """
-    _check(diffusion, x_0, num_replicates, context, statistics or {})
+    check_key(key)
+    statistics = {} if statistics is None else statistics
+    _check(diffusion, x_0, num_replicates, context, statistics)
     key_draws, key_ties = jax.random.split(key)
     x_0, grid = np.asarray(plain("x_0", x_0)), diffusion.last_step.grid
     x_0 = x_0 if grid is None else grid.nearest_in_float64(x_0)  # as draws are: they may be equal
@@ -107,6 +118,9 @@ def predictive_check(
 def _check(
     diffusion: Diffusion, x_0: Data, num_replicates: int, context: Any, statistics: _Statistics
 ) -> None:
+    check_object(Diffusion, diffusion=diffusion)
+    check_object(Mapping, "a mapping of names to functions", statistics=statistics)
+    read_array("x_0", x_0, jnp.number, jnp.bool_)
     if np.ndim(x_0) != len(diffusion.event_shape) + 1 or np.shape(x_0)[0] < 2:
         raise ValueError(
             f"x_0 must have shape {shape_text('N', diffusion.event_shape)} with N at least 2; "
@@ -115,6 +129,8 @@ def _check(
     check_at_least(1, num_replicates=num_replicates)
     diffusion.check_data(x_0)
     check_context_rows(context, diffusion.context_shape, len(x_0))
+    for name, statistic in statistics.items():
+        check_callable("a function of examples", **{f"statistics[{name!r}]": statistic})
     taken = {diffusion.name, "example", *numbered(diffusion.name, 0, len(diffusion.event_shape))}
     if taken & set(statistics):
         raise ValueError(

@@ -36,7 +36,14 @@ from numpyro import handlers
 from numpyro.primitives import Messenger
 
 from probdiff import bars
-from probdiff.arguments import check_at_least, plain_arrays
+from probdiff.arguments import (
+    check_at_least,
+    check_callable,
+    check_flag,
+    check_key,
+    check_object,
+    plain_arrays,
+)
 from probdiff.compilation import call, trace
 from probdiff.infer.health import InferenceWarning
 from probdiff.infer.program import BLOCK, Conditioned, Program, Site, Sites, read
@@ -119,7 +126,11 @@ def calibrate(
     """
     check_at_least(1, num_simulations=num_simulations)
     check_at_least(0, num_projections=num_projections)
-    check_at_least(1, num_draws=1 if num_draws is None else num_draws)
+    check_at_least(1, or_none=True, num_draws=num_draws)
+    check_key(key)
+    check_callable("program(**arguments)", program=program)
+    check_object(Mapping, "a mapping of names", or_none=True, observed=observed)
+    check_flag(progress=progress)
     key_directions, key_simulations = jax.random.split(key)
     simulator = _Simulator(key_directions, program, observed, num_projections, kwargs)
     run = _runner(sampler, simulator.name)
@@ -263,6 +274,7 @@ def _runner(sampler: Any, name: str) -> Callable:
     if isinstance(sampler, type):
         raise ValueError(f"sampler must be made with its program first; got {sampler}")
     if not isinstance(sampler, _Runs):
+        check_callable("sampler(key, **arguments)", sampler=sampler)
         return sampler
 
     def run(key: Array, **kwargs: Any) -> Any:

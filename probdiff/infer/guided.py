@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from probdiff.arguments import check_at_least
+from probdiff.arguments import check_at_least, check_flag, check_key
 from probdiff.infer import results
 from probdiff.infer.health import systems
 from probdiff.infer.program import Program
@@ -70,6 +70,9 @@ class KernelTwist(Twist):
 
     decays: bool = False
     takes_known = False
+
+    def __post_init__(self) -> None:
+        check_flag(decays=self.decays)
 
     def __call__(self, view: View) -> Tilt:
         """ψ_t = r(x_t)^c, and N(mean, variance) · r(x_s)^c."""
@@ -159,6 +162,7 @@ class Guided(Sampler):
     ):  # fmt: skip
         """Prepare the sampler; the arguments are those of the class."""
         check_at_least(1, num_samples=num_samples)
+        check_flag(check=check)
         super().__init__(
             program, progress, twist, num_particles=num_samples, num_runs=1, steps=steps,
             is_weighted=False, threshold=0.0, block_size=block_size,
@@ -188,6 +192,7 @@ class Guided(Sampler):
             >>> bool(guided.check.difference > 0.5)  # posterior standard deviations
             True
         """
+        check_key(key)
         options, run = self._options, (args, kwargs)
         result = results.sample(self.program, options, key, *run, progress=self.progress)
         if self._checks:

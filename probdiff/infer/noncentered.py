@@ -32,7 +32,14 @@ from numpyro import handlers
 from numpyro.distributions import biject_to
 from numpyro.primitives import Messenger
 
-from probdiff.arguments import plain, shape_text
+from probdiff.arguments import (
+    check_at_least,
+    check_callable,
+    check_key,
+    check_object,
+    plain,
+    shape_text,
+)
 from probdiff.infer.program import Program, Site, changed, given, unexpanded
 from probdiff.prior import check_counted
 from probdiff.reverse import Reverse
@@ -74,6 +81,9 @@ def noncentered(program: Program, *, steps: int | None = None) -> Program:
         >>> abs(float(draws["x_0"].mean()) - 1.0) < 0.2  # y/2
         True
     """
+
+    check_callable("program(*args)", program=program)
+    check_at_least(1, or_none=True, steps=steps)
 
     def over_noise(*args: Any, **kwargs: Any) -> Any:
         retreat = _Retreat(steps)
@@ -121,6 +131,9 @@ def initial_noise(
         >>> bool(jnp.allclose(there, x_0, atol=1e-4))
         True
     """
+    check_key(key)
+    check_callable("what noncentered returned", program=program)
+    check_object(dict, "a dict of arrays by site name", draws=draws)
     draws = {name: jnp.asarray(plain(name, value)) for name, value in draws.items()}
     counts = {value.shape[:1] for value in draws.values()}
     if len(counts) != 1 or () in counts or (0,) in counts:

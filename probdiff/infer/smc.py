@@ -20,10 +20,19 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array
 
-from probdiff.arguments import check_at_least
+from probdiff.arguments import (
+    INNER_SHARE,
+    SHARE,
+    check_at_least,
+    check_callable,
+    check_flag,
+    check_key,
+    check_number,
+    check_object,
+)
 from probdiff.infer import results
 from probdiff.infer.health import InferenceWarning
 from probdiff.infer.laplace import LaplaceTwist
@@ -45,7 +54,12 @@ class Sampler(abc.ABC):
     def __init__(self, program: Program, progress: bool, twist: Twist | None, **options: Any):
         counts = ("num_particles", "num_runs", "block_size")
         check_at_least(1, **{name: options[name] for name in counts})
+        check_callable("program(*args)", program=program)
+        check_object(Twist, "one such as infer.LaplaceTwist()", or_none=True, twist=twist)
+        check_at_least(1, or_none=True, steps=options["steps"])
+        check_flag(progress=progress)
         mesh, num_runs = options.get("mesh"), options["num_runs"]
+        check_object(Mesh | AbstractMesh, "a jax.sharding.Mesh", or_none=True, mesh=mesh)
         if mesh is not None and num_runs % mesh.size:
             raise ValueError(
                 f"num_runs must be a multiple of the {mesh.size} devices of the mesh, which share "
@@ -132,6 +146,7 @@ class Sampler(abc.ABC):
             ...
             no warnings
         """
+        check_at_least(1, limit=limit)
         of, options = self.result, self.result.options
         title = (
             f"{type(self).__name__}, {options.twist!r}: {of.num_steps} of "
@@ -219,8 +234,7 @@ class SMC(Sampler):
         block_size: int = 4096, mesh: Mesh | None = None, progress: bool = False,
     ):  # fmt: skip
         """Prepare the sampler; the arguments are those of the class."""
-        if not 0 <= ess_threshold <= 1:
-            raise ValueError(f"ess_threshold must lie in [0, 1]; got {ess_threshold}")
+        check_number(SHARE, ess_threshold=ess_threshold)
         super().__init__(
             program, progress, twist, num_particles=num_particles, num_runs=num_runs, steps=steps,
             is_weighted=True, threshold=ess_threshold, block_size=block_size, mesh=mesh,
@@ -258,6 +272,7 @@ class SMC(Sampler):
             >>> smc.log_evidence.shape
             (3,)
         """
+        check_key(key)
         run = args, kwargs
         self._keep(results.sample(self.program, self._options, key, *run, progress=self.progress))
 
@@ -343,8 +358,7 @@ class SMC(Sampler):
         """
         from scipy import stats  # slow to import
 
-        if not 0 < prob < 1:
-            raise ValueError(f"prob must lie in (0, 1); got {prob}")
+        check_number(INNER_SHARE, prob=prob)
         half = self.log_evidence_se * float(stats.t.ppf((1 + prob) / 2, self._options.num_runs - 1))
         return self.log_evidence - half, self.log_evidence + half
 

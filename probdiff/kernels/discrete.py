@@ -25,9 +25,9 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 from numpyro.distributions import constraints
 
-from probdiff.arguments import check_at_least
+from probdiff.arguments import as_array, check_at_least, check_shape, read_array
 from probdiff.kernels.laws import Bits, Integers, States, Symbols, log_add, times_log
-from probdiff.types import Step
+from probdiff.types import Step, as_states
 
 
 class DiscreteKernel(abc.ABC):
@@ -79,6 +79,7 @@ class DiscreteKernel(abc.ABC):
 
     def check_values(self, values: np.ndarray, argument: str) -> None:
         """Raise a `ValueError` unless all values are states of the data."""
+        values = np.asarray(read_array(argument, values, jnp.integer, jnp.floating, jnp.bool_))
         bad = ~np.isin(values, np.arange(self.num_data_states))
         if bad.any():
             allowed, found = f"0..{self.num_data_states - 1}", np.asarray(values)[bad].ravel()[0]
@@ -88,14 +89,17 @@ class DiscreteKernel(abc.ABC):
 
     def stationary(self, shape: tuple[int, ...]) -> States | Bits:
         """Law the forward trajectory ends in, π, for each of `shape` symbols."""
-        return States(jnp.broadcast_to(jnp.asarray(self.log_pi), (*shape, self.num_states)))
+        shape = (*check_shape("shape", shape), self.num_states)
+        return States(jnp.broadcast_to(jnp.asarray(self.log_pi), shape))
 
     def transition(self, x_s: Symbols, step: Step) -> States | Bits:
         """One forward step, q(x_t | x_s) = (1−β_t) 1[x_t = x_s] + β_t π(x_t)."""
+        (x_s,) = as_states(step, self.num_states, x_s=x_s)
         return self._mix(x_s, 1 - step.beta, step.beta)
 
     def marginal(self, x_0: Symbols, step: Step) -> States | Bits:
         """All steps up to t at once, q(x_t | x_0) = ᾱ_t 1[x_t = x_0] + (1−ᾱ_t) π(x_t)."""
+        (x_0,) = as_states(step, self.num_states, x_0=x_0)
         return self._mix(x_0, step.alpha_bar_t, step.noise_t)
 
     def bridge(self, x_t: Symbols, x_0: Symbols, step: Step) -> States | Bits:
@@ -104,6 +108,7 @@ class DiscreteKernel(abc.ABC):
         q(x_s | x_t, x_0) ∝ q(x_t | x_s) q(x_s | x_0). Ends that no trajectory joins (absorbing: x_t
         is a class other than x_0) have no law; there x_s = x_t stands in.
         """
+        x_t, x_0 = as_states(step, self.num_states, x_t=x_t, x_0=x_0)
         return self.bridge_given(jnp.log(self._one_hot(x_0)), x_t, step)
 
     def bridge_given(
@@ -167,8 +172,8 @@ class BernoulliKernel(DiscreteKernel):
     num_data_states: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        rate = np.asarray(self.rate, np.float64)
-        if not ((rate > 0) & (rate < 1)).all():
+        rate = np.asarray(as_array("rate", self.rate), np.float64)
+        if not rate.size or not ((rate > 0) & (rate < 1)).all():
             raise ValueError(f"rate must lie in (0, 1); got {self.rate}")
         object.__setattr__(self, "rate", _as_tuples(rate.tolist()))
 
@@ -187,10 +192,15 @@ class BernoulliKernel(DiscreteKernel):
     def stationary(self, shape: tuple[int, ...]) -> Bits:
         """B(rate) for each of `shape` bits."""
         logit = np.log(self._m) - np.log1p(-self._m)
-        return Bits(jnp.broadcast_to(jnp.asarray(logit, jnp.result_type(float)), shape))
+        logit = jnp.asarray(logit, jnp.result_type(float))
+        try:
+            return Bits(jnp.broadcast_to(logit, check_shape("shape", shape)))
+        except ValueError as error:
+            raise ValueError(f"shape must fit the rate, of shape {logit.shape}: {error}") from None
 
     def bridge(self, x_t: Symbols, x_0: Symbols, step: Step) -> Bits:
         """Forward process pinned at both ends, q(x_s | x_t, x_0), s = t − 1: the logits add up."""
+        x_t, x_0 = as_states(step, self.num_states, x_t=x_t, x_0=x_0)
         prior = self._mix(x_0, step.alpha_bar_s, step.noise_s)
         return Bits(self._log_ratio(x_t, step) + prior.logit)
 

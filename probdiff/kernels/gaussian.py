@@ -15,7 +15,8 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Float
 from numpyro.distributions import constraints
 
-from probdiff.types import Step
+from probdiff.arguments import as_array, check_shape
+from probdiff.types import Step, as_states, check_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class GaussianKernel:
 
     def check_values(self, values: np.ndarray, argument: str) -> None:
         """Raise a `ValueError` unless the values are finite real numbers."""
-        if not np.isfinite(values).all():
+        if not np.isfinite(as_array(argument, values)).all():
             raise ValueError(
                 f"{argument} must be finite where it is observed; got "
                 f"{np.sum(~np.isfinite(values))} values that are not; missing values want mask=, "
@@ -68,14 +69,16 @@ class GaussianKernel:
 
     def stationary(self, shape: tuple[int, ...]) -> dist.Distribution:
         """Law the forward trajectory ends in, π = N(0, 1), for each of `shape` numbers."""
-        return dist.Normal(jnp.zeros(shape), 1.0)
+        return dist.Normal(jnp.zeros(check_shape("shape", shape)), 1.0)
 
     def transition(self, x_s: Float[Array, "*shape"], step: Step) -> dist.Distribution:
         """One forward step, q(x_t | x_s) = N(√(1−β_t) x_s, β_t)."""
+        (x_s,) = as_states(step, x_s=x_s)
         return dist.Normal(jnp.sqrt(1 - step.beta) * x_s, jnp.sqrt(step.beta))
 
     def marginal(self, x_0: Float[Array, "*shape"], step: Step) -> dist.Distribution:
         """All steps up to t at once, q(x_t | x_0) = N(√ᾱ_t x_0, 1 − ᾱ_t)."""
+        (x_0,) = as_states(step, x_0=x_0)
         return dist.Normal(jnp.sqrt(step.alpha_bar_t) * x_0, jnp.sqrt(step.noise_t))
 
     def bridge(
@@ -101,6 +104,7 @@ def bridge_weights(step: Step) -> tuple[Float[Array, "..."], Float[Array, "..."]
         >>> bool(w_t[0] == 0), bool(w_t[2] == 0)  # x_0 is known; β_3 = 1, x_3 knows nothing of x_2
         (True, True)
     """
+    check_step(step)
     weight_0 = jnp.sqrt(step.alpha_bar_s) * step.beta / step.noise_t
     weight_t = jnp.sqrt(1 - step.beta) * step.noise_s / step.noise_t
     return weight_0, weight_t
@@ -121,6 +125,7 @@ def bridge_mean(
         >>> bool(jnp.allclose(x_1, jnp.sqrt(step.alpha_bar_s) * x_0))  # no noise: x_s = √ᾱ_s x_0
         True
     """
+    x_t, x_0 = as_states(step, x_t=x_t, x_0=x_0)
     weight_0, weight_t = bridge_weights(step)
     return weight_0 * x_0 + weight_t * x_t
 
@@ -134,4 +139,5 @@ def bridge_variance(step: Step) -> Float[Array, "..."]:
         >>> bool(variance[0] == 0), [round(v, 2) for v in variance[1:].tolist()]
         (True, [0.25, 0.67])
     """
+    check_step(step)
     return step.beta * step.noise_s / step.noise_t

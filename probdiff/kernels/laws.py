@@ -20,6 +20,8 @@ from jaxtyping import Array, Float, Int
 from numpyro.distributions import constraints
 from numpyro.distributions.kl import kl_divergence
 
+from probdiff.arguments import as_array
+
 Symbols = Int[Array, "*shape"]
 
 
@@ -79,7 +81,9 @@ class States(dist.Distribution):
     has_rsample = False
 
     def __init__(self, log_probs: Float[Array, "*shape K"]):
-        self.log_probs = log_probs
+        self.log_probs = log_probs = as_array("log_probs", log_probs, ..., "K")
+        if not log_probs.shape[-1]:
+            raise ValueError(f"log_probs must be of one state or more; got shape {log_probs.shape}")
         super().__init__(log_probs.shape[:-1], ())
 
     @property
@@ -134,7 +138,7 @@ class Bits(dist.Distribution):
     has_rsample = False
 
     def __init__(self, logit: Float[Array, "*shape"]):
-        self.logit = logit
+        self.logit = logit = as_array("logit", logit)
         super().__init__(jnp.shape(logit), ())
 
     @property

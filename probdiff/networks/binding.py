@@ -22,8 +22,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen, nnx
 from jaxtyping import Array, PyTree
+
+from probdiff.arguments import as_array, known, read_array, shown
 
 
 class _Binding(NamedTuple):
@@ -47,6 +50,34 @@ def example_inputs(
     """Zeros as a network is called with, two rows: x_t, t and, where there is one, context."""
     context = None if context_shape is None else jnp.zeros((2, *context_shape))
     return jnp.zeros((2, *event_shape), dtype), jnp.ones((2,), jnp.int32), context
+
+
+def check_call(network: Any, x_t: Any, t: Any, context: Any = None) -> None:
+    """Raise a `ValueError` unless a built-in network is called as it was made.
+
+    Its attributes `event_shape`, `context_size` and, where it knows log-SNRs, `takes_log_snr` say
+    how.
+    """
+    x_t = as_array("x_t", x_t, "B", *network.event_shape)
+    rows = x_t.shape[0]
+    is_real = getattr(network, "takes_log_snr", False)
+    t = read_array("t", t, jnp.floating if is_real else jnp.integer)
+    if t.shape != (rows,):
+        raise ValueError(f"t must have shape ({rows},), one for each of x_t; got {t.shape}")
+    times = None if is_real else known(t)
+    if times is not None and not ((times >= 1) & (times <= network.T)).all():
+        raise ValueError(f"t must lie in 1..{network.T}; got {shown(t)}")
+    size = getattr(network, "context_size", 0)
+    if (context is None) != (size == 0):
+        raise ValueError(
+            f"context must be given exactly where context_size is above 0; got {shown(context)} "
+            f"with context_size {size}"
+        )
+    if context is not None and np.size(as_array("context", context)) != rows * size:
+        raise ValueError(
+            f"context must hold {size} numbers for each of the {rows} rows of x_t; got shape "
+            f"{np.shape(context)}"
+        )
 
 
 def built_in_config(network: Any) -> dict[str, Any]:

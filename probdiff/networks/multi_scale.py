@@ -26,7 +26,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
-from probdiff.arguments import check_at_least
+from probdiff.arguments import check_at_least, check_object
+from probdiff.networks.binding import check_call
 from probdiff.networks.convolution import as_events, check_image, convolve
 from probdiff.networks.perceptron import as_numbers, bump_functions
 
@@ -67,7 +68,11 @@ class MultiScaleConvolution(nnx.Module):
         dense_width: int = 500, dense_depth: int = 4, dense_outputs: int = 2, upper_width: int = 20,
         upper_depth: int = 2, bumps: int = 10, outputs: int = 2, rngs: nnx.Rngs,
     ):  # fmt: skip
-        check_at_least(1, scales=scales)
+        check_at_least(1, width=width, scales=scales, dense_width=dense_width, bumps=bumps)
+        check_at_least(1, dense_outputs=dense_outputs, upper_width=upper_width, outputs=outputs)
+        check_at_least(0, depth=depth, dense_depth=dense_depth, upper_depth=upper_depth)
+        check_at_least(2, T=T)
+        check_object(nnx.Rngs, "nnx.Rngs(seed)", rngs=rngs)
         event_shape = check_image(event_shape, 2 ** (scales - 1) if depth else 1)
         if max(depth, dense_depth) < 1:
             got = f"{depth} and {dense_depth}"
@@ -91,6 +96,7 @@ class MultiScaleConvolution(nnx.Module):
 
     def __call__(self, x_t: Num[Array, "B ..."], t: Int[Array, " B"]) -> Float[Array, "B ..."]:
         """Outputs `(B, *event_shape)`, the last axis `outputs` times as long."""
+        check_call(self, x_t, t)
         size, sides = x_t.shape[0], self.event_shape[:2]
         x = as_numbers(x_t, 0).reshape(size, *sides, -1)
         pathways = []

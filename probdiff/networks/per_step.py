@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
-from probdiff.arguments import check_at_least, check_shape
-from probdiff.networks.binding import output_shape
+from probdiff.arguments import check_at_least, check_object, check_shape
+from probdiff.networks.binding import check_call, output_shape
 from probdiff.networks.perceptron import as_numbers
 
 
@@ -52,7 +52,9 @@ class RadialBasis(nnx.Module):
         self, event_shape: tuple[int, ...], width: int, T: int, *, outputs: int = 2, rngs: nnx.Rngs
     ):
         event_shape = check_shape("event_shape", event_shape)
-        check_at_least(1, width=width)
+        check_at_least(1, width=width, outputs=outputs)
+        check_at_least(2, T=T)
+        check_object(nnx.Rngs, "nnx.Rngs(seed)", rngs=rngs)
         self.event_shape, self.width, self.T, self.outputs = event_shape, width, T, outputs
         size = math.prod(event_shape)
         self.centres = nnx.Param(jax.random.normal(rngs.params(), (width, size)))
@@ -61,6 +63,7 @@ class RadialBasis(nnx.Module):
 
     def __call__(self, x_t: Num[Array, "B ..."], t: Int[Array, " B"]) -> Float[Array, "B ..."]:
         """Outputs `(B, *event_shape)`, the last axis `outputs` times as long."""
+        check_call(self, x_t, t)
         x = x_t.reshape(x_t.shape[0], -1)
         # |x − c|² term by term: a matrix product would lose digits where x is near a centre
         distance = jnp.sum((x[:, None] - self.centres[...]) ** 2, -1)
@@ -92,7 +95,9 @@ class SigmoidPerceptron(nnx.Module):
         rngs: nnx.Rngs,
     ):  # fmt: skip
         event_shape = check_shape("event_shape", event_shape)
-        check_at_least(1, width=width, depth=depth)
+        check_at_least(1, width=width, depth=depth, outputs=outputs)
+        check_at_least(2, T=T)
+        check_object(nnx.Rngs, "nnx.Rngs(seed)", rngs=rngs)
         self.event_shape, self.width, self.depth, self.T = event_shape, width, depth, T
         self.outputs, size = outputs, math.prod(event_shape)
         # Glorot's range four times as wide is his own for this sigmoid: its slope at 0 is 1/4.
@@ -105,6 +110,7 @@ class SigmoidPerceptron(nnx.Module):
 
     def __call__(self, x_t: Num[Array, "B ..."], t: Int[Array, " B"]) -> Float[Array, "B ..."]:
         """Outputs `(B, *event_shape)`, the last axis `outputs` times as long."""
+        check_call(self, x_t, t)
         h = as_numbers(x_t, 0).reshape(x_t.shape[0], -1)
         for layer in self.layers:
             h = jax.nn.sigmoid(layer(h))

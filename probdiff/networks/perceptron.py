@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
-from probdiff.arguments import check_at_least, check_shape
-from probdiff.networks.binding import output_shape
+from probdiff.arguments import check_at_least, check_object, check_shape
+from probdiff.networks.binding import check_call, output_shape
 
 
 class Perceptron(nnx.Module):
@@ -59,7 +59,10 @@ class Perceptron(nnx.Module):
         outputs: int = 2, context_size: int = 0, states: int = 0, rngs: nnx.Rngs,
     ):  # fmt: skip
         event_shape = check_shape("event_shape", event_shape)
-        check_at_least(1, width=width, depth=depth)
+        check_at_least(1, width=width, depth=depth, bumps=bumps, outputs=outputs)
+        check_at_least(2, T=T)
+        check_at_least(0, context_size=context_size, states=states)
+        check_object(nnx.Rngs, "nnx.Rngs(seed)", rngs=rngs)
         self.event_shape, self.width, self.depth, self.T = event_shape, width, depth, T
         self.bumps, self.outputs = bumps, outputs
         self.context_size, self.states = context_size, states
@@ -74,6 +77,7 @@ class Perceptron(nnx.Module):
         context: Float[Array, "B ..."] | None = None,
     ) -> Float[Array, "B ..."]:  # fmt: skip
         """Outputs `(B, *event_shape)`, the last axis `outputs` times as long."""
+        check_call(self, x_t, t, context)
         size = x_t.shape[0]
         x = as_numbers(x_t, self.states)
         g = bump_functions(t, self.T, self.bumps).astype(x.dtype)
@@ -120,7 +124,11 @@ class SharedHead(nnx.Module):
         rngs: nnx.Rngs,
     ):  # fmt: skip
         event_shape = check_shape("event_shape", event_shape)
-        check_at_least(1, width=width, depth=depth)
+        check_at_least(1, width=width, depth=depth, channels=channels, head_width=head_width)
+        check_at_least(1, bumps=bumps, outputs=outputs)
+        check_at_least(2, T=T)
+        check_at_least(0, context_size=context_size)
+        check_object(nnx.Rngs, "nnx.Rngs(seed)", rngs=rngs)
         self.event_shape, self.width, self.depth, self.T = event_shape, width, depth, T
         self.channels, self.head_width = channels, head_width
         self.bumps, self.outputs, self.context_size = bumps, outputs, context_size
@@ -139,6 +147,7 @@ class SharedHead(nnx.Module):
         context: Float[Array, "B ..."] | None = None,
     ) -> Float[Array, "B ..."]:  # fmt: skip
         """Outputs `(B, *event_shape)`, the last axis `outputs` times as long."""
+        check_call(self, x_t, t, context)
         batch = x_t.shape[0]
         x = as_numbers(x_t, 0).reshape(batch, -1)
         size = x.shape[1]

@@ -11,6 +11,7 @@ example, and tanh, exp and their like have none. They are those of one call of t
 trains at some three times the operations with its gradients, and is called T times for a draw.
 """
 
+import inspect
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from probdiff.arguments import check_at_least
+from probdiff.arguments import check_at_least, check_object, check_shape, shown
 from probdiff.networks.binding import bind
 
 _PLAIN = {"force_terminal": False, "force_jupyter": False, "color_system": None, "width": 1000}
@@ -35,7 +36,7 @@ def summary(
         event_shape: Shape of one example.
         batch_size: Examples in the call.
         context_shape: Shape of one example's context; None where there is none.
-        dtype: Type of x_t; int for symbols.
+        dtype: Type of x_t, float, or int for symbols.
         depth: Most parts of a path, such as 2 of `layers/0`, in what is shown; None for all.
 
     Example:
@@ -46,12 +47,24 @@ def summary(
         Total Parameters: 2,768 (11.1 KB)
         Total FLOPs: ...
     """
-    if not isinstance(network, nnx.Module):
-        raise ValueError(f"network must be a flax.nnx module; got {type(network).__name__}")
+    check_object(nnx.Module, "a flax.nnx module", network=network)
+    event_shape = check_shape("event_shape", event_shape)
+    context_shape = None if context_shape is None else check_shape("context_shape", context_shape)
+    if (own := getattr(network, "event_shape", event_shape)) != event_shape:
+        raise ValueError(f"event_shape must be that of the network, {own}; got {event_shape}")
     check_at_least(1, batch_size=batch_size)
+    check_at_least(1, or_none=True, depth=depth)
+    if not isinstance(dtype, type) or dtype not in (int, float):
+        raise ValueError(f"dtype must be float, or int for symbols; got {shown(dtype)}")
     inputs = [jnp.zeros((batch_size, *event_shape), dtype), jnp.ones(batch_size, jnp.int32)]
     if context_shape is not None:
         inputs.append(jnp.zeros((batch_size, *context_shape)))
+    try:
+        inspect.signature(network).bind(*inputs)
+    except TypeError as error:
+        raise ValueError(
+            f"context_shape must be given exactly where the network takes a context; {error}"
+        ) from None
     # before the table, during which an error would leave flax's classes with replaced methods
     flops = _flops(network, inputs)
     table = nnx.tabulate(network, *inputs, depth=depth, compute_flops=True, console_kwargs=_PLAIN)

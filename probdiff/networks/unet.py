@@ -26,6 +26,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Num
 
+from probdiff.arguments import check_at_least, check_object, check_shape, check_text
+from probdiff.networks.binding import check_call
 from probdiff.networks.convolution import (
     as_events,
     check_image,
@@ -81,13 +83,19 @@ class UNet(nnx.Module):
         context_size: int = 0, outputs: int = 2, states: int = 0, dtype: str | None = None,
         rngs: nnx.Rngs,
     ):  # fmt: skip
+        widths = check_shape("widths", widths)
+        check_at_least(1, depth=depth, patch=patch, head_width=head_width, outputs=outputs)
+        check_at_least(2, or_none=True, T=T)
+        check_at_least(0, attention_heads=attention_heads, context_size=context_size, states=states)
+        check_object(nnx.Rngs, "nnx.Rngs(seed)", rngs=rngs)
+        _check_dtype(dtype)
         if not widths or any(width % _GROUP for width in widths):
-            raise ValueError(f"widths must be multiples of {_GROUP}; got {tuple(widths)}")
+            raise ValueError(f"widths must be multiples of {_GROUP}; got {widths}")
         event_shape = check_image(event_shape, patch * 2 ** (len(widths) - 1))
         if attention_heads and widths[-1] % attention_heads:
             last = f"the last of widths, {widths[-1]}"
             raise ValueError(f"attention_heads must divide {last}; got {attention_heads}")
-        self.event_shape, self.widths, self.depth = event_shape, tuple(widths), depth
+        self.event_shape, self.widths, self.depth = event_shape, widths, depth
         self.T, self.patch, self.head_width = T, patch, head_width
         self.attention_heads, self.context_size = attention_heads, context_size
         self.outputs, self.states, self.dtype = outputs, states, dtype
@@ -122,6 +130,7 @@ class UNet(nnx.Module):
 
         t is the step in 1..T, without T the log-SNR; context any `context_size` numbers each.
         """
+        check_call(self, x_t, t, context)
         size, (height, width) = x_t.shape[0], self.event_shape[:2]
         x = as_numbers(x_t, self.states).reshape(size, height, width, -1)
         # both in thousandths of a range: of the steps, and of log-SNRs from −15 to 15
@@ -214,6 +223,15 @@ class _Head(nnx.Module):
         inner = from_patches(self.features(h), self.patch) + self.pixel(x)
         inner = self.hidden(jax.nn.silu(inner * (1 + scale) + shift))
         return self.readout(jax.nn.silu(inner))
+
+
+def _check_dtype(dtype: Any) -> None:
+    """Raise a `ValueError` unless it is None or the name of a floating type."""
+    if dtype is None:
+        return
+    check_text(dtype=dtype)
+    if dtype not in ("bfloat16", "float16", "float32", "float64"):
+        raise ValueError(f"dtype must be a floating type such as 'bfloat16'; got {dtype!r}")
 
 
 def _norm(width: int, rngs: nnx.Rngs) -> nnx.GroupNorm:

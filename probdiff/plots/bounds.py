@@ -23,6 +23,7 @@ import pandas as pd
 import xarray as xr
 from matplotlib.axes import Axes
 
+from probdiff.arguments import FINITE, check_number, check_object
 from probdiff.plots.style import BLUE, GREEN, ORANGE, axes_or_new, band
 
 _SHOWN = 50
@@ -74,6 +75,7 @@ def ladder(tree: xr.DataTree, *, truth: float | None = None, ax: Axes | None = N
         ['K', 'S = 1', 'S = 10']
     """
     group = _group(tree, "ladder")
+    check_number(FINITE, or_none=True, truth=truth)
     ax = axes_or_new(ax)
     sizes, last = group["size"].values, group["importance"].values[:, -1:]
     rungs = [group[name].values for name in ("bound", "importance", "smc")]
@@ -143,8 +145,8 @@ def entropy_band(tree: xr.DataTree, *, ax: Axes | None = None) -> Axes:
 
     Example:
         >>> x, diffusion = jnp.array([-1.0, 1.0]), standard_diffusion()
-        >>> tree = diagnostics.bound(jax.random.key(0), diffusion, {}, x)
-        >>> ax = plots.entropy_band(diagnostics.entropies(diffusion, {}, x, tree))
+        >>> tree = diagnostics.entropies(jax.random.key(0), diffusion, {}, x)
+        >>> ax = plots.entropy_band(tree)
         >>> ax.get_ylabel(), ax.lines[0].get_label()
         ('H(X_s | X_t) above its lower bound (nats)', 'upper bound by the model')
     """
@@ -237,6 +239,7 @@ def comparison(tree: xr.DataTree) -> Axes:
 
 
 def _group(tree: xr.DataTree, name: str, *, needs: str | None = None) -> xr.DataTree:
+    check_object(xr.DataTree, "a DataTree of diagnostics", tree=tree)
     if name not in tree.children or (needs is not None and needs not in tree[name]):
         maker = {"entropy": "entropies", "comparison": "compare"}.get(name, name)
         got = list(tree.children)

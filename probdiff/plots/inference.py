@@ -17,8 +17,8 @@ import xarray as xr
 from matplotlib.axes import Axes
 from scipy import stats
 
-from probdiff.arguments import check_at_least
-from probdiff.plots.style import BLUE, ORANGE, AxesGrid, axes_or_new, grid_or_new
+from probdiff.arguments import INNER_SHARE, SHARE, check_at_least, check_number, check_object
+from probdiff.plots.style import BLUE, ORANGE, AxesGrid, as_axes, axes_or_new, grid_or_new
 
 _COLUMNS = 4
 """Panels of a calibration side by side."""
@@ -45,7 +45,8 @@ def ess_trace(tree: xr.DataTree, *, threshold: float | None = 0.5, ax: Axes | No
         >>> plots.ess_trace(smc.to_datatree()).get_ylabel()
         'effective share of 100 particles'
     """
-    ax, group = axes_or_new(ax), _weighted(tree)
+    check_number(SHARE, or_none=True, threshold=threshold)
+    group, ax = _weighted(tree), axes_or_new(ax)
     plates = [dim for dim in group["ess"].dims if dim not in ("level", "run")]
     share = group["ess"].min(plates).transpose("level", "run") / tree.attrs["num_particles"]
     was_resampled = (group["resampled"] > 0).any(plates).transpose("level", "run").values
@@ -89,9 +90,8 @@ def evidence(tree: xr.DataTree, *, prob: float = 0.95, ax: Axes | None = None) -
         >>> plots.evidence(smc.to_datatree(), prob=0.9).get_legend().get_texts()[0].get_text()
         'pooled, 90% interval: -2.2... ± 0.0...'
     """
-    if not 0 < prob < 1:
-        raise ValueError(f"prob must lie in (0, 1); got {prob}")
-    ax, group = axes_or_new(ax), _weighted(tree)
+    check_number(INNER_SHARE, prob=prob)
+    group, ax = _weighted(tree), axes_or_new(ax)
     by_run = group["log_evidence_by_run"].transpose("run", ...).values
     runs = len(by_run)
     by_run = by_run.reshape(runs, -1)
@@ -148,6 +148,7 @@ def calibration(
         'log_r: p = ..., rejected'
     """
     check_at_least(1, num_panels=num_panels)
+    check_object(xr.DataTree, "what infer.calibrate returned", tree=tree)
     if not {"prior_sbc", "uniformity"} <= set(tree.children):
         raise ValueError(f"tree must come from infer.calibrate; got groups {list(tree.children)}")
     panels = xr.Dataset(dict(_panels(tree, num_panels)))
@@ -188,7 +189,7 @@ def calibration(
 def _axes_of(axes: AxesGrid, count: int) -> np.ndarray:
     """One axes for each panel, in a new figure where none are given."""
     if axes is not None:
-        axes = np.ravel(np.asarray(axes, dtype=object))
+        axes = np.ravel(as_axes(axes))
         if len(axes) < count:
             raise ValueError(f"axes must be at least {count}, one for each panel; got {len(axes)}")
         return axes[:count]
@@ -232,6 +233,7 @@ def _panels(tree: xr.DataTree, count: int) -> list[tuple[str, xr.DataArray]]:
 
 
 def _weighted(tree: xr.DataTree) -> xr.DataTree:
+    check_object(xr.DataTree, "what to_datatree of an SMC returned", tree=tree)
     if "smc" not in tree.children or "log_evidence" not in tree["smc"]:
         raise ValueError("tree must come from to_datatree of an SMC, which has weights")
     return tree["smc"]

@@ -12,10 +12,31 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Array, Float
+from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
+from matplotlib.colors import Colormap, to_rgb
 
-from probdiff.plots.style import BLUE, GREEN, ORANGE, SKY, AxesGrid, axes_or_new, grid_or_new
+from probdiff.arguments import (
+    FINITE,
+    as_array,
+    check_at_least,
+    check_number,
+    check_text,
+    shown,
+)
+from probdiff.plots.style import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    SKY,
+    AxesGrid,
+    as_axes,
+    as_points,
+    as_rows,
+    axes_or_new,
+    check_looks,
+    grid_or_new,
+)
 
 Points = Float[Array | np.ndarray, "_ 2"]
 _Levels = Sequence[Points] | Float[Array | np.ndarray, "_ _ 2"]
@@ -35,8 +56,8 @@ def points(
         >>> ax.get_title(), ax.get_xlabel(), ax.get_ylabel()
         ('draws', 'x₁', 'x₂')
     """
-    ax = axes_or_new(ax)
-    x = np.asarray(x)
+    check_looks(limit=limit, title=title, color=color)
+    x, ax = as_points("x", x), axes_or_new(ax)
     size = min(9.0, 3000 / max(len(x), 1))
     ax.scatter(x[:, 0], x[:, 1], s=size, color=color, alpha=0.6, linewidths=0)
     return _square(ax, limit, title)
@@ -59,7 +80,18 @@ def slices(
         >>> [ax.get_title() for ax in axes]
         ['t = 0', 't = T']
     """
-    if axes is None:
+    levels = [as_points(f"levels[{i}]", x) for i, x in enumerate(as_rows("levels", levels))]
+    titles = as_rows("titles", titles)
+    for i, title in enumerate(titles):
+        check_text(**{f"titles[{i}]": title})
+    if len(titles) != len(levels):
+        raise ValueError(f"titles must be {len(levels)}, one for each level; got {len(titles)}")
+    check_looks(limit=limit, color=color)
+    if axes is not None:
+        axes = as_axes(axes).ravel()
+        if len(axes) != len(levels):
+            raise ValueError(f"axes must be {len(levels)}, one for each level; got {len(axes)}")
+    else:
         (axes,) = grid_or_new(None, 1, len(levels), figsize=(3.0 * len(levels), 3.2))
     parts = zip(levels, titles, axes, strict=True)
     return [points(x, title=t, color=color, limit=limit, ax=ax) for x, t, ax in parts]
@@ -85,8 +117,11 @@ def drift(
         >>> ax.get_title()
         't = 5, arrows × 5'
     """
+    check_looks(limit=limit, title=title)
+    x = as_points("x", x)
+    displacement = np.asarray(as_array("displacement", displacement, len(x), 2))
+    behind = None if behind is None else as_points("behind", behind)
     ax = axes_or_new(ax)
-    x, displacement = np.asarray(x), np.asarray(displacement)
     if behind is not None:
         ax.scatter(*np.asarray(behind).T, s=2, color="0.8", linewidths=0, zorder=0)
     typical = float(np.median(np.linalg.norm(displacement, axis=1)))
@@ -118,8 +153,18 @@ def images(
         >>> ax.images[0].get_array().shape  # two rows of three digits, a pixel apart
         (17, 26)
     """
+    check_at_least(1, columns=columns)
+    check_text(title=title)
+    check_limits(vmin, vmax)
+    if not isinstance(cmap, Colormap | str) or (isinstance(cmap, str) and cmap not in colormaps):
+        raise ValueError(f"cmap must be a colour map of matplotlib's; got {shown(cmap)}")
+    x = np.asarray(as_array("x", x), np.float64)
+    if x.ndim not in (3, 4) or not x.size or x.shape[3:] not in ((), (3,)):
+        raise ValueError(
+            f"x must have shape (images, height, width) or (images, height, width, 3); got shape "
+            f"{x.shape}"
+        )
     ax = axes_or_new(ax)
-    x = np.asarray(x, np.float64)
     n, height, width, *channels = x.shape
     rows = math.ceil(n / columns)
     shape = (rows * (height + 1) - 1, columns * (width + 1) - 1, *channels)
@@ -163,7 +208,23 @@ def figure_1(
         >>> axes.shape, [ax.get_title() for ax in axes[0]]
         ((3, 2), ['t = 0', 't = 40'])
     """
-    drift_levels = levels if drift_levels is None else drift_levels
+    levels = as_rows("levels", levels)
+    drift_levels = levels if drift_levels is None else as_rows("drift_levels", drift_levels)
+    for name, times in {"levels": levels, "drift_levels": drift_levels}.items():
+        for i, t in enumerate(times):
+            check_at_least(0, **{f"{name}[{i}]": t})
+    if len(drift_levels) != len(levels):
+        raise ValueError(f"drift_levels must be {len(levels)}, as levels; got {len(drift_levels)}")
+    given = {
+        "forward": forward, "reverse": reverse, "grid": grid, "drifts": drifts, "behind": behind,
+    }  # fmt: skip
+    for name, each in given.items():
+        rows = as_rows(name, each)
+        if len(rows) != len(levels):
+            raise ValueError(f"{name} must be points at {len(levels)} levels; got {len(rows)}")
+        for i, x in enumerate(rows):
+            as_points(f"{name}[{i}]", x)
+    check_looks(limit=limit)
     axes = grid_or_new(axes, 3, len(levels), figsize=(3.0 * len(levels), 9.4))
     slices(forward, [f"t = {t}" for t in levels], color=BLUE, limit=limit, axes=axes[0])
     slices(reverse, [f"t = {t}" for t in levels], color=ORANGE, limit=limit, axes=axes[1])
@@ -173,6 +234,13 @@ def figure_1(
     for row, name in zip(axes, names, strict=True):
         row[0].set_ylabel(f"{name}\n\nx₂")
     return axes
+
+
+def check_limits(vmin: float, vmax: float) -> None:
+    """Raise a `ValueError` unless black lies below white."""
+    check_number(FINITE, vmin=vmin, vmax=vmax)
+    if not vmin < vmax:
+        raise ValueError(f"vmin must be below vmax; got vmin={vmin} and vmax={vmax}")
 
 
 def _square(ax: Axes, limit: float, title: str) -> Axes:

@@ -9,14 +9,25 @@ first. Grey values share one scale, the standard deviations have one of their ow
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Num
 from matplotlib.axes import Axes
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 
-from probdiff.plots.pictures import Points, points
-from probdiff.plots.style import BLUE, ORANGE, SKY, AxesGrid, axes_or_new, grid_or_new
+from probdiff.arguments import as_array, check_at_least, read_array
+from probdiff.plots.pictures import Points, check_limits, points
+from probdiff.plots.style import (
+    BLUE,
+    ORANGE,
+    SKY,
+    AxesGrid,
+    as_points,
+    axes_or_new,
+    check_looks,
+    grid_or_new,
+)
 
 _Images = Num[Array | np.ndarray, "_ _ _"]
 
@@ -52,15 +63,33 @@ def posterior_images(
         >>> [ax.get_title() for ax in axes[0]]
         ['truth', 'observation', 'draw 1', 'draw 2', 'mean', 'sd']
     """
+    check_at_least(1, num_draws=num_draws)
+    check_limits(vmin, vmax)
+    given = {"observation": observation, "mean": mean, "sd": sd}
+    given |= {} if truth is None else {"truth": truth}
+    for name, value in given.items():
+        if not as_array(name, value, "images", "height", "width").size:
+            raise ValueError(f"{name} must hold one image or more; got none")
+    draws = np.asarray(as_array("draws", draws, "draws", "images", "height", "width"))
+    for name, value in given.items():
+        if len(value) != draws.shape[1]:
+            raise ValueError(f"{name} must be {draws.shape[1]} images, as draws; got {len(value)}")
+    if mask is not None:
+        mask = read_array("mask", mask, jnp.bool_)
+        try:
+            np.broadcast_to(mask, np.shape(observation))
+        except ValueError as error:
+            raise ValueError(f"mask must be broadcastable to observation: {error}") from None
+    if observation_limits is not None:
+        low, high = as_array("observation_limits", observation_limits, 2, is_finite=True)
+        if not low < high:
+            raise ValueError(f"observation_limits must ascend; got {observation_limits}")
     shown = [("observation", observation)]
-    shown += [(f"draw {i + 1}", draw) for i, draw in enumerate(np.asarray(draws)[:num_draws])]
+    shown += [(f"draw {i + 1}", draw) for i, draw in enumerate(draws[:num_draws])]
     shown += [("mean", mean), ("sd", sd)]
     if truth is not None:
         shown.insert(0, ("truth", truth))
     columns = [(title, np.asarray(images, np.float64)) for title, images in shown]
-    counts = {title: len(images) for title, images in columns}
-    if len(set(counts.values())) > 1:
-        raise ValueError(f"all columns must have as many images; got {counts}")
     rows = len(columns[0][1])
     size = (1.2 * len(columns) + 1.2, 1.25 * rows + 0.4)
     axes = grid_or_new(axes, rows, len(columns), figsize=size)
@@ -109,6 +138,11 @@ def posterior_points(
         >>> [text.get_text() for text in ax.get_legend().get_texts()]
         ['posterior draws', 'observation']
     """
+    draws = as_points("draws", draws)
+    behind = None if behind is None else as_points("behind", behind)
+    observation = None if observation is None else as_array("observation", observation, 2)
+    truth = None if truth is None else as_array("truth", truth, 2)
+    check_looks(limit=limit, title=title)
     ax = axes_or_new(ax)
     if behind is not None:
         ax.scatter(*np.asarray(behind).T, s=3, color="0.8", linewidths=0, zorder=0)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from probdiff.arguments import as_array, check_at_least, shown
 from probdiff.plots.style import BLUE, ORANGE, axes_or_new, band
 
 
@@ -33,16 +34,24 @@ def losses(
         >>> ax.get_ylabel(), ax.lines[0].get_label()
         ('loss per example (nats for the bound)', 'training, means of 10 steps')
     """
+    check_at_least(1, batch_size=batch_size)
+    values = np.asarray(as_array("losses", losses, "steps"), np.float64) / batch_size
+    if not len(values):
+        raise ValueError("losses must be of one step or more; got none")
+    if held_out is not None:
+        if not isinstance(held_out, tuple | list) or len(held_out) != 2:
+            raise ValueError(f"held_out must be a pair, steps and losses; got {shown(held_out)}")
+        at = as_array("held_out[0]", held_out[0], "evaluations")
+        as_array("held_out[1]", held_out[1], len(at))
     ax = axes_or_new(ax)
-    values = np.asarray(losses, np.float64) / batch_size
     size = math.ceil(len(values) / 100)
     blocks = [values[start : start + size] for start in range(0, len(values), size)]
     mean = np.array([block.mean() for block in blocks])
     se = np.array([block.std() / math.sqrt(len(block)) for block in blocks])
     middle = size * np.arange(len(blocks)) + np.array([(len(b) + 1) / 2 for b in blocks])
     band(ax, middle, mean, se, BLUE, f"training, means of {size} steps")
-    shown = mean[len(mean) // 10 :]
-    low, high = shown.min(), shown.max()
+    late = mean[len(mean) // 10 :]
+    low, high = late.min(), late.max()
     if held_out is not None:
         ax.plot(*held_out, color=ORANGE, marker="o", markersize=4, label="held-out data")
         low = min(low, np.min(held_out[1]))
@@ -73,6 +82,7 @@ class LiveLosses:
     """
 
     def __init__(self, batch_size: int = 1, *, held_out_size: int = 1, ax: Axes | None = None):
+        check_at_least(1, batch_size=batch_size, held_out_size=held_out_size)
         self.batch_size, self.held_out_size = batch_size, held_out_size
         self.ax = axes_or_new(ax)
         self._display: Any = None

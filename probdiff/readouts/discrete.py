@@ -19,8 +19,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from probdiff.kernels import BernoulliKernel, Bits, DiscreteKernel, GaussianKernel, States
+from probdiff.arguments import check_object
+from probdiff.kernels import BernoulliKernel, Bits, DiscreteKernel, GaussianKernel, Kernel, States
 from probdiff.kernels.laws import Symbols
+from probdiff.readouts.gaussian import checked
 from probdiff.types import Step
 
 _Kernel = DiscreteKernel | GaussianKernel
@@ -67,6 +69,7 @@ class DiscreteReadout(abc.ABC):
 
         `trained` are the coefficients of the single step, which the network was trained for.
         """
+        _checked(self, kernel, outputs, x_t, trained, step)
         law = self.x_0_given(kernel, outputs, x_t, trained)
         return kernel.bridge_given(law.log_probs, x_t, step)
 
@@ -74,6 +77,7 @@ class DiscreteReadout(abc.ABC):
         self, kernel: DiscreteKernel, outputs: _Outputs, x_t: Symbols, step: Step
     ) -> Float[Array, "..."]:
         """E[x_0 | x_t] of bits, the probability of 1; classes have no mean, see `x_0_given`."""
+        check_object(Kernel, "a kernel such as BernoulliKernel(0.5)", kernel=kernel)
         if not isinstance(kernel, BernoulliKernel):
             raise ValueError(f"x_0_hat is for numbers and bits; got {kernel}. Use x_0_given")
         return self.x_0_given(kernel, outputs, x_t, step).mean
@@ -95,12 +99,14 @@ class Logits(DiscreteReadout):
 
     def num_outputs(self, kernel: _Kernel) -> int:
         """1."""
+        check_object(Kernel, "a kernel such as BernoulliKernel(0.5)", kernel=kernel)
         if not isinstance(kernel, BernoulliKernel):
             raise ValueError(f"readout Logits is for bits; got {kernel}. Use DataLogits")
         return 1
 
     def __call__(self, kernel: DiscreteKernel, outputs: _Outputs, x_t: Symbols, step: Step) -> Bits:
         """B(sigmoid(z + logit T_π(1 | x_t; β_t)))."""
+        outputs, x_t = _checked(self, kernel, outputs, x_t, step)
         return Bits(outputs[0] + kernel.transition(x_t, step).logit)
 
     def x_0_given(
@@ -111,6 +117,7 @@ class Logits(DiscreteReadout):
         f_b is a mixture of two bridges, b_0 + (b_1 − b_0) p; a network far from any posterior may
         leave the range that mixtures have, hence the limits.
         """
+        outputs, x_t = _checked(self, kernel, outputs, x_t, step)
         f_b = self(kernel, outputs, x_t, step).mean
         b_0, b_1 = (kernel.bridge(x_t, jnp.full_like(x_t, bit), step).mean for bit in (0, 1))
         p = jnp.clip((f_b - b_0) / (b_1 - b_0), 0.0, 1.0)
@@ -135,6 +142,7 @@ class DataLogits(DiscreteReadout):
 
     def num_outputs(self, kernel: _Kernel) -> int:
         """1 for bits, K for K classes."""
+        check_object(Kernel, "a kernel such as BernoulliKernel(0.5)", kernel=kernel)
         if not isinstance(kernel, DiscreteKernel):
             raise ValueError(f"readout DataLogits is for symbols; got {kernel}. Use Data")
         return 1 if isinstance(kernel, BernoulliKernel) else kernel.num_data_states
@@ -143,6 +151,7 @@ class DataLogits(DiscreteReadout):
         self, kernel: DiscreteKernel, outputs: _Outputs, x_t: Symbols, step: Step
     ) -> States | Bits:
         """Σ_j p(x_0 = j | x_t) q(x_s | x_t, x_0 = j)."""
+        outputs, x_t = _checked(self, kernel, outputs, x_t, step)
         if isinstance(kernel, BernoulliKernel):
             return kernel.bridge_of_logit(outputs[0], x_t, step)
         return kernel.bridge_given(self._log_p_0(kernel, outputs), x_t, step)
@@ -151,6 +160,7 @@ class DataLogits(DiscreteReadout):
         self, kernel: DiscreteKernel, outputs: _Outputs, x_t: Symbols, step: Step
     ) -> States | Bits:
         """softmax(z) over the states of the data."""
+        outputs, x_t = _checked(self, kernel, outputs, x_t, step)
         if isinstance(kernel, BernoulliKernel):
             return Bits(outputs[0])
         return States(self._log_p_0(kernel, outputs))
@@ -159,3 +169,11 @@ class DataLogits(DiscreteReadout):
         log_p = jax.nn.log_softmax(jnp.stack(outputs, -1), -1)
         extra = kernel.num_states - kernel.num_data_states
         return jnp.pad(log_p, [(0, 0)] * (log_p.ndim - 1) + [(0, extra)], constant_values=-jnp.inf)
+
+
+def _checked(
+    readout: DiscreteReadout, kernel: DiscreteKernel, outputs: _Outputs, x_t: Symbols, *steps: Step
+) -> tuple[_Outputs, Symbols]:
+    """Outputs and symbols as arrays, refused where they do not fit."""
+    readout.num_outputs(kernel)
+    return checked(readout, kernel, outputs, x_t, *steps, states=kernel.num_states)

@@ -25,20 +25,23 @@ Sources: Sohl-Dickstein et al. (2015), section 2.2, eq. 24 and appendix D.2.1; H
 
 import abc
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 from jaxtyping import Array, Float
 
+from probdiff.arguments import as_array, check_object, shown
 from probdiff.kernels import (
     DiscreteKernel,
     GaussianKernel,
+    Kernel,
     bridge_mean,
     bridge_variance,
     bridge_weights,
 )
-from probdiff.types import Step
+from probdiff.types import Step, as_states, check_step
 
 Output = Float[Array, "*shape"]
 State = Float[Array, "*#shape"]
@@ -89,6 +92,8 @@ class LearnedVariance(Variance):
 
     def __call__(self, output: Output | None, step: Step) -> Float[Array, "..."]:
         """Variance sigmoid(v + logit β_t) in (0, 1)."""
+        output = as_array("output", output)
+        check_step(step)
         return jax.nn.sigmoid(output + jnp.log(step.beta) - jnp.log1p(-step.beta))
 
 
@@ -104,6 +109,7 @@ class ForwardVariance(Variance):
 
     def __call__(self, output: Output | None, step: Step) -> Float[Array, "..."]:
         """Variance β_t."""
+        check_step(step)
         return step.beta
 
 
@@ -121,6 +127,7 @@ class BridgeVariance(Variance):
 
     def __call__(self, output: Output | None, step: Step) -> Float[Array, "..."]:
         """Variance of the bridge; β_1 at t = 1."""
+        check_step(step)
         return jnp.where(step.t == 1, step.beta, bridge_variance(step))
 
 
@@ -146,6 +153,7 @@ class GaussianReadout(abc.ABC):
 
     def num_outputs(self, kernel: GaussianKernel | DiscreteKernel) -> int:
         """Numbers the network gives per number of x."""
+        check_object(Kernel, "a kernel such as GaussianKernel()", kernel=kernel)
         if not isinstance(kernel, GaussianKernel):
             raise ValueError(
                 f"readout {type(self).__name__} is for GaussianKernel; got {kernel}. Use Logits "
@@ -182,6 +190,32 @@ class GaussianReadout(abc.ABC):
         """Variance of a reverse step, a longer one or not; None where the network says it."""
 
 
+def checked(
+    readout: Any, kernel: Kernel, outputs: Any, x_t: Any, *steps: Step, states: int = 0
+) -> tuple[Outputs, Array]:
+    """Outputs and x_t as arrays, refused where they do not fit the readout and the steps.
+
+    Names are those of the arguments, `trained` before `step` where there are two steps.
+    """
+    count = readout.num_outputs(kernel)
+    for name, step in zip(("trained", "step")[-len(steps) :], steps, strict=True):
+        check_object(Step, "a Step, as schedules.steps(beta).at(t, event_dim)", **{name: step})
+    is_row = isinstance(outputs, tuple | list)
+    if not is_row or not 1 <= len(outputs) <= count:
+        raise ValueError(
+            f"outputs must be a tuple of {count} arrays for {type(readout).__name__}; got "
+            f"{shown(outputs)}"
+        )
+    (x_t,) = as_states(steps[0], states, x_t=x_t)
+    outputs = [as_states(steps[0], outputs=each)[0] for each in outputs]
+    try:
+        x_t, *outputs = jnp.broadcast_arrays(x_t, *outputs)
+    except ValueError:
+        shapes = [each.shape for each in outputs]
+        raise ValueError(f"outputs must have the shape of x_t, {x_t.shape}; got {shapes}") from None
+    return tuple(outputs), x_t
+
+
 class Denoiser(GaussianReadout):
     """A readout of one point x̂_0, and a variance beside it.
 
@@ -207,6 +241,11 @@ class Denoiser(GaussianReadout):
 
     variance: Variance
 
+    def __post_init__(self) -> None:
+        check_object(
+            Variance, "a Variance such as readouts.LearnedVariance()", variance=self.variance
+        )
+
     @property
     def outputs_per_number(self) -> int:
         """2 with a learned variance, else 1."""
@@ -216,6 +255,7 @@ class Denoiser(GaussianReadout):
         self, kernel: GaussianKernel, outputs: Outputs, x_t: State, step: Step
     ) -> dist.Distribution:
         """N(mean, variance)."""
+        outputs, x_t = checked(self, kernel, outputs, x_t, step)
         variance = self.variance(outputs[1] if len(outputs) > 1 else None, step)
         return dist.Normal(self.mean(outputs[0], x_t, step), jnp.sqrt(variance))
 
@@ -223,12 +263,14 @@ class Denoiser(GaussianReadout):
         self, kernel: GaussianKernel, outputs: Outputs, x_t: State, trained: Step, step: Step
     ) -> dist.Distribution:
         """N(mean of the bridge at x̂_0, variance), a learned variance giving way to the bridge's."""
+        outputs, x_t = checked(self, kernel, outputs, x_t, trained, step)
         mean = bridge_mean(x_t, self.denoise(outputs[0], x_t, trained), step)
         variance = self.fixed_variance(longer=True)(None, step)
         return dist.Normal(mean, jnp.sqrt(jnp.broadcast_to(variance, mean.shape)))
 
     def x_0_hat(self, kernel: GaussianKernel, outputs: Outputs, x_t: State, step: Step) -> Output:
         """What `denoise` makes of z."""
+        outputs, x_t = checked(self, kernel, outputs, x_t, step)
         return self.denoise(outputs[0], x_t, step)
 
     def fixed_variance(self, *, longer: bool) -> Variance | None:

@@ -27,6 +27,8 @@ from jax.scipy.special import log_ndtr
 from jaxtyping import Array, ArrayLike, Bool, Float
 from numpyro.distributions import constraints
 
+from probdiff.arguments import FINITE, as_array, check_at_least, check_number
+
 _LOG_2_PI = np.log(2 * np.pi)
 _NODES, _WEIGHTS = (part[3:] for part in np.polynomial.legendre.leggauss(6))  # the rule is even
 _SLACK = 0.01
@@ -61,10 +63,10 @@ class Grid(constraints.Constraint):
     event_dim = 0
 
     def __init__(self, low: Real, high: Real, levels: Real):
-        if not (np.isfinite(low) and np.isfinite(high) and low < high):
-            raise ValueError(f"low and high must be finite and low < high; got {low} and {high}")
-        if levels != int(levels) or levels < 2:
-            raise ValueError(f"levels must be an integer of at least 2; got {levels}")
+        check_number(FINITE, low=low, high=high)
+        if not low < high:
+            raise ValueError(f"low and high must be low < high; got {low} and {high}")
+        check_at_least(2, levels=levels)
         self.low, self.high, self.levels = float(low), float(high), int(levels)
         if self.spacing < 2.0**-16 * max(abs(low), abs(high)):
             raise ValueError(
@@ -90,10 +92,12 @@ class Grid(constraints.Constraint):
         return np.linspace(self.low, self.high, self.levels)
 
     def nearest(self, x: ArrayLike) -> Float[Array, "..."]:
-        """The value of the grid nearest to each number."""
-        index = jnp.round((jnp.asarray(x) - self.low) / self.spacing)
+        """The value of the grid nearest to each number, nan to nan."""
+        x = jnp.asarray(as_array("x", x))
+        index = jnp.round((x - self.low) / self.spacing)
         index = jnp.clip(index, 0, self.levels - 1).astype(jnp.int32)
-        return jnp.asarray(self.values, jnp.result_type(x, float))[index]
+        value = jnp.asarray(self.values, jnp.result_type(x, float))[index]
+        return jnp.where(jnp.isnan(x), jnp.nan, value)
 
     def nearest_in_float64(self, x: Any) -> Float[np.ndarray, "..."]:
         """`nearest` in NumPy, with all digits of the values."""
@@ -102,7 +106,12 @@ class Grid(constraints.Constraint):
 
     def log_mass(self, x: ArrayLike, mean: ArrayLike, sd: ArrayLike) -> Float[Array, "..."]:
         """log P(x) of N(mean, sd²) put on the grid, elementwise, nats; −∞ for x off the grid."""
-        x, mean, sd = map(jnp.asarray, (x, mean, sd))
+        given = {"x": x, "mean": mean, "sd": sd}
+        x, mean, sd = (jnp.asarray(as_array(name, value)) for name, value in given.items())
+        try:
+            np.broadcast_shapes(x.shape, mean.shape, sd.shape)
+        except ValueError as error:
+            raise ValueError(f"x, mean and sd must broadcast to each other: {error}") from None
         c, h = (x - mean) / sd, 0.5 * self.spacing / sd
         inner = log_mass_within(c, h)
         is_low, is_high = x < self.low + self.spacing / 2, x > self.high - self.spacing / 2

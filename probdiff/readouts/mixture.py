@@ -37,8 +37,16 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jaxtyping import Array
 
+from probdiff.arguments import FINITE, check_at_least, check_number
 from probdiff.kernels import GaussianKernel, bridge_mean, bridge_variance, bridge_weights
-from probdiff.readouts.gaussian import GaussianReadout, Output, Outputs, State, Variance
+from probdiff.readouts.gaussian import (
+    GaussianReadout,
+    Output,
+    Outputs,
+    State,
+    Variance,
+    checked,
+)
 from probdiff.types import Step
 
 LEAST_VARIANCE = 1e-2
@@ -79,8 +87,8 @@ class Mixture(GaussianReadout):
     high: float = 2.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.components, int) or self.components < 2:
-            raise ValueError(f"components must be an integer of at least 2; got {self.components}")
+        check_at_least(2, components=self.components)
+        check_number(FINITE, low=self.low, high=self.high)
         if not self.low < self.high:
             raise ValueError(f"low must be below high = {self.high}; got {self.low}")
 
@@ -93,12 +101,14 @@ class Mixture(GaussianReadout):
         self, kernel: GaussianKernel, outputs: Outputs, x_t: State, step: Step
     ) -> dist.Distribution:
         """The Gaussian of the moments that mixture and bridge give."""
+        outputs, x_t = checked(self, kernel, outputs, x_t, step)
         return self.longer_step(kernel, outputs, x_t, step, step)
 
     def longer_step(
         self, kernel: GaussianKernel, outputs: Outputs, x_t: State, trained: Step, step: Step
     ) -> dist.Distribution:
         """The same: what is known of x_0 does not depend on the step."""
+        outputs, x_t = checked(self, kernel, outputs, x_t, trained, step)
         x_0_hat, variance = self.moments(outputs, x_t, trained)
         weight_0, _ = bridge_weights(step)
         bridge = jnp.where(step.t == 1, LEAST_VARIANCE * step.beta, bridge_variance(step))
@@ -107,6 +117,7 @@ class Mixture(GaussianReadout):
 
     def x_0_hat(self, kernel: GaussianKernel, outputs: Outputs, x_t: State, step: Step) -> Output:
         """Mean of x_0 given x_t."""
+        outputs, x_t = checked(self, kernel, outputs, x_t, step)
         return self.moments(outputs, x_t, step)[0]
 
     def fixed_variance(self, *, longer: bool) -> Variance | None:
@@ -124,6 +135,7 @@ class Mixture(GaussianReadout):
         self, kernel: GaussianKernel, outputs: Outputs, x_t: State, step: Step
     ) -> dist.MixtureSameFamily:
         """Law of x_0 given x_t, elementwise: the mixture itself."""
+        outputs, x_t = checked(self, kernel, outputs, x_t, step)
         parts = self._components(outputs, x_t, step)
         log_weight, mean, variance = (jnp.moveaxis(part, 0, -1) for part in parts)
         return dist.MixtureSameFamily(
@@ -132,6 +144,11 @@ class Mixture(GaussianReadout):
 
     def _components(self, outputs: Outputs, x_t: State, step: Step) -> tuple[Array, Array, Array]:
         """log w', means and variances of x_0 given x_t, each `(K, *shape)`."""
+        if len(outputs) != 3 * self.components:
+            raise ValueError(
+                f"outputs must be {3 * self.components} arrays for {self.components} components; "
+                f"got {len(outputs)}"
+            )
         logits, shifts, widths = (
             jnp.stack(outputs[i * self.components : (i + 1) * self.components]) for i in range(3)
         )

@@ -34,7 +34,7 @@ from jaxtyping import ArrayLike, Int, Int32, PRNGKeyArray, PyTree
 from numpyro.infer import SVI
 
 from probdiff import devices
-from probdiff.arguments import check_at_least, plain_arrays
+from probdiff.arguments import check_at_least, plain_arrays, read_array
 from probdiff.diffusion import Diffusion
 from probdiff.elbo import untracked
 from probdiff.train import checkpoint
@@ -72,7 +72,7 @@ def as_arrays(data: PyTree, name: str = "data", diffusion: Diffusion | None = No
     if not isinstance(data, (np.ndarray, jax.Array, tuple, dict)):
         got = type(data).__name__
         raise ValueError(f"{name} must be an array, or a tuple or dict of arrays; got {got}")
-    data = plain_arrays(name, data)
+    data = jax.tree.map(lambda leaf: read_array(name, leaf, jnp.number, jnp.bool_), data)
     return jax.tree.map(jnp.asarray, data if diffusion is None else _less_loc(data, diffusion))
 
 

@@ -18,7 +18,17 @@ from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 
 from probdiff import devices
-from probdiff.arguments import check_at_least
+from probdiff.arguments import (
+    INNER_SHARE,
+    NOT_NEGATIVE,
+    check_at_least,
+    check_callable,
+    check_flag,
+    check_key,
+    check_number,
+    check_object,
+    check_path,
+)
 from probdiff.train import data as batches
 from probdiff.train.checkpoint import digest
 from probdiff.train.log import HeldOutLosses, Log, Progress
@@ -115,11 +125,16 @@ def fit(
         >>> list(fitted.params), fitted.losses.shape
         (['x_0_network$params'], (20,))
     """
+    check_key(key)
+    check_object(SVI, "a numpyro.infer.SVI", svi=svi)
     check_at_least(1, num_steps=num_steps, evaluate_every=evaluate_every)
-    if patience is not None:
-        check_at_least(1, patience=patience)
-    if ema_decay is not None and not 0 < ema_decay < 1:
-        raise ValueError(f"ema_decay must lie in (0, 1); got {ema_decay}")
+    check_at_least(1, or_none=True, batch_size=batch_size, patience=patience)
+    check_number(INNER_SHARE, or_none=True, ema_decay=ema_decay)
+    check_number(NOT_NEGATIVE, checkpoint_every=checkpoint_every)
+    checkpoint = None if checkpoint is None else check_path("checkpoint", checkpoint)
+    log = None if log is None else check_path("log", log)
+    check_callable("callback(progress)", or_none=True, callback=callback)
+    check_flag(progress=progress)
     if patience is not None and held_out is None:
         raise ValueError(f"held_out must be given with patience; got None and patience={patience}")
     if None not in (log, checkpoint) and Path(log).resolve() == Path(checkpoint).resolve():
