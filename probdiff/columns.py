@@ -169,7 +169,7 @@ def _of_values(sample: np.ndarray, scale: np.ndarray, beta_1: float, said: np.nd
     texts = []
     for found in (same, few, one):
         said |= found.reshape(said.shape)
-    few &= ~coarse
+    few &= ~coarse  # of which a warning of precision, or of the second moment, tells
     noise = (
         "put it on a grid (last_step=readouts.Discretised(low, high, levels)), or add uniform "
         "noise as wide as a step (as datasets.dequantise does)"
@@ -179,13 +179,6 @@ def _of_values(sample: np.ndarray, scale: np.ndarray, beta_1: float, said: np.nd
         texts.append(
             f"x_0 is constant{_at(same.reshape(said.shape))}, {about[i][2]:.6g} in all of "
             f"the {len(sample)} examples looked at: a density there has no limit. Leave it out"
-        )
-    if coarse.any():
-        i = int(np.flatnonzero(coarse)[0])
-        texts.append(
-            f"x_0 as {sample.dtype} has values no less than {about[i][1]:.3g} apart"
-            f"{_at(coarse.reshape(said.shape))}, {about[i][1] / scale.reshape(-1)[i]:.2g} times "
-            "scale: its type holds no finer ones so far from 0. Pass float64, or x_0 less an offset"
         )
     if few.any():
         i = int(np.flatnonzero(few)[0])

@@ -285,7 +285,7 @@ def _count_not_finite(leaf: Any) -> int:
     if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array | np.ndarray | float):
         return 0
     is_here = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
-    if not (is_here and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)):
+    if not (is_here and jnp.issubdtype(getattr(leaf, "dtype", float), jnp.inexact)):
         return 0
     return int(np.count_nonzero(~np.isfinite(np.asarray(leaf))))
 

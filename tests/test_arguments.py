@@ -86,7 +86,9 @@ def test_several_keys_are_no_key(unchecked):
 
 
 @pytest.mark.parametrize(
-    "of", [list, tuple, np.asarray, jnp.asarray, pd.DataFrame, xr.DataArray], ids=lambda of: str(of)
+    "of",
+    [list, tuple, np.asarray, jnp.asarray, pd.DataFrame, xr.DataArray],
+    ids=lambda of: f"{of.__module__}.{of.__name__}",
 )
 def test_an_array_is_whatever_numpy_reads_as_one(unchecked, of):
     rows = [[0.5, -1.0], [1.5, 0.25]]

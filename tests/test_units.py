@@ -78,11 +78,13 @@ DIAGNOSTICS = {
     ],
     "entropy_form": lambda key, d, x: np.concatenate(
         diagnostics.entropy_form(
-            d, {}, x, diagnostics.bound(key, d, {}, x)["bound"]["kl"].values
+            key, d, {}, x, diagnostics.bound(key, d, {}, x)["bound"]["kl"].values
         )
     ),
     "entropies": lambda key, d, x: (
-        diagnostics.entropies(d, {}, x, diagnostics.bound(key, d, {}, x))["entropy"]["correction"]
+        diagnostics.entropies(key, d, {}, x, diagnostics.bound(key, d, {}, x))["entropy"][
+            "correction"
+        ]
     ),
     "information": lambda key, d, x: diagnostics.information(
         key, d, {}, x, diagnostics.bound(key, d, {}, x), num_levels=2
@@ -532,6 +534,6 @@ def test_a_masked_table_is_refused_as_data(key):
 
 def test_objects_are_refused_by_name(key):
     bits = standard_diffusion((3,), 3, kernel=BernoulliKernel(0.5))
-    for diffusion, kind in ((normal(0.0, 1.0, (3,)), "a floating"), (bits, "an integer")):
-        with pytest.raises(ValueError, match=f"x_0 must be of {kind} dtype; got object"):
+    for diffusion in (normal(0.0, 1.0, (3,)), bits):
+        with pytest.raises(ValueError, match=r"x_0 must be an array of numbers.*dtype object"):
             diagnostics.bound(key, diffusion, {}, np.ones((2, 3), object))
