@@ -187,7 +187,8 @@ class _DataGivenKnown(DataGivenFirst):
     pytree_aux_fields = ("name",)
 
     def __init__(self, law: DataGivenFirst, known: Any, mask: Mask, name: str):
-        super().__init__(law.base, law.data_support, law.event_dim, law.units, ~mask)
+        free = ~mask if isinstance(mask, jax.Array) else np.asarray(~mask)  # not a scalar
+        super().__init__(law.base, law.data_support, law.event_dim, law.units, free)
         self.known, self.name = known, name
 
     @property

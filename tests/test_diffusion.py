@@ -721,6 +721,6 @@ def test_a_second_moment_near_one_or_made_so_does_not_warn():
         handlers.seed(make(loc=100.0, scale=10.0).model, 0)((100 + 10 * x_0).astype(np.float32))
         seen = np.zeros((64, 2), bool)
         seen[:, 0] = True
-        far = np.where(seen, 1.0, 1e6).astype(np.float32)
+        far = np.where(seen, x_0, 1e6).astype(np.float32)
         handlers.seed(make().model, 0)(far, mask=seen)
     assert not caught

@@ -444,8 +444,8 @@ def test_a_covariance_in_the_units_of_the_user_is_noticed():
         diffusion.prior({}, variance=400 * covariance)
 
 
-SIGMA = 0.8 ** np.abs(np.arange(6)[:, None] - np.arange(6))
-ROWS = np.random.default_rng(0).multivariate_normal(np.zeros(6), SIGMA, 60)
+SIX = 0.8 ** np.abs(np.arange(6)[:, None] - np.arange(6))
+ROWS = np.random.default_rng(0).multivariate_normal(np.zeros(6), SIX, 60)
 SIGNS = (-1.0) ** np.add.outer(np.arange(6), np.arange(6))
 
 
@@ -454,7 +454,7 @@ def correlated():
     """x_0 ~ N(0, Σ), 30 steps, by the x̂_0 that is exact for it."""
     beta = schedules.log_snr_linear(30, beta_1=1e-3, alpha_bar_T=1e-3)
     alpha_bar = jnp.asarray(np.cumprod(1 - beta), jnp.float32)
-    variances, axes = (jnp.asarray(a, jnp.float32) for a in np.linalg.eigh(SIGMA))
+    variances, axes = (jnp.asarray(a, jnp.float32) for a in np.linalg.eigh(SIX))
 
     def network(x_t, t):
         a = alpha_bar[t - 1][:, None]
@@ -468,8 +468,8 @@ def correlated():
 @pytest.mark.parametrize(
     ("covariance", "ratio"),
     [
-        (0.01 * SIGMA, "times as much as it says"), (100 * SIGMA, r"wider half 0\.0"),
-        (SIGMA * SIGNS, "times as much as it says"), (1e-3 * np.eye(6), "vary .* times as much"),
+        (0.01 * SIX, "times as much as it says"), (100 * SIX, r"wider half 0\.0"),
+        (SIX * SIGNS, "times as much as it says"), (1e-3 * np.eye(6), "vary .* times as much"),
     ],
     ids=["narrow", "wide", "signs", "white"],
 )  # fmt: skip
@@ -481,8 +481,8 @@ def test_a_covariance_that_is_plainly_not_the_datas_is_noticed(correlated, covar
 @pytest.mark.parametrize(
     "covariance",
     [
-        SIGMA, np.cov(ROWS.T), np.cov(ROWS[:20].T), 0.5 * SIGMA + 0.5 * np.eye(6), np.eye(6),
-        0.5 * SIGMA, 2 * SIGMA, SIGMA - 0.1 * np.eye(6),
+        SIX, np.cov(ROWS.T), np.cov(ROWS[:20].T), 0.5 * SIX + 0.5 * np.eye(6), np.eye(6),
+        0.5 * SIX, 2 * SIX, SIX - 0.1 * np.eye(6),
     ],
     ids=["exact", "sample", "few_rows", "shrunk", "white", "half", "twice", "sharper"],
 )  # fmt: skip
