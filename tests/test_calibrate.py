@@ -30,6 +30,7 @@ from probdiff import (
     networks,
     readouts,
     schedules,
+    standard_diffusion,
 )
 
 SIGMA = 0.7
