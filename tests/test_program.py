@@ -95,6 +95,19 @@ def test_the_same_code_over_other_data_compiles_nothing_and_has_their_numbers(pr
     assert compiled(prior) == before
 
 
+def test_floats_among_the_arguments_are_data(prior):
+    def program(y, sigma, count=2):
+        x = numpyro.deterministic("x", prior())
+        numpyro.sample("y", dist.Normal(x, sigma).expand([count]).to_event(1), obs=y)
+
+    check(run(program, ONE, SIGMA), ONE)
+    before = compiled(prior)
+    wide = run(program, ONE, 10 * SIGMA)
+    assert compiled(prior) == before
+    expected = stats.multivariate_normal(np.zeros(2), 25 * np.eye(2) + 1).logpdf(ONE)
+    assert wide.log_evidence == pytest.approx(expected, abs=0.02)
+
+
 def test_data_that_change_in_place_are_seen(prior):
     data = ONE.copy()
     smc = run(over(prior, data))

@@ -235,8 +235,8 @@ def _arrays(args: tuple, kwargs: dict) -> tuple[list[Array], Callable]:
 
 
 def _is_array(leaf: Any) -> bool:
-    """NumPy's floats count: values of data, of which each would be compiled for otherwise."""
-    return isinstance(leaf, jax.Array | np.ndarray | np.floating)
+    """Floats count: values of data, each of which would be compiled for otherwise."""
+    return isinstance(leaf, jax.Array | np.ndarray | np.floating | float)
 
 
 class _Place(Messenger):

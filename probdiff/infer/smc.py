@@ -243,8 +243,9 @@ class SMC(Sampler):
     def run(self, key: Array, *args: Any, **kwargs: Any) -> None:
         """Sample the posterior of the program at these arguments.
 
-        What the program computes is compiled once: arrays among its arguments and what it closes
-        over may change from run to run; a new number in the program compiles anew.
+        What the program computes is compiled once: arrays and floats among its arguments, and
+        arrays that it closes over, may change from run to run. An int, a bool, or a number in the
+        program compiles anew; it may decide what the program does, as traced floats may not.
 
         Args:
             key: Randomness; entry b of the prior's plates uses `fold_in(key, b)`.
@@ -323,7 +324,7 @@ class SMC(Sampler):
             >>> program = lambda y, sigma: numpyro.sample("y", dist.Normal(prior(), sigma), obs=y)
             >>> smc = infer.SMC(program, num_particles=1000)
             >>> log_evidence = []
-            >>> for sigma in jnp.array([1.0, 3.0]):  # an array: compiled once for both
+            >>> for sigma in (1.0, 3.0):  # compiled once for both
             ...     smc.run(jax.random.key(0), 4.0, sigma)
             ...     log_evidence.append(smc.log_evidence)
             >>> [round(z, 1) for z in log_evidence]  # log N(4; 0, 1 + σ²) = −5.3, −2.9
