@@ -38,7 +38,7 @@ def check_units(
             )
         return None, None
     given = {"loc": loc, "scale": scale}
-    units = {n: np.array(as_array(n, v, is_finite=True), np.float64) for n, v in given.items()}
+    units = {n: np.array(as_array(n, v), np.float64) for n, v in given.items()}
     for argument, value in units.items():
         if not _fits(value, event_shape):
             raise ValueError(

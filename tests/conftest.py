@@ -4,7 +4,9 @@ Nothing here imports `probdiff`: its annotations become run-time checks through 
 that is set after this file is read (`--jaxtyping-packages` in pyproject.toml).
 """
 
+import collections
 import gc
+import math
 import os
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -29,10 +31,68 @@ numpyro.enable_validation()
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+FEW_CASES = {
+    "test_every_law_of_t_estimates_the_elbo_of_whole_trajectories": 2,
+    "test_three_routes_lead_to_one_bound": 0,
+    "test_bytes_of_the_other_order_are_read_right": 4,
+    "test_masses_of_all_values_sum_to_one": 5,
+    "test_a_wrong_sd_is_rejected_where_it_is_wrong_and_by_the_right_sign": 1,
+    "test_every_pixel_reaches_every_pixel_and_the_step_counts": 1,
+    "test_advice_fits_the_sampler": 3,
+    "test_no_other_step_is_better_than_the_best": 1,
+    "test_context_is_a_shift_of_every_layer": 0,
+    "test_evidence_under_the_standard_normal_is_exact_over_any_number_of_levels": 1,
+    "test_totals_are_those_of_the_leaves_and_of_the_call": 2,
+    "test_the_network_is_its_formula": 2,
+    "test_p_values_are_uniform_whatever_the_number_of_replicates": 0,
+    "test_best_step_has_the_moments_that_the_score_tells": 0,
+    "test_power_is_the_regression_on_the_known_entries": 2,
+    "test_a_respaced_process_jumps_from_level_to_level": 2,
+    "test_swiss_roll_ceilings": 2,
+    "test_draws_of_the_standard_normal_stay_so_over_any_number_of_levels": 1,
+    "test_arviz_draws_it_as_it_is": 2,
+    "test_few_draws_have_no_bias_either": 1,
+    "test_a_run_is_plotted_from_its_file_without_the_package": 0,
+    "test_a_comparison_is_plotted_from_its_file_without_the_package": 0,
+    "test_training_does_not_depend_on_the_offset": 1,
+    "test_data_of_every_form_are_shifted": 1,
+    "test_posterior_of_a_standard_normal_is_exact": 1,
+    "test_a_model_comes_back_bit_for_bit": 4,
+    "test_best_bound_of_the_tutorials_rates": 1,
+    "test_combined_loss_trains_means_by_one_and_variances_by_the_other": 1,
+    "test_canonical_gradients_are_the_stock_ones": 1,
+    "test_a_model_is_saved_loaded_and_sampled": 1,
+    "test_events_of_any_rank_are_summed_alike": 1,
+    "test_pair_by_step_has_a_site_for_every_level": 1,
+    "test_hostile_calls_end_with_the_name_of_the_argument": 2,
+    "test_a_run_of_another_program_is_refused_and_its_file_left": 2,
+    "test_where_there_is_no_identity_the_first_losses_decide": 1,
+    "test_data_are_as_often_off_the_roll_as_they_should_be": 0,
+    "test_drift_of_an_untrained_model_shrinks_towards_zero": 0,
+    "test_upper_bound_needs_its_condition_and_the_correction_repairs_it": 0,
+    "test_network_of_the_log_snr_is_saved_and_sampled": 0,
+    "test_noise_of_an_observation_has_its_sd": 1,
+    "test_a_bound_that_is_nan_says_where": 1,
+    "test_a_mask_that_is_false_throughout_leaves_a_bound_of_zero": 1,
+    "test_other_latents_are_scored_as_mean_field_does": 0,
+    "test_crop_has_the_law_of_a_smaller_picture": 0,
+    "test_ties_are_broken_at_random": 0,
+    "test_missing_entries_and_zeros_explain_nothing_and_break_nothing": 0,
+    "test_swiss_roll_log_density_equals_adaptive_quadrature": 1,
+    "test_twist_stays_near_the_integral_where_r_joins_entries": 1,
+}  # fmt: skip
+"""Cases of a function that run by default, the others being long: each is compiled anew, and shows
+what the first or another test shows."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What looks at a finished experiment has to run one: minutes of compiling."""
+    """Mark as long the cases beyond a few, and what has to run an experiment first."""
+    seen: collections.Counter[str] = collections.Counter()
     for item in items:
-        if "finished" in getattr(item, "fixturenames", ()):
+        name = item.name.split("[")[0]
+        seen[name] += 1
+        is_of_many = seen[name] > FEW_CASES.get(name, math.inf)
+        if is_of_many or "finished" in getattr(item, "fixturenames", ()):
             item.add_marker("long")
 
 
