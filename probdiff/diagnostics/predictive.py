@@ -83,11 +83,12 @@ def predictive_check(
         ValueError: if data, context, parameters, or a statistic's name or values do not fit.
 
     Example:
-        Numbers one by one are as the model says; a statistic of both sees that they are equal:
+        Numbers one by one are as the model says; a statistic of both sees that they depend on each other:
 
         >>> diffusion = standard_diffusion((2,))  # x_0 ~ N(0, I)
         >>> key, key_x = jax.random.split(jax.random.key(0))
-        >>> x = np.repeat(jax.random.normal(key_x, (300, 1)), 2, axis=1)  # twice the same number
+        >>> z = jax.random.normal(key_x, (300, 2))
+        >>> x = z @ jnp.array([[1.0, 1.0], [0.0, 0.1]])  # twice about the same number
         >>> difference = {"difference": lambda x: x[..., 0] - x[..., 1]}
         >>> tree = diagnostics.predictive_check(key, diffusion, {}, x, statistics=difference)
         >>> p = tree["uniformity"]
