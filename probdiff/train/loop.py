@@ -259,6 +259,11 @@ class Run(NamedTuple):
             return record
         arrays, found = checkpoint.read(path)
         program = identity.read(found.pop("program", None))
+        is_same = self.program.is_same(program)
+        differences = [] if is_same else self.program.differences(program)
+        listed = [f"{name} {there}, not {here}" for name, there, here in differences]
+        if units := [text for text in listed if text.startswith("loc ")]:  # data are less loc
+            raise ValueError(_of_another_run(path, f"it has {units[0]}"))
         for name in self.identity | found:
             if (there := found.get(name)) != (here := self.identity.get(name)):
                 raise ValueError(_of_another_run(path, f"it has {name} {there}, not {here}"))
@@ -269,11 +274,8 @@ class Run(NamedTuple):
         if losses.size > self.num_steps:
             least = f"the {losses.size} steps in {path}"
             raise ValueError(f"num_steps must be at least {least}; got {self.num_steps}")
-        is_same = self.program.is_same(program)
-        if not is_same:
-            listed = [f"{n} {a}, not {b}" for n, a, b in self.program.differences(program)]
-            if listed:
-                raise ValueError(_of_another_run(path, f"it has {'; '.join(listed[:3])}"))
+        if listed:
+            raise ValueError(_of_another_run(path, f"it has {'; '.join(listed[:3])}"))
         template = {"best": record.best, "carry": record.carry}
         try:
             tree = checkpoint.unflatten(template, arrays)
