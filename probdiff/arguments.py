@@ -227,7 +227,10 @@ def plain(argument: str, value: Any) -> Any:
             f"{count} masked entries: pass {argument}.data, and a mask that is True where an entry "
             f"counts, ~numpy.ma.getmaskarray({argument})"
         )
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except jax.errors.TracerArrayConversionError:  # a list that holds traced numbers
+        return jnp.asarray(value)
     if array.dtype.char == "g":
         return array.astype(np.float64)
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))

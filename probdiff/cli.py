@@ -196,7 +196,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.model is not None:
         try:
             experiment.load(args.model)
-        except ValueError as error:
+        except (ValueError, FloatingPointError) as error:
             raise UsageError(f"--model: {error}") from error
     _say(f"{args.name}: {entry.summary}")
     _say("quick run, numbers mean nothing" if args.quick else f"takes {entry.duration}")
@@ -230,7 +230,7 @@ def _bound(args: argparse.Namespace) -> None:
 
     try:
         diffusion, params = load(args.model)
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         raise UsageError(error) from error
     if isinstance(diffusion.kernel, GaussianKernel) and not np.issubdtype(x_0.dtype, np.floating):
         x_0 = x_0.astype("float64")
@@ -245,7 +245,7 @@ def _bound(args: argparse.Namespace) -> None:
                 warnings.simplefilter("ignore", diagnostics.LadderWarning)  # said below, as a line
                 rungs = diagnostics.ladder(*problem, sizes=(1, args.ladder), progress=True)
             tree["ladder"] = rungs["ladder"]
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         raise UsageError(f"{args.data}: {error}") from error
     with files.replacing(out) as partial:
         tree.to_netcdf(partial, engine="h5netcdf")

@@ -223,7 +223,8 @@ def _of_scale(
             "whether these are right; transform what has such tails (a logarithm), or give scale= "
             "by quantiles"
         )
-    narrow = ~said & (count >= FEW_ROWS) & (variance < beta_1)
+    # entries of a picture are of one unit: its background is what it is
+    narrow = ~said & (count >= FEW_ROWS) & (variance < beta_1) & (scale.ndim < 2)
     wide = ~said & (count >= FEW_ROWS) & (moment > _WIDE)
     odd = (narrow | wide) & (not is_moment_far)
     said |= narrow | wide
@@ -233,7 +234,8 @@ def _of_scale(
             f"x_0 has standard deviation {math.sqrt(variance[place]):.2g} and second moment "
             f"{moment[place]:.2g} after loc and scale{_at(odd)}, where 1 is meant, and x_1 "
             f"has noise of {math.sqrt(beta_1):.2g}: K and draws do not tell a narrower column from "
-            "that noise. Pass loc= and scale= by column, x_0.mean(0) and x_0.std(0)"
+            "that noise. Pass loc= and scale= by column, x_0.mean(0) and x_0.std(0), unless all "
+            "columns are of one unit and this one has little to say"
         )
     return texts
 

@@ -104,7 +104,7 @@ def _open_lock(lock: Path) -> int | None:
         descriptor = os.open(lock, os.O_CREAT | os.O_RDWR, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):  # the second on network file systems
             os.close(descriptor)
             return None
         except OSError:  # a file system without locks

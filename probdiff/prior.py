@@ -15,6 +15,7 @@ Source: Sohl-Dickstein et al. (2015), section 2.5.
 
 import dataclasses
 import functools
+import math
 import warnings
 from typing import Any, NamedTuple
 
@@ -33,8 +34,9 @@ from probdiff.compilation import Programs
 from probdiff.reverse import DataGivenFirst, Mask, Reverse, State
 from probdiff.trajectories import TRAJECTORY_SUFFIX, ReverseTrajectory, first
 
-_CHECKED_DRAWS, _CHECKED_STEPS = 128, 20
-"""Draws of the prior that a covariance is compared with, and the most steps by which they come."""
+_CHECKED_DRAWS, _CHECKED_FEW, _CHECKED_STEPS = 128, 32, 20
+"""Draws of the prior that a covariance is compared with, fewer where x_0 has more than 256 numbers,
+and the most steps by which they come: a network may be slow."""
 _NARROW, _MISFIT = 0.05, 4.0
 """Share of the mean variance that is added to all; ratio of variances from which it is no fit."""
 FLOOR = 1e-5
@@ -331,8 +333,10 @@ def _warn_of_misfit(reverse: Reverse, covariance: Covariance, programs: Programs
 def _draws(key: Array, reverse: Reverse) -> Array:
     """Draws of x_0 on the scale of the diffusion, flat."""
     key_walk, key_last = jax.random.split(key)
-    x_1, _ = ReverseTrajectory(reverse).walk(key_walk, (_CHECKED_DRAWS,))
-    return reverse.last(x_1).sample(key_last).reshape(_CHECKED_DRAWS, -1)
+    d = math.prod(reverse.event_shape)
+    count = _CHECKED_DRAWS if d <= 2 * _CHECKED_DRAWS else _CHECKED_FEW
+    x_1, _ = ReverseTrajectory(reverse).walk(key_walk, (count,))
+    return reverse.last(x_1).sample(key_last).reshape(count, d)
 
 
 def _eigen(covariance: np.ndarray) -> Covariance:

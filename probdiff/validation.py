@@ -287,7 +287,8 @@ def _count_not_finite(leaf: Any) -> int:
     is_here = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
     if not (is_here and jnp.issubdtype(getattr(leaf, "dtype", float), jnp.inexact)):
         return 0
-    return int(np.count_nonzero(~np.isfinite(np.asarray(leaf))))
+    xp = jnp if isinstance(leaf, jax.Array) else np
+    return int(xp.sum(~xp.isfinite(leaf)))
 
 
 def _fits(value: Any, event_shape: tuple[int, ...]) -> bool:

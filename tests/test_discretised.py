@@ -170,6 +170,7 @@ def test_importance_weighting_finds_the_mass_of_every_value():
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore:x_0 is 4.663 in 22% of the examples")
 def test_bound_with_fine_cells_is_that_of_the_density_times_their_width():
     last = Discretised(0, 16, 16_001)
     x = np.asarray(np.clip(on_grid(200) - 0.337, 0.1, 15.9), np.float32)

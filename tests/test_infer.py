@@ -19,7 +19,15 @@ import xarray as xr
 from jax.sharding import AbstractMesh, Mesh
 from scipy import stats
 
-from probdiff import BernoulliKernel, Diffusion, GaussianKernel, infer, readouts, schedules
+from probdiff import (
+    BernoulliKernel,
+    Diffusion,
+    GaussianKernel,
+    infer,
+    readouts,
+    schedules,
+    standard_diffusion,
+)
 from probdiff.infer import InferenceWarning, health, results
 from probdiff.infer.particles import Options, Outcome, Trace
 
@@ -857,3 +865,23 @@ def test_a_known_entry_that_is_not_a_number_is_refused_at_once():
 def test_advice_is_given_once():
     texts = complaints_of(healthy(ess=np.full((T + 1, 2), 1.0), log_evidences=np.array([0.0, 9.0])))
     assert [text.endswith("Help yourself") for text in texts] == [False, True]
+
+
+def test_the_only_look_keeps_the_dims_of_its_plates_and_trees_stay_out():
+    prior = standard_diffusion((2,), T=3).prior({})
+
+    def program(y):
+        with numpyro.plate("a", 3):
+            x = prior()
+            numpyro.deterministic("both", {"sum": x.sum(-1)})
+            with numpyro.plate("rep", 1, dim=-2):
+                numpyro.sample("y", dist.Normal(x.sum(-1), 1.0), obs=y)
+
+    smc = infer.SMC(program, num_particles=20, num_runs=2)
+    smc.run(jax.random.key(0), np.ones((1, 3), np.float32))
+    tree = smc.to_datatree()
+    stat = tree["sample_stats"]["log_likelihood_y"]
+    assert stat.dims == ("chain", "draw", "rep", "a") and stat.shape == (1, 40, 1, 3)
+    assert np.isfinite(stat.values).all()
+    assert set(tree["posterior"].data_vars) == {"x_0"}
+    assert smc.get_samples()["both"]["sum"].shape == (40, 3)

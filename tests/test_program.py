@@ -5,6 +5,7 @@ The oracle: two measurements of one x_0 ~ N(0, 1), y ~ N(0, σ² I + 1 1ᵀ).
 
 import dataclasses
 import gc
+import math
 import random
 import time
 import weakref
@@ -610,3 +611,13 @@ def test_what_a_program_keeps_and_calls_is_no_draw(prior):
     own = lambda: standard_diffusion(T=6).prior({})()  # noqa: E731
     for of, value in ((prior, kept), (prior, called), (own, lambda: 0.5)):
         assert evidence(adding(of, value)) == pytest.approx(expected, abs=0.1)
+
+
+def test_a_float_may_decide_what_the_program_does(prior):
+    def program(y, sigma, powers):
+        x = numpyro.deterministic("x", prior())
+        law = dist.Normal(x, math.sqrt(sigma)) if sigma > 0.1 else dist.Normal(x, np.sum(powers))
+        numpyro.sample("y", law.expand([2]).to_event(1), obs=np.asarray(y, np.float32))
+
+    for sigma, powers in ((SIGMA**2, [0.0]), (0.01, [SIGMA - 0.1, 0.1])):
+        check(run(program, list(map(float, ONE)), sigma, powers), ONE)

@@ -87,11 +87,11 @@ def entropies(
         True
     """
     check_key(key)
-    check_examples(diffusion, params, x_0, None, None)
+    check_object(Diffusion, diffusion=diffusion)
     kernel = diffusion.kernel
     if isinstance(kernel, AbsorbingKernel):
         raise ValueError(f"kernel must put mass on data for eq. 24; got {kernel}")
-    tree = bound(key, diffusion, params, x_0) if tree is None else tree
+    tree = _checked(key, diffusion, params, x_0, tree)
     kl = _kl(tree, diffusion, x_0)
     x = jnp.asarray(diffusion.to_state(plain("x_0", x_0)))
     steps = diffusion.bind(params).steps
@@ -145,10 +145,9 @@ def information(
     """
     check_key(key)
     check_at_least(1, num_levels=num_levels)
-    check_examples(diffusion, params, x_0, None, None)
-    if len(x_0) < 2:
+    if np.ndim(x_0) and len(x_0) < 2:
         raise ValueError(f"x_0 must be at least 2 examples to contrast; got {len(x_0)}")
-    tree = bound(jax.random.fold_in(key, 0), diffusion, params, x_0) if tree is None else tree
+    tree = _checked(jax.random.fold_in(key, 0), diffusion, params, x_0, tree)
     kl = _kl(tree, diffusion, x_0)
     T = diffusion.T
     paid = np.concatenate([kl, tree["bound"]["prior_kl"].values[:, None]], 1)  # steps 2..T, and π
@@ -166,6 +165,16 @@ def information(
     attrs = {"units": "nats", "most_contrast": math.log(len(x_0))}
     group = xr.Dataset(variables, coords, attrs)
     return xr.DataTree.from_dict({"information": group})
+
+
+def _checked(
+    key: Array, diffusion: Diffusion, params: Params, x_0: Data, tree: xr.DataTree | None
+) -> xr.DataTree:
+    """The tree, or the one that `bound` makes, which checks the examples too."""
+    if tree is None:
+        return bound(key, diffusion, params, x_0)
+    check_examples(diffusion, params, x_0, None, None)
+    return tree
 
 
 def _kl(tree: xr.DataTree, diffusion: Diffusion, x_0: Data) -> np.ndarray:

@@ -225,7 +225,7 @@ def sandwich(
 
 
 def _check_sizes(sizes: Iterable[int]) -> tuple[int, ...]:
-    sizes = check_shape("sizes", sizes)
+    sizes = check_shape("sizes", tuple(sizes) if isinstance(sizes, Iterable) else sizes)
     is_ascending = all(a < b for a, b in itertools.pairwise(sizes))
     if not sizes or not is_ascending or any(sizes[-1] % s for s in sizes):
         raise ValueError(

@@ -83,7 +83,7 @@ def predictive_check(
         ValueError: if data, context, parameters, or a statistic's name or values do not fit.
 
     Example:
-        Numbers one by one are as the model says; a statistic of both sees that they depend on each other:
+        Numbers one by one are as the model says; a statistic of both sees that they go together:
 
         >>> diffusion = standard_diffusion((2,))  # x_0 ~ N(0, I)
         >>> key, key_x = jax.random.split(jax.random.key(0))

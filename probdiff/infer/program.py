@@ -46,6 +46,11 @@ Sites = dict[str, Site]
 
 _TAKEN = {"chain", "draw", "level", "run"}
 """Names of dims that a plate may not have: it becomes `name_plate`."""
+_ARRAYS = jax.Array | np.ndarray | np.floating
+_WANTS_NUMBERS = (
+    jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)  # fmt: skip
 BLOCK = 256  # draws at which sites of a program are computed at once
 
 
@@ -92,19 +97,17 @@ class Read(NamedTuple):
     """A program at its arguments, as it was read."""
 
     program: Program
-    args: tuple
-    kwargs: dict
+    rebuild: Callable  # positional and keyword arguments, of their arrays
     conditioned: Conditioned
     names: Names
     programs: Programs  # where what is compiled is kept
 
     def map(self, function: Callable[..., Any], x_0: Any, *rows: Any) -> Any:
         """`function(sites, *row)` for every draw of x_0, `(M, *plates, *event_shape)`; NumPy."""
-        x_0 = jnp.asarray(x_0)
-        arrays, rebuild = _arrays(self.args, self.kwargs)
+        x_0, arrays = jnp.asarray(x_0), self.conditioned.arrays
 
         def at(arrays: list[Array], x_0: Array, *row: Any) -> Any:
-            sites, _ = _sites(self.program, *rebuild(arrays), x_0)
+            sites, _ = _sites(self.program, *self.rebuild(arrays), x_0)
             return function(sites, *row)
 
         first = jax.tree.map(lambda a: a[0], (x_0, *rows))
@@ -140,15 +143,30 @@ def read(program: Program, args: tuple, kwargs: dict) -> Read:
             prior, a `Delta` likelihood, or draws of its own; if it is read inside a handler.
     """
     _check_outside()
-    arrays, rebuild = _arrays(args, kwargs)
+    try:
+        return _read(program, args, kwargs, _ARRAYS | float)
+    except _WANTS_NUMBERS:  # it decides by a float, or hands it to Python or NumPy
+        return _read(program, args, kwargs, _ARRAYS)
+
+
+def _read(program: Program, args: tuple, kwargs: dict, family: Any) -> Read:
+    """The same, its arguments of a family being arrays."""
+    leaves, tree = jax.tree.flatten(plain_arrays("argument ", (args, kwargs)))
+    is_array = [isinstance(leaf, family) for leaf in leaves]
+    given = list(itertools.compress(leaves, is_array))
+
+    def rebuild(arrays: list[Array]) -> tuple[tuple, dict]:
+        values, both = iter(arrays), zip(leaves, is_array, strict=True)
+        return jax.tree.unflatten(tree, [next(values) if a else leaf for leaf, a in both])
+
+    arrays = list(map(jnp.asarray, given))
     look = _look(program, arrays, rebuild)
     _check_repeats(look, lambda: _look(program, arrays, rebuild))
     computed = look.programs(_computed, look.traced, arrays) if any(look.is_computed) else []
     values, both = iter(computed), zip(look.leaves, look.is_computed, strict=True)
     draw = jax.tree.unflatten(look.tree, [next(values) if c else leaf for leaf, c in both])
     if look.known_at is not None:  # as it was given, in NumPy's float64 where it was
-        known = [leaf for leaf in jax.tree.leaves((args, kwargs)) if _is_array(leaf)]
-        draw = dataclasses.replace(draw, known=plain("known", known[look.known_at]))
+        draw = dataclasses.replace(draw, known=plain("known", given[look.known_at]))
 
     def likelihood(arrays: list[Array], x_0: Array) -> dict[str, Array]:
         sites, _ = _sites(program, *rebuild(arrays), x_0)
@@ -158,7 +176,7 @@ def read(program: Program, args: tuple, kwargs: dict) -> Read:
     x_0 = jax.ShapeDtypeStruct(shape, draw.reverse.kernel.dtype)
     traced = trace(likelihood, arrays, x_0)
     conditioned = Conditioned(draw, traced, arrays, look.batch_shape, look.observed)
-    return Read(program, args, kwargs, conditioned, look.names, look.programs)
+    return Read(program, rebuild, conditioned, look.names, look.programs)
 
 
 def _look(program: Program, arrays: list[Array], rebuild: Callable) -> _Look:
@@ -220,23 +238,6 @@ def _check_repeats(look: _Look, again: Callable[[], _Look]) -> None:
 def _is_same(look: _Look, other: _Look) -> bool:
     is_alike = len(look.leaves) == len(other.leaves) and look.traced.is_same(other.traced)
     return is_alike and all(map(is_equal, look.leaves, other.leaves))
-
-
-def _arrays(args: tuple, kwargs: dict) -> tuple[list[Array], Callable]:
-    """Array arguments, and how to put others in their place."""
-    leaves, tree = jax.tree.flatten(plain_arrays("argument ", (args, kwargs)))
-    is_array = [_is_array(leaf) for leaf in leaves]
-
-    def rebuild(arrays: list[Array]) -> tuple[tuple, dict]:
-        given, both = iter(arrays), zip(leaves, is_array, strict=True)
-        return jax.tree.unflatten(tree, [next(given) if a else leaf for leaf, a in both])
-
-    return [jnp.asarray(leaf) for leaf in itertools.compress(leaves, is_array)], rebuild
-
-
-def _is_array(leaf: Any) -> bool:
-    """Floats count: values of data, each of which would be compiled for otherwise."""
-    return isinstance(leaf, jax.Array | np.ndarray | np.floating | float)
 
 
 class _Place(Messenger):

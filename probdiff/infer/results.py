@@ -336,16 +336,18 @@ def datatree(result: Result, attrs: dict[str, Any]) -> "xr.DataTree":
     repeated = {name: log_p.pop(name) for name in names.repeated}
     stats = _sample_stats(result) | {f"log_likelihood_{name}": a for name, a in log_p.items()}
     groups = {
-        "posterior": _one_chain(draws),
+        "posterior": _one_chain({n: a for n, a in draws.items() if isinstance(a, np.ndarray)}),
         "sample_stats": _one_chain(stats),
         "log_likelihood": _one_chain(repeated),
         "posterior_predictive": _one_chain(predictive),
         "observed_data": {name: a[0] for name, a in program.map(values, x_0[:1]).items()},
         "runs": {name: take_in_runs(a, result.in_runs) for name, a in of_runs.items()},
     }
+    of_stats = {f"log_likelihood_{name}": dims for name, dims in names.batch_dims.items()}
+    dims_of = {"log_likelihood": names.batch_dims, "sample_stats": of_stats}
     tree = xr.DataTree(name="probdiff")
     for group, data in groups.items():
-        known = names.batch_dims if group == "log_likelihood" else names.dims
+        known = dims_of.get(group, names.dims)
         leading = 0 if group == "observed_data" else 2
         # the last names of dims: what is missing of a broadcast axis is missing in front
         of = {n: list(known.get(n, names.plates)) for n in data}

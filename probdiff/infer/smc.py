@@ -244,8 +244,8 @@ class SMC(Sampler):
         """Sample the posterior of the program at these arguments.
 
         What the program computes is compiled once: arrays and floats among its arguments, and
-        arrays that it closes over, may change from run to run. An int, a bool, or a number in the
-        program compiles anew; it may decide what the program does, as traced floats may not.
+        arrays that it closes over, may change from run to run. An int, a bool, a number in the
+        program, or a float by which the program decides what to do, compiles anew.
 
         Args:
             key: Randomness; entry b of the prior's plates uses `fold_in(key, b)`.

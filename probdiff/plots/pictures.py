@@ -236,7 +236,7 @@ def figure_1(
     return axes
 
 
-def check_limits(vmin: float, vmax: float) -> None:
+def check_limits(vmin: float | int, vmax: float | int) -> None:
     """Raise a `ValueError` unless black lies below white."""
     check_number(FINITE, vmin=vmin, vmax=vmax)
     if not vmin < vmax:

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from jax import lax, random
+from jax.extend import core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from numpyro import handlers
@@ -216,14 +217,22 @@ def _warn_of_slow_convolutions(update: Traced) -> None:
     if jax.default_backend() != "cpu":
         return
     found = (e for e in equations(update.code.jaxpr) if e.primitive.name == _CONVOLUTION)
-    slow = sum(is_slow(eqn.params["dimension_numbers"]) for eqn in found)
+    slow = sum(map(_is_avoidable, found))
     if slow:
         warnings.warn(
-            f"the program has {slow} convolutions, gradients among them, that are many times "
-            "slower on a CPU inside a compiled loop than they need be: make them by "
+            f"convolutions of the program, {slow} with their gradients, are many times slower on "
+            "a CPU inside a compiled loop than they need be: make them by "
             "nnx.Conv(..., conv_general_dilated=probdiff.networks.convolve)",
             stacklevel=4,
         )
+
+
+def _is_avoidable(convolution: core.JaxprEqn) -> bool:
+    """Whether it is slow, and one that `networks.convolve` does otherwise."""
+    p = convolution.params
+    ones = {*p["window_strides"], *p["lhs_dilation"], *p["rhs_dilation"]}
+    ones |= {p["feature_group_count"], p["batch_group_count"]}
+    return len(p["window_strides"]) == 2 and ones == {1} and is_slow(p["dimension_numbers"])
 
 
 def is_finite(leaf: Array) -> Bool[Array, ""]:
