@@ -45,6 +45,8 @@ def check_units(
                 f"{argument} must be broadcastable to event_shape {event_shape}; "
                 f"got shape {value.shape}"
             )
+        if not np.isfinite(value).all():
+            raise ValueError(f"{argument} must be finite; got {value}")
     if not np.all(units["scale"] > 0):
         raise ValueError(f"scale must be positive; got {scale}")
     _check_magnitude(kernel.dtype, **units)
@@ -253,10 +255,10 @@ TAKEN = {"chain", "draw", "example", "level", "log_r", "projection", "step", "t"
 
 def check_name(name: str) -> None:
     """A name that no DataTree would lose."""
-    if not isinstance(name, str) or not name or name in TAKEN:
+    if not isinstance(name, str) or not name or name in TAKEN or "/" in name:
         raise ValueError(
             f"name must be a string other than {sorted(TAKEN)}, which DataTrees give to dims and "
-            f"variables of their own; got {name!r}"
+            f"variables of their own, and without /; got {name!r}"
         )
 
 

@@ -867,6 +867,7 @@ def test_advice_is_given_once():
     assert [text.endswith("Help yourself") for text in texts] == [False, True]
 
 
+@pytest.mark.filterwarnings(QUIET)
 def test_the_only_look_keeps_the_dims_of_its_plates_and_trees_stay_out():
     prior = standard_diffusion((2,), T=3).prior({})
 

@@ -621,3 +621,24 @@ def test_a_float_may_decide_what_the_program_does(prior):
 
     for sigma, powers in ((SIGMA**2, [0.0]), (0.01, [SIGMA - 0.1, 0.1])):
         check(run(program, list(map(float, ONE)), sigma, powers), ONE)
+
+
+def test_a_coin_that_decides_is_refused_however_it_falls(prior):
+    def program():
+        sigma = 1.0 if np.random.random() < 0.01 else 3.0
+        numpyro.sample("y", dist.Normal(prior(), sigma), obs=2.0)
+
+    with pytest.raises(ValueError, match="must say the same each time"):
+        run(program)
+
+
+def test_an_intervention_where_entries_are_known_is_refused():
+    prior = standard_diffusion((2,), T=3).prior({})
+
+    def program():
+        with numpyro.handlers.do(data={"x_0": jnp.ones(2)}):
+            x = prior(known=jnp.zeros(2), mask=jnp.array([True, False]))
+        numpyro.sample("y", dist.Normal(x.sum(), 1.0), obs=2.0)
+
+    with pytest.raises(ValueError, match=r"'x_0' must not be replaced by handlers\.do"):
+        run(program)

@@ -23,6 +23,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -225,8 +226,10 @@ def _check_outside() -> None:
 
 def _check_repeats(look: _Look, again: Callable[[], _Look]) -> None:
     """Refuse a program that says something else each time; it may keep what its first call made."""
+    before = pickle.dumps(np.random.get_state())
     second = again()
-    if not _is_same(look, second) and not _is_same(second, again()):
+    has_drawn = pickle.dumps(np.random.get_state()) != before
+    if has_drawn or (not _is_same(look, second) and not _is_same(second, again())):
         raise ValueError(
             "program must say the same each time it is read, since one reading stands for all "
             "draws; got another at the second: it draws by NumPy or Python, reads the time or "
@@ -258,8 +261,8 @@ class _Place(Messenger):
         name, infer = msg.get("name"), msg.get("infer", {})
         if msg["type"] == "prng_key":
             self._refuse(
-                "program must not draw by numpyro.prng_key, of which one draw would stand for all. "
-                "Draw by numpyro.sample, or pass the key as an argument"
+                "program must not draw by numpyro.prng_key, nor at a site that handlers.block "
+                "hides: one draw would stand for all. Draw by numpyro.sample, or pass the key"
             )
         elif msg["type"] == "plate":
             self._check_plate(*msg["args"], name)
@@ -292,6 +295,9 @@ class _Place(Messenger):
             msg["value"] = jnp.zeros(msg["fn"].shape(), infer["prior"].reverse.kernel.dtype)
         else:
             self._refuse(given(msg))
+            if msg.get("_intervener_id") is not None and infer["data_of"].known is not None:
+                self._refuse(f"site {name!r} must not be replaced by handlers.do where entries are "
+                             "known: leave known= out, or the handler")  # fmt: skip
             self.data.append(name)
             dtype = infer["data_of"].reverse.kernel.dtype
             msg["value"] = jnp.zeros(msg["fn"].shape(), dtype) if x_0 is None else x_0
