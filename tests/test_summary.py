@@ -121,3 +121,8 @@ def test_what_has_no_table_is_refused():
 def test_only_networks_can_be_loaded_by_name():
     assert "summary" not in storage.NETWORKS
     assert all(issubclass(network, nnx.Module) for network in storage.NETWORKS.values())
+
+
+def test_a_network_of_the_log_snr_has_a_summary():
+    network = networks.UNet((8, 8), (8,), 1, rngs=nnx.Rngs(0))
+    assert "Total Parameters" in networks.summary(network, (8, 8))

@@ -56,7 +56,8 @@ def summary(
     check_at_least(1, or_none=True, depth=depth)
     if not isinstance(dtype, type) or dtype not in (int, float):
         raise ValueError(f"dtype must be float, or int for symbols; got {shown(dtype)}")
-    inputs = [jnp.zeros((batch_size, *event_shape), dtype), jnp.ones(batch_size, jnp.int32)]
+    time = float if getattr(network, "takes_log_snr", False) else jnp.int32
+    inputs = [jnp.zeros((batch_size, *event_shape), dtype), jnp.ones(batch_size, time)]
     if context_shape is not None:
         inputs.append(jnp.zeros((batch_size, *context_shape)))
     try:
