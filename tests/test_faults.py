@@ -409,7 +409,7 @@ def assert_a_report_is_whole(folder):
     assert (folder / "report.md").read_text().endswith("\n")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "kills", "judge", "is_judged_once"),
     [
