@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from probdiff.standard import standard_diffusion
     from probdiff.storage import load, save
     from probdiff.times import ImportanceTimes, StratifiedTimes, UniformTimes
-    from probdiff.train import Fit, fit
+    from probdiff.train.fit import Fit, fit
 
 __all__ = [
     "AbsorbingKernel",
@@ -70,7 +70,7 @@ _HOMES = {
     "standard": ["standard_diffusion"],
     "storage": ["load", "save"],
     "times": ["ImportanceTimes", "StratifiedTimes", "UniformTimes"],
-    "train": ["Fit", "fit"],
+    "train.fit": ["Fit", "fit"],
 }
 """Files of the names that are no modules."""
 
