@@ -55,7 +55,7 @@ intersphinx_timeout = 5
 logging.getLogger("sphinx.sphinx.ext.intersphinx").addFilter(
     lambda record: "inventories" not in str(record.msg)
 )
-INTERNAL = r"probdiff\.\w+(\.\w+)?\.(DataGivenFirst|Programs|Result|Sampler|Units|_Runs)"
+INTERNAL = r"probdiff\.\w+(\.\w+)?\.(DataGivenFirst|Deviations|Programs|Result|Sampler|Units|_Runs)"
 nitpick_ignore_regex = [("py:.*", rf"(?!probdiff\b).*|{INTERNAL}")]
 
 # Where others document what is defined elsewhere.
