@@ -42,8 +42,9 @@ def test_a_count_beyond_int32_is_refused_before_memory_is_asked_for(value):
 
 @pytest.mark.parametrize("share", [0.5, Fraction(1, 2), np.float32(0.5), np.array(0.5)])
 def test_a_number_is_any_real_one(unchecked, share):
-    arguments.check_number(arguments.INNER_SHARE, share=share)
-    arguments.check_number(arguments.INNER_SHARE, share=jnp.float32(share))
+    for value in (share, jnp.float32(share)):
+        arguments.check_number(arguments.INNER_SHARE, share=value)
+        assert arguments.as_number(value) == 0.5
 
 
 @pytest.mark.parametrize("value", ["0.5", True, np.array([0.5]), 0.5j, None, math.nan, 1.0])

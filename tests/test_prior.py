@@ -5,6 +5,7 @@ for a tied last step, divided by the scale for the user's units.
 """
 
 import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -487,7 +488,10 @@ def test_a_covariance_that_is_plainly_not_the_datas_is_noticed(correlated, covar
     ids=["exact", "sample", "few_rows", "shrunk", "white", "half", "twice", "sharper"],
 )  # fmt: skip
 def test_nothing_is_said_of_a_covariance_that_is_about_the_datas(correlated, covariance):
-    correlated.prior({}, variance=covariance)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        prior = correlated.prior({}, variance=covariance)
+    assert not said and prior.covariance is not None
 
 
 def test_a_prior_is_shown_on_a_line():

@@ -121,7 +121,8 @@ ALONE = {
 
 @pytest.mark.parametrize("name", ALONE)
 def test_a_network_that_takes_each_row_by_itself_is_taken(name):
-    make(ALONE[name]())
+    network = ALONE[name]()
+    assert make(network).network is network
 
 
 OURS = {

@@ -5,6 +5,7 @@ by any loc, densities, evidences and draws relative to loc are the same.
 """
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -348,10 +349,12 @@ def test_float32_that_is_too_coarse_is_said_by_column(key, name):
 
 
 def test_nothing_is_said_under_x64_or_where_float32_is_fine(x64, key):
-    diffusion = normal(JULIAN, 0.1)
-    Predictive(diffusion.model, num_samples=2)(key)
-    with jax.enable_x64(False):
-        Predictive(normal(1000.0, 1.0).model, num_samples=2)(jax.random.key(0))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        draws = Predictive(normal(JULIAN, 0.1).model, num_samples=2)(key)["x_0"]
+        with jax.enable_x64(False):
+            Predictive(normal(1000.0, 1.0).model, num_samples=2)(jax.random.key(0))
+    assert not said and draws.dtype == np.float64
 
 
 # Files.
