@@ -225,7 +225,8 @@ def of_networks() -> list[Case]:
         x_t = jnp.ones((2, *given["event_shape"]))
         found.append(case(network.__call__, x_t=x_t, t=jnp.ones(2, jnp.int32)))
     given = {"network": networks.RadialBasis((2,), 2, 3, rngs=nnx.Rngs(0)), "event_shape": (2,)}
-    return [*found, case(networks.summary, **given)]
+    images = {"x": jnp.ones((1, 4, 4, 1)), "kernel": jnp.ones((3, 3, 1, 2))}
+    return [*found, case(networks.summary, **given), case(networks.convolve, **images)]
 
 
 def of_schedules() -> list[Case]:

@@ -162,13 +162,14 @@ def test_where_there_is_no_identity_the_first_losses_decide(begun, tmp_path, cha
     np.testing.assert_array_equal(run(path, 30).losses, run(None, 30).losses)
 
 
-def test_constants_that_a_program_closes_over_belong_to_it(tmp_path):
+@pytest.mark.parametrize("beside", [0.5, -np.inf])
+def test_constants_that_a_program_closes_over_belong_to_it(tmp_path, beside):
     def svi(spread):
-        scale = jnp.linspace(1.0, spread, 16)
+        scale = jnp.append(jnp.linspace(1.0, spread, 16), beside)
 
         def model(x):
             with numpyro.plate("data", len(x)):
-                law = dist.Normal(numpyro.param("w", 0.0), scale[:, None] * jnp.ones(2))
+                law = dist.Normal(numpyro.param("w", 0.0), scale[:16, None] * jnp.ones(2))
                 numpyro.sample("x", law.to_event(1), obs=x)
 
         return SVI(model, lambda x: None, optax.sgd(1e-4), Trace_ELBO())

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from probdiff.arguments import check_shape
+from probdiff.arguments import as_array, check_shape, shown
 from probdiff.networks.binding import output_shape
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -71,6 +71,9 @@ def convolve(
         padding: "SAME" for the fast gradients.
         **options: Dilations, groups, layout, precision.
 
+    Raises:
+        ValueError: if it is no convolution.
+
     Example:
         >>> conv = nnx.Conv(
         ...     1, 4, (3, 3), conv_general_dilated=networks.convolve, rngs=nnx.Rngs(0)
@@ -80,12 +83,22 @@ def convolve(
         >>> bool(jnp.allclose(conv(x), stock(x), atol=1e-6))
         True
     """
+    x, kernel = jnp.asarray(as_array("x", x)), jnp.asarray(as_array("kernel", kernel))
+    if kernel.ndim != x.ndim:
+        raise ValueError(f"kernel must have {x.ndim} axes, as x has; got shape {kernel.shape}")
     given = {name: value for name, value in options.items() if value is not None}
     if jax.default_backend() == "cpu" and _has_fast_gradients(x, kernel, strides, padding, given):
         return _canonical(x, kernel)
-    return jax.lax.conv_general_dilated(
-        x, kernel, strides, padding, **{"dimension_numbers": _LAYOUT} | given
-    )
+    try:
+        return jax.lax.conv_general_dilated(
+            x, kernel, strides, padding, **{"dimension_numbers": _LAYOUT} | given
+        )
+    except Exception as error:  # JAX has many kinds for it
+        raise ValueError(
+            f"x, kernel, strides and padding must be such as jax.lax.conv_general_dilated takes; "
+            f"got shapes {x.shape} and {kernel.shape}, strides {shown(strides)}, padding "
+            f"{shown(padding)}: {error}"
+        ) from error
 
 
 def is_slow(layout: jax.lax.ConvDimensionNumbers) -> bool:
@@ -97,12 +110,13 @@ def _has_fast_gradients(
     x: Array, kernel: Array, strides: Any, padding: Any, options: dict[str, Any]
 ) -> bool:
     layout = options.get("dimension_numbers", _LAYOUT)
-    ones = (strides, options.get("lhs_dilation", 1), options.get("rhs_dilation", 1))
+    ones = [strides, *(options.get(f"{side}_dilation", (1, 1)) for side in ("lhs", "rhs"))]
     return (
         x.ndim == kernel.ndim == 4
+        and isinstance(padding, str)
         and padding == "SAME"
         and all(n % 2 for n in kernel.shape[:2])
-        and all(np.all(np.asarray(one) == 1) for one in ones)
+        and all(np.array_equal(one, (1, 1)) for one in ones)
         and options.get("feature_group_count", 1) == 1
         and not is_slow(jax.lax.conv_dimension_numbers(x.shape, kernel.shape, layout))
         and not options.keys() & {"precision", "preferred_element_type", "batch_group_count"}
