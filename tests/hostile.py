@@ -379,6 +379,8 @@ def of_infer() -> list[Case]:
     """Samplers, twists and calibration."""
     smc, over_noise = _smc(), infer.noncentered(_program)
     guided = infer.Guided(_program, num_samples=4, check=False)
+    few = {"num_chains": 2, "num_warmup": 2, "num_samples": 2, "num_leapfrog": 1}
+    gibbs = infer.ParticleGibbs(_program, num_particles=2, num_runs=2, **few)
 
     def blind(key: Any, y: Any) -> Any:
         return jax.random.normal(key, (9,))
@@ -398,6 +400,10 @@ def of_infer() -> list[Case]:
         case(infer.TweedieTwist),
         case(infer.calibrate, **simulated),
         case(infer.noncentered, program=_program),
+        case(infer.forward_coordinates, program=_program),
+        case(infer.ParticleGibbs, program=_program),
+        of_program(gibbs.run, "ParticleGibbs.run", key=KEY),
+        case(gibbs.print_summary, "ParticleGibbs.print_summary", limit=0),
         of_program(infer.initial_noise, "initial_noise", **start),
     ]
 

@@ -1,9 +1,11 @@
 """Inference: conditioning a program that holds a trained diffusion.
 
-    SMC           weighted particles over the reverse trajectory: draws, evidence and their errors
-    Guided        the same walk without weights: approximate, among them the rule of 2015
-    noncentered   the program over its noise, for MCMC(NUTS(...))
-    calibrate     simulation-based calibration of a sampler under its own prior
+    SMC            weighted particles over the reverse trajectory: draws, evidence, their errors
+    ParticleGibbs  chains that start at particles and move as wholes, other latent sites along
+    Guided         the same walk without weights: approximate, among them the rule of 2015
+    noncentered, forward_coordinates
+                   the program over its noise, reverse or forward, for MCMC(NUTS(...))
+    calibrate      simulation-based calibration of a sampler under its own prior
 
 Whether conditioning works is decided by the twist, a guess ψ_t(x_t) of E[r(x_0) | x_t] through the
 denoised point x̂_0 = E[x_0 | x_t]:
@@ -30,6 +32,8 @@ in SMC; Song et al. (2023) for the width; Boys et al. (2023) for C_t.
 """
 
 from probdiff.infer.calibrate import calibrate
+from probdiff.infer.coordinates import forward_coordinates
+from probdiff.infer.gibbs import ParticleGibbs
 from probdiff.infer.guided import Guided, KernelTwist
 from probdiff.infer.health import InferenceWarning
 from probdiff.infer.known import ReadoutTwist
@@ -45,12 +49,14 @@ __all__ = [
     "InferenceWarning",
     "KernelTwist",
     "LaplaceTwist",
+    "ParticleGibbs",
     "PointTwist",
     "ReadoutTwist",
     "SymbolTwist",
     "TweedieTwist",
     "Twist",
     "calibrate",
+    "forward_coordinates",
     "initial_noise",
     "noncentered",
 ]

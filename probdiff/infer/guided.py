@@ -32,6 +32,7 @@ from jaxtyping import Array
 
 from probdiff.arguments import check_at_least, check_flag, check_key
 from probdiff.infer import results
+from probdiff.infer.evidence import log_evidence
 from probdiff.infer.health import systems
 from probdiff.infer.program import Program
 from probdiff.infer.results import Result
@@ -235,7 +236,7 @@ def _compare(result: Result, small: Result) -> Check:
     sd = np.sqrt(np.sum(weights * (other - mean) ** 2, 0))
     apart = np.abs(x_0.mean(0) - mean) / np.where(sd > 0, sd, np.inf)
     axes = tuple(range(small.health.ess.ndim, apart.ndim))
-    evidence = results.log_evidence(small.outcome)
+    evidence = log_evidence(small.outcome.log_evidences)
     return Check(evidence, small.health.ess, np.asarray(apart.max(axes)))
 
 

@@ -20,7 +20,9 @@ a trajectory is drawn forward, and the reverse steps are solved for the noise,
 Sources: Sohl-Dickstein et al. (2015), section 2.2; Papaspiliopoulos et al. (2007) for noncentering.
 """
 
+import abc
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -40,7 +42,7 @@ from probdiff.arguments import (
     plain,
     shape_text,
 )
-from probdiff.infer.program import Program, Site, changed, given, unexpanded
+from probdiff.infer.program import Program, Site, changed, given, refuse, unexpanded
 from probdiff.prior import check_counted
 from probdiff.reverse import Reverse
 from probdiff.trajectories import TRAJECTORY_SUFFIX, SampledTimes
@@ -84,16 +86,7 @@ def noncentered(program: Program, *, steps: int | None = None) -> Program:
 
     check_callable("program(*args)", program=program)
     check_at_least(1, or_none=True, steps=steps)
-
-    def over_noise(*args: Any, **kwargs: Any) -> Any:
-        retreat = _Retreat(steps)
-        with retreat:
-            value = program(*args, **kwargs)
-        if not retreat.noise_0:
-            raise ValueError("program must call a prior made by Diffusion.prior; got none")
-        return value
-
-    return over_noise
+    return over(program, lambda: _Retreat(steps))
 
 
 def initial_noise(
@@ -154,26 +147,48 @@ def initial_noise(
     return jax.jit(jax.vmap(start))(jax.random.split(key, num_chains), draws)
 
 
-class _Driven(NamedTuple):
-    """The process that a noise drives; kept with its site."""
+class Start(NamedTuple):
+    """How a chain starts at a given x_0; kept with the site that stands in its place."""
 
-    name: str
-    reverse: Reverse
-    lead: tuple[int, ...]  # shape of the plates around the prior
+    name: str  # of x_0
+    shape: tuple[int, ...]  # of x_0, plates around the prior in front
+    value: Callable[[Array, Array], Array]  # of the site, from a key and x_0 in the user's units
 
 
-class _Retreat(Messenger):
-    """Puts noise, and what follows from it, in place of a prior's trajectory and x_0.
+def over(program: Program, make: "Callable[[], Reparametrised]") -> Program:
+    """The program with its priors replaced."""
+
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        messenger = make()
+        with messenger:
+            value = program(*args, **kwargs)
+        if not messenger.count:
+            raise ValueError("program must call a prior made by Diffusion.prior; got none")
+        return value
+
+    return replaced
+
+
+class Reparametrised(Messenger):
+    """Puts other latent sites, and what follows from them, in place of a prior's; abstract.
 
     `stop` hides the two from all handlers outside.
     """
 
     def __init__(self, steps: int | None):
         super().__init__()
-        self.steps = steps
-        self.noise_0: dict[int, Array] = {}  # of each draw of a prior
+        self.steps, self.count = steps, 0
+
+    @abc.abstractmethod
+    def put_trajectory(self, msg: Site, reverse: Reverse) -> Array:
+        """Draw what stands in place of the trajectory; x_1, `(*plates, *event_shape)`."""
+
+    @abc.abstractmethod
+    def put_data(self, msg: Site, reverse: Reverse) -> Array | None:
+        """x_0 in the user's units; None where the site stays as it is."""
 
     def process_message(self, msg: Site) -> None:
+        """Replace the sites of a prior."""
         if msg["type"] == "param" and msg["value"] is None:
             raise ValueError(
                 f"param {msg['name']!r} is unbound in the program, and MCMC would keep its initial "
@@ -183,35 +198,50 @@ class _Retreat(Messenger):
         if msg["type"] != "sample":
             return
         if "prior" in msg["infer"]:
-            self._put_trajectory(msg)
+            _check(msg)
+            self.count += 1
+            reverse = msg["infer"]["prior"].reverse.respaced(self.steps)
+            x_1 = self.put_trajectory(msg, reverse)
+            msg["value"], msg["stop"] = _only(x_1, len(msg["fn"].batch_shape)), True
         elif "data_of" in msg["infer"]:
-            self._put_data(msg)
+            draw = msg["infer"]["data_of"]
+            x_0 = self.put_data(msg, draw.reverse.respaced(self.steps))
+            if x_0 is not None:
+                refuse(changed(msg) or given(msg))
+                msg["value"], msg["stop"] = x_0, True
+                numpyro.deterministic(draw.name, x_0)
 
-    def _put_trajectory(self, msg: Site) -> None:
-        draw = msg["infer"]["prior"]
-        reverse = draw.reverse.respaced(self.steps)
-        _check(msg)
+
+class _Retreat(Reparametrised):
+    """Puts noise in place of a prior's trajectory."""
+
+    def __init__(self, steps: int | None):
+        super().__init__(steps)
+        self.noise_0: dict[int, Array] = {}  # of each draw of a prior
+
+    def put_trajectory(self, msg: Site, reverse: Reverse) -> Array:
+        draw, lead = msg["infer"]["prior"], msg["fn"].batch_shape
         name = msg["name"].removesuffix(TRAJECTORY_SUFFIX)  # with the prefix of a scope
-        driven = _Driven(name, reverse, msg["fn"].batch_shape)
+
+        def noise_of(key: Array, x_0: Array) -> Array:
+            noise = _noise_of_data(key, reverse, reverse.to_state(x_0))
+            return jnp.moveaxis(noise, 0, len(lead))
+
         event_dim = 1 + reverse.event_dim
-        shape = (*driven.lead, reverse.n + 1, *reverse.event_shape)
+        shape = (*lead, reverse.n + 1, *reverse.event_shape)
         normal = dist.Normal(0.0, 1.0) if draw.known is None else _NoiseOfKnown(name)
         law = normal.expand(shape).to_event(event_dim)
-        noise = numpyro.sample(f"{draw.name}_noise", law, infer={"walk": driven})
-        noise = jnp.moveaxis(noise, -event_dim, 0)
+        infer = {"start": Start(name, (*lead, *reverse.event_shape), noise_of)}
+        noise = jnp.moveaxis(numpyro.sample(f"{draw.name}_noise", law, infer=infer), -event_dim, 0)
         self.noise_0[id(draw)] = noise[0]
-        x_1 = _x_1_of_noise(reverse, noise)
-        msg["value"], msg["stop"] = _only(x_1, len(driven.lead)), True
+        return _x_1_of_noise(reverse, noise)
 
-    def _put_data(self, msg: Site) -> None:
+    def put_data(self, msg: Site, reverse: Reverse) -> Array | None:
         draw, law = msg["infer"]["data_of"], unexpanded(msg["fn"])
         if msg["is_observed"] and draw.known is None:
-            return
-        _refuse(changed(msg) or given(msg))
+            return None
         x_0 = law.units.to_data(law.base.loc + law.base.scale * self.noise_0[id(draw)])
-        x_0 = x_0 if draw.known is None else jnp.where(draw.mask, draw.known, x_0)
-        msg["value"], msg["stop"] = x_0, True
-        numpyro.deterministic(draw.name, x_0)
+        return x_0 if draw.known is None else jnp.where(draw.mask, draw.known, x_0)
 
 
 class _NoiseOfKnown(dist.Normal):
@@ -280,12 +310,7 @@ def _check(msg: Site) -> None:
             f"prior {draw.name!r} must be one of {numbers} smooth in their noise; got {other}. Use "
             "infer.SMC"
         )
-    _refuse(given(msg) or changed(msg))
-
-
-def _refuse(text: str) -> None:
-    if text:
-        raise ValueError(text)
+    refuse(given(msg) or changed(msg))
 
 
 def _is_latent(site: Site) -> bool:
@@ -298,23 +323,17 @@ def _value(site: Site, draws: dict) -> Any:
     """Value of a latent site of a noncentered program."""
     if not _is_latent(site):
         return None
-    driven = site["infer"].get("walk")
-    name = site["name"] if driven is None else driven.name
+    start = site["infer"].get("start")
+    name = site["name"] if start is None else start.name
     if name not in draws:
         raise ValueError(
             f"draws must hold every latent site and every prior; {name!r} is missing from "
             f"{sorted(draws)}"
         )
-    shape = site["fn"].shape()
-    if driven is not None:
-        shape = (*driven.lead, *driven.reverse.event_shape)
+    shape = site["fn"].shape() if start is None else start.shape
     if draws[name].shape != shape:
         raise ValueError(
             f"draws[{name!r}] must have shape {shape_text('num_chains', shape)}; "
             f"got {shape_text('num_chains', draws[name].shape)}"
         )
-    if driven is None:
-        return draws[name]
-    x_0 = driven.reverse.to_state(draws[name])
-    noise = _noise_of_data(site["kwargs"]["rng_key"], driven.reverse, x_0)
-    return jnp.moveaxis(noise, 0, len(driven.lead))
+    return draws[name] if start is None else start.value(site["kwargs"]["rng_key"], draws[name])

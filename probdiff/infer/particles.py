@@ -294,7 +294,7 @@ def run(read: Read, options: Options, key: Array, *, progress: bool) -> Outcome:
     """
     conditioned, programs = read.conditioned, read.programs
     _check(conditioned.draw, options)
-    known, mask = _known(conditioned)
+    known, mask = known_of(conditioned)
     keys = _population_keys(key, conditioned.batch_shape, options.num_runs)
     inputs = conditioned, known, mask, keys
     found = map(bool, programs(_probe, inputs, options=options))
@@ -350,7 +350,7 @@ def _check(draw: PriorDraw, options: Options) -> None:
         )
 
 
-def _known(conditioned: Conditioned) -> tuple[Array | None, np.ndarray | None]:
+def known_of(conditioned: Conditioned) -> tuple[Array | None, np.ndarray | None]:
     """Known entries on the scale of the diffusion, `(B, d)`, and their mask.
 
     The mask is `(d,)` where all systems share it: a level's matrices, most of the time for images,

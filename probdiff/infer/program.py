@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+from jax.extend import core
 from jaxtyping import Array, Bool, Float
 from numpyro import handlers
 from numpyro.primitives import _PYRO_STACK, Messenger
@@ -103,17 +104,24 @@ class Read(NamedTuple):
     names: Names
     programs: Programs  # where what is compiled is kept
 
-    def map(self, function: Callable[..., Any], x_0: Any, *rows: Any) -> Any:
-        """`function(sites, *row)` for every draw of x_0, `(M, *plates, *event_shape)`; NumPy."""
-        x_0, arrays = jnp.asarray(x_0), self.conditioned.arrays
+    def map(
+        self, function: Callable[..., Any], x_0: Any, *rows: Any, given: list[Any] | None = None
+    ) -> Any:
+        """`function(sites, *row)` for every draw of x_0, `(M, *plates, *event_shape)`; NumPy.
 
-        def at(arrays: list[Array], x_0: Array, *row: Any) -> Any:
+        `given` are draws `(M, ...)` of what the first array arguments are to be.
+        """
+        x_0, arrays = jnp.asarray(x_0), self.conditioned.arrays
+        given = list(map(jnp.asarray, given or []))
+
+        def at(arrays: list[Array], x_0: Array, given: list[Array], *row: Any) -> Any:
+            arrays = [*given, *arrays[len(given) :]]
             sites, _ = _sites(self.program, *self.rebuild(arrays), x_0)
             return function(sites, *row)
 
-        first = jax.tree.map(lambda a: a[0], (x_0, *rows))
+        first = jax.tree.map(lambda a: a[0], (x_0, given, *rows))
         traced = trace(at, arrays, *first)
-        out = self.programs(_map, traced, arrays, (x_0, *rows))
+        out = self.programs(_map, traced, arrays, (x_0, given, *rows))
         return jax.tree.map(np.asarray, out)
 
 
@@ -250,9 +258,10 @@ class _Place(Messenger):
     they change of a prior, and what has no value.
     """
 
-    def __init__(self, x_0: Any):
+    def __init__(self, x_0: Any, latents: dict[str, Site] | None = None):
         super().__init__()
         self.x_0, self.refusal = x_0, None
+        self.latents = latents  # where other latent sites are put, which are refused for None
         self.priors: list[Site] = []
         self.data: list[str] = []  # names of sites of x_0
         self.known: list[str] = []  # of factors of known entries
@@ -273,6 +282,8 @@ class _Place(Messenger):
             )
         elif "prior_law" in infer:
             self._place(msg)
+        elif _is_latent(msg) and self.latents is not None:
+            self.latents[name] = msg
         elif _is_latent(msg):
             self._refuse(
                 f"latent site {name!r} must have a value: only x_0 is inferred here. Give it one "
@@ -341,6 +352,12 @@ def given(site: Site) -> str:
     )
 
 
+def refuse(text: str) -> None:
+    """Raise what there is to say, if there is."""
+    if text:
+        raise ValueError(text)
+
+
 def unexpanded(law: dist.Distribution) -> Any:
     """The law under what plates put around it."""
     while isinstance(law, dist.ExpandedDistribution):
@@ -348,12 +365,45 @@ def unexpanded(law: dist.Distribution) -> Any:
     return law
 
 
-def _sites(program: Program, args: tuple, kwargs: dict, x_0: Any) -> tuple[Sites, _Place]:
+def latents(
+    program: Program, args: tuple, kwargs: dict, key: Array | None = None
+) -> tuple[dict[str, Site], set[str]]:
+    """Latent sites besides those of the prior, with a draw of each; those outside its plates."""
+    found: dict[str, Site] = {}
+    sites, place = _sites(program, args, kwargs, None, found, key)
+    prior, _ = _the_prior(sites, place)
+    plates = {frame.name for frame in prior["cond_indep_stack"]}
+    there = {name: sites[name] for name in found if name in sites}
+    outer = {n for n, s in there.items() if plates - {f.name for f in s["cond_indep_stack"]}}
+    return there, outer
+
+
+def decides_prior(program: Program, values: dict[str, Any], args: tuple, kwargs: dict) -> bool:
+    """Whether the prior's context or known entries move with what a program takes first."""
+    names = sorted(values)
+
+    def rebuild(arrays: list[Array]) -> tuple[tuple, dict]:
+        return (dict(zip(names, arrays, strict=True)), *args), kwargs
+
+    look = _look(program, [jnp.asarray(values[name]) for name in names], rebuild)
+    jaxpr = look.traced.code.jaxpr
+    moved = set(jaxpr.invars)
+    for eqn in jaxpr.eqns:
+        if any(isinstance(v, core.Var) and v in moved for v in eqn.invars):
+            moved.update(eqn.outvars)
+    computed = jaxpr.outvars[: sum(look.is_computed)]
+    return any(isinstance(v, core.Var) and v in moved for v in computed)
+
+
+def _sites(
+    program: Program, args: tuple, kwargs: dict, x_0: Any,
+    found: dict[str, Site] | None = None, key: Array | None = None,
+) -> tuple[Sites, _Place]:  # fmt: skip
     """All sites of a program at x_0 (zeros for None), and what was placed."""
-    place = _Place(x_0)
+    place = _Place(x_0, found)
     try:
         with handlers.block(), place:
-            seeded = handlers.seed(program, jax.random.key(0))
+            seeded = handlers.seed(program, jax.random.key(0) if key is None else key)
             return handlers.trace(seeded).get_trace(*args, **kwargs), place
     except (TypeError, ValueError) as error:
         if error is not place.refusal:

@@ -37,6 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from probdiff.infer.evidence import log_evidence, log_evidence_se
 from probdiff.infer.health import Health, complaints, health, take_in_runs
 from probdiff.infer.laplace import LaplaceTwist
 from probdiff.infer.particles import Options, Outcome, entry_keys, fold, run
@@ -162,23 +163,6 @@ def by_site(result: Result, x_0: np.ndarray) -> dict[str, np.ndarray]:
     return {name: x_0} | result.read.map(lambda sites: deterministics(sites, name), x_0)
 
 
-def log_evidence(outcome: Outcome) -> np.ndarray:
-    """log of the mean of Ẑ over runs, `(*plates,)`."""
-    return _log_mean_exp(outcome.log_evidences)
-
-
-def log_evidence_se(outcome: Outcome) -> np.ndarray:
-    """Standard error of log Z over runs, `(*plates,)`; nan for one run or no weight."""
-    z = outcome.log_evidences.astype(np.float64)
-    if len(z) == 1:
-        return np.full(z.shape[1:], np.nan)
-    top = z.max(0)
-    ratio = np.exp(z - np.where(np.isfinite(top), top, 0.0))
-    mean = ratio.mean(0)
-    error = ratio.std(0, ddof=1) / np.sqrt(len(z))
-    return np.asarray(np.where(mean > 0, error / np.where(mean > 0, mean, 1.0), np.nan))
-
-
 def pooled(a: np.ndarray) -> np.ndarray:
     """`(R, N, ...)` to `(R·N, ...)`."""
     return a.reshape(-1, *a.shape[2:])
@@ -190,7 +174,7 @@ def pooled_log_weights(outcome: Outcome, is_weighted: bool = True) -> np.ndarray
         shape = pooled(outcome.log_weights).shape
         return np.full(shape, -np.log(shape[0]))
     z = outcome.log_evidences
-    total = _log_mean_exp(z)
+    total = log_evidence(z)
     is_there = np.isfinite(total)
     share = np.where(is_there, z - np.where(is_there, total, 0.0), 0.0)  # of Ẑ, times R
     return pooled(outcome.log_weights + share[:, None]) - np.log(len(z))
@@ -225,14 +209,6 @@ def _equally_weighted(
     keys = fold(entry_keys(key, tuple(plates)), _RESAMPLE)
     in_runs = [resample(fold(keys, 1 + r), outcome.log_weights[r]) for r in range(runs)]
     return resample(fold(keys, 0), log_w), np.stack(in_runs)
-
-
-def _log_mean_exp(z: np.ndarray) -> np.ndarray:
-    z = z.astype(np.float64)
-    top = z.max(0)
-    finite = np.where(np.isfinite(top), top, 0.0)
-    with np.errstate(divide="ignore"):
-        return np.asarray(finite + np.log(np.mean(np.exp(z - finite), 0)))
 
 
 # in words
@@ -414,8 +390,9 @@ def _levels(result: Result) -> tuple[dict[str, Any], dict[str, Any]]:
     if result.options.is_weighted:
         values |= {
             "log_evidence_by_run": (by_run, outcome.log_evidences),
-            "log_evidence": (plates, log_evidence(outcome)),
-            "log_evidence_se": (plates, log_evidence_se(outcome)), "ess_final": (plates, of.ess),
+            "log_evidence": (plates, log_evidence(outcome.log_evidences)),
+            "log_evidence_se": (plates, log_evidence_se(outcome.log_evidences)),
+            "ess_final": (plates, of.ess),
             "pareto_k": (plates, of.pareto_k), "worst_pareto_k": (plates, of.worst_pareto_k),
             "r_hat": (plates, of.r_hat),
         }  # fmt: skip

@@ -4,10 +4,10 @@ R independent runs of N particles each walk the reverse trajectory as `particles
 are pooled with weights in proportion to each run's Ẑ, so that the pooled estimate is that of one
 larger importance sample, and
 
-    log Z ≈ log (1/R) Σ_r Ẑ_r,    se = sd(Ẑ_r) / (√R · mean(Ẑ_r)),
+    log Z ≈ log (1/R) Σ_r Ẑ_r,
 
-with Student-t intervals of R − 1 degrees of freedom. Z is the evidence of the diffusion that was
-walked, of all T steps or, where `steps=n`, of n of them; known entries of x_0 count in it.
+with an error and intervals from their spread (see `evidence`). Z is the evidence of the diffusion
+that was walked, of all T steps or, where `steps=n`, of n of them; known entries of x_0 count in it.
 
 `Sampler` is what `SMC` and `Guided` share: equally weighted draws of x_0, a summary in words and an
 ArviZ DataTree. Behind the draws stand weights, or nothing but the guidance.
@@ -33,7 +33,7 @@ from probdiff.arguments import (
     check_number,
     check_object,
 )
-from probdiff.infer import results
+from probdiff.infer import evidence, results
 from probdiff.infer.health import InferenceWarning
 from probdiff.infer.laplace import LaplaceTwist
 from probdiff.infer.particles import Options
@@ -282,9 +282,10 @@ class SMC(Sampler):
 
     def _lines(self, limit: int) -> list[str]:
         of = self.result
-        values = map(np.asarray, (self.log_evidence, *self.log_evidence_interval()))
-        evidence = results.evidence_lines(*values, of, limit)
-        return [*evidence, *results.particle_lines(of), results.cost_line(of)]
+        ends = evidence.log_evidence_interval(of.outcome.log_evidences, 0.95)
+        values = map(np.asarray, (self.log_evidence, *ends))
+        lines = results.evidence_lines(*values, of, limit)
+        return [*lines, *results.particle_lines(of), results.cost_line(of)]
 
     def _attrs(self) -> dict[str, Any]:
         return {"sampler": "SMC"}
@@ -330,15 +331,19 @@ class SMC(Sampler):
             >>> [round(z, 1) for z in log_evidence]  # log N(4; 0, 1 + σ²) = −5.3, −2.9
             [-5.3, -2.9]
         """
-        return _plain(results.log_evidence(self.result.outcome))
+        return _plain(evidence.log_evidence(self.result.outcome.log_evidences))
 
     @property
     def log_evidence_se(self) -> Any:
         """Standard error of log Z over the runs, shape of `log_evidence`; nan for one run."""
-        return _plain(results.log_evidence_se(self.result.outcome))
+        return _plain(evidence.log_evidence_se(self.result.outcome.log_evidences))
 
     def log_evidence_interval(self, prob: float = 0.95) -> tuple[Any, Any]:
-        """Student-t interval of log Z, num_runs − 1 degrees of freedom; nan for one run.
+        """Interval of log Z from the spread over runs; nan for one run, or one without weight.
+
+        It counts log Ẑ as normal with mean log Z − σ²/2 and an unknown variance σ², as it is for
+        many particles (see `evidence.log_evidence_interval`). With few runs it is wide, more so
+        above log_evidence than below, since the largest Ẑ are rare.
 
         Args:
             prob: Probability of the interval, in (0, 1); else a `ValueError`.
@@ -357,11 +362,17 @@ class SMC(Sampler):
             >>> 0 < smc.log_evidence_se < 0.1  # of Ẑ, relative: 10 %
             True
         """
-        from scipy import stats  # slow to import
-
         check_number(INNER_SHARE, prob=prob)
-        half = self.log_evidence_se * float(stats.t.ppf((1 + prob) / 2, self._options.num_runs - 1))
-        return self.log_evidence - half, self.log_evidence + half
+        by_run = self.result.outcome.log_evidences
+        if len(by_run) == 2:
+            warnings.warn(
+                "num_runs is 2: the spread of two runs says little of their error, and the "
+                "interval of log_evidence is very wide. Use at least 4",
+                InferenceWarning,
+                stacklevel=2,
+            )
+        low, high = evidence.log_evidence_interval(by_run, prob)
+        return _plain(low), _plain(high)
 
 
 def _plain(value: np.ndarray) -> Any:

@@ -1,7 +1,7 @@
 """How far to trust a run: its effective numbers, its evidence, its ranks.
 
     ess_trace      (Σ w)² / (N Σ w²) at every level of the walk, and where particles were resampled
-    evidence       log Ẑ_r of each run, log of their mean and its Student-t interval
+    evidence       log Ẑ_r of each run, log of their mean and the interval
     calibration    Δ-ECDF of the PITs of `infer.calibrate`: how far their distribution function is
                    from that of a uniform number. Dashed lines stand at the distance at which
                    Kolmogorov and Smirnov's test rejects at 0.01/m, m tests being made
@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from scipy import stats
 
 from probdiff.arguments import INNER_SHARE, SHARE, check_at_least, check_number, check_object
+from probdiff.infer.evidence import log_evidence_interval
 from probdiff.plots.style import BLUE, ORANGE, AxesGrid, as_axes, axes_or_new, grid_or_new
 
 _COLUMNS = 4
@@ -77,7 +78,7 @@ def evidence(tree: xr.DataTree, *, prob: float = 0.95, ax: Axes | None = None) -
 
     Args:
         tree: `SMC.to_datatree()`; another is refused.
-        prob: Probability of the Student-t interval, in (0, 1).
+        prob: Probability of the interval, in (0, 1).
 
     Example:
         A measurement y = 2, of noise 1, of x_0 ~ N(0, 1), whose log evidence is −2.27:
@@ -88,7 +89,7 @@ def evidence(tree: xr.DataTree, *, prob: float = 0.95, ax: Axes | None = None) -
         >>> smc = infer.SMC(program, num_particles=1000, num_runs=3)
         >>> smc.run(jax.random.key(0), y=2.0)
         >>> plots.evidence(smc.to_datatree(), prob=0.9).get_legend().get_texts()[0].get_text()
-        'pooled, 90% interval: -2.2... ± 0.0...'
+        '-2.2..., pooled, 90% interval -2.2... to -2.2...'
     """
     check_number(INNER_SHARE, prob=prob)
     group, ax = _weighted(tree), axes_or_new(ax)
@@ -96,12 +97,12 @@ def evidence(tree: xr.DataTree, *, prob: float = 0.95, ax: Axes | None = None) -
     runs = len(by_run)
     by_run = by_run.reshape(runs, -1)
     pooled = group["log_evidence"].values.reshape(-1)
-    quantile = stats.t.ppf((1 + prob) / 2, runs - 1) if runs > 1 else np.nan
-    half = np.nan_to_num(quantile * group["log_evidence_se"].values.reshape(-1))
+    ends = np.stack(log_evidence_interval(by_run, prob))
+    low, high = np.where(np.isfinite(ends), ends, pooled)
     text = f"pooled, {prob:.0%} interval" if runs > 1 else "one run: no interval"
     if group["log_evidence"].ndim == 0:
-        text = f"{text}: {pooled[0]:.3f} ± {half[0]:.3f}" if runs > 1 else text
-        ax.axhspan(pooled[0] - half[0], pooled[0] + half[0], color=ORANGE, alpha=0.2, linewidth=0)
+        text = f"{pooled[0]:.3f}, {text} {low[0]:.3f} to {high[0]:.3f}" if runs > 1 else text
+        ax.axhspan(low[0], high[0], color=ORANGE, alpha=0.2, linewidth=0)
         ax.axhline(pooled[0], color=ORANGE, label=text)
         ax.plot(np.arange(runs), by_run[:, 0], "o", color=BLUE, label="one run")
         ax.set(xlabel="run", xticks=np.arange(runs))
@@ -111,7 +112,8 @@ def evidence(tree: xr.DataTree, *, prob: float = 0.95, ax: Axes | None = None) -
         ax.plot(place + spread[:, None], by_run, "o", color=BLUE, markersize=3)
         ax.plot([], [], "o", color=BLUE, markersize=3, label="one run")
         looks = {"color": ORANGE, "markersize": 14, "linewidth": 1.5, "label": text}
-        ax.errorbar(place, pooled, half, fmt="_", **looks)
+        ends = np.maximum([pooled - low, high - pooled], 0.0)
+        ax.errorbar(place, pooled, ends, fmt="_", **looks)
         names = ", ".join(map(str, group["log_evidence"].dims))
         ax.set(xlabel=f"entry of {names}, in order")
         ax.xaxis.get_major_locator().set_params(integer=True)
