@@ -100,6 +100,14 @@ class _Trajectory(dist.Distribution):
         return jnp.moveaxis(x, -1 - self.x_dim, 0)
 
 
+def _scan(step: Any, start: Any, inputs: Any, **options: Any) -> Any:
+    """`lax.scan` as a jitted call of its own.
+
+    What a bare one compiles outside of `jit`, as in `SVI.init`, JAX keeps as long as it runs.
+    """
+    return jax.jit(lambda *given: jax.lax.scan(step, *given, **options))(start, inputs)
+
+
 class ForwardTrajectory(_Trajectory):
     """Forward trajectory q(x_1..x_T | x_0), started at data; batch shape that of x_0."""
 
@@ -137,7 +145,7 @@ class ForwardTrajectory(_Trajectory):
             return x_t, x_t
 
         keys = jax.random.split(key_steps, self.steps.T)
-        _, trajectory = jax.lax.scan(advance, x_0, (self.steps, keys))
+        _, trajectory = _scan(advance, x_0, (self.steps, keys))
         return jnp.moveaxis(trajectory, 0, -1 - self.x_dim)
 
     def log_prob(self, value: State, intermediates: Any = None) -> Float[Array, "..."]:
@@ -202,7 +210,7 @@ class ReverseTrajectory(_Trajectory):
 
         n = self.reverse.n
         inputs = jnp.arange(2, n + 1), jax.random.split(key_steps, n - 1)
-        x_1, x = jax.lax.scan(retreat, x_T, inputs, reverse=True)
+        x_1, x = _scan(retreat, x_T, inputs, reverse=True)
         if keep:
             x = jnp.moveaxis(jnp.concatenate([x, x_T[None]]), 0, -1 - self.x_dim)
         return x_1, x

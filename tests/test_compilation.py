@@ -2,12 +2,17 @@
 
 import gc
 import weakref
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import optax
 import pytest
+from numpyro.infer import SVI
 
+from probdiff import SampledTimeELBO, standard_diffusion
 from probdiff.compilation import KEPT, Programs, call, trace
 
 X = jnp.arange(3.0)
@@ -123,3 +128,21 @@ def test_programs_go_with_their_object():
     del owner
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.long
+def test_what_is_drawn_outside_of_jit_leaves_nothing_compiled(key):
+    """`SVI.init` and draws of diffusions that are dropped: memory maps stay as many."""
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        pytest.skip("no memory maps to count")
+    counts = []
+    for _ in range(6):
+        diffusion = standard_diffusion((2,), T=4)
+        svi = SVI(diffusion.model, diffusion.guide, optax.sgd(0.1), SampledTimeELBO())
+        svi.init(key, jnp.zeros((8, 2)))
+        numpyro.handlers.seed(diffusion.prior({}), key)()
+        del diffusion, svi
+        gc.collect()
+        counts.append(maps.read_bytes().count(b"\n"))
+    assert counts[-1] - counts[1] < 4 * 4  # four objects later; it was eighteen for each

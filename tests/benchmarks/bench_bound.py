@@ -27,28 +27,25 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MEGABYTE
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--T", type=int, default=1000)
-    parser.add_argument("--examples", type=int, default=100)
-    given = parser.parse_args()
-    network = networks.UNet((28, 28), (32, 64), 2, T=given.T, patch=2, rngs=nnx.Rngs(0))
-    beta = schedules.log_snr_linear(given.T, beta_1=1e-4, alpha_bar_T=1e-3)
+def model(T, examples):
+    """A U-Net on 28 × 28 images, its parameters, and as many images of noise."""
+    network = networks.UNet((28, 28), (32, 64), 2, T=T, patch=2, rngs=nnx.Rngs(0))
+    beta = schedules.log_snr_linear(T, beta_1=1e-4, alpha_bar_T=1e-3)
     diffusion = Diffusion(GaussianKernel(), beta, network, event_shape=(28, 28))
+    x = np.random.default_rng(0).standard_normal((examples, 28, 28)).astype(np.float32)
+    return diffusion, x
+
+
+def bounded(diffusion, x):
+    """The bound as a function of nothing."""
+    params = {"x_0_network$params": diffusion._binding.init}
+    bound = diagnostics.bound
+    return lambda: bound(jax.random.key(0), diffusion, params, x)["bound"].attrs["mean"]
+
+
+def calls_alone(diffusion, x):
+    """The floor: T − 1 network calls in one compiled loop."""
     init, apply = diffusion._binding
-    params = {"x_0_network$params": init}
-    count = sum(leaf.size for leaf in jax.tree.leaves(init))
-    x = np.random.default_rng(0).standard_normal((given.examples, 28, 28)).astype(np.float32)
-    before = peak()
-
-    def ours():
-        tree = diagnostics.bound(jax.random.key(0), diffusion, params, x)
-        return tree["bound"].attrs["mean"]
-
-    ours()
-    print(f"{count:,} parameters; peak memory of the bound: {peak() - before:.0f} MB more than "
-          f"{before:.0f} MB before it")  # fmt: skip
 
     @jax.jit
     def calls(weights, x):
@@ -56,11 +53,24 @@ def main():
             out = apply(weights, x + 1e-3 * total, jnp.full(len(x), t), None)
             return total + jnp.mean(out), None  # each call needs the one before
 
-        return jax.lax.scan(one, 0.0, jnp.arange(2, given.T + 1))[0]
+        return jax.lax.scan(one, 0.0, jnp.arange(2, diffusion.T + 1))[0]
 
-    def floor():
-        return jax.block_until_ready(calls(init, x))
+    return lambda: jax.block_until_ready(calls(init, x))
 
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--T", type=int, default=1000)
+    parser.add_argument("--examples", type=int, default=100)
+    given = parser.parse_args()
+    diffusion, x = model(given.T, given.examples)
+    count = sum(leaf.size for leaf in jax.tree.leaves(diffusion._binding.init))
+    before, ours = peak(), bounded(diffusion, x)
+    ours()
+    print(f"{count:,} parameters; peak memory of the bound: {peak() - before:.0f} MB more than "
+          f"{before:.0f} MB before it")  # fmt: skip
+    floor = calls_alone(diffusion, x)
     floor()
     ratios = []
     for i in range(given.rounds):

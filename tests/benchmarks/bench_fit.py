@@ -65,6 +65,27 @@ def make_scan(svi):
     return run
 
 
+def data_and_rows(num_steps):
+    """Points of the plane, and the rows of each batch as `fit` draws them."""
+    data = random.normal(random.key(1), (N, 2))
+    _, key_batches, _ = random.split(random.key(0), 3)
+    return data, jnp.asarray(Minibatches(key_batches, data, BATCH, None).rows(0, num_steps))
+
+
+def start(svi, data, rows):
+    """The scan as a function of nothing, from the state that `fit` starts from."""
+    key_init, _, _ = random.split(random.key(0), 3)
+    state = jax.jit(svi.init)(key_init, data[rows[0]])
+    scan, ema = make_scan(svi), svi.get_params(state)
+    return lambda: scan(state, ema, data, rows)
+
+
+def fitted(svi, data, num_steps):
+    """`fit` as a function of nothing."""
+    options = {"num_steps": num_steps, "batch_size": BATCH, "ema_decay": DECAY}
+    return lambda: fit(random.key(0), svi, data, **options, progress=False)
+
+
 def timed(call):
     """(wall, CPU) seconds of a call."""
     wall, cpu = time.perf_counter(), time.process_time()
@@ -79,20 +100,12 @@ def main():
     parser.add_argument("--steps", type=int, default=500)
     options = parser.parse_args()
     rounds, num_steps = options.rounds, options.steps
-    key, data, svi = random.key(0), random.normal(random.key(1), (N, 2)), make_svi()
-    key_init, key_batches, _ = random.split(key, 3)
-    rows = jnp.asarray(Minibatches(key_batches, data, BATCH, None).rows(0, num_steps))
-    state = jax.jit(svi.init)(key_init, data[rows[0]])
-    scan = make_scan(svi)
-    ema = svi.get_params(state)
-
-    def fitted(n=num_steps):
-        return fit(key, svi, data, num_steps=n, batch_size=BATCH, ema_decay=DECAY, progress=False)
-
-    contestants = {"scan": lambda: scan(state, ema, data, rows), "fit": fitted}
+    svi, (data, rows) = make_svi(), data_and_rows(num_steps)
+    contestants = {"scan": start(svi, data, rows), "fit": fitted(svi, data, num_steps)}
+    whole, one_step = contestants["fit"](), fitted(svi, data, 1)
     (_, average, _), losses = contestants["scan"]()
-    np.testing.assert_allclose(fitted().losses, losses, rtol=1e-3)
-    for mine, other in zip(jax.tree.leaves(fitted().params), jax.tree.leaves(average), strict=True):
+    np.testing.assert_allclose(whole.losses, losses, rtol=1e-3)
+    for mine, other in zip(jax.tree.leaves(whole.params), jax.tree.leaves(average), strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-2, atol=1e-4)
     seconds = {name: [] for name in contestants}
     for i in range(rounds):
@@ -100,7 +113,7 @@ def main():
             seconds[name].append(timed(contestants[name]))
     fit_seconds, scan_seconds = np.array(seconds["fit"]), np.array(seconds["scan"])
     logs = np.log(fit_seconds / scan_seconds)
-    call = np.median([timed(lambda: fitted(1)) for _ in range(10)], axis=0) * 1e3
+    call = np.median([timed(one_step) for _ in range(10)], axis=0) * 1e3
     for column, clock in enumerate(("wall", "CPU")):
         mean, error = logs[:, column].mean(), logs[:, column].std(ddof=1) / rounds**0.5
         best = fit_seconds[:, column].min() / scan_seconds[:, column].min()

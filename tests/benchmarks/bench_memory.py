@@ -9,6 +9,7 @@ Prints both after each tenth of the objects, and their growth per object over th
 import argparse
 import gc
 import resource
+import warnings
 from pathlib import Path
 
 import jax
@@ -54,7 +55,9 @@ def use(number: int, uses: list[str]) -> None:
         def program(y: jax.Array) -> None:
             numpyro.sample("y", dist.Normal(prior(), 1.0).to_event(1), obs=y)
 
-        infer.SMC(program, num_particles=16, num_runs=2).run(key, x[0])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", infer.InferenceWarning)  # of so few particles
+            infer.SMC(program, num_particles=16, num_runs=2).run(key, x[0])
 
 
 def measured() -> tuple[float, int]:
@@ -65,6 +68,24 @@ def measured() -> tuple[float, int]:
     return pages * resource.getpagesize() / 2**20, maps
 
 
+def slopes(objects: int, uses: list[str], *, show: bool = False) -> list[tuple]:
+    """(name, slope, standard error) of MiB and maps per object, over the last half."""
+    rows = []
+    for number in range(objects):
+        use(number, uses)
+        if (number + 1) % max(1, objects // 10) == 0:
+            rows.append((number + 1, *measured()))
+            if show:
+                print(f"{rows[-1][0]:8d} {rows[-1][1]:8.1f} {rows[-1][2]:8d}", flush=True)
+    late, found = np.array(rows[len(rows) // 2 :]), []
+    for name, column in (("MiB", late[:, 1]), ("maps", late[:, 2])):
+        (slope, _), covariance = np.polyfit(late[:, 0], column, 1, cov="unscaled")
+        residual = column - np.poly1d(np.polyfit(late[:, 0], column, 1))(late[:, 0])
+        error = np.sqrt(covariance[0, 0] * residual.var(ddof=2)) if len(late) > 2 else np.nan
+        found.append((name, float(slope), float(error)))
+    return found
+
+
 def main() -> None:
     """Print a line for each tenth, and the slopes."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -72,17 +93,7 @@ def main() -> None:
     parser.add_argument("--uses", nargs="+", choices=USES, default=list(USES))
     args = parser.parse_args()
     print(f"{'objects':>8} {'MiB':>8} {'maps':>8}")
-    rows = []
-    for number in range(args.objects):
-        use(number, args.uses)
-        if (number + 1) % max(1, args.objects // 10) == 0:
-            rows.append((number + 1, *measured()))
-            print(f"{rows[-1][0]:8d} {rows[-1][1]:8.1f} {rows[-1][2]:8d}", flush=True)
-    late = np.array(rows[len(rows) // 2 :])
-    for name, column in (("MiB", late[:, 1]), ("maps", late[:, 2])):
-        (slope, _), covariance = np.polyfit(late[:, 0], column, 1, cov="unscaled")
-        residual = column - np.poly1d(np.polyfit(late[:, 0], column, 1))(late[:, 0])
-        error = np.sqrt(covariance[0, 0] * residual.var(ddof=2)) if len(late) > 2 else np.nan
+    for name, slope, error in slopes(args.objects, args.uses, show=True):
         print(f"{name} per object over the last half: {slope:.4f} ± {error:.4f}")
 
 
