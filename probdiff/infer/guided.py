@@ -110,7 +110,7 @@ class _Powered(View):
 
     def __init__(self, view: View, power: Array | float):
         self.__dict__ = {"mean": view.mean, "variance": view.variance} | view.__dict__
-        self._power = power
+        self._power, self.ridges = power, None
 
     def log_r(self, x: Array) -> Array:
         """power · log r."""

@@ -8,7 +8,10 @@ With log r to second order at x̂_0, its gradient g and curvature −H, and A = 
 
     log ψ_t = log r + ½ gᵀ C_t (I + A)⁻¹ g − ½ log det(I + A),
 
-settled by the value of log r where it says x_0 is. Known entries are a likelihood without width.
+settled by the value of log r where it says x_0 is. Where log r is not quadratic but a sum of up to
+eight functions of one direction each, as that of a few measurements is whatever their noise, the
+integral is by expectation propagation instead (see `ridges`): tails and peaks that curvature at one
+point does not see. Known entries are a likelihood without width.
 Where the prior has the covariance Σ of the data, C_t = Σ (I + ᾱ_t/(1−ᾱ_t) Σ)⁻¹ (see `spread`).
 
 A product with the network's C_t is one pull-back through it, so H C_t is kept in a few directions,
@@ -27,6 +30,7 @@ from jaxtyping import Array, Float
 
 from probdiff.arguments import check_at_least
 from probdiff.infer.quadratic import Basis, Local, krylov, local, ritz, rotated, settle
+from probdiff.infer.ridges import propagate
 from probdiff.infer.spread import Given, pulled, times
 from probdiff.infer.twist import (
     RANK,
@@ -89,14 +93,22 @@ class Known(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LaplaceTwist(Twist):
-    """∫ r N(x̂_0, w_t I), log r to second order at x̂_0: for any smooth likelihood.
+    """∫ r N(x̂_0, w_t I): the default of `SMC` and `Guided`, for any likelihood.
 
     Exact where log r is quadratic and x_0 given x_t Gaussian. Where the prior has the covariance
-    of the data, C_t takes the place of w_t I. The default of `SMC` and `Guided`.
+    of the data, C_t takes the place of w_t I. How r is integrated is chosen by a few trials of it
+    before the run:
+
+    - log r is quadratic, as of linear measurements with Gaussian noise: in closed form;
+    - log r has up to eight elements, entries of observed sites (under `to_event` or in plates) and
+      factors, and each depends on x_0 along one direction: by quadrature of each, and expectation
+      propagation. So with Student-t, Cauchy or Laplace noise, outliers, counts and classes;
+    - else log r to second order at x̂_0, upward curvature counted as none: good where log r is
+      concave or x_0 is well known given x_t, poor for heavy tails.
 
     Args:
-        rank: Directions in which the curvature of log r is kept, where it is not diagonal, at least
-            1; the number of measurements is enough.
+        rank: Directions in which the curvature of log r is kept, where it is expanded and not
+            diagonal, at least 1; the number of measurements is enough.
 
     Raises:
         ValueError: if `rank` is below 1.
@@ -155,29 +167,44 @@ class LaplaceTwist(Twist):
             point = mean + belief.root(belief.root_transposed(pull))
             point = jnp.where(view.mask, view.known, point)
             log_of_known = -0.5 * (jnp.sum(gap * pull, -1) + given.log_det_known)
-        at = local(view.log_r, point)
 
         def projected(u: Array) -> Array:
             return u if given.project is None else times(given.project, u)
 
+        if view.ridges is not None:
+            log_r, u, rows = self._by_sites(view, given, point, projected)
+        else:
+            log_r, u, rows = self._by_expansion(view, given, point, projected)
+        pull = pull + belief.inverse_root_transposed(projected(u))
+        shift = shift_of(view.step, view.pull_back(pull))
+        nearer, none = view.common.nearer, jnp.zeros(mean.shape, mean.dtype)
+        narrowed = 1 + jnp.sum(rows**2 * (nearer.variance / belief.variance), -1, keepdims=True)
+        rows = rows * (nearer.slope / jnp.sqrt(belief.variance * narrowed)) @ belief.axes.T
+        return Tilt(log_r + log_of_known, limited(shift, view), none, rows)
+
+    def _by_expansion(
+        self, view: View, given: Given, point: Array, projected: Callable
+    ) -> tuple[Array, Array, Array]:
+        """log ∫ r, E[u | r] for x_0 = point + S Π u, u ~ N(0, I), and the rows that r adds there.
+
+        None where log r is quadratic: they are then the same for all particles.
+        """
+        belief, at = given.belief, local(view.log_r, point)
         g = projected(belief.root_transposed(at.gradient))
         if given.gain is not None:
             u, log_det = pulled(given, g), given.log_det
-            factors = jnp.zeros((0, *mean.shape), mean.dtype)
+            rows = jnp.zeros((0, *point.shape), point.dtype)
         else:
-            u, log_det, factors = self._by_lanczos(view, given, at, g, projected)
+            u, log_det, rows = self._by_lanczos(given, at, g, projected)
         move = belief.root(projected(u))
         value, share = settle(view.log_r, point, at.value, move, jnp.sum(u * u, -1))
-        pull = pull + belief.inverse_root_transposed(projected(u)) * share[..., None]
-        shift = shift_of(view.step, view.pull_back(pull))
-        log_psi = value - 0.5 * log_det + log_of_known
-        return Tilt(log_psi, limited(shift, view), jnp.zeros(mean.shape, mean.dtype), factors)
+        return value - 0.5 * log_det, u * share[..., None], rows
 
     def _by_lanczos(
-        self, view: View, given: Given, at: Local, g: Array, projected: Callable
+        self, given: Given, at: Local, g: Array, projected: Callable
     ) -> tuple[Array, Array, Array]:
-        """(I + A)⁻¹ g, log det(I + A) and the rows that ψ_s adds, where log r is not quadratic."""
-        belief, nearer = given.belief, view.common.nearer
+        """(I + A)⁻¹ g, log det(I + A) and rows with A = Σ f fᵀ, where log r is not quadratic."""
+        belief = given.belief
 
         def operator(u: Array) -> Array:
             return projected(belief.root_transposed(at.curvature(belief.root(projected(u)))))
@@ -185,10 +212,18 @@ class LaplaceTwist(Twist):
         values, vectors = krylov(g, operator, min(self.rank, g.shape[-1]))
         along = jnp.sum(vectors * g, -1)
         u = jnp.sum(vectors * (along / (1 + values))[..., None], 0)
-        narrowing = jnp.sum(vectors**2 * (nearer.variance / belief.variance), -1)
-        rows = vectors * jnp.sqrt(values / (1 + narrowing * values))[..., None]
-        rows = (rows * nearer.slope / jnp.sqrt(belief.variance)) @ belief.axes.T
-        return u, jnp.sum(jnp.log1p(values), 0), rows
+        return u, jnp.sum(jnp.log1p(values), 0), vectors * jnp.sqrt(values)[..., None]
+
+    def _by_sites(
+        self, view: View, given: Given, point: Array, projected: Callable
+    ) -> tuple[Array, Array, Array]:
+        """The same by sites for the elements of log r."""
+        a = view.ridges.directions
+        rows = projected(given.belief.root_transposed(a))
+        spread = jnp.einsum("mbd,nbd->mnb", rows, rows)
+        fit = propagate(view.ridges, jnp.einsum("mbd,pbd->mpb", a, point), spread)
+        u = jnp.einsum("mpb,mbd->pbd", fit.pull, rows)
+        return fit.log_integral, u, fit.factors(rows, spread)[1]
 
 
 @dataclasses.dataclass(frozen=True)

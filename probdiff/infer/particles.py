@@ -32,7 +32,17 @@ from jaxtyping import Array, Bool, Float, Int
 from probdiff import bars
 from probdiff.infer.program import BLOCK, Conditioned, Read, systems_are_coupled
 from probdiff.infer.quadratic import local
-from probdiff.infer.spread import PERFECT, Common, Problem, Reading, common, hessian, measure
+from probdiff.infer.ridges import LIMIT, Ridges, directions
+from probdiff.infer.spread import (
+    PERFECT,
+    Common,
+    Problem,
+    Reading,
+    common,
+    hessian,
+    measure,
+    ridges_of,
+)
 from probdiff.infer.twist import Look, Twist, View
 from probdiff.prior import PriorDraw
 
@@ -54,6 +64,7 @@ class Options(NamedTuple):
     mesh: Mesh | None = None
     is_diagonal: bool = False  # of the likelihood, as in `Problem`: found before a run
     is_quadratic: bool = False
+    is_ridged: bool = False
     stand_in: Any = None  # compared in place of a user's own twist: each sampler has another
 
     def __eq__(self, other: object) -> bool:
@@ -118,13 +129,17 @@ class Walk(NamedTuple):
     keys: Array  # of each population, `(S,)`
     reading: Reading = PERFECT
     hessian: Array | None = None  # of a quadratic log r, where the covariance of the data is used
+    ridges: Ridges | None = None  # the elements of log r, where each is of one direction
 
     def prepared(self) -> "Walk":
         """With what is worked out once for a run."""
         if self.problem.reverse.kernel.is_discrete:
             return self
         of_r = hessian(self.problem) if self._uses_covariance else None
-        return self._replace(reading=measure(self.problem), hessian=of_r)
+        reading = measure(self.problem)
+        points = _probes(self.problem, jax.random.key(0))
+        ridges = ridges_of(self.problem, points, reading.mean)
+        return self._replace(reading=reading, hessian=of_r, ridges=ridges)
 
     def start(self) -> State:
         """Particles from π at the last level."""
@@ -145,13 +160,18 @@ class Walk(NamedTuple):
         shared = common(self.problem, self.reading, self.hessian, t) if is_common else None
 
         def look(x: Array) -> Look:
-            return self.options.twist.look(View(self.problem, x, t, self.reading, shared))
+            view = View(self.problem, x, t, self.reading, shared, self.ridges)
+            return self.options.twist.look(view)
 
         return self._move(state, self._in_blocks(state.x, look), t, shared)
 
     def finish(self, state: State) -> State:
         """From level 1 to x_0 and its likelihood."""
-        look = self._in_blocks(state.x, lambda x: self.options.twist.look(View(self.problem, x, 1)))
+
+        def look_last(x: Array) -> Look:
+            return self.options.twist.look(View(self.problem, x, 1, ridges=self.ridges))
+
+        look = self._in_blocks(state.x, look_last)
         state = self._move(state, look, 1, None)
         likelihood = self._in_blocks(state.x, lambda x: self.problem.log_r(x, on_grid=True))
         state = _weigh(state, likelihood)
@@ -286,8 +306,9 @@ def run(read: Read, options: Options, key: Array, *, progress: bool) -> Outcome:
 
     Before the walk the likelihood is tried at a few points, to see whether every entry of x_0 has
     one of its own (its curvature is diagonal), whether the curvature is the same everywhere (log r
-    is quadratic), whether r is 0 at all of them, and whether log r of one system moves with the x_0
-    of another; that is tried again among the particles, which are where the posterior is.
+    is quadratic), whether log r is a sum of few functions of one direction each, whether r is 0 at
+    all of them, and whether log r of one system moves with the x_0 of another; that is tried again
+    among the particles, which are where the posterior is.
 
     Raises:
         ValueError: if the twist does not fit, the systems are coupled, or nan is observed.
@@ -298,14 +319,16 @@ def run(read: Read, options: Options, key: Array, *, progress: bool) -> Outcome:
     keys = _population_keys(key, conditioned.batch_shape, options.num_runs)
     inputs = conditioned, known, mask, keys
     found = map(bool, programs(_probe, inputs, options=options))
-    is_diagonal, is_quadratic, is_impossible, is_coupled = found
+    is_diagonal, is_quadratic, is_ridged, is_impossible, is_coupled = found
     _check_apart(is_coupled)
     if is_impossible and any(np.isnan(a).any() for a in conditioned.arrays if a.dtype.kind == "f"):
         raise ValueError(
             "program must not observe nan: its arguments hold some, and no draw of the prior "
             "that was tried can have given them. Mask what is missing"
         )
-    options = options._replace(is_diagonal=is_diagonal, is_quadratic=is_quadratic)
+    options = options._replace(
+        is_diagonal=is_diagonal, is_quadratic=is_quadratic, is_ridged=is_ridged
+    )
     n = conditioned.reverse.T if options.steps is None else options.steps
     shared, state = programs(_begin, inputs, options=options)
     stops = np.unique(np.linspace(1, n, _CHUNKS + 1 if progress else 2).astype(int))[::-1]
@@ -372,18 +395,18 @@ def known_of(conditioned: Conditioned) -> tuple[Array | None, np.ndarray | None]
 def _problem(inputs: _Inputs, options: Options) -> Problem:
     conditioned, known, mask, _ = inputs
     reverse = conditioned.reverse.respaced(options.steps)
-    return Problem(conditioned, reverse, known, mask, options.is_diagonal, options.is_quadratic)
+    tests = options.is_diagonal, options.is_quadratic, options.is_ridged
+    return Problem(conditioned, reverse, known, mask, *tests)
 
 
 def _probe(inputs: _Inputs, *, options: Options) -> tuple[Array, ...]:
-    """Is log r of diagonal, of constant curvature, r 0 throughout, are systems coupled?"""
+    """Is log r diagonal, quadratic, of ridges, is r 0 throughout, are systems coupled?"""
     problem, key = _problem(inputs, options), jax.random.key(0)
     reverse, shape = problem.reverse, (problem.systems, problem.size)
     if reverse.kernel.is_discrete:
-        curvature = jnp.zeros(3, bool)
+        curvature = jnp.zeros(4, bool)
     else:
-        points = jax.random.normal(key, (_PROBES, *shape)) * _sd(problem)
-        curvature = _curvature(problem, points, key)
+        curvature = _curvature(problem, _probes(problem, key), key)
 
     def draw(key: Array, width: Array) -> Array:
         if reverse.kernel.is_discrete:
@@ -407,7 +430,13 @@ def _sd(problem: Problem) -> Array:
     return jnp.sqrt(tau2)
 
 
-def _curvature(problem: Problem, points: Array, key: Array) -> tuple[Array, Array, Array]:
+def _probes(problem: Problem, key: Array) -> Float[Array, "p B d"]:
+    """Points on the scale of the diffusion at which the likelihood is tried."""
+    shape = _PROBES, problem.systems, problem.size
+    return jax.random.normal(key, shape) * _sd(problem)
+
+
+def _curvature(problem: Problem, points: Array, key: Array) -> tuple[Array, ...]:
     """By products with random signs at points on the scale of the diffusion."""
     at = local(problem.log_r, points)
     signs = jax.random.rademacher(key, points.shape, points.dtype)
@@ -416,8 +445,23 @@ def _curvature(problem: Problem, points: Array, key: Array) -> tuple[Array, Arra
     product = at.curvature(jnp.broadcast_to(signs[:1], points.shape))
     change, whole = (jnp.linalg.norm(v, axis=-1) for v in (product - product[:1], product[:1]))
     is_finite = jnp.isfinite(at.value)
-    is_same = jnp.all(change <= 1e-3 * whole) & jnp.all(is_finite)
-    return jnp.all(off <= 1e-3 * on), is_same, ~jnp.any(is_finite)
+    # a kink has no curvature on either side
+    move = at.curvature(points - points[:1])
+    bend = jnp.linalg.norm(at.gradient[:1] - at.gradient - move, axis=-1)
+    size = jnp.max(jnp.linalg.norm(at.gradient, axis=-1), 0) + jnp.linalg.norm(move, axis=-1)
+    is_same = jnp.all(change <= 1e-3 * whole) & jnp.all(bend <= 1e-3 * size) & jnp.all(is_finite)
+    is_ridged = ~is_same & _is_ridged(problem, points)
+    return jnp.all(off <= 1e-3 * on), is_same, is_ridged, ~jnp.any(is_finite)
+
+
+def _is_ridged(problem: Problem, points: Array) -> Bool[Array, ""]:
+    """Whether log r is a sum of few functions of one direction each."""
+    if not problem.is_observed:
+        return jnp.array(False)
+    count = jax.eval_shape(problem.log_elements, points).shape[-1]
+    if count > LIMIT:
+        return jnp.array(False)
+    return directions(problem.log_elements, points)[1]
 
 
 def _walk(inputs: _Inputs, options: Options, shared: tuple = ()) -> Walk:
@@ -426,7 +470,7 @@ def _walk(inputs: _Inputs, options: Options, shared: tuple = ()) -> Walk:
 
 def _begin(inputs: _Inputs, *, options: Options) -> tuple[tuple, State]:
     walk = _walk(inputs, options).prepared()
-    return (walk.reading, walk.hessian), walk.start()
+    return (walk.reading, walk.hessian, walk.ridges), walk.start()
 
 
 def _advance(

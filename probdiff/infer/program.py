@@ -76,9 +76,13 @@ class Conditioned:
         """The prior's reverse process."""
         return self.draw.reverse
 
+    def log_elements(self, x_0: Array) -> dict[str, Float[Array, "*plates _"]]:
+        """log p(site | x_0) of every observed site, for each system the elements of its sum."""
+        return self.likelihood(self.arrays, x_0)
+
     def log_likelihoods(self, x_0: Array) -> dict[str, Float[Array, "*plates"]]:
         """log p(site | x_0) of every observed site, one value for each system."""
-        return self.likelihood(self.arrays, x_0)
+        return {name: jnp.sum(v, -1) for name, v in self.log_elements(x_0).items()}
 
     def log_r(self, x_0: Array) -> Float[Array, "*plates"]:
         """log r(x_0) in the user's units, x_0 `(*plates, *event_shape)`."""
@@ -179,7 +183,7 @@ def _read(program: Program, args: tuple, kwargs: dict, family: Any) -> Read:
 
     def likelihood(arrays: list[Array], x_0: Array) -> dict[str, Array]:
         sites, _ = _sites(program, *rebuild(arrays), x_0)
-        return {name: _per_system(sites[name], look.batch_shape) for name in look.observed}
+        return {name: _elements(sites[name], look.batch_shape) for name in look.observed}
 
     shape = (*look.batch_shape, *draw.reverse.event_shape)
     x_0 = jax.ShapeDtypeStruct(shape, draw.reverse.kernel.dtype)
@@ -207,7 +211,7 @@ def _look(program: Program, arrays: list[Array], rebuild: Callable) -> _Look:
             batch_shape=batch_shape, observed=observed, programs=site["infer"]["programs"],
             names=_names(sites, site, name, observed),
         )  # fmt: skip
-        said = {name: _per_system(sites[name], batch_shape) for name in observed}
+        said = {name: _elements(sites[name], batch_shape) for name in observed}
         return list(itertools.compress(leaves, is_computed)), said | deterministics(sites, name)
 
     return _Look(trace(look, arrays), **found)
@@ -507,15 +511,22 @@ def is_factor(site: Site) -> bool:
     return isinstance(unwrapped(site["fn"]), dist.Unit)
 
 
-def _per_system(site: Site, batch_shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """The site's log density, summed over all but the systems' axes."""
-    log_prob = site["fn"].log_prob(site["value"])
+def _elements(site: Site, batch_shape: tuple[int, ...]) -> Float[Array, "*plates _"]:
+    """The site's log density by elements: all but the systems' axes are put into one."""
+    law, axes = site["fn"], 0  # axes of independent elements within an event
+    while isinstance(law, dist.Independent):
+        law, axes = law.base_dist, axes + law.reinterpreted_batch_ndims
+    log_prob = law.log_prob(site["value"])
     if site["scale"] is not None:
-        log_prob *= site["scale"]
-    log_prob = jnp.broadcast_to(log_prob, jnp.broadcast_shapes(jnp.shape(log_prob), batch_shape))
-    log_prob = jnp.sum(log_prob, axis=tuple(range(log_prob.ndim - len(batch_shape))))
-    ones = tuple(i for i, size in enumerate(batch_shape) if size == 1)
-    return jnp.sum(log_prob, axis=ones, keepdims=True)
+        scale = jnp.asarray(site["scale"])
+        log_prob *= scale.reshape(*scale.shape, *[1] * axes)  # of the batch
+    count = len(batch_shape)
+    batch = jnp.broadcast_shapes(log_prob.shape[: log_prob.ndim - axes], batch_shape)
+    log_prob = jnp.broadcast_to(log_prob, (*batch, *log_prob.shape[log_prob.ndim - axes :]))
+    own = tuple(range(len(batch) - count))
+    own += tuple(len(own) + i for i, size in enumerate(batch_shape) if size == 1)
+    log_prob = jnp.moveaxis(log_prob, own, range(-len(own), 0))
+    return log_prob.reshape(*batch_shape, -1)
 
 
 def systems_are_coupled(

@@ -13,7 +13,8 @@ H is never formed. Where every entry of x_0 has a likelihood of its own H is dia
 product H·1 gives all of it. Else k steps of Lanczos from g span the directions that count: exact
 for a linear-Gaussian r of rank up to k. Where g is all but an eigenvector of H, its images say
 nothing new, and the image of a fixed vector goes on, for the rest of H in the log det. Positive
-curvature of log r (negative H) counts as zero, so that the integral exists.
+curvature of log r (negative H) counts as zero, so that the integral exists; what has such curvature
+is better integrated by its elements, where it can be (see `ridges`).
 
 Vectors are the d numbers of x_0 on the last axis; all functions map over the axes in front.
 

@@ -40,6 +40,7 @@ from jaxtyping import Array, Bool, Float, Num
 
 from probdiff.infer.program import Conditioned
 from probdiff.infer.quadratic import eigh_each, local
+from probdiff.infer.ridges import Ridges, directions, tabulate
 from probdiff.kernels import bridge_variance, bridge_weights
 from probdiff.prior import PriorDraw
 from probdiff.reverse import Reverse
@@ -63,6 +64,7 @@ class Problem(NamedTuple):
     mask: Bool[Array, "*B d"] | None  # of known entries; `(d,)` where all systems share it
     is_diagonal: bool  # whether each entry of x_0 has a likelihood of its own
     is_quadratic: bool  # whether the curvature of log r is the same everywhere
+    is_ridged: bool = False  # whether log r is a sum of few functions of one direction each
 
     @property
     def draw(self) -> PriorDraw:
@@ -96,6 +98,12 @@ class Problem(NamedTuple):
         """log r; between the values of a grid unless told to put x_0 on it."""
         to_data = self.reverse.to_data if on_grid else self.reverse.units.to_data
         return jax.vmap(self.conditioned.log_r)(to_data(self.shaped(x))).reshape(x.shape[:2])
+
+    def log_elements(self, x: Num[Array, "P B d"]) -> Float[Array, "P B m"]:
+        """The elements of log r, between the values of a grid."""
+        x_0 = self.reverse.units.to_data(self.shaped(x))
+        found = jax.vmap(self.conditioned.log_elements)(x_0)
+        return jnp.concatenate([v.reshape(*x.shape[:2], -1) for v in found.values()], -1)
 
     def of_entries(self, values: Any) -> Array:
         """Numbers that broadcast to an event, flat: `(d,)`, or `(1,)` for one for all."""
@@ -131,6 +139,15 @@ def within_cells(problem: Problem) -> Array | float:
         return 0.0
     scale = problem.of_entries(problem.reverse.units.scale)
     return jnp.where(problem.mask, (grid.spacing / scale) ** 2 / 12, 0.0)
+
+
+def ridges_of(problem: Problem, points: Float[Array, "p B d"], mean: Array) -> Ridges | None:
+    """The elements of log r as functions of one direction each, None where they are not."""
+    if not problem.is_ridged:
+        return None
+    a, _ = directions(problem.log_elements, points)
+    sd = jnp.sqrt(problem.of_entries(problem.draw.variance).astype(points.dtype))
+    return tabulate(problem.log_elements, a, jnp.asarray(mean), sd)
 
 
 def measure(problem: Problem) -> Reading:

@@ -6,7 +6,8 @@ as particles grow, because its weights repair the rest; how many particles that 
 
 At level t ≥ 2 a twist sees particles x_t with the law p(x_s | x_t) and the denoised point. It says
 log ψ_t, the move of the law's mean, (β_t/√(1−β_t)) ∇ log ψ_t, and the precision that ψ_s adds. At
-level 1 every twist integrates r under p(x_0 | x_1) = N(mean, variance), log r to second order.
+level 1 every twist integrates r under p(x_0 | x_1) = N(mean, variance), log r to second order, or
+by its elements where each is of one direction (see `ridges`).
 Known entries of x_0 are a likelihood without width.
 
 Arrays are on the scale of the diffusion: P particles of B systems, an x_0 as its d numbers.
@@ -26,6 +27,7 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Bool, Float, Num
 
 from probdiff.infer.quadratic import Expansion, Local, diagonal, local, low_rank, settle
+from probdiff.infer.ridges import Ridges, integrate
 from probdiff.infer.spread import (
     PERFECT,
     Common,
@@ -75,15 +77,17 @@ class View:
         mask: True where an entry is known, or None.
         reading: How well the network reads x_0 out of noise.
         common: What all particles share under the data's covariance, or None.
+        ridges: The elements of log r, where each is a function of one direction, or None.
     """
 
     def __init__(
         self, problem: Problem, x_t: Num[Array, "P B d"], t: Any,
         reading: Reading | None = PERFECT, common: Common | None = None,
+        ridges: Ridges | None = None,
     ):  # fmt: skip
         self.problem, self.x_t, self.t = problem, x_t, t
         self.known, self.mask = problem.known, problem.mask
-        self.reading, self.common = reading, common
+        self.reading, self.common, self.ridges = reading, common, ridges
 
     @property
     def is_last(self) -> bool:
@@ -225,6 +229,8 @@ class Twist(abc.ABC):
 
     def integrate(self, point: Array, sd: Array, view: View) -> tuple[Array, Expansion]:
         """log ∫ r N(point, sd²), and the expansion it rests on, its pull as far as it helps."""
+        if view.ridges is not None:
+            return integrate(view.ridges, point, sd)
         at = local(view.log_r, point)
         e = self.expand(at, sd, view)
         square = jnp.sum((sd * e.pull) ** 2, -1)
