@@ -64,7 +64,7 @@ def test_a_table_names_what_was_skipped():
     assert two.endswith("skipped: no torch")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_every_piece_for_a_gpu_is_done_once(tmp_path):
     """All of them in small on a CPU, and nothing again when asked again."""
     arguments = "tests.benchmarks.gpu", "--quick", "--out", tmp_path
@@ -76,7 +76,7 @@ def test_every_piece_for_a_gpu_is_done_once(tmp_path):
     assert again.count("done before") == len(names) and again.endswith("all done\n")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_training_run_that_runs_out_of_time_goes_on(tmp_path):
     """A first call that has a second for MNIST leaves it, and says so; the next one ends it."""
     arguments = "-m", "tests.benchmarks.gpu", "--quick", "--out", str(tmp_path), "--only", "mnist"
@@ -87,7 +87,7 @@ def test_a_training_run_that_runs_out_of_time_goes_on(tmp_path):
     assert command(*arguments[1:]).endswith("all done\n")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_benchmarks_print_one_table():
     text = command("tests.benchmarks", "--rounds", 2, "--only", "fit")
     assert "fit / scan of svi.update" in text and "95 % interval" in text

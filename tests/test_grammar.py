@@ -33,7 +33,7 @@ from probdiff.infer.program import read
 PARTICLES, RUNS, T = 64, 16, 2
 FLOOR = 0.02
 """Nats, and standard deviations: what is allowed beside four standard errors."""
-DEFAULT, LONG = 12, 240  # programs
+DEFAULT, LONG, ALL = 12, 60, 252  # programs
 SAMPLED = 5
 """Every such program is sampled, which compiles for seconds; of all others r is compared alone."""
 SIGMA = 0.7
@@ -450,7 +450,7 @@ def test_a_program_is_right_or_refused(seed):
 
 @pytest.mark.long
 def test_programs_are_right_or_refused():
-    """None is wrong without a word; n = 240, of which a fifth is sampled."""
+    """None is wrong without a word; n = 60, of which a fifth is sampled."""
     counts, wrong = endings(range(DEFAULT, DEFAULT + LONG), lambda seed: seed % SAMPLED == 0)
     assert not wrong, wrong
     assert counts["right"] > LONG / 2 and counts["refused"] > LONG / 8
@@ -458,7 +458,7 @@ def test_programs_are_right_or_refused():
 
 @pytest.mark.slow
 def test_programs_have_their_posteriors():
-    """All of them sampled."""
-    counts, wrong = endings(range(DEFAULT + LONG), lambda seed: True)
+    """n = 252, all of them sampled."""
+    counts, wrong = endings(range(ALL), lambda seed: True)
     assert not wrong, wrong
-    assert counts["right"] > LONG / 2
+    assert counts["right"] > ALL / 2
