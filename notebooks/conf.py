@@ -55,7 +55,8 @@ intersphinx_timeout = 5
 logging.getLogger("sphinx.sphinx.ext.intersphinx").addFilter(
     lambda record: "inventories" not in str(record.msg)
 )
-INTERNAL = r"probdiff\.\w+(\.\w+)?\.(DataGivenFirst|Deviations|Programs|Result|Sampler|Units|_Runs)"
+TYPES = "DataGivenFirst|Deviations|Evidence|Programs|Result|Sampler|Units|_Runs?"
+INTERNAL = rf"probdiff\.\w+(\.\w+)?\.({TYPES})"
 nitpick_ignore_regex = [("py:.*", rf"(?!probdiff\b).*|{INTERNAL}")]
 
 # Where others document what is defined elsewhere.

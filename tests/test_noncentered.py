@@ -550,7 +550,7 @@ def test_draws_that_do_not_fit_are_refused(draws, message):
 def test_rates_of_longer_steps_keep_their_digits_where_nothing_of_the_data_is_left():
     beta = schedules.log_snr_linear(40, beta_1=1e-4, alpha_bar_T=1e-24)
     program = noncentered(standard(beta=beta).prior({}), steps=10)
-    reverse = sites_of(program)["x_0_noise"]["infer"]["walk"].reverse
+    reverse = sites_of(program)["x_0_noise"]["infer"]["start"].reverse
     jumps = itertools.pairwise([0, *reverse.times])
     by_hand = [1 - np.prod(1 - beta[start:stop]) for start, stop in jumps]
     np.testing.assert_allclose(reverse.steps.beta, by_hand, rtol=1e-5)

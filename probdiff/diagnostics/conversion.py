@@ -10,7 +10,8 @@ those of the diffusion they belong to:
 
     x_0                (…plates, x_0_dim_0, x_0_dim_1, …)
     x_0_trajectory     (…plates, step, x_0_dim_0, …)        step = 1..T, level t of the diffusion
-    x_0_noise          (…plates, level, x_0_dim_0, …)       level = 0..n, `t` beside it
+    x_0_noise          (…plates, level, x_0_dim_0, …)       level = 0..n, or 1..n of the noise
+                                                            of forward coordinates; `t` beside it
 
 as in `SMC.to_datatree`. All other axes are `site_dim_i`. Where diffusions differ in length, or a
 plate is called `step`, the name stands in front: `x_0_step`. ArviZ's own conversion forgets gaps
@@ -200,7 +201,7 @@ def _names(
         if site["type"] in ("sample", "deterministic")
     }
     coords = {step[name]: np.arange(1, axes.T + 1) for name, axes in diffusions.items() if axes.T}
-    coords |= {level[name]: np.arange(len(times)) for name, times in walks.items()}
+    coords |= {level[n]: np.arange(len(t)) + int(t[0] > 0) for n, t in walks.items()}
     return dims, coords, {level[name]: np.array(times) for name, times in walks.items()}
 
 
@@ -210,11 +211,11 @@ def _diffusions(sites: dict[str, _Site]) -> dict[str, _Axes]:
     for name, site in sites.items():
         if site["type"] != "sample":
             continue
-        law, walk = unwrapped(site["fn"]), site["infer"].get("walk")
-        if walk is not None:
-            times = np.append(0, walk.reverse.times)
-            x_dims = numbered(walk.name, 0, walk.reverse.event_dim)
-            diffusions[walk.name] = _Axes(x_dims, None, times)
+        law, start = unwrapped(site["fn"]), site["infer"].get("start")
+        if start is not None:
+            x_dims = numbered(start.name, 0, start.reverse.event_dim)
+            if start.times is not None:
+                diffusions[start.name] = _Axes(x_dims, None, start.times)
         elif isinstance(law, ReverseTrajectory | ForwardTrajectory):
             x_name = name.removesuffix(TRAJECTORY_SUFFIX)
             diffusions[x_name] = _Axes(numbered(x_name, 0, law.x_dim), law.steps.T, None)

@@ -228,11 +228,11 @@ class _Advance(Reparametrised):
             return jnp.moveaxis(noise, 0, len(lead))
 
         law = _Coordinate(name).expand((*lead, d)).to_event(1)
-        to_z = Start(name, shape, lambda key, x_0: start(key, x_0).z)
+        to_z = Start(name, reverse, lead, None, lambda key, x_0: start(key, x_0).z)
         z = numpyro.sample(f"{draw.name}_coordinates", law, infer={"start": to_z})
         law = dist.Normal(0.0, 1.0).expand((*lead, reverse.n, *reverse.event_shape))
         law = law.to_event(1 + reverse.event_dim)
-        infer = {"start": Start(name, shape, noise_of)}
+        infer = {"start": Start(name, reverse, lead, reverse.times, noise_of)}
         noise = numpyro.sample(f"{draw.name}_noise", law, infer=infer)
         of_z = dist.Normal(0.0, 1.0).log_prob(z)
         of_z = of_z if by.known is None else jnp.where(by.is_known, 0.0, of_z)

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array, Float
@@ -151,8 +152,15 @@ class Start(NamedTuple):
     """How a chain starts at a given x_0; kept with the site that stands in its place."""
 
     name: str  # of x_0
-    shape: tuple[int, ...]  # of x_0, plates around the prior in front
+    reverse: Reverse
+    lead: tuple[int, ...]  # shape of the plates around the prior
+    times: np.ndarray | None  # of the levels of a noise, t = 0 the data
     value: Callable[[Array, Array], Array]  # of the site, from a key and x_0 in the user's units
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of x_0."""
+        return (*self.lead, *self.reverse.event_shape)
 
 
 def over(program: Program, make: "Callable[[], Reparametrised]") -> Program:
@@ -231,7 +239,7 @@ class _Retreat(Reparametrised):
         shape = (*lead, reverse.n + 1, *reverse.event_shape)
         normal = dist.Normal(0.0, 1.0) if draw.known is None else _NoiseOfKnown(name)
         law = normal.expand(shape).to_event(event_dim)
-        infer = {"start": Start(name, (*lead, *reverse.event_shape), noise_of)}
+        infer = {"start": Start(name, reverse, lead, np.append(0, reverse.times), noise_of)}
         noise = jnp.moveaxis(numpyro.sample(f"{draw.name}_noise", law, infer=infer), -event_dim, 0)
         self.noise_0[id(draw)] = noise[0]
         return _x_1_of_noise(reverse, noise)
