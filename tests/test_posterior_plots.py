@@ -95,7 +95,7 @@ def test_evidence_shows_runs_and_the_interval_of_their_mean():
     pooled = np.log((np.exp(-1) + np.exp(-2)) / 2)
     low, high = log_evidence_interval(np.array([-1.0, -2.0]), 0.9)
     np.testing.assert_allclose(line_of(ax, "one run").get_xydata(), [[0, -1], [1, -2]])
-    np.testing.assert_allclose(line_of(ax, "pooled").get_ydata(), pooled)
+    np.testing.assert_allclose(line_of(ax, f"{pooled:.3f}, pooled").get_ydata(), pooled)
     band = ax.patches[0].get_extents().transformed(ax.transData.inverted())
     np.testing.assert_allclose([band.y0, band.y1], [low, high], rtol=1e-6)
     assert f"{pooled:.3f}, pooled, 90% interval {low:.3f} to {high:.3f}" in legend_of(ax)[0]
