@@ -295,8 +295,16 @@ def functions(x):
     return np.stack([x[:, 0], x[:, 1], x[:, 0] ** 2, x[:, 1] ** 2, x[:, 0] * x[:, 1]], 1)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("observe", [counts, heavy_tails, censored, two_peaks])
+@pytest.mark.parametrize(
+    "observe",
+    [
+        pytest.param(law, marks=mark)
+        for law, mark in (
+            (counts, pytest.mark.long), (heavy_tails, pytest.mark.long),
+            (censored, pytest.mark.slow), (two_peaks, pytest.mark.slow),
+        )
+    ],
+)  # fmt: skip
 def test_posterior_under_a_mixture_is_that_of_importance_sampling(drawn, observe):
     """Evidence within 3 standard errors of both sides together, five moments within 4."""
     runs = 16
