@@ -97,6 +97,7 @@ def test_a_latent_site_below_x_0_keeps_its_law():
             a = draws[name][..., row].astype(np.float64)
             assert abs(a.mean() - float(mean)) < 4 * se(a)
             assert a.std() == pytest.approx(variance**0.5, rel=0.12)
+    assert gibbs.to_datatree()["posterior"]["z"].dims == ("chain", "draw", "rows")
     found = gibbs.log_evidence(jax.random.key(1), num_samples=100)
     exact = dist.Normal(0.0, 3**0.5).log_prob(y).sum()
     assert abs(found.log_evidence - float(exact)) < 4 * found.se < 0.4
@@ -132,6 +133,19 @@ def test_what_cannot_be_moved_is_refused(make, text):
     gibbs = infer.ParticleGibbs(lambda: make(prior()), **FEW)
     with pytest.raises(ValueError, match=text):
         gibbs.run(jax.random.key(0))
+
+
+def test_a_latent_site_outside_the_plates_that_hangs_on_x_0_is_refused():
+    prior = standard_diffusion(T=4).prior({})
+
+    def program(y):
+        with numpyro.plate("rows", 2):
+            x_0 = prior()
+            numpyro.sample("y", dist.Normal(x_0, 1.0), obs=y)
+        numpyro.sample("mean", dist.Normal(x_0.mean(), 0.1))
+
+    with pytest.raises(ValueError, match="must not hang on x_0"):
+        infer.ParticleGibbs(program, **FEW).run(jax.random.key(0), jnp.zeros(2))
 
 
 def test_a_prior_that_hangs_on_another_latent_site_is_refused():

@@ -35,7 +35,7 @@ from probdiff.arguments import check_at_least, check_callable, check_flag, check
 from probdiff.infer import moves
 from probdiff.infer.coordinates import Coordinates, coordinates, path_of
 from probdiff.infer.health import InferenceWarning, systems
-from probdiff.infer.latents import Evidence, Others, evidence, proposals
+from probdiff.infer.latents import Evidence, Others, proposals, summed
 from probdiff.infer.moves import Point
 from probdiff.infer.particles import known_of
 from probdiff.infer.program import (
@@ -44,6 +44,8 @@ from probdiff.infer.program import (
     Read,
     decides_prior,
     deterministics,
+    numbered,
+    plate_dims,
     read,
 )
 from probdiff.infer.smc import SMC
@@ -304,7 +306,7 @@ class ParticleGibbs:
                 given = {name: a[i] for name, a in values.items()}
                 smc.run(key_of, given, *of.others.args, **of.others.kwargs)
             log_z.append(float(np.sum(smc.log_evidence)))
-        return evidence(log_w + np.array(log_z))
+        return summed(log_w + np.array(log_z))
 
     def to_datatree(self) -> "xr.DataTree":
         """The run as an ArviZ DataTree: groups `posterior` and `sample_stats`."""
@@ -314,6 +316,10 @@ class ParticleGibbs:
         names, plates = of.read.names, list(of.read.names.plates)
         stats = {"acceptance_rate": of.share, "log_r": of.log_r, "log_weight": of.log_w}
         dims = names.dims | {name: plates for name in stats}
+        for name, site in of.others.sites.items():
+            batch = site["fn"].batch_shape
+            own = numbered(name, len(batch), np.ndim(site["value"]))
+            dims[name] = plate_dims(site, name, batch) + own
         attrs = {
             "sampler": "ParticleGibbs", "num_leapfrog": self.num_leapfrog,
             "num_warmup": self.num_warmup, "network_calls": self.network_calls,
@@ -454,8 +460,8 @@ def _sweep(
         point = state.point if others is None else moves.at(density, state.point.path)
         log_step, log_average, *_ = state.average
         step = jnp.exp(jnp.where(is_warm, log_step, log_average))
-        point, moved = moves.move(key_move, density, point, step, num_leapfrog)
-        average = _averaged(_TARGET - jnp.mean(moved.share, 0), state.average)
+        point, share = moves.move(key_move, density, point, step, num_leapfrog)
+        average = _averaged(_TARGET - jnp.mean(share, 0), state.average)
         average = jax.tree.map(lambda a, b: jnp.where(is_warm, a, b), average, state.average)
         x = by.x(point.path.z)
         log_r = _log_r(problem, state.given, x)
@@ -466,7 +472,7 @@ def _sweep(
             given = [values[name] for name in others.names]
         if problem.reverse.grid is not None:
             x = _on_grid(key_x, problem, x)
-        kept = Kept(x, moved.share, log_r, point.log_density, given)
+        kept = Kept(x, share, log_r, point.log_density, given)
         return State(key, point, average, by, given, kernel), kept
 
     return jax.lax.scan(sweep, state, length=count)

@@ -26,6 +26,7 @@ from numpyro.distributions import biject_to
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.primitives import Messenger
 
+from probdiff.infer.evidence import log_evidence, log_evidence_se
 from probdiff.infer.health import pareto_k
 from probdiff.infer.program import Program, Site, latents
 
@@ -49,9 +50,10 @@ class Others:
 
     def __init__(self, program: Program, args: tuple, kwargs: dict):
         self.program, self.args, self.kwargs = program, args, kwargs
-        self.sites, self.outer = latents(program, args, kwargs)
+        self.sites, self.outer, self.zeros = latents(program, args, kwargs)
         self.names = tuple(sorted(self.sites))
         _check(self.sites)
+        self._check_outer()
         self.kernel: MCMCKernel | None = None
         self.state: Any = None
         leaves, self.tree = jax.tree.flatten((args, kwargs))
@@ -108,8 +110,25 @@ class Others:
         fixed = handlers.substitute(handlers.seed(self.program, jax.random.key(0)), data=values)
         with handlers.block(), _Given(x_0):
             sites = handlers.trace(fixed).get_trace(*self.args, **self.kwargs)
-        terms = [jnp.sum(s["fn"].log_prob(s["value"])) for n, s in sites.items() if n in self.outer]
-        return sum(terms, jnp.zeros(()))
+        scaled = [(sites[name], sites[name]["scale"]) for name in sorted(self.outer)]
+        terms = (s["fn"].log_prob(s["value"]) * (1 if a is None else a) for s, a in scaled)
+        return sum(map(jnp.sum, terms), jnp.zeros(()))
+
+    def _check_outer(self) -> None:
+        """Refuse a site outside the plates of the prior whose law moves with x_0."""
+        values = {name: self.sites[name]["value"] for name in self.outer}
+        if not values:
+            return
+        pattern = 1 + jnp.arange(self.zeros.size).reshape(self.zeros.shape) % 3
+        for scale in (1.0, -0.7):
+            moved = (scale * pattern).astype(self.zeros.dtype)
+            there, here = self.log_outer(values, moved), self.log_outer(values)
+            if abs(float(there - here)) > 1e-4 * (1 + abs(float(here))):
+                raise ValueError(
+                    f"latent sites {sorted(self.outer)} outside the plates of the prior must not "
+                    "hang on x_0, since each entry of the plates is a posterior of its own. Take "
+                    "the prior out of the plates, or use NUTS(infer.forward_coordinates(program))"
+                )
 
     def step(self, state: Any, x_0: Array, arrays: list[Array]) -> tuple[Any, dict[str, Array]]:
         """A step of one chain at its x_0, and the values it comes to."""
@@ -177,13 +196,10 @@ def proposals(
     return values, np.asarray(log_p, np.float64) - log_q
 
 
-def evidence(log_weights: np.ndarray) -> Evidence:
+def summed(log_weights: np.ndarray) -> Evidence:
     """From log of p(θ) Ẑ(θ)/q(θ)."""
-    top = log_weights.max()
-    w = np.exp(log_weights - top)
-    se = w.std(ddof=1) / np.sqrt(len(w)) / w.mean()
-    k = pareto_k(log_weights)
-    return Evidence(float(np.log(w.mean()) + top), float(se), float(k))
+    found = (of(log_weights) for of in (log_evidence, log_evidence_se, pareto_k))
+    return Evidence(*map(float, found))
 
 
 def _check(sites: dict[str, Site]) -> None:

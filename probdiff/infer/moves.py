@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from probdiff.infer.coordinates import Coordinates, Path, levels
 from probdiff.infer.spread import Problem
@@ -37,13 +37,6 @@ class Point(NamedTuple):
     path: Path
     log_density: Float[Array, "C B"]  # −U
     gradient: Path
-
-
-class Move(NamedTuple):
-    """What a move came to."""
-
-    share: Float[Array, "C B"]  # probability of acceptance
-    is_accepted: Bool[Array, "C B"]
 
 
 def log_density(
@@ -88,8 +81,8 @@ def at(density: Callable[[Path], Array], path: Path) -> Point:
 
 def move(
     key: Array, density: Callable[[Path], Array], point: Point, step: Float[Array, " B"], count: int
-) -> tuple[Point, Move]:
-    """One move of `count` leapfrog steps of every chain."""
+) -> tuple[Point, Float[Array, "C B"]]:
+    """One move of `count` leapfrog steps of every chain, and its probability of acceptance."""
     key_z, key_noise, key_accept, key_step = jax.random.split(key, 4)
     lead = point.log_density.shape
     h = step * jax.random.uniform(key_step, lead, minval=1 - _JITTER, maxval=1 + _JITTER)
@@ -113,7 +106,7 @@ def move(
     gain = _log_joint(there, momentum_there) - _log_joint(point, momentum)
     share = jnp.exp(jnp.minimum(jnp.where(jnp.isnan(gain), -jnp.inf, gain), 0.0))
     is_accepted = jax.random.uniform(key_accept, lead) < share
-    return _where(is_accepted, there, point), Move(share, is_accepted)
+    return _where(is_accepted, there, point), share
 
 
 def _log_joint(point: Point, momentum: Path) -> Array:

@@ -371,15 +371,15 @@ def unexpanded(law: dist.Distribution) -> Any:
 
 def latents(
     program: Program, args: tuple, kwargs: dict, key: Array | None = None
-) -> tuple[dict[str, Site], set[str]]:
-    """Latent sites besides those of the prior, with a draw of each; those outside its plates."""
+) -> tuple[dict[str, Site], set[str], Array]:
+    """Latent sites besides those of the prior, with a draw; those outside its plates; x_0 = 0."""
     found: dict[str, Site] = {}
     sites, place = _sites(program, args, kwargs, None, found, key)
-    prior, _ = _the_prior(sites, place)
+    prior, x_0 = _the_prior(sites, place)
     plates = {frame.name for frame in prior["cond_indep_stack"]}
     there = {name: sites[name] for name in found if name in sites}
     outer = {n for n, s in there.items() if plates - {f.name for f in s["cond_indep_stack"]}}
-    return there, outer
+    return there, outer, sites[x_0]["value"]
 
 
 def decides_prior(program: Program, values: dict[str, Any], args: tuple, kwargs: dict) -> bool:
