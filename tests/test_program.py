@@ -640,3 +640,33 @@ def test_an_intervention_where_entries_are_known_is_refused():
 
     with pytest.raises(ValueError, match=r"'x_0' must not be replaced by handlers\.do"):
         run(program)
+
+
+IN_PYTHON = {
+    "np.exp(x)": lambda x: np.exp(x),
+    "np.asarray(x)": lambda x: np.asarray(x),
+    "math.exp(x)": lambda x: math.exp(x),
+    "float(x)": lambda x: float(x),
+    "x if x > 0 else -x": lambda x: x if x > 0 else -x,
+    "x.repeat(int(x))": lambda x: x.repeat(int(x)),
+    "x[x > 0].sum()": lambda x: x[x > 0].sum(),
+}
+
+
+@pytest.mark.parametrize("line", IN_PYTHON)
+def test_python_and_numpy_on_x_0_are_refused_with_the_line_and_what_to_write(prior, line):
+    def program():
+        numpyro.sample("y", dist.Normal(IN_PYTHON[line](prior()), 1.0), obs=1.0)
+
+    with pytest.raises(ValueError, match=r"program must use x_0.*by JAX alone") as error:
+        run(program)
+    assert f'"{line}": lambda x: {line}' in str(error.value)
+    assert "jnp.where(x > 0, a, b)" in str(error.value)
+
+
+def test_a_prior_that_is_called_twice_is_refused_with_what_to_write(prior):
+    def program():
+        numpyro.sample("y", dist.Normal(prior() + prior(), 1.0), obs=1.0)
+
+    with pytest.raises(ValueError, match=r"exactly once; got 'x_0_trajectory' twice.*in a plate"):
+        run(program)

@@ -24,7 +24,9 @@ import functools
 import itertools
 import math
 import pickle
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -51,7 +53,7 @@ _TAKEN = {"chain", "draw", "level", "run"}
 _ARRAYS = jax.Array | np.ndarray | np.floating
 _WANTS_NUMBERS = (
     jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError,
-    jax.errors.TracerIntegerConversionError,
+    jax.errors.TracerIntegerConversionError, jax.errors.NonConcreteBooleanIndexError,
 )  # fmt: skip
 BLOCK = 256  # draws at which sites of a program are computed at once
 
@@ -153,13 +155,29 @@ def read(program: Program, args: tuple, kwargs: dict) -> Read:
     Raises:
         ValueError: if it holds no prior or two, one that a handler or a subsampling plate changes,
             another latent site, an unbound parameter, an observed site outside the plates of the
-            prior, a `Delta` likelihood, or draws of its own; if it is read inside a handler.
+            prior, a `Delta` likelihood, or draws of its own; if it hands x_0 to NumPy or decides by
+            it in Python; if it is read inside a handler.
     """
     _check_outside()
-    try:
-        return _read(program, args, kwargs, _ARRAYS | float)
-    except _WANTS_NUMBERS:  # it decides by a float, or hands it to Python or NumPy
-        return _read(program, args, kwargs, _ARRAYS)
+    for family in (_ARRAYS | float, _ARRAYS):  # it may decide by a float
+        try:
+            return _read(program, args, kwargs, family)
+        except _WANTS_NUMBERS as error:
+            wants = error
+    raise ValueError(
+        "program must use x_0, and arguments that are arrays, by JAX alone: they have no value "
+        "while it is read. Write jnp.exp(x) for np.exp(x), jnp.where(x > 0, a, b) for "
+        "`a if x > 0 else b`, jnp.sum(x, where=x > 0) for x[x > 0].sum(), and pass numbers that "
+        f"decide what it does as int, float or bool; got {_place_in(wants)}"
+    ) from wants
+
+
+def _place_in(error: Exception) -> str:
+    """Where an error came from outside of libraries: the line that wants a value."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not {"site-packages", "probdiff"} & set(Path(f.filename).parts)]
+    frame = (own or frames)[-1]
+    return f"{type(error).__name__} in {frame.name}, line {frame.lineno}: {frame.line}"
 
 
 def _read(program: Program, args: tuple, kwargs: dict, family: Any) -> Read:
@@ -293,7 +311,7 @@ class _Place(Messenger):
                 f"latent site {name!r} must have a value: only x_0 is inferred here. Give it one "
                 "by numpyro.handlers.substitute, as a constant, which does not count, or by "
                 "condition, as an observation, whose log density counts in the evidence; or infer "
-                "it along by MCMC(NUTS(noncentered(...)))"
+                "it along by infer.ParticleGibbs"
             )
 
     def _place(self, msg: Site) -> None:
@@ -306,6 +324,11 @@ class _Place(Messenger):
                 self._refuse(f"trajectory {name!r} must not be replaced by handlers.do; do so to "
                              "x_0, or use MCMC(NUTS(noncentered(...)))")  # fmt: skip
             self._refuse(given(msg))
+            if name in [site["name"] for site in self.priors]:
+                self._refuse(
+                    f"prior must be called exactly once; got {name!r} twice. To use one x_0 again "
+                    "keep it, x_0 = prior(); several of the same law are one prior() in a plate"
+                )
             self.priors.append(msg)
             msg["value"] = jnp.zeros(msg["fn"].shape(), infer["prior"].reverse.kernel.dtype)
         else:
