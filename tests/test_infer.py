@@ -329,8 +329,23 @@ def test_the_rule_of_2015_tends_to_the_square_of_the_likelihood(guided):
 
 
 def run_loudly(guided, y, sigma):
-    with pytest.warns(InferenceWarning, match=r"means of the draws differ.*Use SMC"):
+    with pytest.warns(InferenceWarning, match=r"draws differ from.*Use SMC"):
         run(guided, y, sigma)
+
+
+def test_guided_warns_of_a_spread_that_is_wrong_where_the_means_are_right():
+    prior = standard_diffusion((2,)).prior({})
+
+    def program(y):
+        numpyro.sample("y", dist.Normal(prior(), 0.1).to_event(1), obs=y)
+
+    guided = infer.Guided(program, twist=infer.PointTwist(), num_samples=2000)
+    with pytest.warns(InferenceWarning, match=r"draws differ from.*Use SMC"):
+        guided.run(jax.random.key(0), jnp.zeros(2))
+    assert guided.check.difference < 0.5 < 1.5 < guided.check.ratio
+    right = infer.Guided(program, num_samples=2000)
+    right.run(jax.random.key(0), jnp.zeros(2))  # without a warning
+    assert right.check.ratio < 1.25
 
 
 def test_guided_says_that_it_is_approximate_and_how_far_off(guided, capsys):

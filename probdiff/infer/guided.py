@@ -23,6 +23,7 @@ Sources: Sohl-Dickstein et al. (2015), section 2.5 and appendix C; Chung et al. 
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -42,6 +43,7 @@ from probdiff.infer.twist import Tilt, Twist, View
 _CHECK = 2**31 - 3  # folded into the run's key for the small SMC
 _CHECK_PARTICLES, _CHECK_RUNS = 64, 2
 _APART = 0.5  # difference of means, in standard deviations, that is warned of
+_WIDER = 1.5  # ratio of standard deviations that is: 90 % intervals would hold 73 % or 99 %
 _APPROXIMATE = "approximate: not weighed, so the draws do not tend to the posterior"
 
 
@@ -124,6 +126,8 @@ class Check(NamedTuple):
     ess: np.ndarray  # its effective number of draws, of 128
     difference: np.ndarray
     """Largest difference of a posterior mean, in posterior standard deviations."""
+    ratio: np.ndarray
+    """Largest ratio of the two standard deviations of an entry, the larger over the smaller."""
 
 
 class Guided(Sampler):
@@ -137,7 +141,7 @@ class Guided(Sampler):
         twist: What leads the draws, by default as in `SMC`.
         num_samples: Number of draws, at least 1, independent of each other.
         check: Whether to run one small SMC, 2 runs of 64 particles with a `LaplaceTwist`, and
-            compare means; the attribute `check` then holds what it says.
+            compare means and spreads; the attribute `check` then holds what it says.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -175,8 +179,8 @@ class Guided(Sampler):
         """Draw at these arguments of the program, and check the draws; arguments as in `SMC.run`.
 
         Warns:
-            InferenceWarning: if the means are elsewhere than those of the small SMC, a twist was
-                not finite, or the trajectory does not end in noise.
+            InferenceWarning: if means or standard deviations differ from those of the small SMC, a
+                twist was not finite, or the trajectory does not end in noise.
 
         Example:
             The rule of 2015 multiplies by r at every step, and goes too far:
@@ -189,7 +193,7 @@ class Guided(Sampler):
             ...     warnings.simplefilter("always", infer.InferenceWarning)
             ...     guided.run(jax.random.key(0), y=4.0)  # the posterior is N(2, 1/2)
             >>> print(caught[0].message)
-            the means of the draws differ from those of a small SMC by up to ... Use SMC
+            the draws differ from those of a small SMC, means by up to ... Use SMC
             >>> bool(guided.check.difference > 0.5)  # posterior standard deviations
             True
         """
@@ -217,7 +221,7 @@ class Guided(Sampler):
                 f"a small SMC ({_CHECK_RUNS} runs of {_CHECK_PARTICLES} particles, LaplaceTwist): "
                 f"log evidence {_range(self.check.log_evidence, '.2f')}, effective number "
                 f"{_range(self.check.ess, '.0f')}, means apart by {_range(self.check.difference)} "
-                "posterior standard deviations"
+                f"posterior standard deviations, these by a factor of {_range(self.check.ratio)}"
             )
         return lines
 
@@ -227,7 +231,7 @@ class Guided(Sampler):
 
 
 def _compare(result: Result, small: Result) -> Check:
-    """Draws beside a small SMC."""
+    """Draws beside a small SMC; an entry that is certain in either is not compared."""
     x_0 = results.pooled(result.outcome.x_0).astype(np.float64)
     other = results.pooled(small.outcome.x_0).astype(np.float64)
     weights = np.exp(results.pooled_log_weights(small.outcome))
@@ -235,22 +239,27 @@ def _compare(result: Result, small: Result) -> Check:
     mean = np.sum(weights * other, 0)
     sd = np.sqrt(np.sum(weights * (other - mean) ** 2, 0))
     apart = np.abs(x_0.mean(0) - mean) / np.where(sd > 0, sd, np.inf)
+    both = (sd > 0) & (x_0.std(0) > 0)
+    ratio = np.where(both, x_0.std(0), 1.0) / np.where(both, sd, 1.0)
     axes = tuple(range(small.health.ess.ndim, apart.ndim))
-    evidence = log_evidence(small.outcome.log_evidences)
-    return Check(evidence, small.health.ess, np.asarray(apart.max(axes)))
+    largest = (np.asarray(a.max(axes)) for a in (apart, np.maximum(ratio, 1 / ratio)))
+    return Check(log_evidence(small.outcome.log_evidences), small.health.ess, *largest)
 
 
 def _doubts(result: Result, check: Check) -> tuple[str, ...]:
-    """Warnings from the check: means that are further apart than both their errors allow."""
+    """Warnings from the check: laws that are further apart than the errors of both allow."""
     noise = 4 * np.sqrt(1 / check.ess + 1 / result.options.num_particles)
     is_apart = check.difference > np.maximum(_APART, noise)
+    if not result.read.conditioned.reverse.kernel.is_discrete:  # their spread is in their mean
+        is_apart |= np.log(check.ratio) > np.maximum(math.log(_WIDER), noise / math.sqrt(2))
     if not np.any(is_apart):
         return ()
     return (
-        f"{systems(is_apart)}the means of the draws differ from those of a small SMC by up "
-        f"to {check.difference.max():.2g} posterior standard deviations (log evidence "
-        f"{_range(check.log_evidence, '.2f')}, effective number {_range(check.ess, '.0f')}): "
-        "unweighted draws do not tend to the posterior. Use SMC",
+        f"{systems(is_apart)}the draws differ from those of a small SMC, means by up "
+        f"to {check.difference.max():.2g} posterior standard deviations, these by a factor of up "
+        f"to {check.ratio.max():.2g} (log evidence {_range(check.log_evidence, '.2f')}, effective "
+        f"number {_range(check.ess, '.0f')}): unweighted draws do not tend to the posterior. "
+        "Use SMC",
     )
 
 
