@@ -254,9 +254,13 @@ def sampler(dx, dy, method, steps):
 
 
 def run(seed, dx, dy, method, *, steps=STEPS):
+    """Score of a method on a drawn problem."""
+    return judge(problem(seed, dx, dy), method, seed, steps=steps)
+
+
+def judge(p, method, seed, *, steps=STEPS):
     """Score of a method on a problem."""
-    p = problem(seed, dx, dy)
-    q, infer = posterior(p), sampler(dx, dy, method, steps)
+    q, infer = posterior(p), sampler(*p.matrix.shape[::-1], method, steps)
     infer.run(jax.random.key(seed), packed(p))
     draws, error, ess = infer.get_samples()["x_0"].astype(np.float64), np.nan, np.nan
     if method.is_weighted:

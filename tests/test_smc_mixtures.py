@@ -20,8 +20,10 @@ import pytest
 from gaussian_mixtures import (
     Method,
     OptimalTwist,
+    Problem,
     Score,
     floor,
+    judge,
     means,
     of_entries,
     posterior,
@@ -70,6 +72,21 @@ def test_modes_and_evidence_are_found(seed):
     assert abs(score.log_z_error) < 0.35  # of which the 100-step diffusion itself has 0.15
     assert score.least_ess > 0.2
     assert score.sw < 0.5
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("entry", "y", "noise"),
+    [(1, 0.5, 0.1), (1, 0.5, 8.0), (0, 0.0, 2.0), (0, 0.0, 8.0)],
+    ids=["blind, sharp", "blind", "between", "between, wide"],
+)
+def test_two_modes_keep_their_weights(entry, y, noise):
+    """Modes at ±(8, 0, …), 0.7 and 0.3: entry 1 says nothing of which, entry 0 is halfway."""
+    weights, matrix = np.full(25, 1e-12), np.eye(8)[entry : entry + 1]
+    weights[[7, 17]] = 0.7, 0.3
+    score = judge(Problem(weights, matrix, noise, np.array([y])), LAPLACE, seed=0)
+    assert score.tv < 0.05
+    assert abs(score.log_z_error) < 0.2
 
 
 @pytest.mark.long
