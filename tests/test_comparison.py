@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
 import xarray as xr
 from flax import nnx
@@ -13,7 +15,16 @@ from scipy import stats
 
 from fresh import check_in_fresh_process
 from oracles import exact_gaussian, log_normal
-from probdiff import BernoulliKernel, Diffusion, diagnostics, networks, plots, schedules
+from probdiff import (
+    BernoulliKernel,
+    Diffusion,
+    diagnostics,
+    infer,
+    networks,
+    plots,
+    schedules,
+    standard_diffusion,
+)
 
 RNG = np.random.default_rng(0)
 LEBESGUE = "Lebesgue, in the user's units"
@@ -116,9 +127,143 @@ def test_exact_models_differ_by_their_log_densities():
     assert abs(float(group["difference"].sel(model="narrow")) - known.mean()) < 0.02
 
 
+# evidences
+
+
+def tree_of_evidence(by_run, y=None, **attrs):
+    """What `SMC.to_datatree` returns, as far as comparisons read it, `(runs, examples)`."""
+    z = np.asarray(by_run, float)
+    smc = xr.Dataset({
+        "log_evidence_by_run": (("run", "data"), z),
+        "log_evidence": ("data", np.logaddexp.reduce(z, 0) - math.log(len(z))),
+    })  # fmt: skip
+    y = np.zeros(z.shape[1]) if y is None else y
+    tree = xr.DataTree.from_dict({"smc": smc, "observed_data": xr.Dataset({"y": ("data", y)})})
+    tree.attrs = {"steps": 10} | attrs
+    return tree
+
+
+def test_evidences_give_bayes_factors_and_probabilities_as_by_hand():
+    z = {"a": [[-3.0, -1.0]], "b": [[-2.0, -1.5]], "c": [[-4.0, -4.0]]}
+    weights = {"a": 2.0, "b": 1.0, "c": 1.0}
+    given = {name: tree_of_evidence(of) for name, of in z.items()}
+    group = diagnostics.compare(given, weights=weights)["comparison"].to_dataset()
+    assert group.attrs["best"] == "b" and group["steps"].values.tolist() == [10, 10, 10]
+    joint = {name: weights[name] * math.exp(sum(of[0])) for name, of in z.items()}
+    for name in z:
+        of = group.sel(model=name)
+        assert float(of["probability"]) == pytest.approx(joint[name] / sum(joint.values()))
+        assert float(of["log_bayes_factor"]) == pytest.approx(sum(z[name][0]) + 3.5)
+        first = {n: weights[n] * math.exp(z[n][0][0]) for n in z}
+        assert float(of["example_probability"][0]) == pytest.approx(
+            first[name] / sum(first.values())
+        )
+    assert group["log_bayes_factor_low"].isnull().sum() == 2  # one run says nothing of its error
+    even = diagnostics.compare(given)["comparison"]
+    assert even["weight"].values == pytest.approx([1 / 3] * 3)
+
+
+def lognormal(rng, runs, examples, sd, log_z=0.0):
+    """Evidences whose log Ẑ is normal, Ẑ of mean Z."""
+    return tree_of_evidence(log_z - sd**2 / 2 + sd * rng.standard_normal((runs, examples)))
+
+
+def check_intervals(is_below, is_above):
+    """90 % hold, those of differences being right to second order; misses on both sides alike."""
+    n, below, above = len(is_below), int(np.sum(is_below)), int(np.sum(is_above))
+    assert abs(1 - (below + above) / n - 0.9) < 0.015 + 3 * math.sqrt(0.9 * 0.1 / n)
+    assert stats.binomtest(below, below + above).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(("runs", "sd"), [(4, 0.5), (8, 1.0)])
+def test_intervals_of_each_bayes_factor_hold_what_they_say(runs, sd):
+    """Of two programs and 4000 examples."""
+    rng = np.random.default_rng(0)
+    given = {name: lognormal(rng, runs, 4000, sd) for name in "ab"}
+    group = diagnostics.compare(given, prob=0.9)["comparison"].to_dataset().isel(model=1)
+    check_intervals(group["example_difference_high"] < 0, group["example_difference_low"] > 0)
+
+
+@pytest.mark.long
+def test_intervals_of_the_bayes_factor_of_many_examples_hold_what_they_say():
+    """Of two programs and 32 examples, 200 times; the best is the one by the sampler's luck."""
+    rng, misses = np.random.default_rng(0), []
+    for _ in range(200):
+        given = {name: lognormal(rng, 4, 32, 0.5) for name in "ab"}
+        group = diagnostics.compare(given, prob=0.9)["comparison"].to_dataset().isel(model=1)
+        ends = [float(group[f"log_bayes_factor_{end}"]) for end in ("low", "high")]
+        a_is_best = group["model"] == "b"
+        low, high = ends if a_is_best else (-ends[1], -ends[0])
+        misses.append((high < 0, low > 0))
+    check_intervals(*np.array(misses).T)
+
+
+def test_programs_compared_by_smc_have_the_bayes_factors_of_the_closed_form():
+    """y ~ N(0, 1 + σ²) under three noises, 12 observations, each program's sites known."""
+    prior = standard_diffusion().prior({})
+    y = np.random.default_rng(0).normal(0, math.sqrt(2), 12).astype(np.float32)
+
+    def program(y, sigma):
+        with numpyro.plate("data", len(y)):
+            numpyro.sample("y", dist.Normal(prior(), sigma), obs=y)
+
+    smc, given, exact = infer.SMC(program, num_particles=64), {}, {}
+    for seed, sigma in enumerate((0.3, 1.0, 3.0)):
+        smc.run(jax.random.key(seed), y, sigma)
+        given[f"{sigma}"] = smc.to_datatree()
+        exact[f"{sigma}"] = stats.norm.logpdf(y, 0, math.sqrt(1 + sigma**2))
+    group = diagnostics.compare(given, prob=0.999)["comparison"].to_dataset()
+    best = max(exact, key=lambda name: exact[name].sum())
+    assert group.attrs["best"] == best
+    for name, log_z in exact.items():
+        of, gap = group.sel(model=name), log_z - exact[best]
+        low, high = float(of["log_bayes_factor_low"]), float(of["log_bayes_factor_high"])
+        assert low - 0.05 <= gap.sum() <= high + 0.05  # 10 steps and float32
+        np.testing.assert_allclose(of["example_difference"], gap, atol=0.1)
+    ax = plots.comparison(diagnostics.compare(given))
+    assert "mean log evidence, 12 examples" in ax.get_title()
+
+
+def test_known_entries_are_part_of_what_was_observed():
+    prior = standard_diffusion((2,)).prior({})
+    smc = infer.SMC(lambda known, mask: prior(known=known, mask=mask), num_particles=32)
+    trees = []
+    for mask in ([True, False], [False, True]):
+        smc.run(jax.random.key(0), jnp.array([0.5, 1.0]), np.array(mask))
+        trees.append(smc.to_datatree())
+    np.testing.assert_array_equal(trees[0]["observed_data"]["x_0_known"], [0.5, np.nan])
+    with pytest.raises(ValueError, match="same observations; 'x_0_known' of 'a' and 'b'"):
+        diagnostics.compare(dict(zip("ab", trees, strict=True)))
+
+
+def test_one_observation_is_pictured_with_the_samplers_intervals():
+    rng = np.random.default_rng(0)
+    given = {name: lognormal(rng, 4, 1, 0.5, log_z) for name, log_z in (("a", 0), ("b", -3))}
+    tree = diagnostics.compare(given)
+    ax = plots.comparison(tree)
+    (segment,) = ax.collections[-1].get_segments()
+    ends = [float(tree["comparison"][f"log_bayes_factor_{end}"][1]) for end in ("low", "high")]
+    np.testing.assert_allclose(segment, [[ends[0], 1], [ends[1], 1]])
+    assert "95% intervals of the sampler" in ax.get_title()
+
+
 # refusals
 
 BAD = {
+    "weights must be left out of bounds": (
+        {"a": tree_of([1, 2]), "b": tree_of([1, 2])}, {"weights": {"a": 1.0, "b": 1.0}}),
+    r"weights must be of \['a', 'b'\]; got those of \['a'\]": (
+        {n: tree_of_evidence([[0.0]]) for n in "ab"}, {"weights": {"a": 1.0}}),
+    r"weights\['b'\] must be positive and finite; got 0": (
+        {n: tree_of_evidence([[0.0]]) for n in "ab"}, {"weights": {"a": 1.0, "b": 0.0}}),
+    r"models\['b'\] must come from SMC.to_datatree like the others": (
+        {"a": tree_of_evidence([[0.0]]), "b": tree_of([1, 2])}, {}),
+    r"models\['b'\] must hold finite evidences": (
+        {"a": tree_of_evidence([[0.0]]), "b": tree_of_evidence([[-np.inf]])}, {}),
+    "plates of the same sizes; 'a' and 'b' differ": (
+        {"a": tree_of_evidence([[0.0]]), "b": tree_of_evidence([[0.0, 1.0]])}, {}),
+    "same observations; 'y' of 'a' and 'b' has other values": (
+        {"a": tree_of_evidence([[0.0]]), "b": tree_of_evidence([[0.0]], [1.0])}, {}),
     "models must be two or more; got": ({"a": tree_of([1, 2])}, {}),
     r"models\['a'\] must hold two or more examples; got 1": (
         {"a": tree_of([1.0]), "b": tree_of([1.0])}, {}),

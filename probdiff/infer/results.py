@@ -13,7 +13,7 @@ draws of different entries are independent. The DataTree has groups
                             log_likelihood_SITE, log p(site | x_0), of sites with one value for x_0
     log_likelihood          the same of sites with more values for one x_0, value by value
     posterior_predictive    a new value of every observed site for every draw, factors left out
-    observed_data           the values that were observed
+    observed_data           the values that were observed, and known entries as x_0_known, else nan
     runs                    draws of each run on its own (chain = run), for R-hat
     smc                     by level and run: effective number, resampling, moves; and the evidence
 
@@ -41,7 +41,16 @@ from probdiff.infer.evidence import log_evidence, log_evidence_se
 from probdiff.infer.health import Health, complaints, health, take_in_runs
 from probdiff.infer.laplace import LaplaceTwist
 from probdiff.infer.particles import Options, Outcome, entry_keys, fold, run
-from probdiff.infer.program import Program, Read, Site, Sites, deterministics, is_factor, read
+from probdiff.infer.program import (
+    Conditioned,
+    Program,
+    Read,
+    Site,
+    Sites,
+    deterministics,
+    is_factor,
+    read,
+)
 from probdiff.infer.symbols import SymbolTwist
 
 if TYPE_CHECKING:
@@ -311,16 +320,20 @@ def datatree(result: Result, attrs: dict[str, Any]) -> "xr.DataTree":
     log_p = program.map(likelihoods, x_0)
     repeated = {name: log_p.pop(name) for name in names.repeated}
     stats = _sample_stats(result) | {f"log_likelihood_{name}": a for name, a in log_p.items()}
+    observations = {name: a[0] for name, a in program.map(values, x_0[:1]).items()}
+    if program.conditioned.draw.known is not None:
+        observations[f"{names.x_0}_known"] = _known(program.conditioned)
     groups = {
         "posterior": _one_chain({n: a for n, a in draws.items() if isinstance(a, np.ndarray)}),
         "sample_stats": _one_chain(stats),
         "log_likelihood": _one_chain(repeated),
         "posterior_predictive": _one_chain(predictive),
-        "observed_data": {name: a[0] for name, a in program.map(values, x_0[:1]).items()},
+        "observed_data": observations,
         "runs": {name: take_in_runs(a, result.in_runs) for name, a in of_runs.items()},
     }
     of_stats = {f"log_likelihood_{name}": dims for name, dims in names.batch_dims.items()}
     dims_of = {"log_likelihood": names.batch_dims, "sample_stats": of_stats}
+    dims_of["observed_data"] = names.dims | {f"{names.x_0}_known": names.dims[names.x_0]}
     tree = xr.DataTree(name="probdiff")
     for group, data in groups.items():
         known = dims_of.get(group, names.dims)
@@ -340,6 +353,14 @@ def datatree(result: Result, attrs: dict[str, Any]) -> "xr.DataTree":
     tree["smc"] = xr.DataTree(xr.Dataset(values_of, coords))
     tree.attrs = _attrs(result) | attrs
     return tree
+
+
+def _known(conditioned: Conditioned) -> np.ndarray:
+    """Known entries `(*plates, *event_shape)`, nan where an entry is not known."""
+    draw = conditioned.draw
+    shape = (*conditioned.batch_shape, *draw.reverse.event_shape)
+    known = np.where(np.asarray(draw.mask), np.asarray(draw.known, np.float64), np.nan)
+    return np.broadcast_to(known, shape)
 
 
 def _attrs(result: Result) -> dict[str, Any]:

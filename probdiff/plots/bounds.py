@@ -197,9 +197,10 @@ def information(tree: xr.DataTree, *, ax: Axes | None = None) -> Axes:
 
 
 def comparison(tree: xr.DataTree) -> Axes:
-    """Mean bounds relative to the best, with one standard error of the paired difference.
+    """Mean bounds, or evidences, relative to the best, with one standard error of the difference.
 
-    The best has no bar. ArviZ makes the figure, `ax.figure`, and takes no axes.
+    The error is paired, over examples; the best has no bar. Evidences of one observation have the
+    sampler's interval for a bar. ArviZ makes the figure, `ax.figure`, and takes no axes.
 
     Example:
         >>> x, models = jnp.array([-1.0, 0.0, 1.0]), {}
@@ -227,11 +228,21 @@ def comparison(tree: xr.DataTree) -> Axes:
     )  # fmt: skip
     ax = collection.viz["plot"].item()
     mean, se, name = float(group["mean"][0]), float(group["se"][0]), group.attrs["best"]
-    best = f"{mean:.4g} ± {se:.2g} ({group.attrs['units']} per example)".replace("-", "−")
-    ax.set_xlabel(f"difference to {name!r}, whose mean is {best}")
+    count, doubt = group.attrs["num_examples"], "; the bounds' slack may differ"
+    what = "mean lower bound on log p(x)"
+    if "log_bayes_factor" in group:
+        what, doubt = "mean log evidence", ", which counts the sampler's"
+    if count > 1:
+        best = f"{mean:.4g} ± {se:.2g} ({group.attrs['units']} per example)"
+        bars = f"± 1 standard error of the paired difference{doubt}"
+    else:
+        best, what = f"{mean:.4g} {group.attrs['units']}", "log evidence"
+        bars = f"{group.attrs['prob']:.0%} intervals of the sampler"
+        ends = (group[f"log_bayes_factor_{end}"].values[1:] for end in ("low", "high"))
+        ax.hlines(np.arange(group.sizes["model"] - 1, 0, -1), *ends, color=BLUE)
+    ax.set_xlabel(f"difference to {name!r}, whose mean is {best}".replace("-", "−"))
     ax.set_title(
-        f"mean lower bound on log p(x), {group.attrs['num_examples']} examples: further right is "
-        "better\nbars: ± 1 standard error of the paired difference; the bounds' slack may differ",
+        f"{what}, {count} example{'s' * (count > 1)}: further right is better\nbars: {bars}",
         fontsize="medium",
     )
     ax.set_ylim(0.5, group.sizes["model"] + 0.5)
