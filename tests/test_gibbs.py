@@ -12,7 +12,7 @@ from arviz_stats.base import array_stats
 from numpyro.infer import HMC
 from scipy import stats
 
-from probdiff import BernoulliKernel, infer, readouts
+from probdiff import BernoulliKernel, GaussianKernel, infer, readouts
 from probdiff.standard import standard_diffusion
 from test_coordinates import log_evidence, quadrature
 
@@ -135,8 +135,9 @@ def test_what_cannot_be_moved_is_refused(make, text):
         gibbs.run(jax.random.key(0))
 
 
-def test_a_latent_site_outside_the_plates_that_hangs_on_x_0_is_refused():
-    prior = standard_diffusion(T=4).prior({})
+@pytest.mark.parametrize("kernel", [GaussianKernel(), BernoulliKernel(0.5)])
+def test_a_latent_site_outside_the_plates_that_hangs_on_x_0_is_refused(kernel):
+    prior = standard_diffusion(T=4, kernel=kernel).prior({})
 
     def program(y):
         with numpyro.plate("rows", 2):
@@ -160,23 +161,28 @@ def test_a_prior_that_hangs_on_another_latent_site_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("diffusion", "text"),
+    ("diffusion", "few", "text"),
     [
-        (standard_diffusion(T=4, kernel=BernoulliKernel(0.5)), "must be one of numbers"),
+        (
+            standard_diffusion(T=4, kernel=BernoulliKernel(0.5)),
+            {"num_particles": 1},
+            "num_particles must be at least 2",
+        ),
         (
             standard_diffusion(T=4, last_step=readouts.Discretised(-2.0, 2.0, 5)),
+            {},
             "must be observed by known entries alone",
         ),
     ],
 )
-def test_priors_without_a_gradient_are_refused(diffusion, text):
+def test_priors_that_no_move_fits_are_refused(diffusion, few, text):
     prior = diffusion.prior({})
 
     def program():
         numpyro.factor("y", -(prior().astype(float) ** 2))
 
     with pytest.raises(ValueError, match=text):
-        infer.ParticleGibbs(program, **FEW).run(jax.random.key(0))
+        infer.ParticleGibbs(program, **FEW | few).run(jax.random.key(0))
 
 
 @pytest.mark.long

@@ -57,11 +57,11 @@ class Lookup(NamedTuple):
     """Their probabilities."""
 
 
-def lookup(kernel):
-    """A diffusion whose network looks its outputs up."""
+def lookup(kernel, scale=0.9):
+    """A diffusion whose network looks its outputs up, random numbers of sd `scale`."""
     law, readout, last_step = KERNELS[kernel]
     outputs = L * readout.num_outputs(law)
-    table = 0.9 * np.random.default_rng(4).normal(size=(T, law.num_states**L, outputs))
+    table = scale * np.random.default_rng(4).normal(size=(T, law.num_states**L, outputs))
     table = jnp.asarray(table, jnp.float32)
     place = law.num_states ** jnp.arange(L)
 

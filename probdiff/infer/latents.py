@@ -50,7 +50,8 @@ class Others:
 
     def __init__(self, program: Program, args: tuple, kwargs: dict):
         self.program, self.args, self.kwargs = program, args, kwargs
-        self.sites, self.outer, self.zeros = latents(program, args, kwargs)
+        self.sites, self.outer, *of_prior = latents(program, args, kwargs)
+        self.zeros, self.reverse = of_prior
         self.names = tuple(sorted(self.sites))
         _check(self.sites)
         self._check_outer()
@@ -120,8 +121,11 @@ class Others:
         if not values:
             return
         pattern = 1 + jnp.arange(self.zeros.size).reshape(self.zeros.shape) % 3
-        for scale in (1.0, -0.7):
-            moved = (scale * pattern).astype(self.zeros.dtype)
+        tries = [1.0 * pattern, -0.7 * pattern]
+        if self.reverse.kernel.is_discrete:
+            tries = [(pattern + k) % self.reverse.kernel.num_data_states for k in (0, 1)]
+        for x_0 in tries:
+            moved = x_0.astype(self.zeros.dtype)
             there, here = self.log_outer(values, moved), self.log_outer(values)
             if abs(float(there - here)) > 1e-4 * (1 + abs(float(here))):
                 raise ValueError(

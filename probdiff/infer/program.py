@@ -394,15 +394,18 @@ def unexpanded(law: dist.Distribution) -> Any:
 
 def latents(
     program: Program, args: tuple, kwargs: dict, key: Array | None = None
-) -> tuple[dict[str, Site], set[str], Array]:
-    """Latent sites besides those of the prior, with a draw; those outside its plates; x_0 = 0."""
+) -> tuple[dict[str, Site], set[str], Array, Reverse]:
+    """Latent sites besides those of the prior, with a draw; those outside its plates; x_0 = 0.
+
+    And the prior's reverse process.
+    """
     found: dict[str, Site] = {}
     sites, place = _sites(program, args, kwargs, None, found, key)
     prior, x_0 = _the_prior(sites, place)
     plates = {frame.name for frame in prior["cond_indep_stack"]}
     there = {name: sites[name] for name in found if name in sites}
     outer = {n for n, s in there.items() if plates - {f.name for f in s["cond_indep_stack"]}}
-    return there, outer, sites[x_0]["value"]
+    return there, outer, sites[x_0]["value"], prior["infer"]["prior"].reverse
 
 
 def decides_prior(program: Program, values: dict[str, Any], args: tuple, kwargs: dict) -> bool:

@@ -90,7 +90,7 @@ class Problem(NamedTuple):
         """As network and program see particles, `(P, *plates, *event_shape)`."""
         return x.reshape(len(x), *self.conditioned.batch_shape, *self.reverse.event_shape)
 
-    def flat(self, x: Array) -> Float[Array, "P B d"]:
+    def flat(self, x: Array) -> Num[Array, "P B d"]:
         """The way back."""
         return x.reshape(len(x), self.systems, self.size)
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from probdiff.infer.quadratic import eigh
 from probdiff.kernels import States
@@ -83,26 +83,39 @@ def _principal_axes(rows: Float[Array, "k d"]) -> tuple[Array, Array]:
 
 
 class SymbolProposal(NamedTuple):
-    """Of symbols: `N` particles of one system."""
+    """Of symbols, each with its particles' laws; `*N` may count systems besides particles."""
 
-    log_p: Float[Array, "N d K"]  # log p(x_s | x_t) of each state
-    log_q: Float[Array, "N d K"]
+    log_p: Float[Array, "*N d K"]  # log p(x_s | x_t) of each state
+    log_q: Float[Array, "*N d K"]
     """log q of each state; at `_EXCLUDED` or below where the state is ruled out."""
-    pinned: Float[Array, " N"]  # log p of the entries that are set exactly, summed
+    pinned: Float[Array, "*N"]  # log p of the entries that are set exactly, summed
 
     def draw(self, key: Array, common: None) -> tuple[Array, Array]:
         """x_s and log p(x_s | x_t) − log of the mixture it was drawn from."""
+        x_s = self.sample(key)
+        return x_s, self.log_ratio(x_s)
+
+    def sample(self, key: Array) -> Int[Array, "*N d"]:
+        """x_s from the mixture."""
         key_which, key_q, key_open = jax.random.split(key, 3)
-        log_open = self._log_open()
         is_open = jax.random.bernoulli(key_which, _OPEN, self.pinned.shape)
-        from_q, from_open = States(self.log_q).sample(key_q), States(log_open).sample(key_open)
-        x_s = jnp.where(is_open[:, None], from_open, from_q)
-        laws = self.log_p, self.log_q, log_open
+        from_q, from_open = (
+            States(law).sample(k) for law, k in ((self.log_q, key_q), (self._log_open(), key_open))
+        )
+        return jnp.where(is_open[..., None], from_open, from_q)
+
+    def log_prob(self, x_s: Int[Array, "*N d"]) -> Float[Array, "*N"]:
+        """log p(x_s | x_t)."""
+        return jnp.sum(States(self.log_p).log_prob(x_s), -1) + self.pinned
+
+    def log_ratio(self, x_s: Int[Array, "*N d"]) -> Float[Array, "*N"]:
+        """log p(x_s | x_t) − log of the mixture."""
+        laws = self.log_p, self.log_q, self._log_open()
         log_p, log_q, log_open = (States(law).log_prob(x_s) for law in laws)
         gap = jnp.sum(log_open - log_q, -1)
-        return x_s, jnp.sum(log_p - log_q, -1) - _log_mixture(gap) + self.pinned
+        return jnp.sum(log_p - log_q, -1) - _log_mixture(gap) + self.pinned
 
-    def _log_open(self) -> Float[Array, "N d K"]:
+    def _log_open(self) -> Float[Array, "*N d K"]:
         """p, less the states that are ruled out."""
         is_out = self.log_q <= _EXCLUDED
         log_p = jnp.where(is_out, -jnp.inf, self.log_p)

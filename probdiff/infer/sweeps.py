@@ -1,0 +1,261 @@
+"""Sweeps of Gibbs chains over a program's posterior, compiled: trajectories, then all else.
+
+A sweep of each of C chains is
+
+    x_0:T | θ    numbers: a move of Hamiltonian Monte Carlo in forward coordinates (see `moves`)
+                 symbols: noise anew, and conditional SMC (see `conditional`)
+    θ | x_0      a step of a stock NumPyro kernel (see `latents`); it asks no network
+
+and leaves p(θ, x_0:T | y) as it is. In warm-up the step sizes of numbers are set to an acceptance
+of three quarters, for each system, and half way the entries of x_0 are rescaled by their spread
+over chains and moves.
+
+Source: Neal (2011).
+"""
+
+import dataclasses
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from numpyro.infer.hmc_util import dual_averaging
+
+from probdiff import bars
+from probdiff.infer import conditional, moves
+from probdiff.infer.coordinates import Coordinates, coordinates, path_of
+from probdiff.infer.latents import Others
+from probdiff.infer.moves import Point
+from probdiff.infer.particles import known_of
+from probdiff.infer.program import Conditioned, Read
+from probdiff.infer.spread import Problem
+from probdiff.infer.twist import Twist
+
+_TARGET = 0.75  # share of moves that are accepted
+_FIRST_STEP = 0.05
+_NARROWEST, _WIDEST = 0.05, 2.0  # by which an entry is rescaled at most
+_MOST_NUMBERS = 2**26  # of the particles of all levels that are held at once
+_, _averaged = dual_averaging()
+
+
+class Options(NamedTuple):
+    """How many sweeps, and of what."""
+
+    num_warmup: int
+    num_samples: int
+    num_leapfrog: int  # of a move of numbers
+    num_particles: int  # of a move of symbols
+    twist: Twist  # of those particles
+    steps: int | None  # levels that are walked; all for None
+
+
+class Hamiltonian(NamedTuple):
+    """Trajectories of numbers, C chains of B systems, with what moves them."""
+
+    point: Point
+    average: Any  # of the log step size, `(B,)` each
+    coordinates: Coordinates
+
+
+class State(NamedTuple):
+    """C chains of B systems."""
+
+    key: Array
+    trajectories: Any  # `Hamiltonian`, or for symbols a `conditional.Trajectory` of each chain
+    given: list[Array]  # values of the other latent sites, `(C, ...)` each
+    kernel: Any  # state of their kernel; None without
+
+
+class Kept(NamedTuple):
+    """What a sweep leaves, `(C, ...)`."""
+
+    x: Float[Array, "C B d"]  # on the scale of the diffusion
+    share: Float[Array, "C B"]
+    log_r: Float[Array, "C B"]
+    log_w: Float[Array, "C B"]
+    given: list[Array]
+
+
+class _Inputs(NamedTuple):
+    """What is read of a program, arrays."""
+
+    conditioned: Conditioned
+    known: Array | None
+    mask: Array | np.ndarray | None
+
+
+def run(
+    key: Array, of: Read, others: Others, values: dict[str, Array], x_0: np.ndarray,
+    options: Options, *, progress: bool,
+) -> Kept:  # fmt: skip
+    """All sweeps that are kept, `(M, C, ...)`, NumPy.
+
+    Args:
+        key: Randomness.
+        of: The program, read where the other latent sites are fixed.
+        others: The other latent sites, their kernel begun.
+        values: Where they start, `(C, ...)` each.
+        x_0: Where chains start, `(C, *plates, *event_shape)`, the user's units.
+        options: How many sweeps, and of what.
+        progress: Whether to show a bar.
+    """
+    key_begin, key_sweeps = jax.random.split(key)
+    reverse = of.conditioned.reverse
+    x = jnp.asarray(reverse.to_state(x_0), reverse.kernel.dtype)
+    inputs = _Inputs(of.conditioned, *known_of(of.conditioned))
+    given, steps = [jnp.asarray(values[name]) for name in others.names], options.steps
+    begun = of.programs(_begin, inputs, key_begin, x, given, steps=steps)
+    state, kept = State(key_sweeps, begun, given, others.state), []
+    how = {"options": options, "others": others if others.names else None}
+    half, whole = options.num_warmup // 2, options.num_warmup + options.num_samples
+    starts = [*range(0, options.num_warmup, half), *range(options.num_warmup, whole, half)]
+    with bars.bar(total=whole, desc="sweeps", disable=not progress) as bar:
+        for low, high in itertools.pairwise([*starts, whole]):
+            if low == half and not reverse.kernel.is_discrete:
+                x = jnp.concatenate([out.x for out in kept])
+                state = of.programs(_rescaled, inputs, state, x, steps=steps)
+            kept = [] if low in (half, options.num_warmup) else kept
+            is_warm = jnp.array(low < options.num_warmup)
+            state, out = of.programs(
+                _sweep, inputs, state, others.arrays, is_warm, count=high - low, **how
+            )
+            kept.append(out)
+            if progress:
+                jax.block_until_ready(state.trajectories)
+                bar.update(high - low)
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *kept)
+
+
+def _problem(inputs: _Inputs, steps: int | None) -> Problem:
+    reverse = inputs.conditioned.reverse.respaced(steps)
+    return Problem(inputs.conditioned, reverse, inputs.known, inputs.mask, False, False)
+
+
+def _log_r(problem: Problem, given: list[Array], x: Array) -> Float[Array, "C B"]:
+    """log r of each chain, at its other latent sites; x on the scale of the diffusion."""
+    conditioned = problem.conditioned
+    x_0 = problem.reverse.units.to_data(problem.shaped(x))
+    if problem.draw.known is not None:
+        x_0 = jnp.where(problem.draw.mask, problem.draw.known, x_0)
+
+    def one(given: list[Array], x_0: Array) -> Array:
+        return _given(conditioned, given).log_r(x_0)
+
+    return jax.vmap(one)(given, x_0).reshape(x.shape[:2])
+
+
+def _given(conditioned: Conditioned, given: list[Array]) -> Conditioned:
+    """The same at values of the other latent sites, the first of its arrays."""
+    return dataclasses.replace(conditioned, arrays=[*given, *conditioned.arrays[len(given) :]])
+
+
+def _density(problem: Problem, by: Coordinates, given: list[Array]) -> Any:
+    def log_r(x: Array) -> Array:
+        return _log_r(problem, given, x)
+
+    return lambda path: moves.log_density(problem, by, log_r, path)
+
+
+def _begin(
+    inputs: _Inputs, key: Array, x_0: Array, given: list[Array], *, steps: int | None
+) -> Any:
+    """Trajectories through x_0, `(C, *plates, *event_shape)`, their noise drawn forward."""
+    problem = _problem(inputs, steps)
+    if problem.reverse.kernel.is_discrete:
+        keys, x_0 = jax.random.split(key, len(x_0)), problem.flat(x_0)
+        return jax.vmap(lambda key, x_0: conditional.begin(key, problem, x_0))(keys, x_0)
+    by = coordinates(problem.draw, inputs.known, inputs.mask)
+    by = by._replace(sd=jnp.broadcast_to(by.sd, (problem.systems, problem.size)))
+    x_0 = x_0.reshape(len(x_0), problem.systems, *problem.reverse.event_shape)
+    point = moves.at(_density(problem, by, given), path_of(key, problem.reverse, by, x_0))
+    log_step, zeros = (jnp.full(problem.systems, v) for v in (math.log(_FIRST_STEP), 0.0))
+    return Hamiltonian(point, (log_step, log_step, zeros, jnp.zeros(()), log_step), by)
+
+
+def _sweep(
+    inputs: _Inputs, state: State, arrays: list[Array], is_warm: Array, *, count: int,
+    options: Options, others: Others | None,
+) -> tuple[State, Kept]:  # fmt: skip
+    """`count` sweeps, and what they leave."""
+    problem = _problem(inputs, options.steps)
+    move = _conditional if problem.reverse.kernel.is_discrete else _hamiltonian
+
+    def sweep(state: State, _: None) -> tuple[State, Kept]:
+        key, key_move, key_x = jax.random.split(state.key, 3)
+        trajectories, kept = move(key_move, problem, state, is_warm, options, others is not None)
+        kernel, given = state.kernel, state.given
+        if others is not None:
+            x_0 = _shown(problem, kept.x)
+            kernel, values = jax.vmap(others.step, (0, 0, None))(kernel, x_0, arrays)
+            given = [values[name] for name in others.names]
+        if problem.reverse.grid is not None:
+            kept = kept._replace(x=_on_grid(key_x, problem, kept.x))
+        return State(key, trajectories, given, kernel), kept._replace(given=given)
+
+    return jax.lax.scan(sweep, state, length=count)
+
+
+def _hamiltonian(
+    key: Array, problem: Problem, state: State, is_warm: Array, options: Options, is_new: bool
+) -> tuple[Hamiltonian, Kept]:
+    """A move of numbers, and of its step size; `is_new` says that log r is another than before."""
+    point, average, by = state.trajectories
+    density = _density(problem, by, state.given)
+    point = moves.at(density, point.path) if is_new else point
+    log_step, log_average, *_ = average
+    step = jnp.exp(jnp.where(is_warm, log_step, log_average))
+    point, share = moves.move(key, density, point, step, options.num_leapfrog)
+    there = _averaged(_TARGET - jnp.mean(share, 0), average)
+    average = jax.tree.map(lambda a, b: jnp.where(is_warm, a, b), there, average)
+    x = by.x(point.path.z)
+    kept = Kept(x, share, _log_r(problem, state.given, x), point.log_density, state.given)
+    return Hamiltonian(point, average, by), kept
+
+
+def _conditional(
+    key: Array, problem: Problem, state: State, is_warm: Array, options: Options, is_new: bool
+) -> tuple[conditional.Trajectory, Kept]:
+    """A move of symbols, chain by chain, as many at once as memory holds."""
+    size = problem.reverse.n * options.num_particles * problem.systems * problem.size
+
+    def move(of_chain: tuple) -> tuple[conditional.Trajectory, Array, Array]:
+        key, given, trajectory = of_chain
+        there = problem._replace(conditioned=_given(problem.conditioned, given))
+        return conditional.move(key, there, options.twist, options.num_particles, trajectory)
+
+    rows = jax.random.split(key, len(state.trajectories.x)), state.given, state.trajectories
+    at_once = max(1, _MOST_NUMBERS // size)
+    trajectories, share, log_r = jax.lax.map(move, rows, batch_size=at_once)
+    log_density = trajectories.log_w + log_r
+    return trajectories, Kept(trajectories.x[:, 0], share, log_r, log_density, state.given)
+
+
+def _rescaled(inputs: _Inputs, state: State, x: Array, *, steps: int | None) -> State:
+    """Entries of x_0 rescaled by their spread over chains and moves, `(M, C, B, d)`."""
+    problem, by = _problem(inputs, steps), state.trajectories.coordinates
+    sd = jnp.std(jax.vmap(by.z)(x), (0, 1))
+    sd = by.sd * jnp.clip(jnp.where(sd > 0, sd, 1.0), _NARROWEST, _WIDEST)
+    there = by._replace(sd=sd)
+    path = state.trajectories.point.path
+    path = path._replace(z=there.z(by.x(path.z)))
+    point = moves.at(_density(problem, there, state.given), path)
+    trajectories = state.trajectories._replace(point=point, coordinates=there)
+    return state._replace(trajectories=trajectories)
+
+
+def _shown(problem: Problem, x: Array) -> Array:
+    """x_0 as the program sees it, `(C, *plates, *event_shape)`."""
+    x_0 = problem.reverse.to_data(problem.shaped(x))
+    draw = problem.draw
+    if draw.known is None:
+        return x_0
+    return jnp.where(draw.mask, draw.known, x_0).astype(x_0.dtype)
+
+
+def _on_grid(key: Array, problem: Problem, x_1: Array) -> Array:
+    """A draw of x_0 given x_1, before it is put on the grid."""
+    x = problem.reverse.last(problem.shaped(x_1)).sample(key)
+    return problem.flat(x)
