@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from probdiff import datasets, diagnostics, infer, networks, plots, readouts, sample, schedules
+    from probdiff.denoiser import from_denoiser
     from probdiff.diffusion import Diffusion
     from probdiff.elbo import SampledTimeELBO, track_kl
     from probdiff.kernels import AbsorbingKernel, BernoulliKernel, CategoricalKernel, GaussianKernel
@@ -48,6 +49,7 @@ __all__ = [
     "datasets",
     "diagnostics",
     "fit",
+    "from_denoiser",
     "infer",
     "load",
     "networks",
@@ -62,6 +64,7 @@ __all__ = [
 
 
 _HOMES = {
+    "denoiser": ["from_denoiser"],
     "diffusion": ["Diffusion"],
     "elbo": ["SampledTimeELBO", "track_kl"],
     "kernels": ["AbsorbingKernel", "BernoulliKernel", "CategoricalKernel", "GaussianKernel"],

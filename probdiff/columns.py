@@ -1,8 +1,9 @@
 """What data say of themselves, column by column, before anything is computed of them.
 
 A column is one entry of an example, over the examples. On the scale of the diffusion,
-x = (x_0 − loc)/scale, a column should have second moment near 1, as x_T ~ π has. What else goes
-wrong without a word is told here, of numbers that are no grid's:
+x = (x_0 − loc)/scale, a column should have second moment near 1, as x_T ~ π has, or near the
+`data_variance` that a `Diffusion` was told. What else goes wrong without a word is told here, of
+numbers that are no grid's:
 
     few values     a density has no limit on a lattice of step Δ: of the nats that training gains,
                    up to log(Δ/√(2πe β_1)) for each number are the lattice, not the law
@@ -43,7 +44,7 @@ class _Sums(NamedTuple):
 
 def check_columns(
     kernel: Kernel, event_shape: tuple[int, ...], rates: np.ndarray, units: tuple[Any, Any],
-    x_0: Any, mask: Any, *, is_on_grid: bool,
+    x_0: Any, mask: Any, *, is_on_grid: bool, variance: float = 1.0,
 ) -> None:  # fmt: skip
     """Warn of columns that no diffusion of these rates can learn as they are.
 
@@ -55,6 +56,7 @@ def check_columns(
         x_0: Data in the user's units, `(..., *event_shape)`, checked and concrete.
         mask: True where x_0 is observed, or None.
         is_on_grid: Whether x_0 takes the values of a grid, for which second moments alone count.
+        variance: Second moment that a number should have.
 
     Raises:
         ValueError: if numbers are so far out that their squares overflow.
@@ -69,15 +71,16 @@ def check_columns(
     if len(rows) < FEW_ROWS or not sums.count.any():
         return
     moment = float(sums.second.sum() / sums.count.sum())
-    if not 0.5 <= moment <= 2:
-        _warn_about_moment(moment, math.prod(event_shape), rates)
+    is_moment_far = not 0.5 <= moment / variance <= 2
+    if is_moment_far:
+        _warn_about_moment(moment, variance, math.prod(event_shape), rates)
     if is_on_grid:
         return
     sample, said = _sample(rows, seen), np.zeros(event_shape, bool)
     if (sample == sample[0]).all():  # one example many times, to average over the noise
         return
     texts = _of_values(sample, scale, rates[0], said)
-    texts += _of_scale(sums, sample, scale, rates[0], said, is_moment_far=not 0.5 <= moment <= 2)
+    texts += _of_scale(sums, sample, scale, rates[0], said, is_moment_far=is_moment_far)
     texts += _of_copies(sample, said)
     for text in texts:
         warnings.warn(text, stacklevel=5)
@@ -123,10 +126,11 @@ def _check_range(
         )
 
 
-def _warn_about_moment(moment: float, size: int, rates: np.ndarray) -> None:
+def _warn_about_moment(moment: float, variance: float, size: int, rates: np.ndarray) -> None:
+    told = "x_T ~ π has 1" if variance == 1 else f"data_variance is {variance:.3g}"
     correction = -0.5 * size * (moment - 1) * float(np.prod(1 - rates) + rates[0])
     warnings.warn(
-        f"x_0 has second moment {moment:.3g} after loc and scale, where x_T ~ π has 1: the "
+        f"x_0 has second moment {moment:.3g} after loc and scale, where {told}: the "
         f"entropy form of the bound (eq. 14) is off by {correction:.3g} nats per example, and "
         "sampling starts from another law than the forward trajectory reaches. Pass loc= and "
         "scale=",

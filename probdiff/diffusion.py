@@ -24,7 +24,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -45,7 +44,7 @@ from probdiff.arguments import (
 )
 from probdiff.compilation import Programs, trace
 from probdiff.kernels import BernoulliKernel, DiscreteKernel, GaussianKernel, Kernel
-from probdiff.networks.binding import bind, example_inputs, output_shape
+from probdiff.networks.binding import bind, check_signature, example_inputs, output_shape
 from probdiff.networks.rows import coupling, is_by_row
 from probdiff.prior import Prior
 from probdiff.reverse import Mask, Reverse, State, Units, Values, less_loc, where_observed
@@ -88,6 +87,10 @@ class Diffusion:
             is of JAX's float type, and a warning says where that is too coarse.
         scale: Then divided by; the diffusion runs on (x − loc)/scale, which should have second
             moment near 1. `x_0` and every density stay in the user's units.
+        data_variance: Variance of the data on the scale of the diffusion, broadcastable to
+            `event_shape`, or their covariance, `(d, d)` for d numbers in an event: of which `prior`
+            makes twists, and which data are held against. For a network whose units leave the data
+            another variance than 1 (see `from_denoiser`).
         context_shape: Shape of one example's context, None where there is none.
         name: Name of the data site; the trajectory is `name + "_trajectory"`, parameters begin
             with it. Two models in one program need two names; those that DataTrees give to dims
@@ -121,6 +124,7 @@ class Diffusion:
         last_step: readouts.LastStep | None = None,
         loc: Any = 0.0,
         scale: Any = 1.0,
+        data_variance: Any = 1.0,
         context_shape: tuple[int, ...] | None = None,
         name: str = "x_0",
     ):
@@ -140,6 +144,11 @@ class Diffusion:
         is_learned = isinstance(beta, schedules.LearnedRates)
         self.schedule = beta if is_learned else schedules.check_beta(beta)
         self.loc, self.scale = validation.check_units(kernel, self.event_shape, loc, scale)
+        self.data_variance = validation.check_variance(
+            self.event_shape, data_variance, "data_variance"
+        )
+        if isinstance(kernel, DiscreteKernel) and np.any(self.data_variance != 1):
+            raise ValueError(f"data_variance must be 1 for symbols; got {data_variance}")
         self.programs = Programs()
         self._read: Any = None
         validation.check_rates(self.rates)
@@ -314,8 +323,8 @@ class Diffusion:
 
         Args:
             params: Values of the parameters.
-            variance: Variance τ² or covariance of the data on the scale of the diffusion, 1 if
-                absent; see `Prior`.
+            variance: Variance τ² or covariance of the data on the scale of the diffusion,
+                `data_variance` if absent; see `Prior`.
 
         Raises:
             ValueError: if parameters are missing, unknown, of another shape or not finite.
@@ -329,6 +338,7 @@ class Diffusion:
             >>> list(trace(seed(program, 0)).get_trace())
             ['x_0_trajectory', 'x_0', 'y']
         """
+        variance = self.data_variance if variance is None else variance
         return Prior(self.bind(params), self.name, variance=variance, programs=self.programs)
 
     def bind(self, params: Params, *, context: Any = None) -> Reverse:
@@ -408,7 +418,7 @@ class Diffusion:
         if not any(isinstance(a, jax.core.Tracer) for a in (x_0, mask)):
             columns.check_columns(
                 self.kernel, self.event_shape, self.rates, self.units, x_0, mask,
-                is_on_grid=self.last_step.grid is not None,
+                is_on_grid=self.last_step.grid is not None, variance=self._mean_variance,
             )  # fmt: skip
 
     # private
@@ -420,6 +430,12 @@ class Diffusion:
         if x_0 is None:
             self._warn_about_precision(None)
         return plain("x_0", x_0), context, mask
+
+    @property
+    def _mean_variance(self) -> float:
+        """Of the data's numbers."""
+        is_matrix = validation.is_covariance(self.event_shape, self.data_variance)
+        return float(np.mean(np.diag(self.data_variance) if is_matrix else self.data_variance))
 
     def _warn_about_precision(self, x_0: Any) -> None:
         """Of data, or of what a program draws; a grid is no finer than float32."""
@@ -508,20 +524,7 @@ class Diffusion:
                 f"{type(self.network).__name__} that takes the log-SNR"
             )
         inputs = example_inputs(self.event_shape, self.context_shape, self.kernel.dtype)
-        if isinstance(self.network, type):
-            raise ValueError(f"network must be made first; got the class {self.network}")
-        try:
-            is_pair = isinstance(self.network, tuple)
-            function, *given = self.network if is_pair else (self.network,)
-            called = (a for a in (*given, *inputs) if a is not None)
-            inspect.signature(function).bind(*called)
-        except TypeError as error:
-            form = (
-                "network(x_t, t)"
-                if self.context_shape is None
-                else "network(x_t, t, context), as there is a context_shape"
-            )
-            raise ValueError(f"network must be callable as {form}; {error}") from None
+        check_signature(self.network, inputs)
 
         def call(key: Array) -> Array:
             with numpyro.handlers.block(), numpyro.handlers.seed(rng_seed=key):

@@ -119,7 +119,7 @@ class Prior:
         self.reverse, self.name, self.covariance = reverse, name, None
         self.programs = Programs() if programs is None else programs
         self.variance = validation.check_variance(reverse.event_shape, variance)
-        if self.variance.ndim == 2 and self.variance.shape != reverse.event_shape:
+        if validation.is_covariance(reverse.event_shape, self.variance):
             self.covariance = _eigen(self.variance)
             if not _warn_about_units(reverse, self.variance):
                 _warn_of_misfit(reverse, self.covariance, self.programs)

@@ -169,6 +169,7 @@ def _config(diffusion: Diffusion) -> dict[str, Any]:
         "last_step": _describe(diffusion.last_step), "event_shape": diffusion.event_shape,
         "context_shape": diffusion.context_shape, "loc": _as_list(diffusion.loc, 0.0),
         "scale": _as_list(diffusion.scale, 1.0), "name": diffusion.name,
+        "data_variance": diffusion.data_variance.tolist(),
     }  # fmt: skip
 
 
@@ -215,6 +216,7 @@ def _read_config(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} must have format {_FORMAT}; got {_short(found)}")
     if config.pop("config_sha256", None) != _digest(config):
         raise ValueError(f"{file} must be as it was saved; its checksum is another")
+    config.setdefault("data_variance", 1.0)  # files of before it was one
     _check_names(file, "the configuration", config, ("format", *_FIELDS))
     return config
 
@@ -278,6 +280,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "context_shape": ("null or a list of counts", lambda v: v is None or _is_shape(v)),
     "loc": _UNITS,
     "scale": _UNITS,
+    "data_variance": _UNITS,
     "name": ("a name", lambda v: type(v) is str and v != ""),
     "params_sha256": (
         "a SHA-256",
@@ -369,6 +372,7 @@ def _rebuild(
         last_step=_revive(file, "last_step", config["last_step"], LastStep),
         loc=_made(file, "loc", np.asarray, config["loc"], np.float64),
         scale=_made(file, "scale", np.asarray, config["scale"], np.float64),
+        data_variance=_made(file, "data_variance", np.asarray, config["data_variance"], np.float64),
         context_shape=None if context_shape is None else tuple(context_shape), name=config["name"],
     )  # fmt: skip
 

@@ -5,6 +5,7 @@ word, and inside `jit` values cannot be looked at. So all that can be known is c
 tracing: shapes and dtypes always, values where they are concrete.
 """
 
+import math
 import warnings
 from typing import Any
 
@@ -153,27 +154,34 @@ def check_data(
             law.check_values(_observed(x_0, mask), argument)
 
 
-def check_variance(event_shape: tuple[int, ...], variance: Any) -> np.ndarray:
+def check_variance(
+    event_shape: tuple[int, ...], variance: Any, argument: str = "variance"
+) -> np.ndarray:
     """A positive variance that broadcasts to the event, or a covariance of its d numbers."""
-    given = 1.0 if variance is None else as_array("variance", variance)
+    given = 1.0 if variance is None else as_array(argument, variance)
     value = np.asarray(given, np.float64)
-    d = int(np.prod(event_shape))
-    is_matrix = value.shape == (d, d) and not _fits(value, event_shape)
+    d, is_matrix = math.prod(event_shape), is_covariance(event_shape, value)
     if not (is_matrix or _fits(value, event_shape)):
         raise ValueError(
-            f"variance must be broadcastable to event_shape {event_shape} or a covariance of shape "
-            f"{(d, d)}; got shape {value.shape}"
+            f"{argument} must be broadcastable to event_shape {event_shape} or a covariance of "
+            f"shape {(d, d)}; got shape {value.shape}"
         )
     is_finite = np.isfinite(value).all()
     if not is_matrix and not (is_finite and (value > 0).all()):
-        raise ValueError(f"variance must be positive and finite; got {variance}")
+        raise ValueError(f"{argument} must be positive and finite; got {variance}")
     if is_matrix and not (is_finite and np.allclose(value, value.T)):
         asymmetry = np.max(np.abs(value - value.T))
         raise ValueError(
-            "variance must be a symmetric, finite covariance; got one that differs from its "
+            f"{argument} must be a symmetric, finite covariance; got one that differs from its "
             f"transpose by {asymmetry:.3g}"
         )
     return value
+
+
+def is_covariance(event_shape: tuple[int, ...], variance: np.ndarray) -> bool:
+    """Whether it is a covariance of an event's d numbers, not a variance of each."""
+    d = math.prod(event_shape)
+    return variance.shape == (d, d) and not _fits(variance, event_shape)
 
 
 def warn_about_precision(

@@ -277,7 +277,9 @@ def of_readouts() -> list[Case]:
     kernel, x_t, z = probdiff.GaussianKernel(), jnp.ones(2), jnp.zeros(2)
     bits, x_bits = probdiff.BernoulliKernel(0.5), jnp.ones(2, jnp.int32)
     points = ("Perturbation", "Epsilon", "Data", "Velocity", "Score")
-    variances = ("ForwardVariance", "BridgeVariance", "LearnedVariance")
+    variances = (
+        "ForwardVariance", "BridgeVariance", "LearnedVariance", "InterpolatedVariance",
+    )  # fmt: skip
     found = [case(getattr(readouts, name)) for name in points]
     found += [
         case(readouts.Mixture),
@@ -322,6 +324,13 @@ def of_diffusions() -> list[Case]:
     found = [
         case(probdiff.Diffusion, **made, event_shape=(2,)),
         case(standard_diffusion),
+        case(
+            probdiff.from_denoiser,
+            network=lambda x, sigma: x,
+            event_shape=(2,),
+            readout=readouts.Data(readouts.BridgeVariance()),
+            sigma=np.array([0.1, 1.0, 10.0]),
+        ),
         case(diffusion.prior, params={}),
         case(diffusion.bind, params={}),
         case(diffusion.check_params, params={}),

@@ -437,6 +437,11 @@ def test_a_variance_that_is_none_is_refused(variance):
         numbers().prior({}, variance=variance)
 
 
+def test_a_variance_by_columns_is_no_covariance():
+    prior = standard_diffusion((4, 3), T=3).prior({}, variance=np.full((1, 3), 0.5))
+    assert prior.covariance is None and prior.variance.shape == (1, 3)
+
+
 def test_a_covariance_in_the_units_of_the_user_is_noticed():
     diffusion = exact_gaussian(np.zeros(3), 1.0, T=3, loc=0.0, scale=20.0)
     covariance = np.eye(3) + 0.2

@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from probdiff import Diffusion, GaussianKernel, readouts, schedules
-from probdiff.readouts import BridgeVariance, ForwardVariance, LearnedVariance
+from probdiff.readouts import (
+    BridgeVariance,
+    ForwardVariance,
+    InterpolatedVariance,
+    LearnedVariance,
+)
 
 T = 8
 KERNEL = GaussianKernel()
@@ -57,6 +62,9 @@ VARIANCES = {
     ForwardVariance: lambda a: a.beta,
     BridgeVariance: lambda a: np.where(
         a.share_s == 1, a.beta, a.beta * (1 - a.share_s) / (1 - a.share)
+    ),
+    InterpolatedVariance: lambda a: np.exp(
+        (1 + a.v) / 2 * np.log(a.beta) + (1 - a.v) / 2 * np.log(VARIANCES[BridgeVariance](a))
     ),
 }
 

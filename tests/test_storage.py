@@ -186,6 +186,16 @@ def test_a_network_of_the_users_own_has_to_be_handed_over(tmp_path):
         probdiff.load(tmp_path)
 
 
+def test_a_model_saved_before_data_variance_was_kept_is_read(tmp_path):
+    diffusion = plain()
+    probdiff.save(tmp_path, diffusion, random_params(diffusion))
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    assert config.pop("data_variance") == 1.0 and config.pop("config_sha256")
+    seal(file, config)
+    assert probdiff.load(tmp_path)[0].data_variance == 1.0
+
+
 def truncate(file):
     file.write_bytes(file.read_bytes()[:-7])
 
@@ -359,7 +369,8 @@ def test_every_edit_of_a_configuration_is_named_or_makes_a_model(tmp_path, make,
     assert tried > 400
     print(f"{make.__name__}: {tried} edits, {len(passed)} of them models")
     # what passes is another model: of other units or rates, or with a setting that is not used
-    known = {"loc", "scale", "beta", "readout", "kernel", "last_step", "network", "context_shape"}
+    known = {"loc", "scale", "data_variance", "beta", "readout", "kernel", "last_step", "network"}
+    known |= {"context_shape"}
     assert {path[0] for path, _ in passed} <= known, passed
     assert len(passed) < 0.1 * tried, passed
 

@@ -113,7 +113,13 @@ class View:
             outputs = reverse.outputs(x_t, self.t)
             return problem.flat(reverse.x_0_hat(x_t, self.t, outputs)), outputs
 
-        return jax.vjp(denoise, self.x_t, has_aux=True)
+        try:
+            return jax.vjp(denoise, self.x_t, has_aux=True)
+        except ValueError as error:
+            if "callbacks do not support JVP" not in str(error):
+                raise
+        x_0_hat, outputs = denoise(self.x_t)  # of another framework: x̂_0 is known, its slope is not
+        return x_0_hat, lambda v: (self.slope() * v,), outputs
 
     @functools.cached_property
     def law(self) -> dist.Distribution:
@@ -137,7 +143,10 @@ class View:
         return trusted(self.problem, self.reading, self._denoised[0], self.t)
 
     def pull_back(self, v: Float[Array, "P B d"]) -> Float[Array, "P B d"]:
-        """(∂x̂_0/∂x_t)ᵀ v."""
+        """(∂x̂_0/∂x_t)ᵀ v; a network without gradient is taken to have the slope of Gaussian data.
+
+        It only moves proposals, which weights repair.
+        """
         v = trusted(self.problem, self.reading._replace(mean=0.0), v, self.t)
         return self._denoised[1](v)[0]
 

@@ -52,6 +52,23 @@ def example_inputs(
     return jnp.zeros((2, *event_shape), dtype), jnp.ones((2,), jnp.int32), context
 
 
+def check_signature(network: Any, inputs: tuple[Array | None, ...]) -> None:
+    """Raise a `ValueError` unless a network can be called with x_t, t and, if not None, context."""
+    if isinstance(network, type):
+        raise ValueError(f"network must be made first; got the class {network}")
+    try:
+        function, *given = network if isinstance(network, tuple) else (network,)
+        called = (a for a in (*given, *inputs) if a is not None)
+        inspect.signature(function).bind(*called)
+    except TypeError as error:
+        form = (
+            "network(x_t, t)"
+            if inputs[-1] is None
+            else "network(x_t, t, context), as there is a context_shape"
+        )
+        raise ValueError(f"network must be callable as {form}; {error}") from None
+
+
 def check_call(network: Any, x_t: Any, t: Any, context: Any = None) -> None:
     """Raise a `ValueError` unless a built-in network is called as it was made.
 

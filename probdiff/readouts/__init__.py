@@ -8,6 +8,7 @@ from probdiff.readouts.gaussian import (
     Epsilon,
     ForwardVariance,
     GaussianReadout,
+    InterpolatedVariance,
     LearnedVariance,
     Perturbation,
     Score,
@@ -20,6 +21,6 @@ from probdiff.readouts.mixture import Mixture
 
 __all__ = [
     "BridgeVariance", "Data", "DataLogits", "Denoiser", "DiscreteReadout", "Discretised", "Epsilon",
-    "ForwardVariance", "GaussianReadout", "Grid", "LastStep", "Learned", "LearnedVariance",
-    "Logits", "Mixture", "Perturbation", "Score", "Tied", "Variance", "Velocity",
+    "ForwardVariance", "GaussianReadout", "Grid", "InterpolatedVariance", "LastStep", "Learned",
+    "LearnedVariance", "Logits", "Mixture", "Perturbation", "Score", "Tied", "Variance", "Velocity",
 ]  # fmt: skip

@@ -17,10 +17,12 @@ Their variance is learned, sigmoid(v + logit β_t) with v the network's second o
 two ends between which the true one lies when the data have unit variance (eq. 24): β_t
 (`ForwardVariance`), or the bridge's β_t (1−ᾱ_s)/(1−ᾱ_t) (`BridgeVariance`, too narrow: on N(0, 1)
 data with a perfect denoiser x_1 gets variance .819, .961, .992 at T = 40, 200, 1000 under
-`log_snr_linear(T, beta_1=1e-3, alpha_bar_T=1e-4)`, where `ForwardVariance` is exact).
+`log_snr_linear(T, beta_1=1e-3, alpha_bar_T=1e-4)`, where `ForwardVariance` is exact). Networks
+trained elsewhere say where between these it lies (`InterpolatedVariance`).
 
 Sources: Sohl-Dickstein et al. (2015), section 2.2, eq. 24 and appendix D.2.1; Ho et al. (2020), eq.
-15, for the noise; Salimans & Ho (2022), section 4, for the velocity.
+15, for the noise; Salimans & Ho (2022), section 4, for the velocity; Nichol & Dhariwal (2021), eq.
+15, for the interpolation.
 """
 
 import abc
@@ -129,6 +131,35 @@ class BridgeVariance(Variance):
         """Variance of the bridge; β_1 at t = 1."""
         check_step(step)
         return jnp.where(step.t == 1, step.beta, bridge_variance(step))
+
+
+@dataclasses.dataclass(frozen=True)
+class InterpolatedVariance(Variance):
+    """Between the two ends of eq. 24 on the scale of logarithms, as the network says.
+
+        log variance = (1 + v)/2 · log β_t + (1 − v)/2 · log β̃_t,    β̃_t = β_t (1−ᾱ_s)/(1−ᾱ_t)
+
+    v is the network's second output for each number of x, meant to lie in [−1, 1] as in its
+    authors' program; (1 + v)/2 is the v of the paper. At t = 1, where β̃_1 = 0, β_1 stands for it
+    (they put β̃_2 there).
+
+    Example:
+        >>> step = schedules.steps(schedules.harmonic(4)).at(2, event_dim=0)  # β̃_2 = 1/6, β_2 = 1/3
+        >>> variance = readouts.InterpolatedVariance()
+        >>> [round(float(variance(jnp.array(v), step)), 3) for v in (-1.0, 0.0, 1.0)]
+        [0.167, 0.236, 0.333]
+
+    Source: Nichol & Dhariwal (2021), eq. 15.
+    """
+
+    num_outputs = 1
+
+    def __call__(self, output: Output | None, step: Step) -> Float[Array, "..."]:
+        """Variance β_t^((1+v)/2) β̃_t^((1−v)/2)."""
+        output = as_array("output", output)
+        check_step(step)
+        least = BridgeVariance()(None, step)
+        return least * jnp.exp(0.5 * (1 + output) * (jnp.log(step.beta) - jnp.log(least)))
 
 
 class GaussianReadout(abc.ABC):
