@@ -6,7 +6,7 @@ from all its runs, and a sweep is
 
     x_0:T | θ    numbers: a move of Hamiltonian Monte Carlo in forward coordinates (see `moves`)
                  symbols: noise anew, and conditional SMC (see `conditional`)
-    θ | x_0      a step of a stock NumPyro kernel, θ all other latent sites; it asks no network.
+    θ | x_0      five steps of a stock NumPyro kernel, θ all other latent sites; no network call
 
 Both leave p(θ, x_0:T | y) as it is. Moves of numbers do not cross between modes far apart: many
 chains with few sweeps keep the weights that particles gave them; a few long ones do not.

@@ -30,6 +30,7 @@ from probdiff.infer.evidence import log_evidence, log_evidence_se
 from probdiff.infer.health import pareto_k
 from probdiff.infer.program import Program, Site, latents
 
+_STEPS = 5  # of the kernel in a sweep: they ask no network
 _FREEDOM = 5.0  # degrees of freedom of the proposal
 _WIDER = 1.2  # its scale over that of the draws
 
@@ -92,12 +93,13 @@ class Others:
         return jax.tree.map(lambda *values: jnp.stack(values), *rows)
 
     def begin(self, make: Any, key: Array, values: dict, x_0: np.ndarray, num_warmup: int) -> None:
-        """Start the kernel of every chain."""
+        """Start the kernel of every chain; `num_warmup` counts sweeps."""
         self.kernel = make(self.given)
         start = {n: self.to_value(n).inv(values[n]) for n in self.names}
 
         def one(key: Array, start: dict, x_0: Array) -> Any:
-            return self.kernel.init(key, num_warmup, start, (x_0, *self.args), self.kwargs)
+            given = (x_0, *self.args), self.kwargs
+            return self.kernel.init(key, _STEPS * num_warmup, start, *given)
 
         keys = jax.random.split(key, len(x_0))
         self.state = jax.vmap(one)(keys, start, jnp.asarray(x_0))
@@ -135,7 +137,7 @@ class Others:
                 )
 
     def step(self, state: Any, x_0: Array, arrays: list[Array]) -> tuple[Any, dict[str, Array]]:
-        """A step of one chain at its x_0, and the values it comes to."""
+        """A few steps of one chain at its x_0, and the values it comes to."""
         values = iter(arrays)
         pairs = zip(self.is_array, self.leaves, strict=True)
         leaves = [next(values) if is_array else leaf for is_array, leaf in pairs]
@@ -144,7 +146,9 @@ class Others:
         potential = self.kernel._potential_fn_gen(*args, **kwargs)
         energy, gradient = jax.value_and_grad(potential)(state.z)
         state = state._replace(potential_energy=energy, z_grad=gradient)
-        state = self.kernel.sample(state, args, kwargs)
+        state = jax.lax.fori_loop(
+            0, _STEPS, lambda _, state: self.kernel.sample(state, args, kwargs), state
+        )
         sites = self.kernel.postprocess_fn(args, kwargs)(state.z)
         return state, {name: sites[name] for name in self.names}
 

@@ -4,7 +4,7 @@ A sweep of each of C chains is
 
     x_0:T | θ    numbers: a move of Hamiltonian Monte Carlo in forward coordinates (see `moves`)
                  symbols: noise anew, and conditional SMC (see `conditional`)
-    θ | x_0      a step of a stock NumPyro kernel (see `latents`); it asks no network
+    θ | x_0      five steps of a stock NumPyro kernel (see `latents`); they ask no network
 
 and leaves p(θ, x_0:T | y) as it is. In warm-up the step sizes of numbers are set to an acceptance
 of three quarters, for each system, and half way the entries of x_0 are rescaled by their spread
