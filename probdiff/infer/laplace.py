@@ -231,7 +231,16 @@ class TweedieTwist(Twist):
     """∫ r N(x̂_0, C_t) with the network's own covariance C_t = (1−ᾱ_t)/√ᾱ_t · ∂x̂_0/∂x_t.
 
     Costs `rank` products with the Jacobian of the network per step instead of one. For a good
-    network whose prior has modes far apart that an observation leaves open.
+    network whose prior has modes far apart that an observation leaves open. Not where modes lie
+    far out on both sides of a sharp observation: between them C_t is wide, and particles gather
+    where no mode is. That cannot be told before the run, so it is not the default.
+
+    On mixtures of 25 modes (`tests/test_smc_mixtures.py`, 20 problems a size), the sliced distance
+    of 2,000 draws to the posterior over that with the exact twist p(y | x_t) was 1.14 ± 0.09 and
+    1.20 ± 0.18 for one and two measurements of 8 numbers, 0.94 ± 0.07 for one of 80 numbers;
+    `LaplaceTwist` had 1.23 ± 0.14, 1.03 ± 0.05 and 1.31 ± 0.18, with the data's covariance
+    1.38 ± 0.15, 0.98 ± 0.13 and 0.91 ± 0.16. With two modes 4 standard deviations on either side
+    of a measurement it put 0.40 of the mass into the wrong one, `LaplaceTwist` 0.03.
 
     Args:
         rank: Directions kept of H C_t, H the curvature of −log r, as in `LaplaceTwist`.
