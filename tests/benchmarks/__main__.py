@@ -1,6 +1,6 @@
 """All benchmarks, briefly: one table of ratios with their 95 % intervals.
 
-    python -m tests.benchmarks [--rounds 6] [--only core fit smc bound images others memory]
+    python -m tests.benchmarks [--rounds 6] [--only core fit smc leapfrog bound ...]
 
 Each line is ours over a floor written by hand, or over another library, in interleaved rounds of
 one process; what cannot be run here is named with the reason. `bench_*.py` of this folder, each run
@@ -23,6 +23,7 @@ from tests.benchmarks import (
     bench_core,
     bench_fit,
     bench_images,
+    bench_leapfrog,
     bench_memory,
     bench_others,
     bench_smc,
@@ -75,6 +76,11 @@ def smc(rounds: int) -> Lines:
         name = f"SMC / its network calls, {d} numbers"
         yield clock.pair(name, ours, floor, rounds, 40, "a level")
     yield clock.Ratio("compile time of SMC, T = 40", bench_smc.compile_time(40, 256), unit="s")
+
+
+def leapfrog(rounds: int) -> Lines:
+    """A step of a move of whole trajectories over the gradient that it needs."""
+    yield bench_leapfrog.ratio(rounds, width=256, depth=2, T=40)
 
 
 def bound(rounds: int) -> Lines:
@@ -130,8 +136,8 @@ def memory(rounds: int) -> Lines:
 
 
 BENCHES: dict[str, Callable[[int], Lines]] = {
-    "core": core, "fit": of_fit, "smc": smc, "bound": bound, "images": images, "others": others,
-    "memory": memory,
+    "core": core, "fit": of_fit, "smc": smc, "leapfrog": leapfrog, "bound": bound,
+    "images": images, "others": others, "memory": memory,
 }  # fmt: skip
 
 
