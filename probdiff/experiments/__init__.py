@@ -66,6 +66,9 @@ TABLE = {
         summary="discs that hide one another: bits per pixel beside Gaussians"),
     "bark": Entry("patches:BARK", "about 20 minutes on two CPU cores", has_gpu=True, resumes=True,
         summary="photographs of bark: bits per pixel beside Gaussians, and a hole painted in"),
+    "levy": Entry("levy", "about 15 minutes on two CPU cores",
+        summary="signals with independent increments: posteriors beside the exact ones of a "
+        "Gibbs sampler"),
     "denoise": Entry(
         "restoration:DENOISE", "about 6 minutes on one CPU core, once digits has run",
         model="digits",
