@@ -97,8 +97,8 @@ def test_pairing_takes_out_what_examples_have_in_common():
 
 @pytest.mark.long
 def test_intervals_cover_as_often_as_they_say():
-    """Of two models of 6 examples, 2000 times; the difference's sign follows the order of means."""
-    n, true, covered = 2_000, 0.7, 0
+    """Of two models of 6 examples, 1000 times; the difference's sign follows the order of means."""
+    n, true, covered = 1_000, 0.7, 0
     for _ in range(n):
         noise = RNG.standard_normal((2, 6))
         given = {"a": tree_of(true + noise[0]), "b": tree_of(noise[1])}
@@ -186,9 +186,9 @@ def test_intervals_of_each_bayes_factor_hold_what_they_say(runs, sd):
 
 @pytest.mark.long
 def test_intervals_of_the_bayes_factor_of_many_examples_hold_what_they_say():
-    """Of two programs and 32 examples, 200 times; the best is the one by the sampler's luck."""
+    """Of two programs and 32 examples, 100 times; the best is the one by the sampler's luck."""
     rng, misses = np.random.default_rng(0), []
-    for _ in range(200):
+    for _ in range(100):
         given = {name: lognormal(rng, 4, 32, 0.5) for name in "ab"}
         group = diagnostics.compare(given, prob=0.9)["comparison"].to_dataset().isel(model=1)
         ends = [float(group[f"log_bayes_factor_{end}"]) for end in ("low", "high")]

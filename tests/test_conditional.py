@@ -150,8 +150,11 @@ def test_12_bits_and_an_unknown_flip_rate_have_their_joint_posterior(capsys):
     assert abs(of_z.log_evidence - np.log(joint.sum())) < 3 * of_z.se < 0.3
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    "kernel",
+    [pytest.param(k, marks=pytest.mark.slow if i else pytest.mark.long)
+     for i, k in enumerate(KERNELS)],
+)  # fmt: skip
 def test_symbols_beside_a_known_one_and_an_unknown_flip_rate_have_their_posterior(kernel):
     """Two systems in a plate, each with a flip rate; 16 chains of 400."""
     model = lookup(kernel)

@@ -224,7 +224,7 @@ def of_kind(law, predicts):
 every_kind = pytest.mark.parametrize(("law", "predicts"), list(itertools.product(LAWS, READOUTS)))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @every_kind
 def test_every_convention_has_the_native_steps_and_bound(x64, law, predicts):
     for case in of_kind(law, predicts):
