@@ -250,6 +250,8 @@ def test_one_observation_is_pictured_with_the_samplers_intervals():
 # refusals
 
 BAD = {
+    r"models\['b'\] must be what diagnostics.bound or SMC.to_datatree returned.*; got": (
+        {"a": tree_of_evidence([[0.0]]), "b": 3.0}, {}),
     "weights must be left out of bounds": (
         {"a": tree_of([1, 2]), "b": tree_of([1, 2])}, {"weights": {"a": 1.0, "b": 1.0}}),
     r"weights must be of \['a', 'b'\]; got those of \['a'\]": (

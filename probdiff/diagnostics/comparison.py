@@ -114,6 +114,9 @@ def compare(
     check_object(Mapping, "a mapping of names to trees", models=models)
     if len(models) < 2:
         raise ValueError(f"models must be two or more; got {list(models)}")
+    for name, tree in models.items():
+        expected = "what diagnostics.bound or SMC.to_datatree returned"
+        check_object(xr.DataTree, expected, **{f"models[{name!r}]": tree})
     if any("smc" in tree.children for tree in models.values()):
         found, attrs = _of_evidences(models, weights, prob)
     elif weights is not None:
@@ -252,7 +255,6 @@ def _mean_and_se(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _check_evidence(name: str, tree: xr.DataTree) -> None:
     """Raise a `ValueError` unless a tree holds evidences."""
-    check_object(xr.DataTree, "what SMC.to_datatree returned", **{f"models[{name!r}]": tree})
     if "smc" not in tree.children or "log_evidence_by_run" not in tree["smc"]:
         raise ValueError(
             f"models[{name!r}] must come from SMC.to_datatree like the others; got groups "
@@ -288,12 +290,11 @@ def _check_same_observations(first: str, one: xr.DataTree, name: str, other: xr.
 
 def _bound_of(name: str, tree: xr.DataTree) -> xr.DataTree:
     """Group `bound` of a tree, refused where it cannot be compared."""
-    check_object(xr.DataTree, "what diagnostics.bound returned", **{f"models[{name!r}]": tree})
     group = tree.children.get("bound")
     if group is None or "bound" not in group or not set(_SHARED) <= set(group.attrs):
         raise ValueError(
-            f"models[{name!r}] must come from diagnostics.bound or sampled_bound; got groups "
-            f"{list(tree.children)}"
+            f"models[{name!r}] must come from diagnostics.bound, sampled_bound or "
+            f"SMC.to_datatree; got groups {list(tree.children)}"
         )
     values = group["bound"].values
     if values.size < 2:
