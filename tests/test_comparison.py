@@ -224,6 +224,7 @@ def test_programs_compared_by_smc_have_the_bayes_factors_of_the_closed_form():
     assert "mean log evidence, 12 examples" in ax.get_title()
 
 
+@pytest.mark.long
 def test_known_entries_are_part_of_what_was_observed():
     prior = standard_diffusion((2,)).prior({})
     smc = infer.SMC(lambda known, mask: prior(known=known, mask=mask), num_particles=32)

@@ -333,6 +333,7 @@ def run_loudly(guided, y, sigma):
         run(guided, y, sigma)
 
 
+@pytest.mark.long
 def test_guided_warns_of_a_spread_that_is_wrong_where_the_means_are_right():
     prior = standard_diffusion((2,)).prior({})
 

@@ -62,6 +62,7 @@ def z(group, name, exact):
     return (group[name].values - exact) / group[f"{name}_se"].values
 
 
+@pytest.mark.long
 def test_every_rung_of_the_exact_diffusion_is_the_log_density():
     """Where the weights do not vary at all; SMC resamples nothing and pays for π on the way."""
     diffusion = exact_gaussian(MEAN, SD)

@@ -61,6 +61,7 @@ def on_a_long_diffusion():
 
 
 @pytest.mark.parametrize("variance", [1.0, 0.25])
+@pytest.mark.long
 def test_posterior_of_a_standard_normal_is_exact(on_a_long_diffusion, variance):
     """Evidence within 1e-4, ten of its standard errors: what float32 leaves of 1000 steps."""
     smc, y, sigma = on_a_long_diffusion, 1.0, math.sqrt(variance)

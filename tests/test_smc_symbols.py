@@ -162,6 +162,7 @@ def test_evidence_and_posterior_have_no_bias_however_few_the_particles(kernel):
         check_run(model, smc, joint_of(model, log_r, mask))
 
 
+@pytest.mark.long
 def test_known_entries_alone_are_conditioned_on_exactly():
     model = lookup("absorbing")
     prior, mask = model.diffusion.prior({}), MASKS[1]
