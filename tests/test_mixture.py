@@ -132,3 +132,17 @@ def test_evidence_under_the_standard_normal_is_exact_over_any_number_of_levels(s
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         readouts.Mixture(**options)
+
+
+def test_outliers_leave_the_bound_and_its_gradient_finite():
+    """Of widths e^±100, as a network says of a value 100 standard deviations out."""
+    step, x_t = STEPS.at(2, 0), jnp.array([150.0])
+    zero = jnp.zeros(1)
+
+    def log_p(width):
+        outputs = zero, zero, zero, zero, width, -width
+        return readouts.Mixture(2)(KERNEL, outputs, x_t, step).log_prob(x_t).sum()
+
+    for width in (jnp.array([100.0]), jnp.array([-100.0])):
+        value, slope = jax.value_and_grad(log_p)(width)
+        assert jnp.isfinite(value) and jnp.isfinite(slope).all()

@@ -53,6 +53,8 @@ LEAST_VARIANCE = 1e-2
 """Of the last step, over β_1. A number whose value is certain would make p(x_0 | x_1) as narrow as
 it can; with no limit the bound of a pixel that is then off by a level, and its gradient, have none
 either. Where √β_1 is a level the cell of the level holds all but 6e-7 of what is this narrow."""
+_WIDEST = 15.0
+"""Of the output that is a width, either way: beyond it exp(2 · width) would leave float32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +157,7 @@ class Mixture(GaussianReadout):
         centres = jnp.linspace(self.low, self.high, self.components, dtype=logits.dtype)
         distance = (self.high - self.low) / (self.components - 1)
         m = jnp.reshape(centres, (-1,) + (1,) * x_t.ndim) + shifts
-        v = (distance / 4) ** 2 * jnp.exp(2 * widths)
+        v = (distance / 4) ** 2 * jnp.exp(2 * jnp.clip(widths, -_WIDEST, _WIDEST))
         a, n = jnp.sqrt(step.alpha_bar_t), step.noise_t
         total = n + a**2 * v
         log_likelihood = -0.5 * (jnp.log(total) + (x_t - a * m) ** 2 / total)
