@@ -76,7 +76,8 @@ class Diffusion:
             needs outputs (2 with a learned variance, K for K classes);
             `network(x_t, t, context)` where there is a `context_shape`. One whose attribute
             `takes_log_snr` is true is given log ᾱ_t/(1−ᾱ_t), a float, in place of t. A module, a
-            function, or a function and its weights, `(apply, params)`.
+            function, or a function and its weights, `(apply, params)`. A function has nothing to
+            train: one that closes over latent sites of a program gives weights a prior.
         event_shape: Shape of one example; `()` for a number.
         readout: How the network's output becomes p(x_s | x_t); by default `Perturbation()` for
             numbers, `Logits()` for bits, `DataLogits()` for classes.
@@ -157,6 +158,9 @@ class Diffusion:
         )
         self._fixed_steps = None if is_learned else schedules.steps(self.schedule)
         self._binding = bind(network, self.event_shape, self.context_shape, kernel.dtype)
+        init = self._binding.init
+        weights = jax.eval_shape(init, jax.random.key(0)) if callable(init) else init
+        self._weights = jax.tree.map(np.shape, weights)
         # made once, for what is compiled is kept by the identity of the function
         self._apply_at_log_snr = functools.partial(_at_log_snr, self._binding.apply)
         self._check_network()
@@ -394,8 +398,9 @@ class Diffusion:
         """Shapes and dtypes of the parameters, by site name."""
 
         def trace(key: Array) -> Params:
-            with numpyro.handlers.trace() as sites, numpyro.handlers.seed(rng_seed=key):
-                self._unconditional()
+            seed = numpyro.handlers.seed(rng_seed=key)
+            with numpyro.handlers.block(), numpyro.handlers.trace() as sites, seed:
+                self._unconditional()  # not a part of the program in which it is asked for
             return {name: s["value"] for name, s in sites.items() if s["type"] == "param"}
 
         return jax.eval_shape(trace, jax.random.key(0))
@@ -460,7 +465,9 @@ class Diffusion:
     def _unconditional(self) -> Reverse:
         """The reverse process, weights from the site `name_network$params`, without context."""
         init, apply = self._binding
-        params = None if init is None else numpyro.param(f"{self.name}_network$params", init)
+        site = f"{self.name}_network$params"
+        params = None if init is None else numpyro.param(site, init)
+        validation.check_weights(site, self._weights, params)
         steps = self._steps()
         network = jax.tree_util.Partial(apply, params)
         if self._takes_log_snr:

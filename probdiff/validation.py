@@ -290,6 +290,17 @@ def check_params(template: Any, params: Any, name: str) -> None:
             raise ValueError(f"params{path} must be finite; got {count} numbers that are not")
 
 
+def check_weights(site: str, shapes: Any, weights: Any) -> None:
+    """What a handler gives for a network's weights is a tree of the same shapes."""
+    if jax.tree.map(np.shape, weights) != shapes:
+        what = "a tree of others" if isinstance(weights, dict) else f"{type(weights).__name__}"
+        raise ValueError(
+            f"param {site!r} must be a tree of the shapes of the network's weights; got {what}. "
+            "handlers.lift would draw one array: draw the weights before, by "
+            "random_nnx_module, and pass a function that closes over them as the network"
+        )
+
+
 def _count_not_finite(leaf: Any) -> int:
     """How many numbers are not finite; 0 where they cannot be seen."""
     if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array | np.ndarray | float):

@@ -119,7 +119,13 @@ def sample(
     if options.twist is None:
         is_discrete = program_read.conditioned.reverse.kernel.is_discrete
         options = options._replace(twist=SymbolTwist() if is_discrete else LaplaceTwist())
-    outcome = run(program_read, options, key, progress=progress)
+    try:
+        outcome = run(program_read, options, key, progress=progress)
+    except jax.errors.UnexpectedTracerError as error:
+        raise ValueError(
+            "network must not close over what the program computes or is given; make it as "
+            "(apply, weights) outside, and give them by diffusion.prior(params)"
+        ) from error
     log_w = pooled_log_weights(outcome, options.is_weighted)
     index, in_runs = _equally_weighted(key, outcome, log_w, options.is_weighted)
     draws = _taken(pooled(outcome.x_0), index)

@@ -117,6 +117,7 @@ def bind(
         return _bind_equinox(network, equinox)
     if isinstance(network, tuple) and len(network) == 2 and callable(network[0]):
         function, params = network
+        _check_given(params)
         return _Binding(params, lambda values, *args: function(values, *_given(*args)))
     if callable(network):
         return _Binding(None, lambda _, *args: network(*_given(*args)))
@@ -130,6 +131,17 @@ def _given(x_t: Array, t: Array, context: Array | None) -> tuple[Array, ...]:
     return (x_t, t) if context is None else (x_t, t, context)
 
 
+def _check_given(weights: PyTree) -> None:
+    """Refuse weights that a program draws or computes, where initial values are meant."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(weights)):
+        raise ValueError(
+            "network must come with the values its weights start from, which are trained; got "
+            "weights that a program computes. Make it outside of the program; where its weights "
+            "have a prior, pass a function that closes over them, lambda x_t, t: network(x_t, t), "
+            "which has nothing to train, or give them to diffusion.prior as params"
+        )
+
+
 def _check_stateless(kind: str, network: nnx.Module | linen.Module, kept: set[str]) -> None:
     if kept:
         raise ValueError(
@@ -141,6 +153,7 @@ def _check_stateless(kind: str, network: nnx.Module | linen.Module, kept: set[st
 
 def _bind_nnx(network: nnx.Module) -> _Binding:
     graph, params, rest = nnx.split(network, nnx.Param, ...)
+    _check_given(nnx.to_pure_dict(params))
     _check_stateless("nnx", network, {type(leaf).__name__ for _, leaf in nnx.to_flat_state(rest)})
 
     def apply(values: PyTree, *args: Array | None) -> Array:
@@ -164,6 +177,7 @@ def _bind_linen(network: linen.Module, example: tuple[Array | None, ...]) -> _Bi
 
 def _bind_equinox(network: Any, equinox: Any) -> _Binding:
     values, static = equinox.partition(network, equinox.is_inexact_array)
+    _check_given(values)
 
     def apply(values: PyTree, *args: Array | None) -> Array:
         return jax.vmap(equinox.combine(values, static))(*_given(*args))
