@@ -194,7 +194,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         name = item.name.split("[")[0]
         seen[name] += 1
         is_of_many = seen[name] > FEW_CASES.get(name, math.inf)
-        if is_of_many or "finished" in getattr(item, "fixturenames", ()):
+        is_run = "finished" in getattr(item, "fixturenames", ())
+        if (is_of_many or is_run) and not item.get_closest_marker("slow"):
             item.add_marker("long")
 
 

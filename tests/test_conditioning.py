@@ -159,7 +159,13 @@ def oracle():
     return diffusion, law
 
 
-@pytest.fixture(scope="module", params=list(TASKS))
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=pytest.mark.long if name == "inpaint" else pytest.mark.slow)
+        for name in TASKS
+    ],
+)
 def inferred(request, oracle):
     """32 draws of the oracle, inferred."""
     diffusion, law = oracle
@@ -171,7 +177,6 @@ def inferred(request, oracle):
     return task, law, conditioning.posterior(key, smc, task, x)
 
 
-@pytest.mark.long
 def test_posterior_and_evidence_are_those_of_a_gaussian_prior(inferred):
     task, law, found = inferred
     mean, log_p = law.given(task, found.y)
@@ -184,7 +189,6 @@ def test_posterior_and_evidence_are_those_of_a_gaussian_prior(inferred):
     assert abs(apart.mean()) < 4 * apart.std() / np.sqrt(32) + 0.02
 
 
-@pytest.mark.long
 def test_intervals_cover_truths_that_came_from_the_prior(inferred):
     task, _, found = inferred
     share, se = conditioning.coverage(found.rank, task.unseen)
@@ -192,7 +196,6 @@ def test_intervals_cover_truths_that_came_from_the_prior(inferred):
     assert se < 0.03
 
 
-@pytest.mark.long
 def test_rows_tell_the_posterior_from_the_gaussian(inferred):
     """On Gaussian truths both are one: no difference of mean squares or evidence is left."""
     task, law, found = inferred
@@ -217,7 +220,17 @@ def model(tmp_path_factory):
     return nothing_learned(tmp_path_factory.mktemp("model"), (8, 8), loc=LOC, scale=SCALE)
 
 
-@pytest.fixture(scope="module", params=[name for name in TABLE if TABLE[name].model == "digits"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "inpaint",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in TABLE
+            if TABLE[name].model == "digits" and name != "inpaint"
+        ),
+    ],
+)
 def finished(request, model, tmp_path_factory):
     folder, said = tmp_path_factory.mktemp("run"), []
     rows = find(request.param).run(folder, quick=True, progress=False, say=said.append, model=model)

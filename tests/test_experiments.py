@@ -33,7 +33,11 @@ FIGURES = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=FIGURES, ids=["swiss-roll", "ddpm-swiss-roll", "digits"])
+@pytest.fixture(
+    scope="module",
+    params=[swiss_roll, pytest.param(ddpm_swiss_roll, marks=pytest.mark.slow), digits],
+    ids=["swiss-roll", "ddpm-swiss-roll", "digits"],
+)
 def finished(request, tmp_path_factory):
     """An experiment, the folder it filled, its rows and what it said."""
     folder, said = tmp_path_factory.mktemp("run"), []

@@ -48,8 +48,13 @@ def made_up(monkeypatch):
     monkeypatch.setattr(datasets, "cifar10", lambda: colours)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", ["mnist", "cifar10", "ddpm-mnist"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("mnist", marks=pytest.mark.long),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("cifar10", "ddpm-mnist")),
+    ],
+)
 def test_a_run_leaves_its_files_and_goes_on_from_them(made_up, tmp_path, name):
     experiment = find(name)
     rows = experiment.run(tmp_path, quick=True, progress=False)
@@ -118,8 +123,13 @@ def test_inpainting_keeps_what_is_known(made_up, tmp_path):
     assert "Warnings" in (tmp_path / "out" / "report.md").read_text()
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", ["DEAD_LEAVES", "BARK"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("DEAD_LEAVES", marks=pytest.mark.long),
+        pytest.param("BARK", marks=pytest.mark.slow),
+    ],
+)
 def test_patches_are_compared_with_gaussians(tmp_path, monkeypatch, name):
     (tmp_path / "bark").mkdir()
     picture = np.random.default_rng(0).uniform(size=(120, 110)).repeat(2, 0).repeat(2, 1)
@@ -186,7 +196,7 @@ def test_energy_distance_is_its_double_sums_and_nothing_within_one_law():
     assert judging.energy_distance(few_x, few_y)[0] == pytest.approx(expected)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_readouts_and_losses_are_all_compared(tmp_path):
     rows = parametrisations.EXPERIMENT.run(tmp_path, quick=True, progress=False)
     assert len(rows) == 2 * len(parametrisations.CELLS) + 1

@@ -301,7 +301,7 @@ def functions(x):
     [
         pytest.param(law, marks=mark)
         for law, mark in (
-            (counts, pytest.mark.long), (heavy_tails, pytest.mark.long),
+            (counts, pytest.mark.long), (heavy_tails, pytest.mark.slow),
             (censored, pytest.mark.slow), (two_peaks, pytest.mark.slow),
         )
     ],
