@@ -136,21 +136,35 @@ class Others:
                     "the prior out of the plates, or use NUTS(infer.forward_coordinates(program))"
                 )
 
+    def log_density(self, z: Any, x_0: Array, arrays: list[Array]) -> Array:
+        """log p(θ, y | x_0) of unconstrained θ, with the volume of its transform."""
+        args, kwargs = self._placed(x_0, arrays)
+        return -self.kernel._potential_fn_gen(*args, **kwargs)(z)
+
+    def values(self, z: Any, x_0: Array, arrays: list[Array]) -> dict[str, Array]:
+        """What the sites' values are where their unconstrained ones are z."""
+        args, kwargs = self._placed(x_0, arrays)
+        sites = self.kernel.postprocess_fn(args, kwargs)(z)
+        return {name: sites[name] for name in self.names}
+
     def step(self, state: Any, x_0: Array, arrays: list[Array]) -> tuple[Any, dict[str, Array]]:
         """A few steps of one chain at its x_0, and the values it comes to."""
-        values = iter(arrays)
-        pairs = zip(self.is_array, self.leaves, strict=True)
-        leaves = [next(values) if is_array else leaf for is_array, leaf in pairs]
-        args, kwargs = jax.tree.unflatten(self.tree, leaves)
-        args = x_0, *args
+        args, kwargs = self._placed(x_0, arrays)
         potential = self.kernel._potential_fn_gen(*args, **kwargs)
         energy, gradient = jax.value_and_grad(potential)(state.z)
         state = state._replace(potential_energy=energy, z_grad=gradient)
         state = jax.lax.fori_loop(
             0, _STEPS, lambda _, state: self.kernel.sample(state, args, kwargs), state
         )
-        sites = self.kernel.postprocess_fn(args, kwargs)(state.z)
-        return state, {name: sites[name] for name in self.names}
+        return state, self.values(state.z, x_0, arrays)
+
+    def _placed(self, x_0: Array, arrays: list[Array]) -> tuple[tuple, dict]:
+        """Arguments of `given`."""
+        values = iter(arrays)
+        pairs = zip(self.is_array, self.leaves, strict=True)
+        leaves = [next(values) if is_array else leaf for is_array, leaf in pairs]
+        args, kwargs = jax.tree.unflatten(self.tree, leaves)
+        return (x_0, *args), kwargs
 
 
 class _Given(Messenger):

@@ -6,7 +6,9 @@ A sweep of each of C chains is
                  symbols: noise anew, and conditional SMC (see `conditional`)
     θ | x_0      five steps of a stock NumPyro kernel (see `latents`); they ask no network
 
-and leaves p(θ, x_0:T | y) as it is. In warm-up the step sizes of numbers are set to an acceptance
+and leaves p(θ, x_0:T | y) as it is. Where a program has no plates the first is a move of numbers
+and θ together, (x_0:T, θ), so that what one must yield to the other, such as a gain to the size of
+x_0, does not bind the chain. In warm-up the step sizes of numbers are set to an acceptance
 of three quarters, for each system, and half way the entries of x_0 are rescaled by their spread
 over chains and moves.
 
@@ -21,12 +23,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 from numpyro.infer.hmc_util import dual_averaging
 
 from probdiff import bars
 from probdiff.infer import conditional, moves
-from probdiff.infer.coordinates import Coordinates, coordinates, path_of
+from probdiff.infer.coordinates import Coordinates, Path, coordinates, path_of
 from probdiff.infer.latents import Others
 from probdiff.infer.moves import Point
 from probdiff.infer.particles import known_of
@@ -55,9 +58,10 @@ class Options(NamedTuple):
 class Hamiltonian(NamedTuple):
     """Trajectories of numbers, C chains of B systems, with what moves them."""
 
-    point: Point
+    point: Point  # z has the k numbers of θ behind those of x_0, where both are moved together
     average: Any  # of the log step size, `(B,)` each
     coordinates: Coordinates
+    sd: Float[Array, " k"]  # what a number of θ is divided by; none where θ is moved by itself
 
 
 class State(NamedTuple):
@@ -77,6 +81,7 @@ class Kept(NamedTuple):
     log_r: Float[Array, "C B"]
     log_w: Float[Array, "C B"]
     given: list[Array]
+    flat: Float[Array, "C k"]  # the numbers of θ that are moved with x_0, unconstrained
 
 
 class _Inputs(NamedTuple):
@@ -107,16 +112,19 @@ def run(
     x = jnp.asarray(reverse.to_state(x_0), reverse.kernel.dtype)
     inputs = _Inputs(of.conditioned, *known_of(of.conditioned))
     given, steps = [jnp.asarray(values[name]) for name in others.names], options.steps
-    begun = of.programs(_begin, inputs, key_begin, x, given, steps=steps)
+    moved = others if others.names else None
+    of_others = others.state, others.arrays
+    begun = of.programs(_begin, inputs, key_begin, x, given, *of_others, steps=steps, others=moved)
     state, kept = State(key_sweeps, begun, given, others.state), []
-    how = {"options": options, "others": others if others.names else None}
+    how = {"options": options, "others": moved}
     half, whole = options.num_warmup // 2, options.num_warmup + options.num_samples
     starts = [*range(0, options.num_warmup, half), *range(options.num_warmup, whole, half)]
     with bars.bar(total=whole, desc="sweeps", disable=not progress) as bar:
         for low, high in itertools.pairwise([*starts, whole]):
             if low == half and not reverse.kernel.is_discrete:
-                x = jnp.concatenate([out.x for out in kept])
-                state = of.programs(_rescaled, inputs, state, x, steps=steps)
+                spread = jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept)
+                spread = spread.x, spread.flat, others.arrays
+                state = of.programs(_rescaled, inputs, state, *spread, steps=steps, others=moved)
             kept = [] if low in (half, options.num_warmup) else kept
             is_warm = jnp.array(low < options.num_warmup)
             state, out = of.programs(
@@ -152,16 +160,64 @@ def _given(conditioned: Conditioned, given: list[Array]) -> Conditioned:
     return dataclasses.replace(conditioned, arrays=[*given, *conditioned.arrays[len(given) :]])
 
 
-def _density(problem: Problem, by: Coordinates, given: list[Array]) -> Any:
-    def log_r(x: Array) -> Array:
-        return _log_r(problem, given, x)
+class _Along(NamedTuple):
+    """θ of each chain as k numbers v = u/sd, u unconstrained, that are moved with x_0."""
 
-    return lambda path: moves.log_density(problem, by, log_r, path)
+    u: Float[Array, "C k"]  # where the kernel of each chain is
+    others: Others
+    arrays: list[Array]
+    back: Any  # from the k numbers u of one chain to unconstrained values by site
+    sd: Float[Array, " k"]
+
+    def values(self, x_0: Array, v: Float[Array, "C k"]) -> list[Array]:
+        """Values of the sites, `(C, ...)`."""
+        found = jax.vmap(lambda x, u: self.others.values(self.back(u), x, self.arrays))
+        values = found(x_0, self.sd * v)
+        return [values[name] for name in self.others.names]
+
+    def log_density(self, x_0: Array, v: Float[Array, "C k"]) -> Float[Array, " C"]:
+        """log r and log p(θ), with the volume."""
+        found = jax.vmap(lambda x, u: self.others.log_density(self.back(u), x, self.arrays))
+        return found(x_0, self.sd * v)
+
+
+def _along(
+    problem: Problem, kernel: Any, others: Others | None, arrays: list[Array], sd: Any
+) -> _Along | None:
+    """θ of every chain, from the state of its kernel; None where it is moved by itself."""
+    reverse = problem.reverse
+    is_apart = reverse.kernel.is_discrete or reverse.grid is not None
+    if others is None or is_apart or problem.conditioned.batch_shape:
+        return None
+    u = jax.vmap(lambda z: ravel_pytree(z)[0])(kernel.z)
+    back = ravel_pytree(jax.tree.map(lambda a: a[0], kernel.z))[1]
+    return _Along(u, others, arrays, back, jnp.ones(u.shape[-1]) if sd is None else sd)
+
+
+def _density(problem: Problem, by: Coordinates, given: list[Array], along: _Along | None) -> Any:
+    def alone(path: Path) -> Array:
+        return moves.log_density(problem, by, lambda x: _log_r(problem, given, x), path)
+
+    def together(path: Path) -> Array:
+        z, v = jnp.split(path.z, [problem.size], -1)
+
+        def log_r(x: Array) -> Array:
+            return along.log_density(_shown(problem, x), v[:, 0])[:, None]
+
+        return moves.log_density(problem, by, log_r, path._replace(z=z))
+
+    return alone if along is None else together
+
+
+def _joined(z: Float[Array, "C B d"], along: _Along | None) -> Float[Array, "C B _"]:
+    """Coordinates of x_0, with the numbers of θ behind them."""
+    return z if along is None else jnp.concatenate([z, (along.u / along.sd)[:, None]], -1)
 
 
 def _begin(
-    inputs: _Inputs, key: Array, x_0: Array, given: list[Array], *, steps: int | None
-) -> Any:
+    inputs: _Inputs, key: Array, x_0: Array, given: list[Array], kernel: Any, arrays: list[Array],
+    *, steps: int | None, others: Others | None,
+) -> Any:  # fmt: skip
     """Trajectories through x_0, `(C, *plates, *event_shape)`, their noise drawn forward."""
     problem = _problem(inputs, steps)
     if problem.reverse.kernel.is_discrete:
@@ -170,9 +226,13 @@ def _begin(
     by = coordinates(problem.draw, inputs.known, inputs.mask)
     by = by._replace(sd=jnp.broadcast_to(by.sd, (problem.systems, problem.size)))
     x_0 = x_0.reshape(len(x_0), problem.systems, *problem.reverse.event_shape)
-    point = moves.at(_density(problem, by, given), path_of(key, problem.reverse, by, x_0))
+    along = _along(problem, kernel, others, arrays, None)
+    path = path_of(key, problem.reverse, by, x_0)
+    path = path._replace(z=_joined(path.z, along))
+    point = moves.at(_density(problem, by, given, along), path)
     log_step, zeros = (jnp.full(problem.systems, v) for v in (math.log(_FIRST_STEP), 0.0))
-    return Hamiltonian(point, (log_step, log_step, zeros, jnp.zeros(()), log_step), by)
+    average = log_step, log_step, zeros, jnp.zeros(()), log_step
+    return Hamiltonian(point, average, by, jnp.ones(0) if along is None else along.sd)
 
 
 def _sweep(
@@ -185,10 +245,13 @@ def _sweep(
 
     def sweep(state: State, _: None) -> tuple[State, Kept]:
         key, key_move, key_x = jax.random.split(state.key, 3)
-        trajectories, kept = move(key_move, problem, state, is_warm, options, others is not None)
-        kernel, given = state.kernel, state.given
+        trajectories, kept = move(key_move, problem, state, is_warm, options, others, arrays)
+        kernel, given = state.kernel, kept.given
         if others is not None:
             x_0 = _shown(problem, kept.x)
+            if kept.flat.size:
+                back = ravel_pytree(jax.tree.map(lambda a: a[0], kernel.z))[1]
+                kernel = kernel._replace(z=jax.vmap(back)(kept.flat))
             kernel, values = jax.vmap(others.step, (0, 0, None))(kernel, x_0, arrays)
             given = [values[name] for name in others.names]
         if problem.reverse.grid is not None:
@@ -199,25 +262,33 @@ def _sweep(
 
 
 def _hamiltonian(
-    key: Array, problem: Problem, state: State, is_warm: Array, options: Options, is_new: bool
-) -> tuple[Hamiltonian, Kept]:
-    """A move of numbers, and of its step size; `is_new` says that log r is another than before."""
-    point, average, by = state.trajectories
-    density = _density(problem, by, state.given)
-    point = moves.at(density, point.path) if is_new else point
+    key: Array, problem: Problem, state: State, is_warm: Array, options: Options,
+    others: Others | None, arrays: list[Array],
+) -> tuple[Hamiltonian, Kept]:  # fmt: skip
+    """A move of numbers, those of θ along with them where they can be, and of its step size."""
+    point, average, by, sd = state.trajectories
+    along = _along(problem, state.kernel, others, arrays, sd)
+    density = _density(problem, by, state.given, along)
+    if others is not None:  # log r is another than before
+        z = _joined(point.path.z[..., : problem.size], along)
+        point = moves.at(density, point.path._replace(z=z))
     log_step, log_average, *_ = average
     step = jnp.exp(jnp.where(is_warm, log_step, log_average))
     point, share = moves.move(key, density, point, step, options.num_leapfrog)
     there = _averaged(_TARGET - jnp.mean(share, 0), average)
     average = jax.tree.map(lambda a, b: jnp.where(is_warm, a, b), there, average)
-    x = by.x(point.path.z)
-    kept = Kept(x, share, _log_r(problem, state.given, x), point.log_density, state.given)
-    return Hamiltonian(point, average, by), kept
+    z, v = jnp.split(point.path.z, [problem.size], -1)
+    x, given = by.x(z), state.given
+    if along is not None:
+        given = along.values(_shown(problem, x), v[:, 0])
+    kept = Kept(x, share, _log_r(problem, given, x), point.log_density, given, sd * v[:, 0])
+    return Hamiltonian(point, average, by, sd), kept
 
 
 def _conditional(
-    key: Array, problem: Problem, state: State, is_warm: Array, options: Options, is_new: bool
-) -> tuple[conditional.Trajectory, Kept]:
+    key: Array, problem: Problem, state: State, is_warm: Array, options: Options,
+    others: Others | None, arrays: list[Array],
+) -> tuple[conditional.Trajectory, Kept]:  # fmt: skip
     """A move of symbols, chain by chain, as many at once as memory holds."""
     size = problem.reverse.n * options.num_particles * problem.systems * problem.size
 
@@ -230,20 +301,29 @@ def _conditional(
     at_once = max(1, _MOST_NUMBERS // size)
     trajectories, share, log_r = jax.lax.map(move, rows, batch_size=at_once)
     log_density = trajectories.log_w + log_r
-    return trajectories, Kept(trajectories.x[:, 0], share, log_r, log_density, state.given)
+    given, none = state.given, jnp.zeros((len(log_r), 0))
+    return trajectories, Kept(trajectories.x[:, 0], share, log_r, log_density, given, none)
 
 
-def _rescaled(inputs: _Inputs, state: State, x: Array, *, steps: int | None) -> State:
-    """Entries of x_0 rescaled by their spread over chains and moves, `(M, C, B, d)`."""
-    problem, by = _problem(inputs, steps), state.trajectories.coordinates
-    sd = jnp.std(jax.vmap(by.z)(x), (0, 1))
-    sd = by.sd * jnp.clip(jnp.where(sd > 0, sd, 1.0), _NARROWEST, _WIDEST)
-    there = by._replace(sd=sd)
-    path = state.trajectories.point.path
-    path = path._replace(z=there.z(by.x(path.z)))
-    point = moves.at(_density(problem, there, state.given), path)
-    trajectories = state.trajectories._replace(point=point, coordinates=there)
+def _rescaled(
+    inputs: _Inputs, state: State, x: Array, flat: Array, arrays: list[Array], *,
+    steps: int | None, others: Others | None,
+) -> State:  # fmt: skip
+    """Entries of x_0 rescaled by their spread over chains and moves, `(M, C, B, d)`; θ's too."""
+    problem, (point, _, by, sd) = _problem(inputs, steps), state.trajectories
+    there = by._replace(sd=_rescale(by.sd, jnp.std(jax.vmap(by.z)(x), (0, 1))))
+    sd = _rescale(sd, jnp.std(flat / sd, (0, 1)))
+    along = _along(problem, state.kernel, others, arrays, sd)
+    z = there.z(by.x(point.path.z[..., : problem.size]))
+    path = point.path._replace(z=_joined(z, along))
+    point = moves.at(_density(problem, there, state.given, along), path)
+    trajectories = state.trajectories._replace(point=point, coordinates=there, sd=sd)
     return state._replace(trajectories=trajectories)
+
+
+def _rescale(sd: Array, ratio: Array) -> Array:
+    """Scales times how much wider entries are than them, within limits."""
+    return sd * jnp.clip(jnp.where(ratio > 0, ratio, 1.0), _NARROWEST, _WIDEST)
 
 
 def _shown(problem: Problem, x: Array) -> Array:
