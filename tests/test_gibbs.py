@@ -250,3 +250,34 @@ def test_ranks_of_x_0_and_of_unknown_noise_and_gain_are_uniform():
         for name, (of, t) in quantities.items()
     }
     assert min(p.values()) > 0.01 / len(p), p
+
+
+@pytest.mark.long
+def test_an_unknown_gain_mixes_with_the_size_of_x_0():
+    """Given the one the other hardly moves: both move at once. 4 chains of 500; 24 measurements."""
+    prior = standard_diffusion((4,), T=5).prior({})
+    rng = np.random.default_rng(1)
+    matrix = jnp.asarray(rng.standard_normal((24, 4)), jnp.float32)
+    y = 1.3 * np.asarray(matrix) @ rng.standard_normal(4) + 0.3 * rng.standard_normal(24)
+
+    def program(y):
+        x_0 = prior()
+        gain = numpyro.sample("gain", dist.LogNormal(0.0, 0.5))
+        numpyro.sample("y", dist.Normal(gain * (matrix @ x_0), 0.3).to_event(1), obs=y)
+
+    gibbs = infer.ParticleGibbs(
+        program, num_particles=64, num_chains=4, num_warmup=200, num_samples=500, num_leapfrog=12
+    )
+    gibbs.run(jax.random.key(0), jnp.asarray(y, jnp.float32))
+    gain = gibbs.get_samples(group_by_chain=True)["gain"]
+    assert array_stats.ess(gain, chain_axis=0, draw_axis=1) > 100  # of 2000; 8 one after another
+
+    grid = np.linspace(0.05, 8, 4000)
+    values, vectors = np.linalg.eigh(np.asarray(matrix, float) @ np.asarray(matrix, float).T)
+    variance = grid[:, None] ** 2 * np.maximum(values, 0) + 0.3**2
+    log_p = -0.5 * ((vectors.T @ y) ** 2 / variance + np.log(variance)).sum(1)
+    p = np.exp(log_p - log_p.max()) * stats.lognorm.pdf(grid, 0.5)
+    p /= p.sum()
+    mean = p @ grid
+    assert abs(gain.mean() - mean) < 4 * se(gain)
+    assert gain.std() == pytest.approx(np.sqrt(p @ (grid - mean) ** 2), rel=0.2)
