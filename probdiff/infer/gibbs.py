@@ -8,7 +8,8 @@ from all its runs, and a sweep is
                  symbols: noise anew, and conditional SMC (see `conditional`)
     θ | x_0      five steps of a stock NumPyro kernel, θ all other latent sites; no network call
 
-Both leave p(θ, x_0:T | y) as it is. Moves of numbers do not cross between modes far apart: many
+Both leave p(θ, x_0:T | y) as it is. In a program without plates numbers and θ are moved together in
+the first, and θ once more in the second. Moves of numbers do not cross between modes far apart: many
 chains with few sweeps keep the weights that particles gave them; a few long ones do not.
 
 The sweeps themselves, compiled, are in `sweeps`.
@@ -61,7 +62,7 @@ class ParticleGibbs:
     For exact pixels, on which particles collapse, and for programs with other unknowns. A sweep
     moves each chain's trajectory, numbers by Hamiltonian Monte Carlo in forward coordinates, bits
     and classes by conditional SMC with ancestor sampling, then the other latent sites by a kernel
-    of NumPyro.
+    of NumPyro; without plates, numbers and those sites also at once.
 
     Args:
         program: A program with one `prior()`, and observed sites below it; any other latent sites
