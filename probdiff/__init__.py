@@ -20,7 +20,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from probdiff import datasets, diagnostics, infer, networks, plots, readouts, sample, schedules
+    from probdiff import (
+        datasets,
+        diagnostics,
+        infer,
+        networks,
+        plots,
+        readouts,
+        sample,
+        samplers,
+        schedules,
+    )  # fmt: skip
     from probdiff.denoiser import from_denoiser
     from probdiff.diffusion import Diffusion
     from probdiff.elbo import SampledTimeELBO, track_kl
@@ -56,6 +66,7 @@ __all__ = [
     "plots",
     "readouts",
     "sample",
+    "samplers",
     "save",
     "schedules",
     "standard_diffusion",

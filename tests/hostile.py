@@ -51,6 +51,7 @@ from probdiff import (
     plots,
     readouts,
     sample,
+    samplers,
     schedules,
     standard_diffusion,
 )
@@ -367,6 +368,8 @@ def of_sampling() -> list[Case]:
     drawn = {"key": KEY, "diffusion": _diffusion(), "params": {}, "num_samples": 3}
     return [
         case(sample.ancestral, **drawn),
+        case(sample.draw, **drawn, sampler=samplers.DDIM(2)),
+        *(case(kind, steps=2) for kind in (samplers.DDIM, samplers.DPMSolver, samplers.Heun)),
         Case("fit", probdiff.fit, given, called=(("data", "x_0"), ("held_out", "x_0"))),
     ]
 

@@ -8,9 +8,9 @@ from all its runs, and a sweep is
                  symbols: noise anew, and conditional SMC (see `conditional`)
     θ | x_0      five steps of a stock NumPyro kernel, θ all other latent sites; no network call
 
-Both leave p(θ, x_0:T | y) as it is. In a program without plates numbers and θ are moved together in
-the first, and θ once more in the second. Moves of numbers do not cross between modes far apart: many
-chains with few sweeps keep the weights that particles gave them; a few long ones do not.
+Both leave p(θ, x_0:T | y) as it is. In a program without plates the first moves numbers and θ at
+once, and the second θ again. Moves of numbers do not cross between modes far apart: many chains
+with few sweeps keep the weights that particles gave them; a few long ones do not.
 
 The sweeps themselves, compiled, are in `sweeps`.
 
