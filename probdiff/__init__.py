@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         sample,
         samplers,
         schedules,
-    )  # fmt: skip
+    )
     from probdiff.denoiser import from_denoiser
     from probdiff.diffusion import Diffusion
     from probdiff.elbo import SampledTimeELBO, track_kl
