@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from probdiff import (
         datasets,
         diagnostics,
+        guidance,
         infer,
         networks,
         plots,
@@ -60,6 +61,7 @@ __all__ = [
     "diagnostics",
     "fit",
     "from_denoiser",
+    "guidance",
     "infer",
     "load",
     "networks",

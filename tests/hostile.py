@@ -45,6 +45,7 @@ import probdiff
 from probdiff import (
     datasets,
     diagnostics,
+    guidance,
     infer,
     kernels,
     networks,
@@ -368,10 +369,20 @@ def of_sampling() -> list[Case]:
     drawn = {"key": KEY, "diffusion": _diffusion(), "params": {}, "num_samples": 3}
     return [
         case(sample.ancestral, **drawn),
+        case(guidance.flagged, context=np.zeros((3, 1))),
+        case(guidance.guided, diffusion=_flagged(), params={}, weight=2.0),
         case(sample.draw, **drawn, sampler=samplers.DDIM(2)),
         *(case(kind, steps=2) for kind in (samplers.DDIM, samplers.DPMSolver, samplers.Heun)),
         Case("fit", probdiff.fit, given, called=(("data", "x_0"), ("held_out", "x_0"))),
     ]
+
+
+def _flagged() -> Any:
+    """A diffusion whose context has a flag."""
+    return probdiff.Diffusion(
+        probdiff.GaussianKernel(), schedules.cosine(3), lambda x_t, t, c: x_t, event_shape=(1,),
+        readout=readouts.Data(readouts.BridgeVariance()), context_shape=(2,),
+    )  # fmt: skip
 
 
 def of_storage() -> list[Case]:

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "probdiff"
 ORDER = """
     bars files arguments types datasets compilation devices
     kernels schedules readouts networks validation columns reverse trajectories prior diffusion
-    standard denoiser times elbo simple_loss train storage samplers sample
+    standard denoiser times elbo simple_loss guidance train storage samplers sample
     infer diagnostics plots recipes experiments cli
 """.split()
 # These call the package as a user does; all others name the module they need.
