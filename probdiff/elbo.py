@@ -12,7 +12,8 @@ guide runs, by an effect handler that belongs to this objective.
 
 Every other latent site is scored by its closed-form KL where one is registered and all the latents
 it may depend on in the model come before it in the guide, by a sampled log-ratio elsewhere. Masks,
-scales and subsampling count as in NumPyro's own objectives.
+scales and subsampling count as in NumPyro's own objectives. Where x_0 is itself a latent, such as
+the code of an encoder, log q(x_0) is paid beside log p(x_0 | x_1): the rest is the same.
 
 How t is drawn is said by `times`; whatever the law, the estimate is unbiased.
 
@@ -23,7 +24,7 @@ out, hence without their condition on the data's second moment.
 import abc
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -102,8 +103,8 @@ def _tracked(guide: _Program, *args: Any, **kwargs: Any) -> Any:
 class _PlaceTimes(Messenger):
     """Gives each forward trajectory the value `SampledTimes` instead of drawing it."""
 
-    def __init__(self, times: Times, num_times: int):
-        self.times, self.num_times = times, num_times
+    def __init__(self, objective: "SampledTimeLoss"):
+        self.objective = objective
         self.memory: _Named = {}
         super().__init__()
 
@@ -113,22 +114,45 @@ class _PlaceTimes(Messenger):
             return
         memory = self.memory.get(msg["name"] + _MEMORY_SUFFIX)
         if memory is None:
-            if self.times.tracks_kl:
+            if self.objective.times.tracks_kl:
                 raise ValueError(
-                    f"{type(self.times).__name__} needs the running KL of {msg['name']!r}: "
+                    f"{type(self.objective.times).__name__} needs the running KL of "
+                    f"{msg['name']!r}: "
                     "pass track_kl(guide) to SVI in place of the guide"
                 )
             memory = jnp.zeros(forward.steps.T - 1)
         # x_1 and x_t at `num_times` times are independent given x_0, as each term allows.
         key_t, key_1, key_x = jax.random.split(msg["kwargs"]["rng_key"], 3)
-        t, probability = self.times.draw(key_t, (self.num_times, *forward.batch_shape), memory)
+        t, weight = self.objective.draw_times(key_t, forward, memory)
         x_1 = forward.sample_at(key_1, jnp.ones(forward.batch_shape, jnp.int32))
-        x_t, weight = forward.sample_at(key_x, t), 1 / (self.num_times * probability)
-        msg["value"] = SampledTimes(x_1, x_t, t, weight)
+        msg["value"] = SampledTimes(x_1, forward.sample_at(key_x, t), t, weight)
 
     def postprocess_message(self, msg: _Named) -> None:
         if msg["type"] == "mutable":
             self.memory[msg["name"]] = msg["value"]
+
+
+class Term(NamedTuple):
+    """What one site adds to the loss: −log p, log q or a KL, for every element of its plates."""
+
+    part: str
+    """`log_p` (sign changed), `log_q` or `kl`; of a diffusion `reconstruction` (sign changed), and
+    `prior_kl` with its steps."""
+    name: str
+    """The site; of a trajectory the data's."""
+    loss: Float[Array, "*batch"]
+    scale: Any = None
+    mask: Any = None
+    """True where it counts; masks of NumPyro's handlers, where `loss` is not masked by itself."""
+    steps: Float[Array, "times *batch"] | None = None
+    """Of a trajectory, what each of its times adds besides."""
+    plates: tuple = ()
+    """Frames of the site's plates."""
+
+    def total(self) -> Float[Array, ""]:
+        """Sum over plates and times."""
+        loss = self.loss if self.steps is None else jnp.sum(self.steps, 0) + self.loss
+        return jnp.sum(scale_and_mask(loss, self.scale, self.mask))
 
 
 class SampledTimeLoss(ELBO, abc.ABC):
@@ -136,6 +160,9 @@ class SampledTimeLoss(ELBO, abc.ABC):
 
     Its arguments are those of `SampledTimeELBO`.
     """
+
+    is_bound = False
+    """Whether −loss is a bound, so that x_0 of a diffusion may be a latent of the guide."""
 
     def __init__(
         self,
@@ -198,12 +225,19 @@ class SampledTimeLoss(ELBO, abc.ABC):
         return {"loss": loss, "mutable_state": state or None}
 
     def _particle(self, key, param_map, model, guide, args, kwargs):
+        terms, state = self.terms(key, param_map, model, guide, args, kwargs)
+        return sum((term.total() for term in terms), start=jnp.zeros(())), state
+
+    def terms(
+        self, key: Array, params: Params, model: _Program, guide: _Program, args: Any, kwargs: Any
+    ) -> tuple[list[Term], _Named]:
+        """What every site adds to the loss at one draw of the guide; mutable state, updated."""
         key_model, key_guide = jax.random.split(key)
-        with _PlaceTimes(self.times, self.num_times):
-            guide = substitute(seed(guide, key_guide), data=param_map)
+        with _PlaceTimes(self):
+            guide = substitute(seed(guide, key_guide), data=params)
             guide_sites = trace(guide).get_trace(*args, **kwargs)
         state = {n: s["value"] for n, s in guide_sites.items() if s["type"] == "mutable"}
-        model = substitute(replay(seed(model, key_model), guide_sites), data=param_map)
+        model = substitute(replay(seed(model, key_model), guide_sites), data=params)
         model_sites = trace(model).get_trace(*args, **kwargs)
         state |= {n: s["value"] for n, s in model_sites.items() if s["type"] == "mutable"}
         check_model_guide_match(model_sites, guide_sites)
@@ -211,31 +245,37 @@ class SampledTimeLoss(ELBO, abc.ABC):
         for name, site in model_sites.items():
             if site["type"] != "sample":
                 continue
+            is_data = isinstance(_unwrap(site["fn"])[0], DataGivenFirst)
+            trajectory = guide_sites.get(name + TRAJECTORY_SUFFIX) if is_data else None
             if isinstance(site["value"], SampledTimes):
                 _check_order(name, model_sites, guide_sites)
                 term, memory = self._trajectory_term(site, guide_sites[name], state)
+                terms.append(term)
                 state |= memory
-            elif site["is_observed"] and isinstance(_unwrap(site["fn"])[0], DataGivenFirst):
-                term = self._data_term(site, guide_sites[name + TRAJECTORY_SUFFIX])
+            elif trajectory is not None and isinstance(trajectory["value"], SampledTimes):
+                terms.append(self._data_term(site, trajectory))
+                if not site["is_observed"]:
+                    terms.append(self._latent_data_term(name, guide_sites))
             elif site["is_observed"]:
-                term = -_log_prob(site)
+                terms.append(log_p_term(site))
             elif name in guide_sites:
                 is_mean_field = _is_mean_field(name, model_sites, guide_sites)
-                term = _latent_loss(site, guide_sites[name], closed_form=is_mean_field)
+                terms += _latent_terms(site, guide_sites[name], closed_form=is_mean_field)
             else:
-                raise ValueError(
-                    f"site {name!r} of the model is latent and has no counterpart in the guide; "
-                    "a trajectory's is diffusion.forward(x_0)"
-                )
-            terms.append(term)
-        for name, site in guide_sites.items():
-            if site["type"] == "sample" and name not in model_sites:  # auxiliary
-                terms.append(_log_prob(site))
-        return sum(terms, start=jnp.zeros(())), state
+                raise _without_counterpart(name)
+        return terms + auxiliary_terms(model_sites, guide_sites), state
+
+    def draw_times(
+        self, key: Array, forward: ForwardTrajectory, mean_square_kl: Float[Array, " steps"]
+    ) -> tuple[Int[Array, "times *batch"], Float[Array, "times *batch"]]:
+        """Times at which a trajectory is looked at, and the weight of each."""
+        shape = (self.num_times, *forward.batch_shape)
+        t, probability = self.times.draw(key, shape, mean_square_kl)
+        return t, 1 / (self.num_times * probability)
 
     def _trajectory_term(
         self, model_site: _Named, guide_site: _Named, state: _Named
-    ) -> tuple[Float[Array, ""], _Named]:
+    ) -> tuple[Term, _Named]:
         """Loss of one trajectory site but for its data; its running mean squares if it has them."""
         levels = model_site["value"]
         forward, guide_mask = _forward(guide_site), _unwrap(guide_site["fn"])[1]
@@ -248,18 +288,35 @@ class SampledTimeLoss(ELBO, abc.ABC):
         if guide_mask is not None:
             mask = guide_mask if mask is None else mask & guide_mask
         loss = self.step_loss(forward, law.reverse, levels.x_t, levels.t)
-        total = jnp.sum(levels.weight * loss, 0) + self.end_loss(forward)
-        term = jnp.sum(scale_and_mask(total, guide_site["scale"], mask))
-        name = guide_site["name"] + _MEMORY_SUFFIX
-        if name not in state:
+        name = guide_site["name"]
+        term = Term(
+            "prior_kl", name.removesuffix(TRAJECTORY_SUFFIX), self.end_loss(forward),
+            guide_site["scale"], mask, levels.weight * loss, tuple(guide_site["cond_indep_stack"]),
+        )  # fmt: skip
+        memory = name + _MEMORY_SUFFIX
+        if memory not in state:
             return term, {}
-        return term, {name: _remember(state[name], levels.t, jax.lax.stop_gradient(loss), mask)}
+        loss = jax.lax.stop_gradient(loss)
+        return term, {memory: _remember(state[memory], levels.t, loss, mask)}
 
-    def _data_term(self, site: _Named, guide_site: _Named) -> Float[Array, ""]:
+    def _data_term(self, site: _Named, guide_site: _Named) -> Term:
         """Loss of the data at the end of a trajectory."""
         fn, mask = _unwrap(site["fn"])
         loss = self.data_loss(_forward(guide_site), fn, site["value"])
-        return jnp.sum(scale_and_mask(loss, site["scale"], mask))
+        plates = tuple(site["cond_indep_stack"])
+        return Term("reconstruction", site["name"], loss, site["scale"], mask, plates=plates)
+
+    def _latent_data_term(self, name: str, guide_sites: _Named) -> Term:
+        """log q of an x_0 that the guide draws."""
+        if not self.is_bound:
+            raise ValueError(
+                f"site {name!r}, where a trajectory starts, must be observed under "
+                f"{type(self).__name__}, which is no bound: with log q of a latent it would have "
+                "no minimum. Use SampledTimeELBO, or train the diffusion on draws of the guide"
+            )
+        if name not in guide_sites:
+            raise _without_counterpart(name)
+        return log_q_term(guide_sites[name])
 
 
 class SampledTimeELBO(SampledTimeLoss):
@@ -285,6 +342,8 @@ class SampledTimeELBO(SampledTimeLoss):
         >>> bool(abs(loss + dist.Normal(0, 1).log_prob(1.0)) < 0.1)
         True
     """
+
+    is_bound = True
 
     def step_loss(
         self, forward: ForwardTrajectory, reverse: Reverse, x_t: State, t: Array
@@ -363,9 +422,35 @@ def _remember(
     return jnp.where(count > 0, blended, memory)
 
 
-def _log_prob(site: _Named) -> Float[Array, ""]:
-    log_prob = site["fn"].log_prob(site["value"], *filter(None, [site["intermediates"]]))
-    return jnp.sum(scale_and_mask(log_prob, site["scale"]))
+def _log_prob(site: _Named) -> Float[Array, "*batch"]:
+    return site["fn"].log_prob(site["value"], *filter(None, [site["intermediates"]]))
+
+
+def _term(part: str, site: _Named, loss: Float[Array, "*batch"]) -> Term:
+    return Term(part, site["name"], loss, site["scale"], plates=tuple(site["cond_indep_stack"]))
+
+
+def log_p_term(site: _Named) -> Term:
+    """−log p at a site of the model, whole trajectories too."""
+    return _term("log_p", site, -_log_prob(site))
+
+
+def log_q_term(site: _Named) -> Term:
+    """log q at a site of the guide."""
+    return _term("log_q", site, _log_prob(site))
+
+
+def auxiliary_terms(model_sites: _Named, guide_sites: _Named) -> list[Term]:
+    """log q of the guide's sites that the model has not."""
+    is_own = (n for n, s in guide_sites.items() if s["type"] == "sample" and n not in model_sites)
+    return [log_q_term(guide_sites[name]) for name in is_own]
+
+
+def _without_counterpart(name: str) -> ValueError:
+    return ValueError(
+        f"site {name!r} of the model is latent and has no counterpart in the guide; "
+        "a trajectory's is diffusion.forward(x_0)"
+    )
 
 
 def _is_mean_field(name: str, model_sites: _Named, guide_sites: _Named) -> bool:
@@ -389,12 +474,13 @@ def _check_order(name: str, model_sites: _Named, guide_sites: _Named) -> None:
         )
 
 
-def _latent_loss(model_site: _Named, guide_site: _Named, *, closed_form: bool) -> Float[Array, ""]:
+def _latent_terms(model_site: _Named, guide_site: _Named, *, closed_form: bool) -> list[Term]:
     """KL(guide ‖ model) in closed form where that is right and known, else the log-ratio."""
-    if not closed_form:
-        return _log_prob(guide_site) - _log_prob(model_site)
-    try:
-        kl = dist.kl_divergence(guide_site["fn"], model_site["fn"])
-    except NotImplementedError:
-        return _log_prob(guide_site) - _log_prob(model_site)
-    return jnp.sum(scale_and_mask(kl, guide_site["scale"]))
+    if closed_form:
+        try:
+            kl = dist.kl_divergence(guide_site["fn"], model_site["fn"])
+        except NotImplementedError:
+            pass
+        else:
+            return [_term("kl", guide_site, kl)]
+    return [log_q_term(guide_site), log_p_term(model_site)]

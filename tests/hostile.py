@@ -456,6 +456,7 @@ def of_diagnostics() -> list[Case]:
     """Diagnostics of a model."""
     trees, drawn = _trees(), {"key": KEY, "diffusion": _diffusion(), "params": {}}
     given, tree = drawn | {"x_0": X}, trees["bound"]
+    pair = (diffusion := _diffusion()).model, diffusion.guide
     few = {"sizes": (1, 2), "num_repeats": 2}
     kl = tree["bound"]["kl"].values
     bits = _diffusion((2,), probdiff.BernoulliKernel(0.5))
@@ -463,11 +464,19 @@ def of_diagnostics() -> list[Case]:
     fitted = probdiff.fit(KEY, _svi(), X, num_steps=1, progress=False)
     return [
         case(diagnostics.bound, **given),
+        case(diagnostics.bound, "bound of a program", **given | {"diffusion": pair}),
         case(diagnostics.sampled_bound, **given, num_times=2),
         case(diagnostics.entropies, **given, tree=tree),
         case(diagnostics.entropy_form, **given, kl=kl),
         case(diagnostics.information, **given, tree=tree),
         case(diagnostics.ladder, **given, **few, num_draws=2),
+        case(
+            diagnostics.ladder,
+            "ladder of a program",
+            **given | {"diffusion": pair},
+            **few,
+            num_draws=2,
+        ),
         case(diagnostics.sandwich, **drawn, num_examples=2, **few),
         case(diagnostics.predictive_check, **given, num_replicates=2),
         case(diagnostics.compare, models={"a": tree, "b": tree}),

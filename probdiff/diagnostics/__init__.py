@@ -12,6 +12,7 @@
     predictive_check        replicate data sets of the model beside the data, PITs of statistics
     to_datatree             a run of MCMC, SMC, SVI or `fit`, dims always right
 
+`bound` and `ladder` take a program too, any model and guide whose rows are in one plate.
 Groups have named dims; a bound has dim `example` and no chain or draw.
 """
 

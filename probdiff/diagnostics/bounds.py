@@ -41,8 +41,10 @@ from probdiff.arguments import (
     plain,
     read_array,
     shape_text,
+    shown,
 )
 from probdiff.diagnostics.control import controlled
+from probdiff.diagnostics.program import Rows
 from probdiff.diffusion import Data, Diffusion, Mask
 from probdiff.elbo import prior_kl, step_kl
 from probdiff.kernels import DiscreteKernel
@@ -58,15 +60,21 @@ BITS_PER_NAT = 1 / math.log(2)
 
 
 def bound(
-    key: Array, diffusion: Diffusion, params: Params, x_0: Data, *, context: Any = None,
-    mask: Mask | None = None, num_draws: int = 1, block_size: int = 4096, mesh: Mesh | None = None,
-    progress: bool = False,
+    key: Array, diffusion: Diffusion | tuple, params: Params, x_0: Data | tuple | dict, *,
+    context: Any = None, mask: Mask | None = None, num_draws: int = 1, block_size: int = 4096,
+    mesh: Mesh | None = None, progress: bool = False,
 ) -> xr.DataTree:  # fmt: skip
     """Bound K on log p(x_0) for every example, with the term of every step.
 
+    A program, any NumPyro model and guide with the rows of x_0 in one plate, is a pair in place of
+    the diffusion, and its bound is the ELBO of every row.
+
     Args:
         key: Randomness; block b of examples uses `fold_in(key, b)`.
-        diffusion: The model.
+        diffusion: The model; or a program `(model, guide)`, both called as `model(x_0)`, with a
+            tuple as `model(*x_0)`, with a dict as `model(**x_0)`. They have to take any number of
+            rows; what is no row is bound by `functools.partial`. context, mask and mesh are for a
+            diffusion.
         params: Its parameters.
         x_0: Examples in the user's units, `(N, *event_shape)`.
         context: One context per example, `(N, *context_shape)`.
@@ -86,8 +94,18 @@ def bound(
         the user's units"; `num_dims`, entries observed of one example, nan where examples differ;
         `data`, a digest of the examples, by which other functions know them again.
 
+        Of a program `bound` and `bound_se`, and parts by the name of their site:
+        `log_likelihood_y` of every observed site y; `kl_z` of every latent z, a KL in closed form
+        or a sampled log-ratio; `log_q_a` of what the guide alone draws; of a diffusion's x_0
+        `reconstruction_x_0`, `prior_kl_x_0` and, by step, `step_kl_x_0`, and where its x_0 is a
+        latent z `log_q_z` too, and in `kl_z` the sum of it all. Masks and scales count as in
+        `SampledTimeELBO`: under a scale this is the objective, no bound. `num_dims` counts the
+        entries of observed sites less those of latents that are `dist.ImproperUniform`; T is there
+        where there is one diffusion.
+
     Raises:
-        ValueError: if arguments do not fit the model, or blocks are too large for the mesh.
+        ValueError: if arguments do not fit the model, or blocks are too large for the mesh; if a
+            site of a program is not in the plate of the rows, or lacks its counterpart.
         FloatingPointError: if a part of the bound is NaN; says which, and of which examples.
 
     Example:
@@ -102,7 +120,30 @@ def bound(
         True
         >>> dict(tree["bound"]["kl"].sizes)  # steps 2..10
         {'example': 500, 'step': 9}
+
+        A diffusion as the prior of a code z, of which x is a noisy look: x ~ N(0, 2). The guide has
+        the exact posterior N(x/2, 1/2), so every row's ELBO is log p(x):
+
+        >>> prior = standard_diffusion(name="z")
+        >>> def model(x):
+        ...     with numpyro.plate("data", len(x)):
+        ...         numpyro.sample("x", dist.Normal(prior.reverse(), 1.0), obs=x)
+        >>> def guide(x):
+        ...     with numpyro.plate("data", len(x)):
+        ...         prior.forward(numpyro.sample("z", dist.Normal(x / 2, 0.5**0.5)))
+        >>> x = jnp.linspace(-2.0, 2.0, 200)
+        >>> group = diagnostics.bound(key, (model, guide), {}, x, num_draws=50)["bound"]
+        >>> sorted(group)[:5]
+        ['bound', 'bound_se', 'kl_z', 'log_likelihood_x', 'log_q_z']
+        >>> exact = dist.Normal(0.0, 2.0**0.5).log_prob(x).mean()
+        >>> abs(group.attrs["mean"] - float(exact)) < 0.05
+        True
     """
+    if isinstance(diffusion, tuple):
+        return _of_program(
+            key, diffusion, params, x_0, num_draws, block_size, progress,
+            {"context": context, "mask": mask, "mesh": mesh},
+        )  # fmt: skip
     reconstruction, kl, prior, se = _parts(
         key, diffusion, params, x_0, context, mask, _bound_block, block_size, mesh,
         progress=progress, num_draws=num_draws,
@@ -114,6 +155,42 @@ def bound(
     tree["bound"]["bound_se"] = xr.DataArray(se, dims="example")
     tree["bound"].attrs |= _measure(diffusion, x_0, mask) | {"num_draws": num_draws}
     return tree
+
+
+def _of_program(
+    key: Array, pair: tuple, params: Params, data: Any, num_draws: int, block_size: int,
+    progress: bool, refused: Mapping[str, Any],
+) -> xr.DataTree:  # fmt: skip
+    check_key(key)
+    check_flag(progress=progress)
+    check_at_least(1, num_draws=num_draws, block_size=block_size)
+    rows = checked_rows(pair, params, data, refused)
+    parts, variance = rows.parts(key, num_draws=num_draws, block_size=block_size, progress=progress)
+    total = parts.pop("bound")
+    check_numbers(parts)
+    several = len(rows.lengths) > 1
+    variables: dict[str, Any] = {"bound": ("example", total)}
+    coords: dict[str, Any] = {"example": np.arange(len(total))}
+    for name, values in parts.items():
+        variables[name] = ("example", values)
+        if values.ndim == 2:
+            step = f"{name.removeprefix('step_kl_')}_step" if several else "step"
+            variables[name] = (("example", step), values)
+            coords[step] = np.arange(2, values.shape[1] + 2)
+    variables["bound_se"] = ("example", np.sqrt(variance))
+    attrs = summary(total) | rows.about | {"data": digest_of(data), "num_draws": num_draws}
+    return xr.DataTree.from_dict({"bound": xr.Dataset(variables, coords, attrs)})
+
+
+def checked_rows(pair: tuple, params: Params, data: Any, refused: Mapping[str, Any]) -> Rows:
+    """A program with rows of data, without the arguments that are a diffusion's alone."""
+    for name, value in refused.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} must be left out of a program, whose x_0 may be a dict of arrays; got "
+                f"{shown(value)}"
+            )
+    return Rows(pair, params, data)
 
 
 def sampled_bound(
@@ -179,7 +256,7 @@ def check_numbers(parts: Mapping[str, np.ndarray]) -> None:
         if is_nan.any():
             rows = np.flatnonzero(is_nan.any(1))
             at = ""
-            if values.ndim == 2 and name == "kl":
+            if values.ndim == 2 and "kl" in name:
                 at = f" at steps {_some(np.flatnonzero(is_nan.any(0)) + 2)}"
             raise FloatingPointError(
                 f"{name} is NaN{at} for {len(rows)} of {len(values)} examples, rows {_some(rows)}: "
@@ -320,6 +397,14 @@ def digest(x_0: Data, mask: Mask | None = None) -> str:
     if mask is not None:
         x_0 = np.where(mask, x_0, np.nan)
     return hashlib.sha256(x_0.tobytes()).hexdigest()[:16]
+
+
+def digest_of(data: Any) -> str:
+    """The same of an array, or of several rows by rows."""
+    leaves = jax.tree.leaves(data)
+    if len(leaves) == 1:
+        return digest(leaves[0])
+    return hashlib.sha256("".join(map(digest, leaves)).encode()).hexdigest()[:16]
 
 
 def _measure(diffusion: Diffusion, x_0: Data, mask: Mask | None) -> dict[str, str | int | float]:

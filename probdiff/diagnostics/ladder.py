@@ -47,7 +47,7 @@ from probdiff.arguments import (
     check_shape,
     plain,
 )
-from probdiff.diagnostics.bounds import bound, check_examples
+from probdiff.diagnostics.bounds import bound, check_examples, check_numbers, checked_rows
 from probdiff.diagnostics.weights import draw_and_weigh, weigh
 from probdiff.diffusion import Data, Diffusion, Mask
 from probdiff.infer.health import pareto_k
@@ -72,15 +72,19 @@ class LadderWarning(UserWarning):
 
 
 def ladder(
-    key: Array, diffusion: Diffusion, params: Params, x_0: Data, *, context: Any = None,
-    mask: Mask | None = None, sizes: tuple[int, ...] = _SIZES, num_repeats: int = 4,
-    num_draws: int = 100, threshold: float = 0.5, block_size: int = 4096, mesh: Mesh | None = None,
-    progress: bool = False,
+    key: Array, diffusion: Diffusion | tuple, params: Params, x_0: Data | tuple | dict, *,
+    context: Any = None, mask: Mask | None = None, sizes: tuple[int, ...] = _SIZES,
+    num_repeats: int = 4, num_draws: int = 100, threshold: float = 0.5, block_size: int = 4096,
+    mesh: Mesh | None = None, progress: bool = False,
 ) -> xr.DataTree:  # fmt: skip
     """K, importance-weighted bounds and an SMC estimate of log p(x_0), for every example.
 
+    Of a program, a pair `(model, guide)` as in `bound`, a draw is one of the whole guide. It has no
+    SMC estimate: `smc`, `smc_se`, `least_ess` and what is told of them are left out.
+
     Args:
-        key: Randomness; an example's figures do not depend on the other examples but for K.
+        key: Randomness; an example's figures do not depend on the other examples but for K (of a
+            program, for the examples of its block).
         diffusion, params, x_0, context, mask: As in `bound`.
         sizes: Numbers of trajectories S, ascending, each a divisor of the last.
         num_repeats: Independent repeats R of the largest size, at least 2; a smaller size has R
@@ -120,42 +124,58 @@ def ladder(
     check_flag(progress=progress)
     progress = progress and devices.is_first(mesh)
     check_key(key)
-    check_examples(diffusion, params, x_0, context, mask, block_size=block_size)
+    check_at_least(1, block_size=block_size)
+    if not isinstance(diffusion, tuple):
+        check_examples(diffusion, params, x_0, context, mask)
     check_at_least(2, num_repeats=num_repeats, num_draws=num_draws)  # for standard errors
     check_number(POSITIVE_SHARE, threshold=threshold)
     key_bound, key_weights, key_smc = jax.random.split(key, 3)
-    options: dict[str, Any] = {
-        "size": sizes[-1], "num_repeats": num_repeats, "block_size": block_size, "mesh": mesh,
-        "progress": progress,
-    }  # fmt: skip
-    given = diffusion, params, x_0, context, mask
-    weighed = weigh(key_weights, *given, threshold=0.0, **options)
-    smc = weigh(key_smc, *given, threshold=threshold, **options)
+    options: dict[str, Any] = {"block_size": block_size, "progress": progress}
+    alone: dict[str, Any] = {"context": context, "mask": mask}
+    if isinstance(diffusion, tuple):
+        rows = checked_rows(diffusion, params, x_0, alone | {"mesh": mesh})
+        count = num_repeats * sizes[-1]
+        log_weights = rows.log_weights(key_weights, num_draws=count, **options)
+        check_numbers({"log weight": log_weights})
+        log_weights = log_weights.reshape(rows.count, num_repeats, -1)
+        smc, T = None, rows.about.get("T")
+        k_block = block_size
+    else:
+        given = diffusion, params, x_0, context, mask
+        options |= {"size": sizes[-1], "num_repeats": num_repeats, "mesh": mesh}
+        log_weights = weigh(key_weights, *given, threshold=0.0, **options).log_weights
+        smc, T = weigh(key_smc, *given, threshold=threshold, **options), diffusion.T
+        k_block = max(1, block_size // num_draws)
     k = bound(
-        key_bound, diffusion, params, x_0, context=context, mask=mask, num_draws=num_draws,
-        block_size=max(1, block_size // num_draws), progress=progress,
+        key_bound, diffusion, params, x_0, num_draws=num_draws, block_size=k_block,
+        progress=progress, **alone,
     )["bound"]  # fmt: skip
 
-    repeats = [_log_means(weighed.log_weights, size) for size in sizes]
+    repeats = [_log_means(log_weights, size) for size in sizes]
     rungs = zip(*map(_mean_and_interval, repeats), strict=True)
     importance = [np.stack(rung, 1) for rung in rungs]
-    khat = pareto_k(weighed.log_weights.reshape(len(x_0), -1).T)
+    khat = pareto_k(log_weights.reshape(len(log_weights), -1).T)
     variables = {
         "bound": ("example", k["bound"].values), "bound_se": ("example", k["bound_se"].values),
         **_named("importance", ("example", "size"), importance),
-        **_named("smc", ("example",), _mean_and_interval(smc.log_evidence)),
-        "pareto_k": ("example", khat), "least_ess": ("example", smc.least_ess.min(1) / sizes[-1]),
+        "pareto_k": ("example", khat),
     }  # fmt: skip
-    group = xr.Dataset(variables, {"example": np.arange(len(x_0)), "size": list(sizes)})
+    least_ess = np.ones(len(khat))
+    if smc is not None:
+        least_ess = smc.least_ess.min(1) / sizes[-1]
+        variables |= _named("smc", ("example",), _mean_and_interval(smc.log_evidence))
+        variables["least_ess"] = ("example", least_ess)
+    group = xr.Dataset(variables, {"example": np.arange(len(khat)), "size": list(sizes)})
     for name in ("bound", "importance", "smc"):
-        group = _with_mean(group, name)
-    sentences = _sentences(khat, group["least_ess"].values, sizes)
+        group = _with_mean(group, name) if name in group else group
+    sentences = _sentences(khat, least_ess, sizes)
     for sentence in sentences:
         warnings.warn(sentence, LadderWarning, stacklevel=2)
     group.attrs = {
-        "units": "nats", "T": diffusion.T, "num_repeats": num_repeats, "num_draws": num_draws,
-        "prob": _PROB, "warnings": "\n".join(sentences),
+        "units": "nats", "num_repeats": num_repeats, "num_draws": num_draws, "prob": _PROB,
+        "warnings": "\n".join(sentences),
     }  # fmt: skip
+    group.attrs |= {} if T is None else {"T": T}
     return xr.DataTree.from_dict({"ladder": group})
 
 

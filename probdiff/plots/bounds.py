@@ -78,18 +78,21 @@ def ladder(tree: xr.DataTree, *, truth: float | None = None, ax: Axes | None = N
     check_number(FINITE, or_none=True, truth=truth)
     ax = axes_or_new(ax)
     sizes, last = group["size"].values, group["importance"].values[:, -1:]
-    rungs = [group[name].values for name in ("bound", "importance", "smc")]
-    heights = np.column_stack(rungs) - last
+    has_smc, top = "smc" in group, 1 + len(sizes)  # a program has none
+    names = ("bound", "importance", "smc") if has_smc else ("bound", "importance")
+    heights = np.column_stack([group[name].values for name in names]) - last
     n, places = len(heights), np.arange(heights.shape[1])
     shown = np.unique(np.linspace(0, n - 1, min(_SHOWN, n)).astype(int))
-    ax.plot(places[1:-1], heights[shown, 1:-1].T, color=BLUE, alpha=0.15, linewidth=0.8)
+    ax.plot(places[1:top], heights[shown, 1:top].T, color=BLUE, alpha=0.15, linewidth=0.8)
     mean = heights.mean(0)
     se = heights.std(0, ddof=1) / np.sqrt(n) if n > 1 else 0 * mean
     parts = (
         (slice(0, 1), "black", "D", f"K, mean {float(group['bound_mean']):.4g} nats"),
-        (slice(1, -1), BLUE, "o", f"importance weighted, at last {last.mean():.4g} nats"),
-        (slice(-1, None), ORANGE, "s", f"SMC, mean {float(group['smc_mean']):.4g} nats"),
+        (slice(1, top), BLUE, "o", f"importance weighted, at last {last.mean():.4g} nats"),
     )
+    if has_smc:
+        label = f"SMC, mean {float(group['smc_mean']):.4g} nats"
+        parts += ((slice(-1, None), ORANGE, "s", label),)
     for part, colour, marker, label in parts:
         ax.errorbar(
             places[part], mean[part], 2 * se[part], color=colour, marker=marker, capsize=3,
@@ -98,8 +101,8 @@ def ladder(tree: xr.DataTree, *, truth: float | None = None, ax: Axes | None = N
     if truth is not None:
         above = truth - last.mean()
         ax.axhline(above, color=GREEN, linewidth=1.5, label=f"log p of the data, {truth:.4g} nats")
-    names = (f"S = {size}" for size in sizes)
-    ax.set_xticks(places, ["K", *names, f"SMC, {sizes[-1]}\n(any place)"])
+    names = ["K", *(f"S = {size}" for size in sizes), f"SMC, {sizes[-1]}\n(any place)"]
+    ax.set_xticks(places, names[: len(places)])
     ax.set_xlabel("trajectories per example")
     ax.set_ylabel(f"less the bound at S = {sizes[-1]} (nats per example)")
     low = min(np.quantile(heights[shown, 1], 0.05), (mean - 2 * se).min())
