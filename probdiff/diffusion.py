@@ -322,16 +322,19 @@ class Diffusion:
                 q = self.kernel.bridge(x, x_0_scaled, steps.at(t, event_dim))
                 x = numpyro.sample(f"{self.trajectory_name}_{t - 1}", q.to_event(event_dim))
 
-    def prior(self, params: Params, *, variance: Any = None) -> Prior:
+    def prior(self, params: Params, *, variance: Any = None, name: str | None = None) -> Prior:
         """The trained model as a statement `prior()` for anyone's program, its parameters bound.
 
         Args:
             params: Values of the parameters.
             variance: Variance τ² or covariance of the data on the scale of the diffusion,
                 `data_variance` if absent; see `Prior`.
+            name: Name of the site of x_0, by default the diffusion's: two priors of one program
+                need two.
 
         Raises:
-            ValueError: if parameters are missing, unknown, of another shape or not finite.
+            ValueError: if parameters are missing, unknown, of another shape or not finite, or a
+                DataTree would lose the name.
 
         Example:
             >>> diffusion = standard_diffusion((2,), T=5)
@@ -343,7 +346,9 @@ class Diffusion:
             ['x_0_trajectory', 'x_0', 'y']
         """
         variance = self.data_variance if variance is None else variance
-        return Prior(self.bind(params), self.name, variance=variance, programs=self.programs)
+        name = self.name if name is None else name
+        validation.check_name(name)
+        return Prior(self.bind(params), name, variance=variance, programs=self.programs)
 
     def bind(self, params: Params, *, context: Any = None) -> Reverse:
         """The reverse process with parameters bound: what samples, scores and conditions.

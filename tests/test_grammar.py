@@ -88,7 +88,7 @@ def prior_of(name):
     return standard_diffusion(shape, T=T, **options).prior({})
 
 
-HANDLERS = ["", "", "", "scope", "seed", "do", "hide"]
+HANDLERS = ["", "", "", "scope", "seed", "do", "hide", "beside"]
 FAULTS = {
     "condition x_0": "'x_0' must be left to its prior",
     "substitute trajectory": "'x_0_trajectory' must be left to its prior",
@@ -96,10 +96,10 @@ FAULTS = {
     "mask all": "must keep its density at site 'x_0_trajectory'",
     "scale all": "must keep its density at site 'x_0_trajectory'",
     "scale prior": "must keep its density at site 'x_0_trajectory'",
-    "hide x_0": r"sites \['x_0'\] must be seen|got 0 calls|prng_key",
+    "hide x_0": r"sites \['x_0'\] must be seen|got no call|prng_key",
     "latent": "latent site 'tau' must have a value",
     "param": "param 'tau' is unbound",
-    "twice": "exactly once; got 2 calls",
+    "twice": "exactly once; got 'x_0_trajectory' twice",
     "subsample": "plate 'rows' must not be subsampled",
     "delta": "'exact' must have a density; got a Delta",
     "batch": "'batch' must lie in a plate of size 4",
@@ -186,8 +186,10 @@ def spoken(of):
                 dim = -1 - i if of.order else None
                 stack.enter_context(numpyro.plate(f"around{i}", size, dim=dim))
             x = called(of, prior)
-            if of.fault == "twice":
+            if of.handler == "beside":
                 numpyro.handlers.scope(prior, prefix="other")()
+            if of.fault == "twice":
+                prior()
             for site in of.sites:
                 observe(of, site, x, sigma if site.name == "y0" else site.sigma)
             inside_fault(of, x)
@@ -396,7 +398,8 @@ def differences_of_r(of, program):
     for seed in range(3):
         draw = np.random.default_rng(seed).normal(size=(*of.around, *shape))
         x = (loc + scale * draw).astype(np.float32)
-        found = np.ravel(log_r(x))
+        both = np.repeat(x.reshape(*of.around, 1, d), 2, -2).reshape(*of.around, 2 * d)
+        found = np.ravel(log_r(both if of.handler == "beside" else x))
         x = x if of.known is None else np.where(of.mask, of.known, x)
         at = (x if of.handler != "do" else np.asarray(intervention(of))).astype(float)
         expected = np.zeros(B) + (of.noise == "condition") * LOG_P_SIGMA
@@ -412,7 +415,7 @@ def differences(of, smc):
     """What is further from the closed form than four standard errors and the floor."""
     log_z, means, sds = exact(of)
     sites, log_w = smc.get_weighted_samples()
-    (x,) = (v for name, v in sites.items() if name.endswith("x_0"))
+    x = next(v for name, v in sites.items() if name.endswith("x_0"))
     x, w = x.reshape(len(x), *means.shape), np.exp(log_w).reshape(len(x), -1, 1)
     count = 1 / (w**2).sum(0)
     mean = (w * x).sum(0)

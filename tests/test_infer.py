@@ -762,11 +762,6 @@ def no_prior():
     numpyro.sample("y", dist.Normal(0.0, 1.0), obs=1.0)
 
 
-def two_priors():
-    ASIDE()
-    standard_normal(name="other").prior({})()
-
-
 def latent_site():
     numpyro.sample("y", dist.Normal(ASIDE(), numpyro.sample("s", dist.HalfNormal(1.0))), obs=1.0)
 
@@ -794,8 +789,7 @@ def unbound():
 @pytest.mark.parametrize(
     ("program", "words"),
     [
-        (no_prior, "must call a prior made by Diffusion.prior exactly once; got 0 calls"),
-        (two_priors, "exactly once; got 2 calls"),
+        (no_prior, "must call a prior made by Diffusion.prior; got no call"),
         (latent_site, "latent site 's' must have a value"),
         (delta, r"observed site 'y' must have a density; got a Delta.*prior\(known=values"),
         (outside_the_plate, r"observed site 'y' must lie inside the plates.*outside \['row'\]"),
@@ -803,7 +797,7 @@ def unbound():
         (unbound, "param 's' is unbound"),
     ],
 )
-def test_a_program_that_is_not_one_prior_with_observations_is_refused(program, words, key):
+def test_a_program_that_is_not_priors_with_observations_is_refused(program, words, key):
     with pytest.raises(ValueError, match=words):
         infer.SMC(program).run(key)
 

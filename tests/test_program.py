@@ -365,7 +365,7 @@ REFUSED = {
     ),
     "trajectory hidden": (
         lambda p: handlers.block(handlers.seed(noisy(p), 0), hide=["x_0_trajectory"]),
-        r"got 0 calls \[\] that no handler",
+        r"got no call that no handler",
     ),
     "factor hidden": (halved, r"sites \['x_0', 'x_0_known'\] must be seen"),
     "prior masked": (masked, "must keep its density at site 'x_0_trajectory'"),

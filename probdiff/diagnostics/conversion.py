@@ -256,7 +256,7 @@ def _site_dims(name: str, site: _Site, event: list[str] | None) -> list[str]:
         first = _plates_of_value(site, shape)
     if event is None or len(event) != len(shape) - first:
         event = numbered(name, first, len(shape))
-    return plate_dims(site, gap, shape[:first]) + list(event)
+    return plate_dims(site["cond_indep_stack"], gap, shape[:first]) + list(event)
 
 
 def _plates_of_value(site: _Site, shape: tuple[int, ...]) -> int:

@@ -65,9 +65,9 @@ class ParticleGibbs:
     of NumPyro; without plates, numbers and those sites also at once.
 
     Args:
-        program: A program with one `prior()`, and observed sites below it; any other latent sites
-            whose laws are continuous, which the prior's context and known entries must not depend
-            on. Numbers on a grid may have known entries, and no other observed sites.
+        program: A program with one `prior()` or several, as in `SMC`, and observed sites below; any
+            other latent sites whose laws are continuous, which no prior's context and known entries
+            may depend on. Numbers on a grid may have known entries, and no other observed sites.
         num_chains: Chains C, at least 1: many where modes lie far apart, since chains stay in them.
         num_warmup: Sweeps before the first draw that is kept, at least 2.
         num_samples: Sweeps that are kept, at least 1.
@@ -128,7 +128,7 @@ class ParticleGibbs:
             **kwargs: Keyword arguments of the program.
 
         Raises:
-            ValueError: if the program is not one prior with observed sites inside its plates,
+            ValueError: if the program is not priors with observed sites inside the plates of all,
                 another latent site is discrete or decides the prior, x_0 is on a grid and observed
                 otherwise than by known entries, or one particle is to move symbols.
 
@@ -278,7 +278,7 @@ class ParticleGibbs:
         for name, site in of.others.sites.items():
             batch = site["fn"].batch_shape
             own = numbered(name, len(batch), np.ndim(site["value"]))
-            dims[name] = plate_dims(site, name, batch) + own
+            dims[name] = plate_dims(site["cond_indep_stack"], name, batch) + own
         attrs = {
             "sampler": "ParticleGibbs", **self._of_move, "num_warmup": self.num_warmup,
             "network_calls": self.network_calls,
@@ -315,7 +315,7 @@ class _Run:
                 f"where they started. Raise {'num_particles' if is_discrete else 'num_warmup'}"
             )
         if self.share.shape[0] > 1 and self.share.shape[1] >= _FEWEST:
-            for name in (self.read.names.x_0, *self.others.names):
+            for name in (*self.read.layout.names, *self.others.names):
                 a = self.draws[name]
                 flat = a.reshape(*a.shape[:2], -1).astype(np.float64)
                 with np.errstate(all="ignore"):
@@ -370,9 +370,9 @@ def _in_users_units(of: Read, kept: Kept, names: tuple[str, ...]) -> tuple:
         x_0 = np.where(conditioned.draw.mask, values, x_0)
     given = [np.swapaxes(a, 0, 1) for a in kept.given]
     rows = [a.reshape(-1, *a.shape[2:]) for a in (x_0, *given)]
-    name = of.names.x_0
-    others = of.map(lambda sites: deterministics(sites, name), rows[0], given=rows[1:])
+    own = of.layout.names
+    others = of.map(lambda sites: deterministics(sites, own), rows[0], given=rows[1:])
     others = {n: a.reshape(*x_0.shape[:2], *a.shape[1:]) for n, a in others.items()}
-    draws = {name: x_0} | dict(zip(names, given, strict=True)) | others
+    draws = of.layout.split(x_0) | dict(zip(names, given, strict=True)) | others
     stats = (np.swapaxes(a, 0, 1) for a in (kept.share, kept.log_r, kept.log_w))
     return draws, *(a.reshape(*a.shape[:2], *plates) for a in stats)

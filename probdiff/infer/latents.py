@@ -51,8 +51,7 @@ class Others:
 
     def __init__(self, program: Program, args: tuple, kwargs: dict):
         self.program, self.args, self.kwargs = program, args, kwargs
-        self.sites, self.outer, *of_prior = latents(program, args, kwargs)
-        self.zeros, self.reverse = of_prior
+        self.sites, self.outer, self.data, self.layout = latents(program, args, kwargs)
         self.names = tuple(sorted(self.sites))
         _check(self.sites)
         self._check_outer()
@@ -78,7 +77,7 @@ class Others:
 
     def given(self, x_0: Any, *args: Any, **kwargs: Any) -> Any:
         """The program where x_0 is one."""
-        with _Given(x_0):
+        with _Given(self.layout.split(x_0)):
             return self.program(*args, **kwargs)
 
     def draw(self, key: Array, count: int) -> dict[str, Array]:
@@ -108,8 +107,8 @@ class Others:
         """From unconstrained numbers to a site's values."""
         return biject_to(self.sites[name]["fn"].support)
 
-    def log_outer(self, values: dict[str, Any], x_0: Any = None) -> Array:
-        """log p of the sites outside the plates of the prior, which must not hang on x_0."""
+    def log_outer(self, values: dict[str, Any], x_0: dict[str, Array] | None = None) -> Array:
+        """log p of the sites outside the plates of the priors, which must not hang on x_0."""
         fixed = handlers.substitute(handlers.seed(self.program, jax.random.key(0)), data=values)
         with handlers.block(), _Given(x_0):
             sites = handlers.trace(fixed).get_trace(*self.args, **self.kwargs)
@@ -122,12 +121,8 @@ class Others:
         values = {name: self.sites[name]["value"] for name in self.outer}
         if not values:
             return
-        pattern = 1 + jnp.arange(self.zeros.size).reshape(self.zeros.shape) % 3
-        tries = [1.0 * pattern, -0.7 * pattern]
-        if self.reverse.kernel.is_discrete:
-            tries = [(pattern + k) % self.reverse.kernel.num_data_states for k in (0, 1)]
-        for x_0 in tries:
-            moved = x_0.astype(self.zeros.dtype)
+        for row in range(2):
+            moved = {name: _tried(site)[row] for name, site in self.data.items()}
             there, here = self.log_outer(values, moved), self.log_outer(values)
             if abs(float(there - here)) > 1e-4 * (1 + abs(float(here))):
                 raise ValueError(
@@ -170,7 +165,7 @@ class Others:
 class _Given(Messenger):
     """Puts x_0 in the place of a prior, whose sites then do not count."""
 
-    def __init__(self, x_0: Any):
+    def __init__(self, x_0: dict[str, Any] | None):
         super().__init__()
         self.x_0 = x_0
 
@@ -184,7 +179,17 @@ class _Given(Messenger):
             msg["value"] = jnp.zeros(msg["fn"].shape(), infer["prior"].reverse.kernel.dtype)
         elif "data_of" in infer:
             zeros = jnp.zeros(msg["fn"].shape(), infer["data_of"].reverse.kernel.dtype)
-            msg["value"] = zeros if self.x_0 is None else self.x_0
+            msg["value"] = zeros if self.x_0 is None else self.x_0[msg["name"]]
+
+
+def _tried(site: Site) -> list[Array]:
+    """Two values of an x_0, to see what moves with it."""
+    zeros, kernel = site["value"], site["infer"]["data_of"].reverse.kernel
+    pattern = 1 + jnp.arange(zeros.size).reshape(zeros.shape) % 3
+    tries = [1.0 * pattern, -0.7 * pattern]
+    if kernel.is_discrete:
+        tries = [(pattern + k) % kernel.num_data_states for k in (0, 1)]
+    return [x_0.astype(zeros.dtype) for x_0 in tries]
 
 
 def proposals(

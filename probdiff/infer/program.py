@@ -1,17 +1,18 @@
 """From a program to r: the joint log density of what is observed, as a function of x_0.
 
-Any NumPyro program with one `prior()` and observed sites below it conditions the prior on
+Any NumPyro program with `prior()` and observed sites below it conditions the prior on
 
     r(x_0) = ∏ p(observed site | x_0),
 
-which counts likelihoods, `numpyro.factor`, masks and scales. The plates that enclose `prior()`
-split the program into systems, independent posteriors side by side; log r has one value per system.
-So an observed site must lie inside those plates, and no other latent site may be there. One that a
+which counts likelihoods, `numpyro.factor`, masks and scales. Several priors are read as their
+product, whose x_0 is all of theirs (see `product`). The plates that enclose every `prior()` split
+the program into systems, independent posteriors side by side; log r has one value per system. So an
+observed site must lie inside those plates, and no other latent site may be there. One that a
 handler gives a value is none: by `condition` it is observed, and its log density counts in the
 evidence like any other; by `substitute` it is a constant, which does not count. `do` on x_0 leaves
 its draws to the prior. All else that handlers do to the prior is refused.
 
-A program is read anew at every run: to find the prior and check the sites, to see that it says the
+A program is read anew at every run: to find the priors and check the sites, to see that it says the
 same again, and to trace r. Its array arguments are arguments of r; the closures and globals that it
 reads are part of what was traced (see `compilation`), so that nothing is stale. It must not draw by
 itself (`numpyro.prng_key`, NumPy, a subsampling plate): one draw would stand for all.
@@ -25,7 +26,7 @@ import itertools
 import math
 import pickle
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,8 +42,10 @@ from numpyro.primitives import _PYRO_STACK, Messenger
 
 from probdiff.arguments import plain, plain_arrays
 from probdiff.compilation import Programs, Traced, is_equal, trace
+from probdiff.infer.product import Layout, layout, shared_frames
 from probdiff.prior import PriorDraw
 from probdiff.reverse import Reverse
+from probdiff.trajectories import TRAJECTORY_SUFFIX
 
 Program = Callable[..., Any]
 Site = dict[str, Any]
@@ -94,8 +97,7 @@ class Conditioned:
 class Names(NamedTuple):
     """Names of what a sampler returns: axes have those of the program's plates, as in ArviZ."""
 
-    x_0: str  # site of x_0
-    plates: tuple[str, ...]  # plates around the prior
+    plates: tuple[str, ...]  # plates around all priors
     dims: dict[str, list[str]]  # dims of each site's value
     batch_dims: dict[str, list[str]]  # dims of each observed site's log density
     repeated: list[str]  # observed sites with several values for one x_0, in plates of their own
@@ -107,8 +109,14 @@ class Read(NamedTuple):
     program: Program
     rebuild: Callable  # positional and keyword arguments, of their arrays
     conditioned: Conditioned
+    layout: Layout  # where the priors stand in x_0
     names: Names
     programs: Programs  # where what is compiled is kept
+
+    def by_site(self, x_0: np.ndarray) -> dict[str, np.ndarray]:
+        """x_0 `(M, *plates, *event_shape)` and the program's deterministic sites at it, by name."""
+        names = self.layout.names
+        return self.layout.split(x_0) | self.map(lambda sites: deterministics(sites, names), x_0)
 
     def map(
         self, function: Callable[..., Any], x_0: Any, *rows: Any, given: list[Any] | None = None
@@ -122,7 +130,7 @@ class Read(NamedTuple):
 
         def at(arrays: list[Array], x_0: Array, given: list[Array], *row: Any) -> Any:
             arrays = [*given, *arrays[len(given) :]]
-            sites, _ = _sites(self.program, *self.rebuild(arrays), x_0)
+            sites, _ = _sites(self.program, *self.rebuild(arrays), self.layout.split(x_0))
             return function(sites, *row)
 
         first = jax.tree.map(lambda a: a[0], (x_0, given, *rows))
@@ -138,12 +146,12 @@ def _map(traced: Traced, arrays: list[Array], rows: tuple) -> Any:
 class _Look(NamedTuple):
     """What one reading of a program finds."""
 
-    traced: Traced  # leaves of the prior's draw that are computed, and what is said at x_0 = 0
+    traced: Traced  # leaves of the priors' draws that are computed, and what is said at x_0 = 0
     leaves: list[Any]  # all of them, None for a computed one: weights stay where they are
     tree: Any
     is_computed: list[bool]
-    known_at: int | None  # which of the arguments are the known values, as they were given
-    batch_shape: tuple[int, ...]
+    known_at: list[int | None]  # which of the arguments are known values, as they were given
+    layout: Layout
     observed: tuple[str, ...]
     names: Names
     programs: Programs
@@ -153,10 +161,11 @@ def read(program: Program, args: tuple, kwargs: dict) -> Read:
     """Read a program as prior and likelihood.
 
     Raises:
-        ValueError: if it holds no prior or two, one that a handler or a subsampling plate changes,
-            another latent site, an unbound parameter, an observed site outside the plates of the
-            prior, a `Delta` likelihood, or draws of its own; if it hands x_0 to NumPy or decides by
-            it in Python; if it is read inside a handler.
+        ValueError: if it holds no prior, one that a handler or a subsampling plate changes, several
+            that differ in kernel, readout, last step or rates, another latent site, an unbound
+            parameter, an observed site outside the plates of all priors, a `Delta` likelihood, or
+            draws of its own; if it hands x_0 to NumPy or decides by it in Python; if it is read
+            inside a handler.
     """
     _check_outside()
     for family in (_ARRAYS | float, _ARRAYS):  # it may decide by a float
@@ -195,19 +204,22 @@ def _read(program: Program, args: tuple, kwargs: dict, family: Any) -> Read:
     _check_repeats(look, lambda: _look(program, arrays, rebuild))
     computed = look.programs(_computed, look.traced, arrays) if any(look.is_computed) else []
     values, both = iter(computed), zip(look.leaves, look.is_computed, strict=True)
-    draw = jax.tree.unflatten(look.tree, [next(values) if c else leaf for leaf, c in both])
-    if look.known_at is not None:  # as it was given, in NumPy's float64 where it was
-        draw = dataclasses.replace(draw, known=plain("known", given[look.known_at]))
+    draws = jax.tree.unflatten(look.tree, [next(values) if c else leaf for leaf, c in both])
+    draws = [  # known values as they were given, in NumPy's float64 where they were
+        draw if at is None else dataclasses.replace(draw, known=plain("known", given[at]))
+        for draw, at in zip(draws, look.known_at, strict=True)
+    ]
+    draw, plates = look.layout.product(draws), look.layout.plates
 
     def likelihood(arrays: list[Array], x_0: Array) -> dict[str, Array]:
-        sites, _ = _sites(program, *rebuild(arrays), x_0)
-        return {name: _elements(sites[name], look.batch_shape) for name in look.observed}
+        sites, _ = _sites(program, *rebuild(arrays), look.layout.split(x_0))
+        return {name: _elements(sites[name], plates) for name in look.observed}
 
-    shape = (*look.batch_shape, *draw.reverse.event_shape)
+    shape = (*plates, *draw.reverse.event_shape)
     x_0 = jax.ShapeDtypeStruct(shape, draw.reverse.kernel.dtype)
     traced = trace(likelihood, arrays, x_0)
-    conditioned = Conditioned(draw, traced, arrays, look.batch_shape, look.observed)
-    return Read(program, rebuild, conditioned, look.names, look.programs)
+    conditioned = Conditioned(draw, traced, arrays, plates, look.observed)
+    return Read(program, rebuild, conditioned, look.layout, look.names, look.programs)
 
 
 def _look(program: Program, arrays: list[Array], rebuild: Callable) -> _Look:
@@ -215,22 +227,21 @@ def _look(program: Program, arrays: list[Array], rebuild: Callable) -> _Look:
 
     def look(arrays: list[Array]) -> tuple[list[Array], dict[str, Array]]:
         sites, place = _sites(program, *rebuild(arrays), None)
-        site, name = _the_prior(sites, place)
-        draw, batch_shape = site["infer"]["prior"], site["fn"].batch_shape
-        _check_plates(site)
-        observed = _observed(sites, site, name)
-        leaves, tree = jax.tree.flatten(draw)
+        priors, names = _priors(sites, place)
+        draws, found_at = [site["infer"]["prior"] for site in priors], layout(priors, names)
+        observed = _observed(sites, priors, names)
+        leaves, tree = jax.tree.flatten(draws)
         is_computed = [isinstance(leaf, jax.core.Tracer) for leaf in leaves]
         both = zip(leaves, is_computed, strict=True)
-        is_known = (array is draw.known for array in arrays)
+        at = {id(array): i for i, array in reversed(list(enumerate(arrays)))}
         found.update(
-            known_at=next(itertools.compress(itertools.count(), is_known), None),
+            known_at=[at.get(id(draw.known)) for draw in draws],
             leaves=[None if c else leaf for leaf, c in both], tree=tree, is_computed=is_computed,
-            batch_shape=batch_shape, observed=observed, programs=site["infer"]["programs"],
-            names=_names(sites, site, name, observed),
+            layout=found_at, observed=observed, programs=priors[0]["infer"]["programs"],
+            names=_names(sites, priors, found_at, observed),
         )  # fmt: skip
-        said = {name: _elements(sites[name], batch_shape) for name in observed}
-        return list(itertools.compress(leaves, is_computed)), said | deterministics(sites, name)
+        said = {name: _elements(sites[name], found_at.plates) for name in observed}
+        return list(itertools.compress(leaves, is_computed)), said | deterministics(sites, names)
 
     return _Look(trace(look, arrays), **found)
 
@@ -280,13 +291,13 @@ class _Place(Messenger):
     they change of a prior, and what has no value.
     """
 
-    def __init__(self, x_0: Any, latents: dict[str, Site] | None = None):
+    def __init__(self, x_0: dict[str, Any] | None, latents: dict[str, Site] | None = None):
         super().__init__()
         self.x_0, self.refusal = x_0, None
         self.latents = latents  # where other latent sites are put, which are refused for None
         self.priors: list[Site] = []
-        self.data: list[str] = []  # names of sites of x_0
-        self.known: list[str] = []  # of factors of known entries
+        self.data: list[Site] = []  # sites of x_0
+        self.known: list[Site] = []  # factors of known entries
 
     def process_message(self, msg: Site) -> None:
         name, infer = msg.get("name"), msg.get("infer", {})
@@ -318,7 +329,7 @@ class _Place(Messenger):
         infer, name, x_0 = msg["infer"], msg["name"], self.x_0
         self._refuse(changed(msg))
         if "known_of" in infer:
-            self.known.append(name)
+            self.known.append(msg)
         elif "prior" in infer:
             if msg.get("_intervener_id") is not None:
                 self._refuse(f"trajectory {name!r} must not be replaced by handlers.do; do so to "
@@ -326,8 +337,10 @@ class _Place(Messenger):
             self._refuse(given(msg))
             if name in [site["name"] for site in self.priors]:
                 self._refuse(
-                    f"prior must be called exactly once; got {name!r} twice. To use one x_0 again "
-                    "keep it, x_0 = prior(); several of the same law are one prior() in a plate"
+                    f"each prior must be called exactly once; got {name!r} twice. To use one x_0 "
+                    "again keep it, x_0 = prior(); several of the same law are one prior() in a "
+                    "plate; other priors have names of their own, diffusion.prior(params, "
+                    "name=...)"
                 )
             self.priors.append(msg)
             msg["value"] = jnp.zeros(msg["fn"].shape(), infer["prior"].reverse.kernel.dtype)
@@ -336,9 +349,9 @@ class _Place(Messenger):
             if msg.get("_intervener_id") is not None and infer["data_of"].known is not None:
                 self._refuse(f"site {name!r} must not be replaced by handlers.do where entries are "
                              "known: leave known= out, or the handler")  # fmt: skip
-            self.data.append(name)
+            self.data.append(msg)
             dtype = infer["data_of"].reverse.kernel.dtype
-            msg["value"] = jnp.zeros(msg["fn"].shape(), dtype) if x_0 is None else x_0
+            msg["value"] = jnp.zeros(msg["fn"].shape(), dtype) if x_0 is None else x_0[name]
 
     def _check_plate(self, size: int, subsample_size: int | None, name: str) -> None:
         if subsample_size not in (None, size):
@@ -394,22 +407,22 @@ def unexpanded(law: dist.Distribution) -> Any:
 
 def latents(
     program: Program, args: tuple, kwargs: dict, key: Array | None = None
-) -> tuple[dict[str, Site], set[str], Array, Reverse]:
-    """Latent sites besides those of the prior, with a draw; those outside its plates; x_0 = 0.
+) -> tuple[dict[str, Site], set[str], dict[str, Site], Layout]:
+    """Latent sites besides those of priors, with a draw; those outside the plates of all priors.
 
-    And the prior's reverse process.
+    And the sites of x_0, at 0, with where they stand in x_0.
     """
     found: dict[str, Site] = {}
     sites, place = _sites(program, args, kwargs, None, found, key)
-    prior, x_0 = _the_prior(sites, place)
-    plates = {frame.name for frame in prior["cond_indep_stack"]}
+    priors, names = _priors(sites, place)
+    plates = {frame.name for frame in shared_frames(priors)}
     there = {name: sites[name] for name in found if name in sites}
     outer = {n for n, s in there.items() if plates - {f.name for f in s["cond_indep_stack"]}}
-    return there, outer, sites[x_0]["value"], prior["infer"]["prior"].reverse
+    return there, outer, {name: sites[name] for name in names}, layout(priors, names)
 
 
 def decides_prior(program: Program, values: dict[str, Any], args: tuple, kwargs: dict) -> bool:
-    """Whether the prior's context or known entries move with what a program takes first."""
+    """Whether a prior's context or known entries move with what a program takes first."""
     names = sorted(values)
 
     def rebuild(arrays: list[Array]) -> tuple[tuple, dict]:
@@ -426,10 +439,10 @@ def decides_prior(program: Program, values: dict[str, Any], args: tuple, kwargs:
 
 
 def _sites(
-    program: Program, args: tuple, kwargs: dict, x_0: Any,
+    program: Program, args: tuple, kwargs: dict, x_0: dict[str, Any] | None,
     found: dict[str, Site] | None = None, key: Array | None = None,
 ) -> tuple[Sites, _Place]:  # fmt: skip
-    """All sites of a program at x_0 (zeros for None), and what was placed."""
+    """All sites of a program at x_0 by site (zeros for None), and what was placed."""
     place = _Place(x_0, found)
     try:
         with handlers.block(), place:
@@ -444,23 +457,38 @@ def _sites(
         raise
 
 
-def _the_prior(sites: Sites, place: _Place) -> tuple[Site, str]:
-    """The one prior's trajectory, and the name of its x_0."""
-    if len(place.priors) != 1:
-        names = sorted(site["name"] for site in place.priors)
+def _priors(sites: Sites, place: _Place) -> tuple[list[Site], list[str]]:
+    """The trajectories of all priors, and the names of their x_0."""
+    if not place.priors:
         raise ValueError(
-            "program must call a prior made by Diffusion.prior exactly once; got "
-            f"{len(names)} calls {names} that no handler (block, reparam) hides"
+            "program must call a prior made by Diffusion.prior; got no call that no handler "
+            "(block, reparam) hides"
         )
-    (site,), draw = place.priors, place.priors[0]["infer"]["prior"]
-    is_whole = len(place.data) == 1 and len(place.known) == (draw.known is not None)
-    if not is_whole or sites[place.data[0]]["type"] != "sample":
-        names = [draw.name] if draw.known is None else [draw.name, f"{draw.name}_known"]
+    names = [_whole(sites, place, site["infer"]["prior"]) for site in place.priors]
+    strays = {msg["name"] for msg in (*place.data, *place.known)} - set(names)
+    strays -= {f"{name}_known" for name in names}
+    _check_seen(not strays, [f"{name}{TRAJECTORY_SUFFIX}" for name in sorted(strays)])
+    for site in place.priors:
+        _check_plates(site)
+    return place.priors, names
+
+
+def _whole(sites: Sites, place: _Place, draw: PriorDraw) -> str:
+    """The name of a prior's x_0, all of whose sites are seen."""
+    data = [msg["name"] for msg in place.data if msg["infer"]["data_of"] is draw]
+    known = [msg for msg in place.known if msg["infer"]["known_of"] is draw]
+    is_whole = len(data) == 1 and len(known) == (draw.known is not None)
+    own = [draw.name] if draw.known is None else [draw.name, f"{draw.name}_known"]
+    _check_seen(is_whole and sites[data[0]]["type"] == "sample", own)
+    return data[0]
+
+
+def _check_seen(is_seen: bool, names: list[str]) -> None:
+    if not is_seen:
         raise ValueError(
             f"sites {names} must be seen as the prior makes them; got one that a handler (block, "
             "reparam) or another site of that name hides"
         )
-    return site, place.data[0]
 
 
 def _check_plates(site: Site) -> None:
@@ -472,13 +500,13 @@ def _check_plates(site: Site) -> None:
             )
 
 
-def _observed(sites: Sites, prior: Site, x_0: str) -> tuple[str, ...]:
+def _observed(sites: Sites, priors: list[Site], x_0: list[str]) -> tuple[str, ...]:
     """Names of the observed sites, each of them fit to be a likelihood."""
-    plates = {frame.name for frame in prior["cond_indep_stack"]}
+    plates = {frame.name for frame in shared_frames(priors)}
     observed = {n: s for n, s in sites.items() if s["type"] == "sample" and s["is_observed"]}
     names = tuple(name for name, site in observed.items() if "known_of" not in site["infer"])
     for name in names:
-        _check_observed(sites[name], plates, x_0)
+        _check_observed(sites[name], plates, " and ".join(x_0))
     return names
 
 
@@ -574,39 +602,40 @@ def systems_are_coupled(
     return jnp.any(jnp.abs(found - expected) > 1e-4 * (1 + jnp.abs(expected)))
 
 
-def _names(sites: Sites, prior: Site, name: str, observed: tuple[str, ...]) -> Names:
-    batch_shape = prior["fn"].batch_shape
-    plates = plate_dims(prior, "plate", batch_shape)
-    dims = {name: [*plates, *numbered(name, 0, prior["infer"]["prior"].reverse.event_dim)]}
-    batch_dims, repeated = {}, []
+def _names(sites: Sites, priors: list[Site], where: Layout, observed: tuple[str, ...]) -> Names:
+    plates = plate_dims(shared_frames(priors), "plate", where.plates)
+    dims, batch_dims, repeated = {}, {}, []
+    for site, part in zip(priors, where.parts, strict=True):
+        own = plate_dims(site["cond_indep_stack"], "plate", part.plates)
+        dims[part.name] = [*own, *numbered(part.name, 0, len(part.event_shape))]
     for site in observed:
         law = sites[site]["fn"]
         shape = jnp.broadcast_shapes(law.shape(), jnp.shape(sites[site]["value"]))
         first = len(shape) - law.event_dim
-        batch_dims[site] = plate_dims(sites[site], site, shape[:first])
+        batch_dims[site] = plate_dims(sites[site]["cond_indep_stack"], site, shape[:first])
         dims[site] = batch_dims[site] + numbered(site, first, len(shape))
-        if math.prod(shape[:first]) > math.prod(batch_shape):
+        if math.prod(shape[:first]) > math.prod(where.plates):
             repeated.append(site)
-    for site in _deterministic(sites, name):
-        dims[site] = _deterministic_dims(sites[site], plates, batch_shape)
-    return Names(name, tuple(plates), dims, batch_dims, repeated)
+    for site in _deterministic(sites, where.names):
+        dims[site] = _deterministic_dims(sites[site], plates, where.plates)
+    return Names(tuple(plates), dims, batch_dims, repeated)
 
 
-def deterministics(sites: Sites, x_0: str) -> dict[str, Any]:
-    """Values of the program's own deterministic sites."""
+def deterministics(sites: Sites, x_0: Sequence[str]) -> dict[str, Any]:
+    """Values of the program's own deterministic sites, those of x_0 left out."""
     values = {name: sites[name]["value"] for name in _deterministic(sites, x_0)}
     return jax.tree.map(jnp.asarray, values)
 
 
-def _deterministic(sites: Sites, x_0: str) -> list[str]:
-    return [n for n, s in sites.items() if s["type"] == "deterministic" and n != x_0]
+def _deterministic(sites: Sites, x_0: Sequence[str]) -> list[str]:
+    return [n for n, s in sites.items() if s["type"] == "deterministic" and n not in x_0]
 
 
-def plate_dims(site: Site, name: str, batch_shape: tuple[int, ...]) -> list[str]:
-    """Plates that make the axes of a site's batch; an axis without one is `name_dim_i`."""
-    frames = {frame.dim: _free(frame.name) for frame in site["cond_indep_stack"]}
+def plate_dims(frames: Sequence[Any], name: str, batch_shape: tuple[int, ...]) -> list[str]:
+    """Plates that make the axes of a batch; an axis without one is `name_dim_i`."""
+    names = {frame.dim: _free(frame.name) for frame in frames}
     count = len(batch_shape)
-    return [frames.get(axis - count, f"{name}_dim_{axis}") for axis in range(count)]
+    return [names.get(axis - count, f"{name}_dim_{axis}") for axis in range(count)]
 
 
 def _deterministic_dims(site: Site, plates: list[str], batch_shape: tuple[int, ...]) -> list[str]:

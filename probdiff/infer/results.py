@@ -47,7 +47,6 @@ from probdiff.infer.program import (
     Read,
     Site,
     Sites,
-    deterministics,
     is_factor,
     read,
 )
@@ -84,7 +83,7 @@ class Result(NamedTuple):
 
     @property
     def calls(self) -> int:
-        """Network calls of one particle, each product with the Jacobian counted as one."""
+        """Network calls of one particle, those of all priors as one; Jacobian products count."""
         conditioned, twist = self.read.conditioned, self.options.twist
         is_known_alone = conditioned.draw.known is not None and not conditioned.observed
         size = math.prod(conditioned.reverse.event_shape)
@@ -172,12 +171,6 @@ def _advice(program: Read, options: Options) -> str:
     return options.twist.advice(more, has_covariance=has_covariance)
 
 
-def by_site(result: Result, x_0: np.ndarray) -> dict[str, np.ndarray]:
-    """x_0, with the program's deterministic sites at it, by site name."""
-    name = result.read.names.x_0
-    return {name: x_0} | result.read.map(lambda sites: deterministics(sites, name), x_0)
-
-
 def pooled(a: np.ndarray) -> np.ndarray:
     """`(R, N, ...)` to `(R·N, ...)`."""
     return a.reshape(-1, *a.shape[2:])
@@ -230,17 +223,21 @@ def _equally_weighted(
 
 
 def entry_lines(result: Result, limit: int) -> list[str]:
-    """Mean, sd and quantiles of the first entries of x_0, and how many are not shown."""
-    name, draws = result.read.names.x_0, result.draws
-    places = list(np.ndindex(draws.shape[1:]))[:limit]
-    names = [name + (str(list(map(int, place))) if place else "") for place in places]
-    width = max(map(len, names))
+    """Mean, sd and quantiles of the first entries of each x_0, and how many are not shown."""
+    sites = result.read.layout.split(result.draws)
+    rows = {
+        name + (str(list(map(int, place))) if place else ""): draws[(slice(None), *place)]
+        for name, draws in sites.items() for place in list(np.ndindex(draws.shape[1:]))[:limit]
+    }  # fmt: skip
+    width = max(map(len, rows))
     lines = [f"{'':{width}} {'mean':>10} {'sd':>10} {'5%':>10} {'95%':>10}"]
-    for name_of, place in zip(names, places, strict=True):
-        of = draws[(slice(None), *place)].astype(np.float64)
+    for name, draws in rows.items():
+        of = draws.astype(np.float64)
         row = of.mean(), of.std(), *np.quantile(of, [0.05, 0.95])
-        lines.append(f"{name_of:{width}} " + " ".join(f"{value:10.4g}" for value in row))
-    return lines + _rest(draws[0].size - limit, f"entries of {name}")
+        lines.append(f"{name:{width}} " + " ".join(f"{value:10.4g}" for value in row))
+    for name, draws in sites.items():
+        lines += _rest(draws[0].size - limit, f"entries of {name}")
+    return lines
 
 
 def evidence_lines(
@@ -299,10 +296,11 @@ def datatree(result: Result, attrs: dict[str, Any]) -> "xr.DataTree":
     import xarray as xr  # slow to import
     from arviz_base import from_dict
 
-    draws, names, program = by_site(result, result.draws), result.read.names, result.read
-    observed = program.conditioned.observed
-    x_0, key = draws[names.x_0], jax.random.fold_in(result.key, _PREDICT)
-    of_runs = {names.x_0: result.outcome.x_0, "log_r": result.outcome.log_r}
+    program, names, x_0 = result.read, result.read.names, result.draws
+    draws, key = program.by_site(x_0), jax.random.fold_in(result.key, _PREDICT)
+    observed, layout, outcome = program.conditioned.observed, program.layout, result.outcome
+    of_runs = layout.split(take_in_runs(outcome.x_0, result.in_runs))
+    of_runs["log_r"] = take_in_runs(outcome.log_r, result.in_runs)
 
     def likelihoods(sites: Sites) -> dict[str, Array]:
         return {name: _log_prob(sites[name]) for name in observed}
@@ -328,18 +326,20 @@ def datatree(result: Result, attrs: dict[str, Any]) -> "xr.DataTree":
     stats = _sample_stats(result) | {f"log_likelihood_{name}": a for name, a in log_p.items()}
     observations = {name: a[0] for name, a in program.map(values, x_0[:1]).items()}
     if program.conditioned.draw.known is not None:
-        observations[f"{names.x_0}_known"] = _known(program.conditioned)
+        known = layout.split(_known(program.conditioned))
+        names_known = [part.name for part in layout.parts if part.is_known]
+        observations |= {f"{name}_known": known[name] for name in names_known}
     groups = {
         "posterior": _one_chain({n: a for n, a in draws.items() if isinstance(a, np.ndarray)}),
         "sample_stats": _one_chain(stats),
         "log_likelihood": _one_chain(repeated),
         "posterior_predictive": _one_chain(predictive),
         "observed_data": observations,
-        "runs": {name: take_in_runs(a, result.in_runs) for name, a in of_runs.items()},
+        "runs": of_runs,
     }
     of_stats = {f"log_likelihood_{name}": dims for name, dims in names.batch_dims.items()}
     dims_of = {"log_likelihood": names.batch_dims, "sample_stats": of_stats}
-    dims_of["observed_data"] = names.dims | {f"{names.x_0}_known": names.dims[names.x_0]}
+    dims_of["observed_data"] = names.dims | {f"{n}_known": names.dims[n] for n in layout.names}
     tree = xr.DataTree(name="probdiff")
     for group, data in groups.items():
         known = dims_of.get(group, names.dims)

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 class Sampler(abc.ABC):
-    """Draws from the posterior of a program that holds a prior.
+    """Draws from the posterior of a program that holds priors.
 
     All that is read of a run raises a `ValueError` before `run`.
     """
@@ -110,7 +110,8 @@ class Sampler(abc.ABC):
     def get_samples(self) -> dict[str, np.ndarray]:
         """Equally weighted draws of x_0 and of the program's deterministic sites, by site name.
 
-        Weighted runs are pooled and resampled, separately for each entry of the prior's plates;
+        Those of several priors go together, row by row. Weighted runs are pooled and resampled,
+        separately for each entry of the plates of all priors;
         draws come in random order, and one may come twice.
 
         Returns:
@@ -127,7 +128,7 @@ class Sampler(abc.ABC):
             >>> {name: draws.shape for name, draws in guided.get_samples().items()}
             {'x_0': (200,), 'rate': (200,)}
         """
-        return results.by_site(self.result, self.result.draws)
+        return self.result.read.by_site(self.result.draws)
 
     def print_summary(self, limit: int = 10) -> None:
         """Print `limit` entries of x_0 and systems, what they rest on, and warnings with advice.
@@ -191,10 +192,12 @@ class SMC(Sampler):
     So the draws tend to the posterior, and the mean weight to the evidence Z, whatever the twist.
 
     Args:
-        program: Any NumPyro program with one `prior()` and observed sites or factors below it.
-            Another latent site needs a value: by `handlers.substitute` it is a constant, which the
-            evidence does not count; by `handlers.condition` an observation, which it does. Programs
-            that draw by themselves, and handlers that change the prior, are refused.
+        program: Any NumPyro program with one `prior()` or several, and observed sites or factors
+            below. Several have one kernel, readout, last step and schedule, and move together; a
+            plate that not all of them stand in is part of one posterior. Another latent site needs
+            a value: by `handlers.substitute` it is a constant, which the evidence does not count;
+            by `handlers.condition` an observation, which it does. Programs that draw by themselves,
+            and handlers that change a prior, are refused.
         num_particles: Particles N of one run, at least 1. What a posterior needs, a run must hold:
             more runs do not help where one of them collapses.
         num_runs: Independent runs R, at least 1, whose spread is the error; of one it is nan.
@@ -253,8 +256,8 @@ class SMC(Sampler):
             **kwargs: Keyword arguments of the program.
 
         Raises:
-            ValueError: if the program is not one prior with observed sites inside its plates, or
-                the twist does not fit.
+            ValueError: if the program is not priors with observed sites inside the plates of all,
+                priors differ in kind or schedule, or the twist does not fit.
 
         Warns:
             InferenceWarning: if the draws or the evidence are not to be trusted.
@@ -311,7 +314,7 @@ class SMC(Sampler):
             (1.3, 1.0)
         """
         outcome = self.result.outcome
-        sites = results.by_site(self.result, results.pooled(outcome.x_0))
+        sites = self.result.read.by_site(results.pooled(outcome.x_0))
         return sites, results.pooled_log_weights(outcome)
 
     @property
