@@ -238,6 +238,21 @@ class Reverse:
         outputs = self.outputs(x_t, t) if outputs is None else outputs
         return self.readout.x_0_hat(self.kernel, outputs, x_t, self._trained(t))
 
+    def score(self, x_t: State, t: Level, outputs: Outputs | None = None) -> Float[Array, "..."]:
+        """∇ log p(x_t) by Tweedie's formula, (√ᾱ_t x̂_0 − x_t)/(1−ᾱ_t), numbers.
+
+        It is that of the data's own law where x̂_0 is, on the scale of the diffusion; −√(1−ᾱ_t)
+        times it is the noise ε̂, and √ᾱ_t ε̂ − √(1−ᾱ_t) x̂_0 the velocity.
+
+        Raises:
+            ValueError: if x_t are symbols, which have none.
+        """
+        if self.kernel.is_discrete:
+            raise ValueError(f"score is for numbers; got {self.kernel}")
+        step = self._trained(t)
+        x_0_hat = self.x_0_hat(x_t, t, outputs)
+        return (jnp.sqrt(step.alpha_bar_t) * x_0_hat - x_t) / step.noise_t
+
     def x_0_given(self, x_t: State, t: Level, outputs: Outputs | None = None) -> dist.Distribution:
         """Law p(x_0 | x_t), elementwise, where the readout says one."""
         outputs = self.outputs(x_t, t) if outputs is None else outputs

@@ -479,3 +479,48 @@ def test_symbols_have_no_units(kernel):
     np.testing.assert_array_equal(reverse.to_state(x), x)
     np.testing.assert_array_equal(reverse.to_data(reverse.to_state(x)), x)
     assert jax.tree.leaves(reverse.units) == []
+
+
+@pytest.mark.parametrize("readout", [readouts.Data, readouts.Epsilon, readouts.Velocity,
+                                     readouts.Score])  # fmt: skip
+def test_scores_of_all_parametrisations_are_that_of_the_mixture(x64, readout):
+    """0.7 N(1, ¼) + 0.3 N(−2, 1): to 1e-10 of the gradient of log p(x_t), at all levels."""
+    beta = schedules.log_snr_linear(12, beta_1=1e-3, alpha_bar_T=1e-3)
+    table = schedules.steps(beta)
+    shares, means, variances = jnp.array([0.7, 0.3]), jnp.array([1.0, -2.0]), jnp.array([0.25, 1.0])
+
+    def log_p(x, left):
+        """log p(x_t) of one number."""
+        a, total = jnp.sqrt(left), left * variances + 1 - left
+        terms = jnp.log(shares) - 0.5 * ((x - a * means) ** 2 / total + jnp.log(total))
+        return jax.nn.logsumexp(terms)
+
+    def scores(x_t, t):
+        return jax.vmap(jax.grad(log_p))(x_t, table.alpha_bar_t[t - 1])
+
+    def network(x_t, t):
+        left, noise = table.alpha_bar_t[t - 1], table.noise_t[t - 1]
+        score = scores(x_t, t)
+        eps = -jnp.sqrt(noise) * score
+        x_0_hat = (x_t - jnp.sqrt(noise) * eps) / jnp.sqrt(left)
+        said = {
+            readouts.Data: x_0_hat, readouts.Epsilon: eps, readouts.Score: score,
+            readouts.Velocity: jnp.sqrt(left) * eps - jnp.sqrt(noise) * x_0_hat,
+        }  # fmt: skip
+        return said[readout]
+
+    reverse = Diffusion(
+        GaussianKernel(), beta, network, event_shape=(), readout=readout(readouts.BridgeVariance())
+    ).bind({})
+    x_t, t = jnp.linspace(-4, 4, 36), jnp.tile(jnp.arange(1, 13), 3)
+    np.testing.assert_allclose(reverse.score(x_t, t), scores(x_t, t), rtol=1e-10, atol=1e-10)
+    fewer = reverse.respaced(4)
+    np.testing.assert_allclose(
+        fewer.score(x_t[:4], jnp.arange(1, 5)), scores(x_t[:4], fewer.times), rtol=1e-10
+    )
+
+
+def test_symbols_have_no_score():
+    reverse = standard_diffusion((2,), T=4, kernel=BernoulliKernel()).bind({})
+    with pytest.raises(ValueError, match="score is for numbers"):
+        reverse.score(jnp.zeros((1, 2), jnp.int32), 2)
