@@ -77,10 +77,10 @@ def test_bound_of_weights_with_a_prior_is_that_of_their_posterior():
 
 
 def test_weights_that_a_program_computes_are_not_trained():
-    @jax.jit
-    def model(w):
-        return handlers.seed(diffusion_of(Constant(w)).model, 0)(DATA)
+    def program(w):
+        return diffusion_of(Constant(w)).model(DATA)
 
+    model = jax.jit(handlers.seed(program, 0))
     with pytest.raises(ValueError, match="network must come with the values its weights start"):
         model(1.0)
 

@@ -66,7 +66,7 @@ TABLE = {
         summary="discs that hide one another: bits per pixel beside Gaussians"),
     "bark": Entry("patches:BARK", "about 20 minutes on two CPU cores", has_gpu=True, resumes=True,
         summary="photographs of bark: bits per pixel beside Gaussians, and a hole painted in"),
-    "levy": Entry("levy", "about 15 minutes on two CPU cores",
+    "levy": Entry("levy", "about 25 minutes on two CPU cores",
         summary="signals with independent increments: posteriors beside the exact ones of a "
         "Gibbs sampler"),
     "denoise": Entry(

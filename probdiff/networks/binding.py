@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 from jaxtyping import Array, PyTree
+from numpyro.primitives import _PYRO_STACK
 
 from probdiff.arguments import as_array, known, read_array, shown
 
@@ -133,7 +134,8 @@ def _given(x_t: Array, t: Array, context: Array | None) -> tuple[Array, ...]:
 
 def _check_given(weights: PyTree) -> None:
     """Refuse weights that a program draws or computes, where initial values are meant."""
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(weights)):
+    is_in_program = bool(_PYRO_STACK)
+    if is_in_program and any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(weights)):
         raise ValueError(
             "network must come with the values its weights start from, which are trained; got "
             "weights that a program computes. Make it outside of the program; where its weights "
