@@ -28,9 +28,11 @@ if TYPE_CHECKING:
         networks,
         plots,
         readouts,
+        recipes,
         sample,
         samplers,
         schedules,
+        tables,
     )
     from probdiff.denoiser import from_denoiser
     from probdiff.diffusion import Diffusion
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from probdiff.simple_loss import CombinedLoss, SimpleLoss
     from probdiff.standard import standard_diffusion
     from probdiff.storage import load, save
+    from probdiff.tables import Table
     from probdiff.times import ImportanceTimes, StratifiedTimes, UniformTimes
     from probdiff.train.fit import Fit, fit
 
@@ -56,6 +59,7 @@ __all__ = [
     "SampledTimeELBO",
     "SimpleLoss",
     "StratifiedTimes",
+    "Table",
     "UniformTimes",
     "datasets",
     "diagnostics",
@@ -67,11 +71,13 @@ __all__ = [
     "networks",
     "plots",
     "readouts",
+    "recipes",
     "sample",
     "samplers",
     "save",
     "schedules",
     "standard_diffusion",
+    "tables",
     "track_kl",
 ]
 
@@ -85,6 +91,7 @@ _HOMES = {
     "simple_loss": ["CombinedLoss", "SimpleLoss"],
     "standard": ["standard_diffusion"],
     "storage": ["load", "save"],
+    "tables": ["Table"],
     "times": ["ImportanceTimes", "StratifiedTimes", "UniformTimes"],
     "train.fit": ["Fit", "fit"],
 }

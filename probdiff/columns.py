@@ -44,7 +44,7 @@ class _Sums(NamedTuple):
 
 def check_columns(
     kernel: Kernel, event_shape: tuple[int, ...], rates: np.ndarray, units: tuple[Any, Any],
-    x_0: Any, mask: Any, *, is_on_grid: bool, variance: float = 1.0,
+    x_0: Any, mask: Any, *, is_on_grid: np.ndarray, variance: float = 1.0,
 ) -> None:  # fmt: skip
     """Warn of columns that no diffusion of these rates can learn as they are.
 
@@ -55,7 +55,8 @@ def check_columns(
         units: loc and scale.
         x_0: Data in the user's units, `(..., *event_shape)`, checked and concrete.
         mask: True where x_0 is observed, or None.
-        is_on_grid: Whether x_0 takes the values of a grid, for which second moments alone count.
+        is_on_grid: Where x_0 takes the values of a grid, for which second moments alone count;
+            of a shape that broadcasts to the event.
         variance: Second moment that a number should have.
 
     Raises:
@@ -74,9 +75,9 @@ def check_columns(
     is_moment_far = not 0.5 <= moment / variance <= 2
     if is_moment_far:
         _warn_about_moment(moment, variance, math.prod(event_shape), rates)
-    if is_on_grid:
+    if is_on_grid.all():
         return
-    sample, said = _sample(rows, seen), np.zeros(event_shape, bool)
+    sample, said = _sample(rows, seen), np.broadcast_to(is_on_grid, event_shape).copy()
     if (sample == sample[0]).all():  # one example many times, to average over the noise
         return
     texts = _of_values(sample, scale, rates[0], said)
@@ -160,7 +161,7 @@ def _of_values(sample: np.ndarray, scale: np.ndarray, beta_1: float, said: np.nd
     there, ties = ~np.isnan(sample), _ties(sample)
     few, one, same, coarse = (np.zeros(scale.size, bool) for _ in range(4))
     about: dict[int, tuple[int, float, float, float]] = {}
-    for i in np.flatnonzero((ties >= _TIED) & (there.sum(0) >= FEW_ROWS)):
+    for i in np.flatnonzero((ties >= _TIED) & (there.sum(0) >= FEW_ROWS) & ~said.reshape(-1)):
         values, counts = np.unique(sample[there[:, i], i].astype(np.float64), return_counts=True)
         share = float(counts.max() / counts.sum())
         gap = float(np.diff(values).min()) if len(values) > 1 else 0.0

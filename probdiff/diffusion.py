@@ -47,7 +47,17 @@ from probdiff.kernels import BernoulliKernel, DiscreteKernel, GaussianKernel, Ke
 from probdiff.networks.binding import bind, check_signature, example_inputs, output_shape
 from probdiff.networks.rows import coupling, is_by_row
 from probdiff.prior import Prior
-from probdiff.reverse import Mask, Reverse, State, Units, Values, less_loc, where_observed
+from probdiff.readouts.grid import is_on_grid
+from probdiff.reverse import (
+    Mask,
+    Reverse,
+    State,
+    Units,
+    Values,
+    less_loc,
+    taken_off,
+    where_observed,
+)
 from probdiff.trajectories import TRAJECTORY_SUFFIX, ForwardTrajectory, ReverseTrajectory, first
 from probdiff.types import Network, Params, Step
 
@@ -82,7 +92,7 @@ class Diffusion:
         readout: How the network's output becomes p(x_s | x_t); by default `Perturbation()` for
             numbers, `Logits()` for bits, `DataLogits()` for classes.
         last_step: p(x_0 | x_1): `Tied()`, `Learned()`, or `Discretised(low, high, levels)` for
-            numbers on a grid; tied by default, learned for classes.
+            numbers on a grid, one for all or one by entry; tied by default, learned for classes.
         loc: Subtracted from the data, broadcastable to `event_shape`; kept in float64. Where it is
             large beside scale, data want NumPy's float64, and draws have it; inside a program x_0
             is of JAX's float type, and a warning says where that is too coarse.
@@ -144,6 +154,7 @@ class Diffusion:
         self.last_step = _default_last_step(kernel) if last_step is None else last_step
         is_learned = isinstance(beta, schedules.LearnedRates)
         self.schedule = beta if is_learned else schedules.check_beta(beta)
+        validation.check_grid(self.last_step.grid, self.event_shape)
         self.loc, self.scale = validation.check_units(kernel, self.event_shape, loc, scale)
         self.data_variance = validation.check_variance(
             self.event_shape, data_variance, "data_variance"
@@ -391,12 +402,12 @@ class Diffusion:
         They are as they were for symbols, for numbers on a grid, and where loc is 0.
         """
         x_0 = np.asarray(plain("x_0", x_0))
-        has_loc = self.loc is not None and self.last_step.grid is None and np.any(self.loc != 0)
+        has_loc = self.loc is not None and np.any(self._taken_off != 0)
         is_fit = x_0.shape[x_0.ndim - len(self.event_shape) :] == self.event_shape
         if not (has_loc and is_fit and jnp.issubdtype(x_0.dtype, jnp.floating)):
             return x_0  # what does not fit is refused by the program
         self._warn_about_precision(x_0)
-        return Deviations(less_loc(x_0, self.loc, self.kernel.dtype))
+        return Deviations(less_loc(x_0, self._taken_off, self.kernel.dtype))
 
     @functools.cached_property
     def params_template(self) -> Params:
@@ -428,7 +439,7 @@ class Diffusion:
         if not any(isinstance(a, jax.core.Tracer) for a in (x_0, mask)):
             columns.check_columns(
                 self.kernel, self.event_shape, self.rates, self.units, x_0, mask,
-                is_on_grid=self.last_step.grid is not None, variance=self._mean_variance,
+                is_on_grid=is_on_grid(self.last_step.grid), variance=self._mean_variance,
             )  # fmt: skip
 
     # private
@@ -449,18 +460,22 @@ class Diffusion:
 
     def _warn_about_precision(self, x_0: Any) -> None:
         """Of data, or of what a program draws; a grid is no finer than float32."""
-        if self.last_step.grid is None:
-            dtype = self.kernel.dtype if x_0 is None else x_0.dtype
-            validation.warn_about_precision(
-                self.loc, self.scale, self.event_shape, dtype, stacklevel=6
-            )
+        dtype = self.kernel.dtype if x_0 is None else x_0.dtype
+        validation.warn_about_precision(
+            self._taken_off, self.scale, self.event_shape, dtype, stacklevel=6
+        )
+
+    @property
+    def _taken_off(self) -> np.ndarray | None:
+        """What `less_loc` takes off; None for symbols."""
+        return None if self.loc is None else taken_off(self.loc, self.last_step.grid)
 
     def _of(self, x_0: Any) -> tuple["Diffusion", Any]:
         """The diffusion that data are of: with loc 0 for `Deviations`; and their values."""
         if not isinstance(x_0, Deviations):
             return self, x_0
         relative = copy.copy(self)
-        relative.loc = np.zeros_like(self.loc)
+        relative.loc = np.asarray(self.loc - self._taken_off)
         return relative, x_0.values
 
     @property

@@ -31,7 +31,7 @@ from numpyro.distributions.transforms import Transform
 from probdiff import validation
 from probdiff.arguments import check_object, check_text, plain
 from probdiff.compilation import Programs
-from probdiff.reverse import DataGivenFirst, Mask, Reverse, State
+from probdiff.reverse import DataGivenFirst, Mask, Reverse, State, taken_off
 from probdiff.trajectories import TRAJECTORY_SUFFIX, ReverseTrajectory, first
 
 _CHECKED_DRAWS, _CHECKED_FEW, _CHECKED_STEPS = 128, 32, 20
@@ -153,9 +153,10 @@ class Prior:
                 whose law would not be given them.
         """
         reverse = self.reverse.given(plain("context", context))
-        if reverse.grid is None:
+        if reverse.units.loc is not None:
+            loc = taken_off(reverse.units.loc, reverse.grid)
             validation.warn_about_precision(
-                *reverse.units, reverse.event_shape, reverse.kernel.dtype, stacklevel=3
+                loc, reverse.units.scale, reverse.event_shape, reverse.kernel.dtype, stacklevel=3
             )
         if (known is None) != (mask is None):
             given = "mask" if known is None else "known"

@@ -38,7 +38,7 @@ from probdiff import schedules
 from probdiff.arguments import check_at_least, plain
 from probdiff.kernels import Kernel
 from probdiff.readouts import DiscreteReadout, GaussianReadout, Variance
-from probdiff.readouts.grid import Grid
+from probdiff.readouts.grid import Grid, is_on_grid
 from probdiff.readouts.last_step import LastStep
 from probdiff.types import Step
 from probdiff.validation import check_context
@@ -180,23 +180,27 @@ class Reverse:
         if not self._has_loc:
             return self
         loc, scale = self.units
-        return dataclasses.replace(self, units=Units(np.zeros(np.shape(loc)), scale))
+        left = loc - taken_off(loc, self.grid)
+        return dataclasses.replace(self, units=Units(left, scale))
 
     def less_loc(self, x_0: Any) -> np.ndarray:
         """x_0 as `relative` has it, NumPy: float64 until loc is taken off."""
         x_0 = np.asarray(plain("x_0", x_0))
-        return less_loc(x_0, self.units.loc, self.kernel.dtype) if self._has_loc else x_0
+        if not self._has_loc:
+            return x_0
+        return less_loc(x_0, taken_off(self.units.loc, self.grid), self.kernel.dtype)
 
     def plus_loc(self, x_0: Any) -> np.ndarray:
         """What `relative` draws in the user's units, NumPy's float64; symbols stay ints."""
         x_0 = np.asarray(x_0)
         if self._has_loc:
-            return x_0.astype(np.float64) + np.asarray(self.units.loc, np.float64)
+            loc = taken_off(self.units.loc, self.grid)
+            x_0 = x_0.astype(np.float64) + np.asarray(loc, np.float64)
         return x_0 if self.grid is None else self.grid.nearest_in_float64(x_0)
 
     @property
     def _has_loc(self) -> bool:
-        return self.units.loc is not None and self.grid is None
+        return self.units.loc is not None and not is_on_grid(self.grid).all()
 
     # what the network says
 
@@ -312,6 +316,13 @@ class Reverse:
         return self.trained.at(self._time(t), self.event_dim)
 
 
+def taken_off(loc: Any, grid: Grid | None) -> Any:
+    """What of loc is taken off data before all else: nothing where they lie on a grid."""
+    if isinstance(loc, jax.Array):
+        return jnp.where(is_on_grid(grid), 0.0, loc)
+    return np.where(is_on_grid(grid), 0.0, loc)
+
+
 def less_loc(x_0: np.ndarray, loc: Any, dtype: Any) -> np.ndarray:
     """x_0 − loc, the difference taken in float64, without a copy of all of it in float64."""
     if x_0.dtype == dtype and not np.any(loc):
@@ -336,7 +347,8 @@ def _on_grid(x_0: Values, support: Any) -> Values:
 class DataGivenFirst(dist.Distribution):
     """Last reverse step p(x_0 | x_1) in the user's units: loc + scale · x, x ~ `base`.
 
-    Where the support is a `Grid`, x_0 is put on its nearest value, and `log_prob` is of a mass.
+    Where the support is a `Grid`, x_0 is put on its nearest value, and `log_prob` is of a mass;
+    entries that have none keep their density.
     Entries whose mask is False do not enter `log_prob`.
     """
 

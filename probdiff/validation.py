@@ -121,6 +121,15 @@ def check_schedule(
         )
 
 
+def check_grid(grid: readouts.Grid | None, event_shape: tuple[int, ...]) -> None:
+    """Grids by entry broadcast to the event."""
+    if grid is not None and not _fits(grid.is_on, event_shape):
+        raise ValueError(
+            "last_step must have low, high and levels broadcastable to event_shape "
+            f"{event_shape}; got shape {grid.is_on.shape}"
+        )
+
+
 def check_data(
     kernel: Kernel, event_shape: tuple[int, ...], x_0: Any, mask: Any, argument: str = "x_0", *,
     grid: readouts.Grid | None = None,
@@ -149,9 +158,12 @@ def check_data(
             "True where x_0 is observed",
             stacklevel=4,
         )
-    for law in (kernel, grid) if _is_concrete(x_0, mask) else ():
-        if law is not None:
-            law.check_values(_observed(x_0, mask), argument)
+    if not _is_concrete(x_0, mask):
+        return
+    kernel.check_values(_observed(x_0, mask), argument)
+    if grid is not None:
+        seen = np.asarray(x_0) if mask is None else np.where(mask, x_0, np.asarray(grid.low))
+        grid.check_values(seen, argument)
 
 
 def check_variance(

@@ -51,10 +51,12 @@ from probdiff import (
     networks,
     plots,
     readouts,
+    recipes,
     sample,
     samplers,
     schedules,
     standard_diffusion,
+    tables,
 )
 
 
@@ -208,6 +210,38 @@ def of_datasets() -> list[Case]:
     ]
 
 
+def _of_recipe() -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    data = {"x": rng.normal(size=60), "n": rng.poisson(1.0, 60)}
+    table = tables.Table(data)
+    return {"key": KEY, "table": table, "data": data, "num_steps": 1, "progress": False}
+
+
+def of_tables() -> list[Case]:
+    """Tables and kinds of columns."""
+    data = {"x": [1.0, 2.5, 4.0], "n": [0, 1, 2], "c": ["a", "b", None]}
+    table = tables.Table(data)
+    x_0 = table.encode({"x": [1.5], "n": [1], "c": ["a"]}).x_0
+    return [
+        case(tables.Table, data=data),
+        case(table.encode, data=data),
+        case(table.decode, x_0=x_0),
+        case(table.columns, x_0=x_0),
+        case(table.place, name="x"),
+        case(table.origin, name="x"),
+        case(tables.Continuous),
+        case(tables.Positive),
+        case(tables.Bounded),
+        case(tables.HeavyTailed),
+        case(tables.Rounded, step=0.5, low=0.0, high=2.0),
+        case(tables.Count),
+        case(tables.Ordered, values=("a", "b")),
+        case(tables.Category, values=("a", "b")),
+        case(tables.Constant, value=3.0),
+        Case("recipes.table", recipes.table, _of_recipe(), foreign=("num_steps", "progress")),
+    ]
+
+
 def of_networks() -> list[Case]:
     """Constructors of networks, and their calls."""
     kinds = {
@@ -220,12 +254,17 @@ def of_networks() -> list[Case]:
             "dense_depth": 1, "upper_width": 2, "upper_depth": 1, "bumps": 2,
         },
         networks.UNet: {"event_shape": (4, 4), "widths": (8,), "depth": 1, "T": 3},
+        networks.FromMixture: {"event_shape": (2,), "components": 2, "width": 2, "depth": 1},
     }  # fmt: skip
     found = [case(kind, **given, rngs=nnx.Rngs(0)) for kind, given in kinds.items()]
     for kind, given in kinds.items():
         network = kind(**given, rngs=nnx.Rngs(0))
         x_t = jnp.ones((2, *given["event_shape"]))
-        found.append(case(network.__call__, x_t=x_t, t=jnp.ones(2, jnp.int32)))
+        t = jnp.ones(2, float if kind is networks.FromMixture else jnp.int32)
+        found.append(case(network.__call__, x_t=x_t, t=t))
+    mixture = {"weights": np.ones(2) / 2, "means": np.eye(2), "covariances": np.ones((2, 2, 2))}
+    mixture["covariances"] += np.eye(2)
+    found.append(case(networks.FromMixture((2,), 2, 2, 1, rngs=nnx.Rngs(0)).start, **mixture))
     given = {"network": networks.RadialBasis((2,), 2, 3, rngs=nnx.Rngs(0)), "event_shape": (2,)}
     images = {"x": jnp.ones((1, 4, 4, 1)), "kernel": jnp.ones((3, 3, 1, 2))}
     return [*found, case(networks.summary, **given), case(networks.convolve, **images)]
@@ -480,6 +519,14 @@ def of_diagnostics() -> list[Case]:
         case(diagnostics.sandwich, **drawn, num_examples=2, **few),
         case(diagnostics.predictive_check, **given, num_replicates=2),
         case(diagnostics.compare, models={"a": tree, "b": tree}),
+        case(
+            diagnostics.baselines,
+            key=KEY,
+            diffusion=_diffusion(),
+            components=(1,),
+            x_0=np.random.default_rng(0).standard_normal((25, 2)),
+            held_out=X,
+        ),
         case(diagnostics.bits_per_dim, tree=of_bits),
         case(diagnostics.parzen, draws=X, validation=X, test=X),
         case(diagnostics.to_datatree, source=fitted),

@@ -170,7 +170,9 @@ def run(calls):
     return "\n".join(map(str, bad))
 
 
-@pytest.mark.parametrize("group", ["schedules", "kernels", "readouts", "networks", "diffusions"])
+@pytest.mark.parametrize(
+    "group", ["schedules", "kernels", "readouts", "networks", "diffusions", "tables"]
+)
 def test_hostile_calls_end_with_the_name_of_the_argument(unchecked, tmp_path, monkeypatch, group):
     monkeypatch.chdir(tmp_path)
     calls = list(hostile.calls(hostile.GROUPS[group]()))
@@ -199,7 +201,7 @@ def test_every_public_name_is_called_with_hostile_arguments():
     """More than 5,000 calls."""
     cases = [case for group in hostile.GROUPS.values() for case in group()]
     assert sum(1 for _ in hostile.calls(cases)) > 5_000
-    names = "infer diagnostics datasets networks readouts kernels plots train".split()
+    names = "infer diagnostics datasets networks readouts kernels plots tables train".split()
     modules = [probdiff, *(importlib.import_module(f"probdiff.{name}") for name in names)]
     public = [getattr(module, name) for module in modules for name in module.__all__]
     called = [case.function for case in cases]

@@ -198,6 +198,7 @@ def test_intervals_of_the_bayes_factor_of_many_examples_hold_what_they_say():
     check_intervals(*np.array(misses).T)
 
 
+@pytest.mark.long
 def test_programs_compared_by_smc_have_the_bayes_factors_of_the_closed_form():
     """y ~ N(0, 1 + σ²) under three noises, 12 observations, each program's sites known."""
     prior = standard_diffusion().prior({})

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+import numpyro.distributions as dist
 import pytest
+import xarray as xr
 from flax import nnx
 from numpyro import handlers
 from numpyro.infer import MCMC, NUTS, Predictive
@@ -412,3 +414,119 @@ def test_a_saved_model_keeps_its_grid(tmp_path):
     laws = [reverse.data(jnp.array([0.3, -0.2])) for reverse in reverses]
     x = jnp.asarray(diffusion.last_step.grid.values[[70, 140]], jnp.float32)
     np.testing.assert_array_equal(*(law.log_prob(x) for law in laws))
+
+
+# a grid for some entries, none for the others
+
+MIXED = Discretised([0, 0], [16, 0], [17, 0])
+
+
+def mixed_rows(n, seed=0):
+    x = NARROW + WIDE * np.random.default_rng(seed).standard_normal((n, 2))
+    x[:, 0] = np.clip(np.round(x[:, 0]), 0, 16)
+    return x.astype(np.float32)
+
+
+def mixed_log_p(x):
+    return log_cells()[x[:, 0].astype(int), 0] + log_normal(x[:, 1], NARROW[1], WIDE[1])
+
+
+def test_grids_by_entry_are_those_of_all_entries(x64):
+    one, two = Grid(0, 16, 17), Grid([0, -3.0], [16, 0.5], [17, 15])
+    x, sd = np.stack(np.meshgrid(np.arange(17.0), [1.0, 2.0]), -1), np.array([1.7, 0.3])
+    x[..., 1] = Grid(-3, 0.5, 15).nearest(x[..., 1] - 2)
+    apart = [g.log_mass(x[..., i], 0.3, sd[i]) for i, g in enumerate((one, Grid(-3, 0.5, 15)))]
+    np.testing.assert_allclose(two.log_mass(x, 0.3, sd), np.stack(apart, -1), rtol=1e-9)
+    np.testing.assert_allclose(two.nearest_in_float64(x + 0.1), x, atol=1e-12)
+    assert two(x).all() and hash(two) == hash(Grid([0, -3.0], [16, 0.5], [17, 15])) != hash(one)
+    assert two == Grid([0, -3.0], [16, 0.5], [17, 15]) != Grid([0, -3.0], [16, 0.5], [17, 29])
+
+
+@pytest.mark.long
+def test_bound_and_ladder_of_mixed_entries_find_mass_and_density():
+    x, exact = mixed_rows(200), mixed_log_p(mixed_rows(200))
+    tree = diagnostics.ladder(
+        jax.random.key(0), gridded(MIXED), {}, x, sizes=(1, 300), num_repeats=8, num_draws=10
+    )["ladder"]
+    gap = tree["importance"][:, -1].values - exact
+    assert abs(gap.mean()) < 4 * gap.std() / np.sqrt(200) + 2e-3 and gap.std() < 0.15
+    k = diagnostics.bound(jax.random.key(0), gridded(MIXED), {}, x, num_draws=10)["bound"]
+    assert k.attrs["reference_measure"] == "counting at entries 0, elsewhere Lebesgue, in the " + (
+        "user's units"
+    )
+    assert -0.2 < (k["bound"].values - exact).mean() < 4 * np.std(k["bound"].values - exact) / 14
+    with pytest.raises(ValueError, match="must bound probabilities"):
+        diagnostics.bits_per_dim(xr.DataTree.from_dict({"bound": k.to_dataset()}))
+
+
+@pytest.mark.parametrize("known", [0, pytest.param(1, marks=pytest.mark.long)])
+def test_evidence_of_a_known_entry_is_its_mass_or_density(key, known):
+    """And the other, observed with noise, has its exact posterior: 4 runs of 1,000 particles."""
+    value, noisy, sigma = np.array([5.0, 10.2]), 1 - known, 1.5
+    prior, y = gridded(MIXED).prior({}), np.array([8.0, 11.0])[noisy]
+
+    def program():
+        x = prior(known=jnp.asarray(value, jnp.float32), mask=np.arange(2) == known)
+        numpyro.sample("y", dist.Normal(x[noisy], sigma), obs=y)
+
+    smc = infer.SMC(program, num_particles=1000, num_runs=4)
+    smc.run(key)
+    x = smc.get_samples()["x_0"]
+    assert (x[:, known] == np.float32(value[known])).all()
+    k = np.arange(17.0)
+    if known == 0:
+        seen = log_cells()[5, 0]
+        var = 1 / (1 / WIDE[1] ** 2 + 1 / sigma**2)
+        mean = var * (NARROW[1] / WIDE[1] ** 2 + y / sigma**2)
+        exact = seen + log_normal(y, NARROW[1], np.hypot(WIDE[1], sigma))
+    else:
+        joint = np.exp(log_cells()[:, 0] + log_normal(y, k, sigma))
+        mean = (joint * k).sum() / joint.sum()
+        exact = log_normal(10.2, NARROW[1], WIDE[1]) + np.log(joint.sum())
+        assert set(np.unique(x[:, 0])) <= set(k)
+    assert abs(smc.log_evidence - exact) < 4 * smc.log_evidence_se + 0.01
+    assert abs(x[:, noisy].mean() - mean) < 0.12  # sd 1.1 to 1.3, and some 800 effective draws
+
+
+def test_a_mixed_diffusion_is_saved_and_refused_by_name_where_it_must(tmp_path):
+    network = networks.RadialBasis((2,), width=4, T=4, rngs=nnx.Rngs(0))
+    diffusion = Diffusion(
+        GaussianKernel(), schedules.harmonic(4), network, event_shape=(2,), last_step=MIXED
+    )
+    params = {"x_0_network$params": nnx.to_pure_dict(nnx.state(network))}
+    probdiff.save(tmp_path / "mixed", diffusion, params)
+    again, _ = probdiff.load(tmp_path / "mixed")
+    assert again.last_step == MIXED and hash(again.last_step) == hash(MIXED)
+    prior = gridded(MIXED).prior({})
+    with pytest.raises(ValueError, match=r"numbers that are smooth.*Discretised\(low=\(0.0, 0.0\)"):
+        handlers.seed(infer.noncentered(lambda: prior()), 0)()
+    with pytest.raises(ValueError, match=r"x_0 must lie on the grid.*such as 0\.5 at entry 0"):
+        diagnostics.bound(jax.random.key(0), gridded(MIXED), {}, np.full((3, 2), 0.5, np.float32))
+    with pytest.raises(ValueError, match=r"broadcastable to event_shape \(2,\); got shape \(3,\)"):
+        gridded(Discretised(0, 1, [2, 2, 0]))
+    with pytest.raises(ValueError, match="levels must not be 0 throughout"):
+        Discretised(0, 1, [0, 0])
+    with pytest.raises(ValueError, match="levels must be integers of at least 2, or 0"):
+        Discretised(0, 1, [0, 1])
+
+
+def test_a_large_loc_of_a_mixed_entry_costs_no_digits(key):
+    """2459000 + 0.1 N(0, 1) beside a class: 1,000 draws, and K as without the offset."""
+    off, options = np.array([0.0, 2459000.0]), {"scale": np.array([0.5, 0.1])}
+    last = Discretised([0, 0], [1, 0], [2, 0])
+    x = np.stack([np.arange(200) % 2, 0.1 * np.random.default_rng(0).standard_normal(200)], 1)
+    made = {
+        loc: probdiff.standard_diffusion(
+            (2,), T=8, last_step=last, loc=np.array([0.5, loc]), **options
+        )
+        for loc in off
+    }
+    k = [
+        diagnostics.bound(key, made[loc], {}, x + np.array([0, loc]), num_draws=4)["bound"]
+        for loc in off
+    ]
+    np.testing.assert_allclose(k[0]["bound"], k[1]["bound"], atol=1e-3)
+    draws = probdiff.sample.ancestral(key, made[off[1]], {}, 1000)
+    assert len(np.unique(draws[:, 1])) >= 990 and set(draws[:, 0]) == {0.0, 1.0}
+    with pytest.warns(UserWarning, match="held too coarsely.*column 1"):
+        handlers.seed(made[off[1]].prior({}), 0)()

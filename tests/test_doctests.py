@@ -29,9 +29,10 @@ BY_ALL = (
     "probdiff.diagnostics",
     "probdiff.infer",
     "probdiff.plots",
+    "probdiff.tables",
 )
 """Their public names are listed in `__all__`."""
-BY_FUNCTION = ("probdiff.schedules", "probdiff.sample")
+BY_FUNCTION = ("probdiff.schedules", "probdiff.sample", "probdiff.recipes")
 """Their public names are the functions that they define."""
 
 

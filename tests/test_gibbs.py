@@ -24,6 +24,7 @@ def se(draws):
     return draws.std() / np.sqrt(array_stats.ess(draws, chain_axis=0, draw_axis=1))
 
 
+@pytest.mark.long
 def test_posterior_of_known_and_measured_entries_is_exact_in_each_plate():
     """x_0 ~ N(0, I_2) in units, its first entry known, the sum measured; 16 chains of 50."""
     prior = standard_diffusion((2,), T=6, loc=np.array([1.0, 2.0]), scale=3.0).prior({})

@@ -349,6 +349,7 @@ def test_guided_warns_of_a_spread_that_is_wrong_where_the_means_are_right():
     assert right.check.ratio < 1.25
 
 
+@pytest.mark.long
 def test_guided_says_that_it_is_approximate_and_how_far_off(guided, capsys):
     run_loudly(guided, 3.0, 1.0)
     log_z = stats.norm.logpdf(3, 0, math.sqrt(2))

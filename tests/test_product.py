@@ -204,6 +204,7 @@ def test_plates_that_no_other_prior_stands_in_cross():
         assert error < 3 * smc.log_evidence_se.ravel()[b] + FLOOR
 
 
+@pytest.mark.long
 def test_symbols_of_several_priors_have_their_enumerated_posterior():
     """Two bits and one more, B(0.3) each, told by the difference of their sums."""
     bits = [

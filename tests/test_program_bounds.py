@@ -248,6 +248,7 @@ def augmented_pair(diffusion, mean=0.0, sd=1.0):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.long
 def test_extra_coordinates_leave_the_bound_of_x_alone():
     """E log p(x, a) − log q(a): log p(x) where q is exact, and below it by KL(q ‖ p) where not."""
     x = np.asarray(rows(20)[:, :2], np.float32)

@@ -6,6 +6,7 @@
     sandwich                bounds from below and above, at draws of the model
     entropies               bounds on the entropy of every reverse step
     information             bounds on what each level still tells of the data
+    baselines               independent entries, a Gaussian, a mixture, on the same measure
     compare                 models by their bounds on the same examples, errors paired
     parzen                  log density of test images under Gaussians around draws
     bits_per_dim            bits per entry of discrete data
@@ -16,6 +17,7 @@
 Groups have named dims; a bound has dim `example` and no chain or draw.
 """
 
+from probdiff.diagnostics.baselines import baselines
 from probdiff.diagnostics.bits import BitsPerDim, bits_per_dim
 from probdiff.diagnostics.bounds import BITS_PER_NAT, bound, entropy_form, sampled_bound
 from probdiff.diagnostics.comparison import compare
@@ -26,7 +28,7 @@ from probdiff.diagnostics.parzen import parzen
 from probdiff.diagnostics.predictive import predictive_check
 
 __all__ = [
-    "BITS_PER_NAT", "BitsPerDim", "LadderWarning", "bits_per_dim", "bound", "compare", "entropies",
-    "entropy_form", "information", "ladder", "parzen", "predictive_check", "sampled_bound",
-    "sandwich", "to_datatree",
+    "BITS_PER_NAT", "BitsPerDim", "LadderWarning", "baselines", "bits_per_dim", "bound", "compare",
+    "entropies", "entropy_form", "information", "ladder", "parzen", "predictive_check",
+    "sampled_bound", "sandwich", "to_datatree",
 ]  # fmt: skip

@@ -49,6 +49,7 @@ from probdiff.diffusion import Data, Diffusion, Mask
 from probdiff.elbo import prior_kl, step_kl
 from probdiff.kernels import DiscreteKernel
 from probdiff.readouts import Tied
+from probdiff.readouts.grid import is_on_grid
 from probdiff.reverse import Reverse, Units
 from probdiff.times import StratifiedTimes
 from probdiff.trajectories import ForwardTrajectory
@@ -91,8 +92,9 @@ def bound(
         error of each K over the draws of the noise, nan for one draw. Attributes: `mean`, `se`
         (standard error over examples), `mean_bits`, `se_bits`, `T`, `num_draws`;
         `reference_measure`, "counting" for symbols and for numbers on a grid, else "Lebesgue, in
-        the user's units"; `num_dims`, entries observed of one example, nan where examples differ;
-        `data`, a digest of the examples, by which other functions know them again.
+        the user's units", or which entries are which; `num_dims`, entries observed of one example,
+        nan where examples differ; `data`, a digest of the examples, by which other functions know
+        them again.
 
         Of a program `bound` and `bound_se`, and parts by the name of their site:
         `log_likelihood_y` of every observed site y; `kl_z` of every latent z, a KL in closed form
@@ -153,7 +155,7 @@ def bound(
     steps = {"step": np.arange(2, diffusion.T + 1)}
     tree["bound"]["kl"] = xr.DataArray(kl, dims=("example", "step"), coords=steps)
     tree["bound"]["bound_se"] = xr.DataArray(se, dims="example")
-    tree["bound"].attrs |= _measure(diffusion, x_0, mask) | {"num_draws": num_draws}
+    tree["bound"].attrs |= measure(diffusion, x_0, mask) | {"num_draws": num_draws}
     return tree
 
 
@@ -228,7 +230,7 @@ def sampled_bound(
     )  # fmt: skip
     check_numbers({"reconstruction": reconstruction, "kl": kl, "prior_kl": prior})
     tree = _tree(reconstruction - kl - prior, reconstruction, prior)
-    tree["bound"].attrs |= _measure(diffusion, x_0, mask) | {"num_times": num_times}
+    tree["bound"].attrs |= measure(diffusion, x_0, mask) | {"num_times": num_times}
     return tree
 
 
@@ -407,15 +409,20 @@ def digest_of(data: Any) -> str:
     return hashlib.sha256("".join(map(digest, leaves)).encode()).hexdigest()[:16]
 
 
-def _measure(diffusion: Diffusion, x_0: Data, mask: Mask | None) -> dict[str, str | int | float]:
+def measure(diffusion: Diffusion, x_0: Data, mask: Mask | None) -> dict[str, str | int | float]:
     """What a density is taken against, over how many entries of which examples; and T."""
     is_symbol = isinstance(diffusion.kernel, DiscreteKernel)
-    is_discrete = is_symbol or diffusion.last_step.grid is not None
+    is_on = np.broadcast_to(is_on_grid(diffusion.last_step.grid), diffusion.event_shape)
     num_dims = math.prod(diffusion.event_shape)
     if mask is not None:
         counts = np.asarray(mask).reshape(len(mask), -1).sum(1)
         num_dims = int(counts[0]) if (counts == counts[0]).all() else math.nan
-    measure = "counting" if is_discrete else "Lebesgue, in the user's units"
+    measure = "counting" if is_symbol or is_on.all() else "Lebesgue, in the user's units"
+    if is_on.any() and not is_on.all():
+        places = ", ".join(
+            str(tuple(p) if len(p) > 1 else p[0]) for p in np.argwhere(is_on).tolist()
+        )
+        measure = f"counting at entries {places}, elsewhere {measure}"
     about = {"reference_measure": measure, "num_dims": num_dims}
     return about | {"data": digest(x_0, mask), "T": diffusion.T}
 

@@ -24,6 +24,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array, Float
 
@@ -126,8 +127,11 @@ def _log_law(view: View) -> Float[Array, "P B d"]:
         log_p = dist.Normal(mean, sd).log_prob(known)
     else:
         loc, scale = (problem.of_entries(a)[:, None] for a in reverse.units)
-        values = reverse.grid.nearest(known * scale + loc)
-        log_p = reverse.grid.log_mass(values, mean * scale + loc, sd * scale)
+        grid = reverse.grid.map(
+            lambda a: np.broadcast_to(a, reverse.event_shape).reshape(-1, 1)  # as known is
+        )
+        values = grid.nearest(known * scale + loc)
+        log_p = grid.log_mass(values, mean * scale + loc, sd * scale)
     logits = law.mixing_distribution.logits.reshape(*lead, -1)
     return jax.nn.logsumexp(logits + log_p, -1)
 

@@ -138,7 +138,7 @@ def within_cells(problem: Problem) -> Array | float:
     if grid is None or problem.known is None:
         return 0.0
     scale = problem.of_entries(problem.reverse.units.scale)
-    return jnp.where(problem.mask, (grid.spacing / scale) ** 2 / 12, 0.0)
+    return jnp.where(problem.mask, (problem.of_entries(grid.spacing) / scale) ** 2 / 12, 0.0)
 
 
 def ridges_of(problem: Problem, points: Float[Array, "p B d"], mean: Array) -> Ridges | None:

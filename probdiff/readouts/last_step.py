@@ -14,6 +14,7 @@ import abc
 import dataclasses
 from collections.abc import Callable
 from numbers import Real
+from typing import Any
 
 import numpyro.distributions as dist
 from jaxtyping import Array, Shaped
@@ -116,6 +117,9 @@ class Discretised(LastStep):
     network after 800 steps: 4.06, 2.52, 2.34 and 2.24 bits per pixel at 0.08, 0.4, 0.7 and 1.2 Δ,
     and 2.69 for the same network on dequantised digits with β_1 = 2e-4 (errors 0.015).
 
+    Entries may differ: arrays that broadcast to the event give each its own grid, and 0 levels
+    leave an entry what `Learned` makes of it, a number with a density.
+
     Args:
         low, high, levels: As in `Grid`.
 
@@ -125,15 +129,16 @@ class Discretised(LastStep):
         >>> x_0 = sample.ancestral(jax.random.key(0), diffusion, {}, 100)
         >>> set(x_0.tolist()) <= set(range(17))  # grey levels, in the user's units
         True
+        >>> mixed = readouts.Discretised(0, [1, 10, 0], [2, 11, 0])  # a class, a count, a length
     """
 
-    low: Real
-    high: Real
-    levels: Real
+    low: Real | Any
+    high: Real | Any
+    levels: Real | Any
 
     def __post_init__(self) -> None:
         grid = Grid(self.low, self.high, self.levels)
-        for field in dataclasses.fields(self):  # plain numbers, which a file can hold
+        for field in dataclasses.fields(self):  # plain numbers or tuples, which a file can hold
             object.__setattr__(self, field.name, getattr(grid, field.name))
 
     @property
