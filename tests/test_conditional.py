@@ -34,8 +34,9 @@ def shares(model, x_0):
 
 @pytest.mark.parametrize(
     "kernel",
-    [k if i == 0 else pytest.param(k, marks=pytest.mark.long) for i, k in enumerate(KERNELS)],
+    KERNELS,
 )
+@pytest.mark.long
 def test_moves_of_three_particles_keep_the_posterior(kernel, monkeypatch):
     """300 chains of 40 moves after 5: each state's share within 4 standard errors over chains."""
     model = lookup(kernel, scale=2.5)

@@ -128,6 +128,7 @@ def test_open_cells_hold_all_that_is_outside(x64):
     np.testing.assert_allclose(high, log_ndtr((mean - 15.5) / 2), rtol=1e-8, atol=1e-30)
 
 
+@pytest.mark.long
 def test_draws_have_the_masses_of_their_cells(key):
     """40,000 draws of two entries at once; each share within 4.5 standard errors."""
     n, diffusion = 40_000, gridded()
@@ -459,7 +460,8 @@ def test_bound_and_ladder_of_mixed_entries_find_mass_and_density():
         diagnostics.bits_per_dim(xr.DataTree.from_dict({"bound": k.to_dataset()}))
 
 
-@pytest.mark.parametrize("known", [0, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("known", [0, 1])
 def test_evidence_of_a_known_entry_is_its_mass_or_density(key, known):
     """And the other, observed with noise, has its exact posterior: 4 runs of 1,000 particles."""
     value, noisy, sigma = np.array([5.0, 10.2]), 1 - known, 1.5
@@ -510,6 +512,7 @@ def test_a_mixed_diffusion_is_saved_and_refused_by_name_where_it_must(tmp_path):
         Discretised(0, 1, [0, 1])
 
 
+@pytest.mark.long
 def test_a_large_loc_of_a_mixed_entry_costs_no_digits(key):
     """2459000 + 0.1 N(0, 1) beside a class: 1,000 draws, and K as without the offset."""
     off, options = np.array([0.0, 2459000.0]), {"scale": np.array([0.5, 0.1])}

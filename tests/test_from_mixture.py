@@ -60,7 +60,7 @@ def test_it_starts_as_the_mixtures_own_denoiser(components):
 
 
 @pytest.mark.filterwarnings("ignore:x_0 has second moment")
-@pytest.mark.parametrize("levels", [5, *(pytest.param(n, marks=pytest.mark.long) for n in (2, 40))])
+@pytest.mark.parametrize("levels", [pytest.param(n, marks=pytest.mark.long) for n in (2, 5, 40)])
 def test_levels_start_with_the_masses_of_their_cells(levels):
     """One number, N(0, 1) put on a grid: K is log P of each level to 0.03 nats, 1,600 draws."""
     spacing = {2: 2.0, 5: 0.7, 40: 0.15}[levels]  # 40 are more than there are components
@@ -79,6 +79,7 @@ def test_levels_start_with_the_masses_of_their_cells(levels):
     assert abs((p * (k.mean(1) - np.log(p))).sum()) < 4 * se + 0.03
 
 
+@pytest.mark.long
 def test_it_is_saved_and_loaded(tmp_path):
     network = networks.FromMixture((2,), 3, 4, 1, levels=(1, 3), rngs=nnx.Rngs(0))
     network.start([0.5, 0.5], np.eye(2), np.stack([np.eye(2)] * 2), lowest=[0.0, -1.0])

@@ -269,6 +269,7 @@ def test_what_cannot_be_called_is_refused(unchecked):
 BUILT_IN = {
     "MultiScaleConvolution": (8, 2, T),
     "Perceptron": (8, 2, T),
+    "FromMixture": (2, 8, 2),
     "RadialBasis": (8, T),
     "SharedHead": (8, 2, T),
     "SigmoidPerceptron": (8, 2, T),

@@ -50,6 +50,7 @@ integrate = jax.jit(ridges.integrate)
 
 
 @pytest.mark.parametrize("law", ONE_QUICK)
+@pytest.mark.long
 def test_one_element_is_integrated_exactly(x64, law):
     """Narrow and wide Gaussians, near the peak and 4 to 100 standard deviations away."""
     y = 1.0

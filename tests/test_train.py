@@ -403,7 +403,8 @@ KILLED = """
 """
 
 
-@pytest.mark.parametrize("length", [1, *(pytest.param(n, marks=pytest.mark.long) for n in (53, 0))])
+@pytest.mark.long
+@pytest.mark.parametrize("length", [1, 53, 0])
 def test_a_run_killed_at_any_moment_resumes_bit_for_bit(key, svi, tmp_path, length):
     jax.clear_caches()  # another module may have compiled the data with other options
     path = tmp_path / "run.safetensors"
