@@ -48,6 +48,7 @@ def test_patches_keep_neighbours_together_and_come_apart_again():
     np.testing.assert_array_equal(from_patches(patches, 2), x)
 
 
+@pytest.mark.long
 def test_convolve_is_the_stock_convolution_whatever_its_options():
     x = jax.random.normal(jax.random.key(0), (2, 6, 5, 4))
     options = [

@@ -120,6 +120,7 @@ def test_covariance_of_greys_is_the_variance_times_the_probability_of_one_leaf(p
 
 
 @pytest.mark.parametrize(("i", "j"), [(0, 0), (7, 8), (15, 0)])
+@pytest.mark.long
 def test_greys_are_uniform_at_every_pixel(pictures, i, j):
     assert stats.kstest(pictures[:, i, j], stats.uniform.cdf).pvalue > 1e-3
 

@@ -114,6 +114,7 @@ def test_masses_and_gradients_are_finite_however_far_out():
 
 @pytest.mark.parametrize("sd", [1e-3, 0.3, 1.0, 40.0, 1e4])
 @pytest.mark.parametrize(("low", "high", "levels"), [(0, 255, 256), (-1, 1, 2), (-3, 0.5, 15)])
+@pytest.mark.long
 def test_masses_of_all_values_sum_to_one(x64, low, high, levels, sd):
     grid = Grid(low, high, levels)
     mean = np.linspace(2 * low - high, 2 * high - low, 41)

@@ -42,7 +42,7 @@ def moments(x, alpha_bar, weights, means, covariances):
     return mean, p @ (np.array(var) + (np.array(mu) - mean) ** 2)
 
 
-@pytest.mark.parametrize("components", [3, 5])
+@pytest.mark.parametrize("components", [3, pytest.param(5, marks=pytest.mark.long)])
 def test_it_starts_as_the_mixtures_own_denoiser(components):
     """5 points at each of 4 levels, float32, with copies of no weight where K is larger."""
     parts = random_mixture()

@@ -232,6 +232,7 @@ def test_intervals_hold_what_they_say_whatever_the_spread(sigma):
     assert stats.binomtest(below, below + above).pvalue > 1e-3
 
 
+@pytest.mark.long
 def test_an_interval_of_two_runs_is_warned_of(smc):
     two = infer.SMC(smc.program, num_particles=16, num_runs=2)
     with warnings.catch_warnings():

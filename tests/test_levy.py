@@ -30,6 +30,7 @@ def pieces(law, count=8000):
 
 
 @pytest.mark.parametrize("name", LAWS)
+@pytest.mark.long
 def test_the_denoiser_is_the_integral(name):
     law = LAWS[name]
     u, mass = pieces(law)
@@ -51,6 +52,7 @@ def test_the_denoiser_is_the_integral(name):
 
 
 @pytest.mark.parametrize("name", LAWS)
+@pytest.mark.long
 def test_gibbs_draws_have_the_moments_of_quadrature(name):
     """Two increments, of which two mixtures are measured; within 4 standard errors."""
     law, A, sigma = LAWS[name], np.array([[1.0, 0.4], [0.9, 1.1]]), 0.5

@@ -123,6 +123,7 @@ def test_log_weight_of_the_whole_is_the_log_density_for_every_draw(name):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.long
 def test_bound_under_a_wrong_encoder_is_low_by_its_divergence():
     x, shift, widen = rows(20), np.array([0.2, -0.1]), 1.3
     pair = latent_pair(exact_gaussian(MEAN, SD, T=6, name="z"), shift, widen)

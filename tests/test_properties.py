@@ -139,6 +139,7 @@ def joints(kernel, table, t, x_0, x_s, x_t):
 
 
 @law(walks)
+@pytest.mark.long
 def test_bridge_and_marginal_give_the_joint(*walk):
     """q(x_s | x_0) q(x_t | x_s) = q(x_t | x_0) q(x_s | x_t, x_0), to rounding of its terms."""
     there, back = (np.asarray(terms) for terms in joints(*walk))

@@ -134,6 +134,7 @@ def test_an_element_of_one_direction_is_told_from_others(log_elements, is_ridged
     assert directions_of(log_elements, 2)[1] == is_ridged
 
 
+@pytest.mark.long
 def test_elements_of_a_program_are_its_log_density():
     """Events, masks, scales, plates of their own and around the prior."""
     prior = standard_diffusion((2,)).prior({})

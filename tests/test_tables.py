@@ -123,7 +123,7 @@ def test_noise_of_a_step_stays_within_it():
     assert (table.decode(table.encode(columns(), key=KEY).x_0)["fine"] == columns()["fine"]).all()
 
 
-@pytest.mark.parametrize("offset", [0.0, 2459000.0])
+@pytest.mark.parametrize("offset", [pytest.param(0.0, marks=pytest.mark.long), 2459000.0])
 def test_an_offset_loses_nothing(offset):
     """2459000 + 0.1 N(0, 1): 1,000 draws by `sample` and by `SMC`, and K to 1e-3."""
     z = 0.1 * np.random.default_rng(0).standard_normal(300)

@@ -757,6 +757,7 @@ def test_a_model_is_no_guide_and_a_guide_no_model(key, loss):
         quiet(key, SVI(diffusion.model, diffusion.model, optax.sgd(0.1), loss), x, num_steps=1)
 
 
+@pytest.mark.long
 def test_a_guide_of_an_equal_diffusion_is_taken(key):
     """Made anew, with missing entries: K of N(0, I) at zeros."""
     model, guide = (exact(loc=1.0, scale=2.0) for _ in range(2))
