@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -165,7 +166,9 @@ def test_rungs_of_a_pair_are_those_of_its_diffusion():
     se = np.hypot(group["importance_se"], own["importance_se"]).values
     assert np.abs(gap / se).max() < 5
     assert "smc" not in group and "least_ess" not in group and group.attrs["T"] == 6
-    labels = [text.get_text() for text in plots.ladder(tree).get_xticklabels()]
+    ax = plots.ladder(tree)
+    labels = [text.get_text() for text in ax.get_xticklabels()]
+    plt.close(ax.figure)
     assert labels == ["K", "S = 1", "S = 20"]
 
 
