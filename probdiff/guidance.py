@@ -95,6 +95,7 @@ def guided(diffusion: Diffusion, params: Params, weight: float) -> Diffusion:
     """
     check_object(Diffusion, diffusion=diffusion)
     check_number(FINITE, weight=weight)
+    weight = float(weight)
     shape = diffusion.context_shape
     if shape is None or len(shape) != 1 or shape[0] < 2:
         raise ValueError(

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from probdiff.arguments import SHARE, check_at_least, check_number
+from probdiff.arguments import SHARE, check_at_least, check_number, check_text
 from probdiff.kernels import bridge_variance
 from probdiff.reverse import Reverse, State
 from probdiff.types import Step
@@ -51,13 +51,14 @@ class Sampler(abc.ABC):
 
     def __post_init__(self) -> None:
         check_at_least(2, steps=self.steps)
+        check_text(spacing=self.spacing)
         if self.spacing not in SPACINGS:
             raise ValueError(f"spacing must be one of {SPACINGS}; got {self.spacing!r}")
 
     @property
-    @abc.abstractmethod
     def calls(self) -> int:
-        """Network calls of a draw."""
+        """Network calls of a draw: one for each level, unless a subclass says other."""
+        return self.steps
 
     @abc.abstractmethod
     def walk(
@@ -138,11 +139,6 @@ class DDIM(Sampler):
         super().__post_init__()
         check_number(SHARE, eta=self.eta)
 
-    @property
-    def calls(self) -> int:
-        """One for each level."""
-        return self.steps
-
     def walk(
         self, key: Array, reverse: Reverse, times: Int[np.ndarray, " n"], x_T: State
     ) -> Float[Array, "..."]:
@@ -175,11 +171,6 @@ class DPMSolver(Sampler):
         True
     """
 
-    @property
-    def calls(self) -> int:
-        """One for each level."""
-        return self.steps
-
     def walk(
         self, key: Array, reverse: Reverse, times: Int[np.ndarray, " n"], x_T: State
     ) -> Float[Array, "..."]:
@@ -189,13 +180,8 @@ class DPMSolver(Sampler):
             x_t, before, h_before = carry
             t, s = inputs
             step, x_0_hat = _between(reverse, t, s), reverse.x_0_hat(x_t, t)
-            log_ratio = [
-                0.5 * (jnp.log(a) - jnp.log(noise))
-                for a, noise in (
-                    (step.alpha_bar_s, step.noise_s), (step.alpha_bar_t, step.noise_t)
-                )
-            ]  # fmt: skip
-            h = log_ratio[0] - log_ratio[1]  # ∞ where x_t is noise alone
+            ratio = step.alpha_bar_s / step.noise_s, step.alpha_bar_t / step.noise_t
+            h = 0.5 * (jnp.log(ratio[0]) - jnp.log(ratio[1]))  # ∞ where x_t is noise alone
             ahead = jnp.where(jnp.isfinite(h), h / (2 * h_before), 0.0)
             towards = (1 + ahead) * x_0_hat - ahead * before
             x_s = jnp.sqrt(step.noise_s / step.noise_t) * x_t

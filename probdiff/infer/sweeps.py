@@ -190,8 +190,12 @@ def _along(
     if others is None or is_apart or problem.conditioned.batch_shape:
         return None
     u = jax.vmap(lambda z: ravel_pytree(z)[0])(kernel.z)
-    back = ravel_pytree(jax.tree.map(lambda a: a[0], kernel.z))[1]
-    return _Along(u, others, arrays, back, jnp.ones(u.shape[-1]) if sd is None else sd)
+    return _Along(u, others, arrays, _back(kernel), jnp.ones(u.shape[-1]) if sd is None else sd)
+
+
+def _back(kernel: Any) -> Any:
+    """From the k numbers of one chain to its unconstrained values by site."""
+    return ravel_pytree(jax.tree.map(lambda a: a[0], kernel.z))[1]
 
 
 def _density(problem: Problem, by: Coordinates, given: list[Array], along: _Along | None) -> Any:
@@ -250,8 +254,7 @@ def _sweep(
         if others is not None:
             x_0 = _shown(problem, kept.x)
             if kept.flat.size:
-                back = ravel_pytree(jax.tree.map(lambda a: a[0], kernel.z))[1]
-                kernel = kernel._replace(z=jax.vmap(back)(kept.flat))
+                kernel = kernel._replace(z=jax.vmap(_back(kernel))(kept.flat))
             kernel, values = jax.vmap(others.step, (0, 0, None))(kernel, x_0, arrays)
             given = [values[name] for name in others.names]
         if problem.reverse.grid is not None:

@@ -219,6 +219,9 @@ def _by_entry(low: Any, high: Any, levels: Any) -> tuple[Any, Any, Any]:
     """Arrays of one shape as nested tuples, which a structure can hold and a file."""
     given = {"low": low, "high": high, "levels": levels}
     arrays = {name: np.asarray(as_array(name, value)) for name, value in given.items()}
+    for name, array in arrays.items():
+        if not array.size:
+            raise ValueError(f"{name} must not be empty; got {given[name]}")
     counts = arrays["levels"]
     if not np.issubdtype(counts.dtype, np.integer) or not ((counts >= 2) | (counts == 0)).all():
         raise ValueError(f"levels must be integers of at least 2, or 0 for no grid; got {levels}")
