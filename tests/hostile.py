@@ -233,6 +233,7 @@ def of_tables() -> list[Case]:
         case(tables.Positive),
         case(tables.Bounded),
         case(tables.HeavyTailed),
+        case(tables.Hurdle),
         case(tables.Rounded, step=0.5, low=0.0, high=2.0),
         case(tables.Count),
         case(tables.Ordered, values=("a", "b")),

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from scipy import stats
 
 from probdiff import Table, diagnostics, infer, sample, standard_diffusion
 from probdiff.tables import (
@@ -16,6 +17,7 @@ from probdiff.tables import (
     Count,
     Empty,
     HeavyTailed,
+    Hurdle,
     Ordered,
     Positive,
     Rounded,
@@ -113,6 +115,43 @@ def test_slopes_are_those_of_the_maps(kind):
     in_jax = kind.decode(jnp.asarray(kind.encode(x), jnp.float32))
     assert isinstance(in_jax, jax.Array)
     np.testing.assert_allclose(in_jax, x, rtol=1e-5)
+
+
+def rain(n=500, seed=0):
+    rng = np.random.default_rng(seed)
+    return np.where(rng.random(n) < 0.6, 0.0, np.round(np.exp(rng.normal(0, 1, n)), 3) + 0.001)
+
+
+def test_a_value_that_is_there_again_and_again_is_a_hurdle():
+    x = rain()
+    table = Table({"rain": x, "shifted": rain(seed=1) - 3.0})
+    assert table.kinds["rain"] == Hurdle(Positive(step=0.001), 0.0)
+    assert table.kinds["shifted"].at == -3.0 and table.event_shape == (4,)
+    assert table.is_on_grid.tolist() == [True, False] * 2
+    rows = table.encode({"rain": np.append(x, np.nan)})
+    assert (rows.mask[:-1, :2] == np.stack([np.ones(500), x > 0], 1)).all()
+    assert not rows.mask[-1].any() and (rows.log_jacobian[:-1][x == 0] == 0).all()
+    np.testing.assert_allclose(rows.log_jacobian[:-1][x > 0], -np.log(x[x > 0]))
+    filled = table.encode({"rain": x, "shifted": rain(seed=1)[::-1] - 3.0}, key=KEY)
+    assert filled.mask.all()
+    np.testing.assert_allclose(table.decode(filled.x_0)["rain"], x, atol=1e-12)
+    inside = table.columns(jnp.asarray(filled.x_0))["rain"]
+    np.testing.assert_allclose(np.asarray(inside), x, atol=0.00051)
+
+
+def test_what_a_hurdle_leaves_out_costs_nothing():
+    """log p(0 or not, a draw) − log q(draw) is log P(0) where the draw's law is q."""
+    x = rain()
+    table = Table({"rain": x})
+    rows = table.encode({"rain": x}, key=KEY)
+    z = (rows.x_0[:, 1] - table.loc[1]) / table.scale[1]
+    assert abs(z[x == 0].mean()) < 4 / np.sqrt((x == 0).sum()) and 0.8 < z[x == 0].std() < 1.2
+    log_q = stats.norm.logpdf(rows.x_0[:, 1], table.loc[1], table.scale[1])
+    np.testing.assert_allclose(rows.log_jacobian[x == 0], -log_q[x == 0])
+    with pytest.raises(ValueError, match="at must be a multiple of the step, 0.5; got 0.7"):
+        Hurdle(Continuous(step=0.5), at=0.7)
+    with pytest.raises(ValueError, match="rest must be a kind with a density"):
+        Hurdle(Count(3))
 
 
 def test_noise_of_a_step_stays_within_it():

@@ -12,6 +12,7 @@ A `Table` is described once, from data, and gives what a `Diffusion` needs: `eve
     Count(most)                  x, on 0, 1, …, most                   counting
     Ordered(values)              its place 0, 1, …, K − 1              counting
     Category(values)             0 or 1; one 0/1 number a class        counting
+    Hurdle(rest, at)             0 at one value, else 1; the rest's    counting one value, dx
     Constant(value), Empty()     none
 
 A continuous column may have a `step` to which it is rounded, too fine for a grid: with a key
@@ -26,6 +27,7 @@ from probdiff.tables.kinds import (
     Count,
     Empty,
     HeavyTailed,
+    Hurdle,
     Kind,
     Ordered,
     Positive,
@@ -34,6 +36,6 @@ from probdiff.tables.kinds import (
 from probdiff.tables.table import Rows, Table
 
 __all__ = [
-    "Bounded", "Category", "Constant", "Continuous", "Count", "Empty", "HeavyTailed", "Kind",
-    "Ordered", "Positive", "Rounded", "Rows", "Table",
+    "Bounded", "Category", "Constant", "Continuous", "Count", "Empty", "HeavyTailed", "Hurdle",
+    "Kind", "Ordered", "Positive", "Rounded", "Rows", "Table",
 ]  # fmt: skip

@@ -45,8 +45,17 @@ class Kind(abc.ABC):
 
     @property
     def grid(self) -> tuple[float, float, int]:
-        """Least and largest value and number of levels of each entry; no levels: no grid."""
+        """Least and largest value and number of levels of an entry; no levels: no grid."""
         return 0.0, 0.0, 0
+
+    @property
+    def grids(self) -> tuple[tuple[float, float, int], ...]:
+        """`grid` of each entry."""
+        return (self.grid,) * self.entries
+
+    def dequantised(self, x: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        """Values with noise in [−½, ½] steps, where they are rounded and have a density."""
+        return x if self.grid[2] else x + self.step * noise
 
     @abc.abstractmethod
     def encode(self, x: np.ndarray) -> np.ndarray:
@@ -370,6 +379,76 @@ class Category(Kind):
         """So that 0 and 1 become −1 and 1."""
         half = np.full(self.entries, 0.5)
         return half, half
+
+
+# with both
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Hurdle(Kind):
+    """Numbers with a density, but for one value that has a probability, such as no rain.
+
+    Two parts: whether x is another value than that one, 0 or 1, and x by the kind `rest`, missing
+    where it is that one.
+
+    Args:
+        rest: Kind of the other values, one with a density.
+        at: The value, a multiple of the step of `rest`.
+
+    Example:
+        >>> kind = tables.Hurdle(tables.Positive(), at=0.0)
+        >>> kind.encode(np.array([0.0, 1.0])).tolist()
+        [[0.0, nan], [1.0, 0.0]]
+        >>> kind.decode(np.array([[0.1, 3.0], [0.9, 0.0]])).tolist()
+        [0.0, 1.0]
+    """
+
+    rest: Kind = dataclasses.field(default_factory=Continuous)
+    at: float = 0.0
+    entries = 2
+
+    def __post_init__(self) -> None:
+        check_object(Continuous, "a kind with a density, such as Positive()", rest=self.rest)
+        check_number(FINITE, at=self.at)
+        if self.step and not math.isclose(self.at, round(self.at / self.step) * self.step):
+            raise ValueError(f"at must be a multiple of the step, {self.step}; got {self.at}")
+
+    @property
+    def step(self) -> float:  # type: ignore[override]
+        """That of the others."""
+        return self.rest.step
+
+    @property
+    def grids(self) -> tuple[tuple[float, float, int], ...]:
+        """0 and 1, and none."""
+        return (0.0, 1.0, 2), self.rest.grid
+
+    def dequantised(self, x: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        """The others with noise."""
+        return np.where(x == self.at, x, self.rest.dequantised(x, noise))
+
+    def encode(self, x: np.ndarray) -> np.ndarray:
+        """Whether x is another value, and that value."""
+        is_other = np.where(np.isnan(x), np.nan, x != self.at)
+        return np.column_stack([is_other, self.rest.encode(np.where(x == self.at, np.nan, x))])
+
+    def decode(self, z: Any) -> Any:
+        """`at` below one half, else the other value."""
+        xp = np if _is_numpy(z) else jnp
+        return xp.where(z[..., 0] < 0.5, self.at, self.rest.decode(z[..., 1:]))
+
+    def log_slope(self, x: np.ndarray) -> np.ndarray:
+        """That of the others; 0 at the one value."""
+        slope = self.rest.log_slope(np.where(x == self.at, np.nan, x))
+        return np.where(x == self.at, 0.0, slope)
+
+    def units(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """0 and 1 become −1 and 1."""
+        loc, scale = self.rest.units(z[:, 1:])
+        return np.append(0.5, loc), np.append(0.5, scale)
+
+
+# with neither
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

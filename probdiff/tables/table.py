@@ -5,6 +5,7 @@ Each column has a `Kind`, inferred from its values unless it is given:
     nothing observed            Empty          one value          Constant
     texts, booleans             Category       two values         Category
     rounded to Δ ≥ sd/10        Rounded, or Count where they are whole numbers from 0, 1 or 2 on
+    1 value in 10 rows or more  Hurdle, and 5 times as often as any other, the rest as below
     above 0 and skew > 1        Positive, where the logarithm is less skew
     kurtosis > 8                HeavyTailed
     all others                  Continuous
@@ -35,6 +36,7 @@ from probdiff.tables.kinds import (
     Count,
     Empty,
     HeavyTailed,
+    Hurdle,
     Kind,
     Ordered,
     Positive,
@@ -46,6 +48,7 @@ _MOST_LEVELS = 2**14  # of a grid
 _MOST_DECIMALS = 9
 _FAR = 2.0**10  # |x| over its spread beyond which an origin is taken off
 _SKEW, _KURTOSIS = 1.0, 8.0  # beyond which a column is transformed
+_SHARE, _TIMES, _FEWEST = 0.1, 5, 10  # for a hurdle: rows of one value, over the next's; values
 
 
 class Rows(NamedTuple):
@@ -181,14 +184,14 @@ class Table:
     @property
     def last_step(self) -> LastStep:
         """`Discretised` with the grids of the numbers that have one; `Learned()` if none has."""
-        ends = [c.kind.grid for c in self._columns for _ in range(c.kind.entries)]
-        low, high, levels = (np.array(values) for values in zip(*ends, strict=True))
+        grids = [grid for column in self._columns for grid in column.kind.grids]
+        low, high, levels = (np.array(values) for values in zip(*grids, strict=True))
         return Discretised(low, high, levels) if levels.any() else Learned()
 
     @property
     def is_on_grid(self) -> Bool[np.ndarray, " d"]:
         """Which numbers have a probability, not a density."""
-        return np.array([c.kind.grid[2] > 0 for c in self._columns for _ in range(c.kind.entries)])
+        return np.array([grid[2] > 0 for column in self._columns for grid in column.kind.grids])
 
     def place(self, name: str) -> slice:
         """Which numbers of a row are those of a column.
@@ -206,7 +209,8 @@ class Table:
         Args:
             data: In any form that describes a table; columns that are not in it are missing.
             key: If given, columns with a density that are rounded to a step get uniform noise as
-                wide as it, so that a density is the mean over a cell.
+                wide as it, so that a density is the mean over a cell; and what a `Hurdle` leaves
+                out, a draw of N(loc, scale²), whose log density is taken off in `log_jacobian`.
 
         Raises:
             ValueError: if a column is unknown or a value is not of its column's kind: off its grid,
@@ -221,9 +225,18 @@ class Table:
         if key is not None:
             noise = np.random.default_rng(np.asarray(jax.random.bits(key, (4,))))
         values = self._values(columns, noise)
-        x_0 = np.concatenate(self._parts(values), 1)
+        parts = self._parts(values)
+        x_0 = np.concatenate(parts, 1)
         slopes = [c.kind.log_slope(x) for c, x in zip(self._columns, values, strict=True)]
-        return Rows(x_0, ~np.isnan(x_0), np.nan_to_num(np.stack(slopes)).sum(0))
+        log_jacobian = np.nan_to_num(np.stack(slopes)).sum(0)
+        if noise is not None:
+            entries = [column.kind.entries for column in self._columns]
+            is_there = np.repeat(~np.isnan(np.stack(values, 1)), entries, axis=1)
+            is_left_out, z = is_there & np.isnan(x_0), noise.standard_normal(x_0.shape)
+            x_0 = np.where(is_left_out, self.loc + self.scale * z, x_0)
+            log_q = -0.5 * z**2 - np.log(self.scale) - 0.5 * math.log(2 * math.pi)
+            log_jacobian = log_jacobian - np.where(is_left_out, log_q, 0.0).sum(1)
+        return Rows(x_0, ~np.isnan(x_0), log_jacobian)
 
     def decode(self, x_0: Any) -> Any:
         """Named columns in the user's units: a DataFrame if the table was one, else a dict.
@@ -286,8 +299,8 @@ class Table:
                 values.append(np.full(count, np.nan))
                 continue
             x = _numbers(column, columns[column.name])
-            if noise is not None and column.kind.step > 0 and not column.kind.grid[2]:
-                x = x + column.kind.step * (noise.random(count) - 0.5)
+            if noise is not None and column.kind.step > 0:
+                x = column.kind.dequantised(x, noise.random(count) - 0.5)
             values.append(x)
         return values
 
@@ -529,6 +542,13 @@ def _inferred(x: np.ndarray, *, may_be_positive: bool, is_whole: bool) -> Kind:
         if is_whole and 0 <= low <= 2 and step == 1:
             return Count(int(high))
         return Rounded(step, low, low + (levels - 1) * step)
+    values, counts = np.unique(x, return_counts=True)
+    most, next_most = np.sort(counts)[[-1, -2]]
+    if len(values) > _FEWEST and most >= max(_SHARE * len(x), _TIMES * next_most):
+        at = float(values[np.argmax(counts)])
+        rest = _inferred(x[x != at], may_be_positive=may_be_positive, is_whole=is_whole)
+        if isinstance(rest, Continuous):
+            return Hurdle(dataclasses.replace(rest, step=step), at)
     if may_be_positive and low - step / 2 > 0 and _moment(x, 3) > _SKEW:
         log_x = np.log(x)
         if abs(_moment(log_x, 3)) < _moment(x, 3):
