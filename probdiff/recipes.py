@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 from numpyro.infer import SVI
+from scipy.special import logsumexp
 
 from probdiff import (
     Diffusion,
@@ -30,6 +31,7 @@ from probdiff.types import Params
 _T, _BETA_1, _ALPHA_BAR_T = 200, 1e-4, 1e-3
 _COMPONENTS = (2, 4, 8, 16, 24)
 _FLOOR = 1e-4  # of the mixture's variances
+_ROUNDS, _COPIES = 5, 5  # of draws of missing entries: while the mixture is fitted; of the rows
 _FEWEST_COMPONENTS = 12  # so that levels around x_t are enough
 _WIDTH, _DEPTH = 128, 3
 _RATE, _DECAY, _EMA = 1e-3, 1e-3, 0.999
@@ -66,7 +68,8 @@ def table(
     Args:
         key: Randomness.
         table: Its description.
-        data: Its rows, in a form that `Table` reads; missing entries are masked.
+        data: Its rows, in a form that `Table` reads. Missing entries are drawn from the mixture,
+            given the others of their row, five times: one is what the network is trained on.
         num_steps: Steps of training; by default 60 epochs, between 1,000 and 8,000.
         progress: Whether to show a bar.
 
@@ -93,8 +96,12 @@ def table(
     if len(rows.x_0) < 50:
         raise ValueError(f"data must have at least 50 rows; got {len(rows.x_0)}")
     is_held_out = _held_out(key_split, table.encode(data).x_0)
-    mixture = _mixture(key_split, table, rows.x_0, is_held_out)
-    diffusion = _started(table, mixture)
+    rng = np.random.default_rng(np.asarray(jax.random.bits(key_split, (4,))))
+    mixture, z = _mixture(rng, table, rows.x_0, is_held_out)
+    diffusion, x_0 = _started(table, mixture, z), rows.x_0
+    if not rows.mask.all():
+        copies = [_completed(rng, table, z, rows.mask, mixture) for _ in range(_COPIES)]
+        x_0, is_held_out = np.concatenate(copies), np.tile(is_held_out, _COPIES)
     batch = min(_BATCH, int(np.sum(~is_held_out)))
     num_steps = num_steps or int(np.clip(_EPOCHS * len(rows.x_0) / batch, _FEWEST, _MOST))
     rate = optax.cosine_decay_schedule(_RATE, num_steps)
@@ -103,43 +110,87 @@ def table(
     )
     held_out = np.flatnonzero(is_held_out)
     held_out = np.tile(held_out, 1 + _EVALUATED // len(held_out))  # against the noise of a few
-    parts = [
-        {"x_0": rows.x_0[of], "mask": rows.mask[of]} if not rows.mask.all() else rows.x_0[of]
-        for of in (np.flatnonzero(~is_held_out), held_out)
-    ]
     fitted = fit(
-        key_fit, svi, parts[0], num_steps=num_steps, batch_size=batch, ema_decay=_EMA,
-        held_out=parts[1], evaluate_every=max(1, num_steps // _EVALUATIONS), patience=_PATIENCE,
-        progress=progress,
+        key_fit, svi, x_0[~is_held_out], num_steps=num_steps, batch_size=batch, ema_decay=_EMA,
+        held_out=x_0[held_out], evaluate_every=max(1, num_steps // _EVALUATIONS),
+        patience=_PATIENCE, progress=progress,
     )  # fmt: skip
     return Recipe(diffusion, fitted.params, fitted)
 
 
 def _held_out(key: PRNGKeyArray, x_0: np.ndarray) -> np.ndarray:
     """A tenth of the distinct rows, equal ones together."""
-    _, group = np.unique(x_0, axis=0, return_inverse=True)
+    _, group = np.unique(np.nan_to_num(x_0), axis=0, return_inverse=True)
     count = int(group.max()) + 1
     return np.asarray(jax.random.permutation(key, count))[group.ravel()] < _HELD_OUT * count
 
 
-def _mixture(key: PRNGKeyArray, table: Table, x_0: np.ndarray, is_held_out: np.ndarray) -> Any:
-    """The mixture with the highest density of held-out rows; missing entries by others' values."""
+def _mixture(
+    rng: Any, table: Table, x_0: np.ndarray, is_held_out: np.ndarray
+) -> tuple[Any, np.ndarray]:
+    """The mixture with the highest density of held-out rows, and the rows on its scale, complete.
+
+    Missing entries are first those of other rows, then drawn by the mixture in turn with its fit.
+    """
     from sklearn.mixture import GaussianMixture
 
-    rng = np.random.default_rng(np.asarray(jax.random.bits(key, (4,))))
     z = (x_0 - table.loc) / table.scale
-    for column in z.T:
-        missing = np.isnan(column)
-        if missing.any():
-            column[missing] = rng.choice(column[~missing], missing.sum())
+    is_missing = np.isnan(z)
+    for column, missing in zip(z.T, is_missing.T, strict=True):
+        column[missing] = rng.choice(column[~missing], missing.sum())
     z = z + _grids(table)[1] * (rng.random(z.shape) - 0.5)
-    fitted, rest, best, score = z[~is_held_out], z[is_held_out], None, -np.inf
-    for count in (c for c in _COMPONENTS if 20 * c <= len(fitted)):
-        model = GaussianMixture(count, reg_covar=_FLOOR, random_state=0).fit(fitted)
-        if model.score(rest) <= score:
+    best, most = None, -np.inf
+    for count in (c for c in _COMPONENTS if 20 * c <= np.sum(~is_held_out)):
+        for _ in range(_ROUNDS if is_missing.any() else 1):
+            mixture = GaussianMixture(
+                count, reg_covar=_FLOOR, random_state=int(rng.integers(2**31))
+            ).fit(z[~is_held_out])
+            z, log_p = _drawn(rng, z, is_missing, mixture)
+        if log_p[is_held_out].mean() <= most:
             break
-        best, score = model, model.score(rest)
-    return best
+        best, most = mixture, log_p[is_held_out].mean()
+    return best, z
+
+
+def _drawn(
+    rng: Any, z: np.ndarray, is_missing: np.ndarray, mixture: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows with missing entries drawn from a mixture given the others, and log p of these.
+
+    In component k they are N(μ, P⁻¹), P their block of its precision, and k has the share of its
+    density of the others, which is the joint density at μ over that of N(μ, P⁻¹) there.
+    """
+    count, d = z.shape
+    draws, log_p = np.empty((len(mixture.means_), count, d)), np.empty((len(mixture.means_), count))
+    which = np.flatnonzero(is_missing.any(1))
+    m = is_missing[which]
+    parts = zip(mixture.weights_, mixture.means_, mixture.precisions_, strict=True)
+    for k, (weight, mean, precision) in enumerate(parts):
+        away, log_det = z - mean, np.full(count, np.linalg.slogdet(precision)[1])
+        block = np.where(m[:, :, None] & m[:, None, :], precision, np.eye(d))
+        pull = np.where(m, 0.0, away[which]) @ precision
+        mu = -np.linalg.solve(block, np.where(m, pull, 0.0)[..., None])[..., 0]
+        root = np.linalg.cholesky(block).swapaxes(1, 2)
+        noise = np.linalg.solve(root, rng.standard_normal((len(which), d, 1)))[..., 0]
+        away[which] = np.where(m, mu, away[which])
+        log_det[which] -= np.linalg.slogdet(block)[1]
+        log_p[k] = np.log(weight) + 0.5 * (log_det - np.sum((away @ precision) * away, 1))
+        draws[k] = mean + away
+        draws[k][which] += np.where(m, noise, 0.0)
+    k = np.argmax(log_p + rng.gumbel(size=log_p.shape), 0)
+    log_p = logsumexp(log_p, 0) - 0.5 * np.log(2 * np.pi) * np.sum(~is_missing, 1)
+    return np.where(is_missing, draws[k, np.arange(count)], z), log_p
+
+
+def _completed(rng: Any, table: Table, z: np.ndarray, mask: np.ndarray, mixture: Any) -> np.ndarray:
+    """Rows of the table with their missing entries drawn, values of their kinds."""
+    x_0 = table.loc + table.scale * _drawn(rng, z, ~mask, mixture)[0]
+    low, spacing, levels = _grids(table)
+    low = table.loc + table.scale * low
+    high = low + table.scale * spacing * (levels - 1)
+    x_0 = np.where(levels > 1, np.clip(x_0, low, high), x_0)
+    key = jax.random.key(rng.integers(2**31))
+    return table.encode(table.decode(x_0), key=key).x_0
 
 
 def _grids(table: Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -150,7 +201,7 @@ def _grids(table: Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return (low - table.loc) / table.scale, spacing / table.scale, levels
 
 
-def _started(table: Table, mixture: Any) -> Diffusion:
+def _started(table: Table, mixture: Any, z: np.ndarray) -> Diffusion:
     """The diffusion whose network is the mixture's own denoiser."""
     low, spacing, levels = _grids(table)
     has_levels = levels > 1
@@ -167,5 +218,5 @@ def _started(table: Table, mixture: Any) -> Diffusion:
     return Diffusion(
         GaussianKernel(), beta, network, event_shape=table.event_shape,
         readout=readouts.Mixture(components), last_step=table.last_step, loc=table.loc,
-        scale=table.scale,
+        scale=table.scale, data_variance=np.cov(z.T, ddof=0) + _FLOOR * np.eye(z.shape[1]),
     )  # fmt: skip

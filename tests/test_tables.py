@@ -148,7 +148,7 @@ def test_what_a_hurdle_leaves_out_costs_nothing():
     assert abs(z[x == 0].mean()) < 4 / np.sqrt((x == 0).sum()) and 0.8 < z[x == 0].std() < 1.2
     log_q = stats.norm.logpdf(rows.x_0[:, 1], table.loc[1], table.scale[1])
     np.testing.assert_allclose(rows.log_jacobian[x == 0], -log_q[x == 0])
-    with pytest.raises(ValueError, match="at must be a multiple of the step, 0.5; got 0.7"):
+    with pytest.raises(ValueError, match=r"at must be a multiple of the step, 0\.5; got 0\.7"):
         Hurdle(Continuous(step=0.5), at=0.7)
     with pytest.raises(ValueError, match="rest must be a kind with a density"):
         Hurdle(Count(3))

@@ -13,7 +13,6 @@ the end cells count as closed. Entries that lie on none count by their density, 
 Symbols have shares alone, half a row added to each state.
 """
 
-import itertools
 import math
 import warnings
 from typing import Any
@@ -165,14 +164,22 @@ def _best(
 ) -> tuple[Any, str]:
     """The mixture with the highest density of rows that it did not see, fitted to all of them."""
     fitted, rest, scores = z[is_kept], z[~is_kept], {}
-    for form, floor in itertools.product(forms, _FLOORS):
+
+    def score(*choice: Any) -> float:
+        if choice not in scores:
+            scores[choice] = float(_fitted(fitted, *choice, seed).score(rest))
+        return scores[choice]
+
+    for form in forms:
         best, worse = -math.inf, 0
         for count in (1, *(c for c in components if 20 * c <= len(fitted))):
-            value = float(_fitted(fitted, count, form, floor, seed).score(rest))
-            scores[count, form, floor] = value
+            value = score(count, form, _FLOORS[1])
             best, worse = max(best, value), worse + 1 if value < best else 0
             if worse == 2:  # more components only fall behind
                 break
+        chosen_count = max((k for k in scores if k[1] == form), key=lambda k: scores[k])[0]
+        for floor in _FLOORS:
+            score(chosen_count, form, floor)
     count, form, floor = max(scores, key=lambda choice: scores[choice])
     chosen = f"{count} components, {form} covariances, variances raised by {floor:g}"
     return _fitted(z, count, form, floor, seed), chosen
