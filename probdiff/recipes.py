@@ -145,14 +145,14 @@ def _mixture(
             mixture = GaussianMixture(
                 count, reg_covar=_FLOOR, random_state=int(rng.integers(2**31))
             ).fit(z[~is_held_out])
-            z, log_p = _drawn(rng, z, is_missing, mixture)
+            z, log_p = drawn(rng, z, is_missing, mixture)
         if log_p[is_held_out].mean() <= most:
             break
         best, most = mixture, log_p[is_held_out].mean()
     return best, z
 
 
-def _drawn(
+def drawn(
     rng: Any, z: np.ndarray, is_missing: np.ndarray, mixture: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows with missing entries drawn from a mixture given the others, and log p of these.
@@ -184,7 +184,7 @@ def _drawn(
 
 def _completed(rng: Any, table: Table, z: np.ndarray, mask: np.ndarray, mixture: Any) -> np.ndarray:
     """Rows of the table with their missing entries drawn, values of their kinds."""
-    x_0 = table.loc + table.scale * _drawn(rng, z, ~mask, mixture)[0]
+    x_0 = table.loc + table.scale * drawn(rng, z, ~mask, mixture)[0]
     low, spacing, levels = _grids(table)
     low = table.loc + table.scale * low
     high = low + table.scale * spacing * (levels - 1)

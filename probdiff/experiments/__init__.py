@@ -69,6 +69,9 @@ TABLE = {
     "levy": Entry("levy", "about 25 minutes on two CPU cores",
         summary="signals with independent increments: posteriors beside the exact ones of a "
         "Gibbs sampler"),
+    "tables": Entry("tables", "about 80 minutes on one CPU core",
+        summary="real tables and one of a known law: density, imputation and prediction beside "
+        "mixtures, imputers, boosting and forests"),
     "denoise": Entry(
         "restoration:DENOISE", "about 6 minutes on one CPU core, once digits has run",
         model="digits",
