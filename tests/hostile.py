@@ -240,6 +240,18 @@ def of_tables() -> list[Case]:
         case(tables.Category, values=("a", "b")),
         case(tables.Constant, value=3.0),
         Case("recipes.table", recipes.table, _of_recipe(), foreign=("num_steps", "progress")),
+        Case(
+            "recipes.image",
+            recipes.image,
+            {
+                "key": KEY,
+                "images": np.tile(np.eye(2), (60, 1, 1)),
+                "levels": 2,
+                "num_steps": 1,
+                "progress": False,
+            },
+            foreign=("num_steps", "progress"),
+        ),
     ]
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import known_tables
-from probdiff import Diffusion, Fit, Table, diagnostics, infer, recipes, sample
+from probdiff import Diffusion, Fit, Table, datasets, diagnostics, infer, recipes, sample
 
 KEY = jax.random.key(0)
 
@@ -39,3 +39,22 @@ def test_few_rows_are_refused():
     data = known_tables.draw(0, 40)
     with pytest.raises(ValueError, match="data must have at least 50 rows; got 40"):
         recipes.table(KEY, Table(data), data)
+
+
+@pytest.mark.long
+def test_images_are_trained_drawn_and_scored():
+    """Ten steps on digits: draws are levels, and K is above that of even levels."""
+    images = datasets.digits().train[:300]
+    diffusion, params, fitted = recipes.image(KEY, images, levels=17, num_steps=10, progress=False)
+    assert fitted.num_steps == 10 and diffusion.event_shape == (8, 8)
+    draws = sample.ancestral(KEY, diffusion, params, 20, steps=20)
+    assert set(np.unique(draws)) <= set(range(17))
+    k = diagnostics.bound(KEY, diffusion, params, datasets.digits().test[:50])["bound"]
+    assert k.attrs["mean"] > -64 * np.log(17) + 3 * k.attrs["se"]
+
+
+def test_what_is_no_image_is_refused():
+    with pytest.raises(ValueError, match=r"images must be at least 50, of shape \(N, H, W\)"):
+        recipes.image(KEY, np.zeros((100, 64)), levels=17)
+    with pytest.raises(ValueError, match="grid"):
+        recipes.image(KEY, datasets.digits().train + 0.5, levels=17, progress=False)
