@@ -71,8 +71,8 @@ class Size(NamedTuple):
     most_rows: int = 100_000
     num_steps: int | None = None
     test_rows: int = 2_000
-    ladder_rows: int = 200
-    ladder_draws: int = 64
+    ladder_rows: int = 100
+    ladder_draws: int = 32
     imputed_rows: int = 100
     predicted_rows: int = 200
     particles: int = 200
@@ -198,7 +198,13 @@ def _density(key: Array, problem: Problem, size: Size) -> list[Row]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", diagnostics.LadderWarning)
         rungs = diagnostics.ladder(
-            keys[4], diffusion, params, few, sizes=(1, size.ladder_draws), progress=False
+            keys[4],
+            diffusion,
+            params,
+            few,
+            sizes=(1, size.ladder_draws),
+            num_repeats=2,
+            num_draws=2,
         )["ladder"]
     k, found = bound["bound"].values, {n: t["bound"]["bound"].values for n, t in trees.items()}
     top = {"importance": rungs["importance"].values[:, -1], "smc": rungs["smc"].values}
