@@ -262,7 +262,7 @@ def test_a_likelihood_that_is_not_a_number_counts_as_zero(smc):
 def test_a_sampler_is_shown_on_a_line():
     sampler = infer.SMC(measured, num_particles=7, num_runs=3)
     assert repr(sampler) == (
-        "SMC(measured, LaplaceTwist, num_particles=7, num_runs=3, not run yet)"
+        "SMC(measured, the usual twist, num_particles=7, num_runs=3, not run yet)"
     )
     many = infer.TweedieTwist(rank=50)
     assert repr(infer.Guided(measured, twist=many)) == (

@@ -13,7 +13,7 @@ denoised point x̂_0 = E[x_0 | x_t]:
     PointTwist      r(x̂_0)                             too sharp while x_t is noisy: collapses
     LaplaceTwist    ∫ r N(x̂_0, w_t I)                   r by elements or to second order: default
     TweedieTwist    ∫ r N(x̂_0, C_t)                     C_t as the network says
-    ReadoutTwist    ∏ p(x_0,i = known | x_t)^γ_t        known entries, by the readout's mixture
+    ReadoutTwist    ∏ p(x_0,i = known | x_t)^γ_t        default of known entries and a `Mixture`
     SymbolTwist     E[r(x_0)] under the predicted law    bits and classes
     KernelTwist     r(x_t)^c                            the rule of 2015
 

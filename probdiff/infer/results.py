@@ -39,6 +39,7 @@ from jaxtyping import Array
 
 from probdiff.infer.evidence import log_evidence, log_evidence_se
 from probdiff.infer.health import Health, complaints, health, take_in_runs
+from probdiff.infer.known import ReadoutTwist
 from probdiff.infer.laplace import LaplaceTwist
 from probdiff.infer.particles import Options, Outcome, entry_keys, fold, run
 from probdiff.infer.program import (
@@ -51,6 +52,9 @@ from probdiff.infer.program import (
     read,
 )
 from probdiff.infer.symbols import SymbolTwist
+from probdiff.infer.twist import Twist
+from probdiff.prior import PriorDraw
+from probdiff.readouts import Mixture
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -116,8 +120,7 @@ def sample(
         key = jax.random.wrap_key_data(key)  # of jax.random.PRNGKey
     program_read = read(program, args, kwargs)
     if options.twist is None:
-        is_discrete = program_read.conditioned.reverse.kernel.is_discrete
-        options = options._replace(twist=SymbolTwist() if is_discrete else LaplaceTwist())
+        options = options._replace(twist=_usual_twist(program_read.conditioned.draw))
     try:
         outcome = run(program_read, options, key, progress=progress)
     except jax.errors.UnexpectedTracerError as error:
@@ -132,6 +135,13 @@ def sample(
     measured = health(outcome, log_w, index, in_runs, left, far)
     found = complaints(options, measured, _advice(program_read, options))
     return Result(program_read, options, key, outcome, index, in_runs, measured, found)
+
+
+def _usual_twist(draw: PriorDraw) -> Twist:
+    if draw.reverse.kernel.is_discrete:
+        return SymbolTwist()
+    is_mixture = isinstance(draw.reverse.readout, Mixture)
+    return ReadoutTwist() if is_mixture and draw.known is not None else LaplaceTwist()
 
 
 def _left(program: Read, x_0: np.ndarray) -> np.ndarray | float:

@@ -35,7 +35,6 @@ from probdiff.arguments import (
 )
 from probdiff.infer import evidence, results
 from probdiff.infer.health import InferenceWarning
-from probdiff.infer.laplace import LaplaceTwist
 from probdiff.infer.particles import Options
 from probdiff.infer.program import Program
 from probdiff.infer.results import Result
@@ -72,9 +71,10 @@ class Sampler(abc.ABC):
 
     def __repr__(self) -> str:
         name = getattr(self.program, "__name__", type(self.program).__name__)
-        twist = LaplaceTwist if self._options.twist is None else type(self._options.twist)
+        twist = self._options.twist if self._result is None else self._result.options.twist
+        called = "the usual twist" if twist is None else type(twist).__name__
         return (
-            f"{type(self).__name__}({name}, {twist.__name__}, "
+            f"{type(self).__name__}({name}, {called}, "
             f"{self._counts()}, {'not run yet' if self._result is None else 'has run'})"
         )
 
@@ -201,8 +201,8 @@ class SMC(Sampler):
         num_particles: Particles N of one run, at least 1. What a posterior needs, a run must hold:
             more runs do not help where one of them collapses.
         num_runs: Independent runs R, at least 1, whose spread is the error; of one it is nan.
-        twist: Guess of E[r(x_0) | x_t], `LaplaceTwist()` if absent, for symbols `SymbolTwist()`;
-            `ReadoutTwist()` where many entries are known exactly and the readout is a `Mixture`.
+        twist: Guess of E[r(x_0) | x_t]. If absent `SymbolTwist()` for symbols, `ReadoutTwist()`
+            where entries are known and the readout is a `Mixture`, else `LaplaceTwist()`.
         steps: Number n in 2..T of levels to walk, another model than that of all T, the default.
         ess_threshold: Share of N in [0, 1] below which the effective number resamples; 0 for never.
         block_size: Particles, times entries of the plates, that the network sees at once.
