@@ -67,14 +67,14 @@ class Size(NamedTuple):
     tables: tuple[str, ...] = (
         "red wine", "protein", "iris", "wine", "diabetes", "breast cancer", "known law",
     )  # fmt: skip
-    known_rows: int = 20_000
+    known_rows: int = 10_000
     most_rows: int = 100_000
     num_steps: int | None = None
     test_rows: int = 2_000
     ladder_rows: int = 100
     ladder_draws: int = 32
     imputed_rows: int = 100
-    predicted_rows: int = 200
+    predicted_rows: int = 100
     particles: int = 200
     levels: int = 50
     trees: int = 200
@@ -238,7 +238,7 @@ def conditioned(
             prior(known=known, mask=mask)
 
     known, found = np.where(mask, x_0, 0.0), []
-    smc = infer.SMC(program, num_particles=size.particles, steps=size.levels)
+    smc = infer.SMC(program, num_particles=size.particles // 2, num_runs=2, steps=size.levels)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", infer.InferenceWarning)
         for start in range(0, len(known), _BLOCK):
