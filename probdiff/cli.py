@@ -1,23 +1,26 @@
-"""Command line: `probdiff list`, `probdiff run NAME`, `probdiff bound MODEL_DIR DATA.npy`.
+"""Command line: `probdiff list`, `run`, `fit`, `bound`, `impute` and `sample`.
 
 A run prints its table to standard output and what it is doing to standard error. What a user got
 wrong (an unknown name, a file that is not there) is said in one line, with exit status 2. What a
-command needs is imported when it runs: to list experiments is quick.
+command needs is imported when it runs: to list experiments is quick. `commands` holds those for
+tables.
 """
 
 import argparse
-import difflib
 import os
+import re
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from probdiff import files
+from probdiff.commands import fit, impute, rows, sample
+from probdiff.commands.console import UsageError, listed, say, seed
 from probdiff.experiments import TABLE, find
 
 EXAMPLES = """\
@@ -26,6 +29,11 @@ examples:
   probdiff run digits                  the main job: train, bound, sample, infer
   probdiff run swiss-roll --quick      the same in a few steps, to see that it runs
   probdiff bound runs/digits x.npy     how probable the trained model finds the rows of x.npy
+
+  probdiff fit table.csv               what the columns of a table are taken for
+  probdiff fit table.csv --out model   a model of the table, weighed against simpler ones
+  probdiff impute model new.csv --out draws.nc   what is missing, given what is there
+  probdiff sample model --out more.csv           rows as the model has them
 
 A run prints its table to standard output, says what it is doing on standard error, and leaves
 everything in a folder. `probdiff COMMAND --help` says more.
@@ -56,17 +64,17 @@ MEANINGS = {
     ".png": "figure",
 }
 FROM_PYTHON = """\
-DATA.npy is an array of examples along axis 0, in the units the model was trained on:
+DATA is a CSV file of rows, for a model that `probdiff fit` left: columns by name, in any order. The
+bound is then of the density in the table's units; rows with missing entries are left out, and
+numbers that were rounded to a step get noise as wide.
+
+Or an array of examples along axis 0, in the units the model was trained on:
   >>> numpy.save("x.npy", probdiff.datasets.digits().test)
   $ probdiff bound runs/digits x.npy
 Each example's bound is in the file, group "bound": xarray.open_datatree(FILE). From Python it is
 probdiff.diagnostics.bound.
 """
-COMMANDS = ("list", "run", "bound")
-
-
-class UsageError(Exception):
-    """What the user can mend; its text is the whole message."""
+COMMANDS = ("list", "run", "fit", "bound", "impute", "sample")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,21 +85,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv, parser = sys.argv[1:] if argv is None else argv, _parser()
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
-        parser.error(f"no command {argv[0]!r}; there are {_listed(COMMANDS, argv[0])}")
+        parser.error(f"no command {argv[0]!r}; there are {listed(COMMANDS, argv[0])}")
     args = parser.parse_args(argv)
     if args.command is not _list:
         _keep_compiled()
     try:
-        args.command(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
+            args.command(args)
     except UsageError as error:
-        _say(f"probdiff: {error}")
+        say(f"probdiff: {error}")
         return 2
     except OSError as error:  # no network, a full disk, a folder that cannot be written
-        _say(f"probdiff: {error}")
+        say(f"probdiff: {error}")
         return 2
     except KeyboardInterrupt as interrupt:
         kept = "see `probdiff run --help` for what goes on from a checkpoint"
-        _say(f"probdiff: {interrupt}" if str(interrupt) else f"probdiff: interrupted; {kept}")
+        kept = kept if args.command is _run else "nothing was written"
+        say(f"probdiff: {interrupt}" if str(interrupt) else f"probdiff: interrupted; {kept}")
         return 130
     return 0
 
@@ -100,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     as_written = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(
         "probdiff", epilog=EXAMPLES, **as_written,
-        description="Diffusion probabilistic models: run experiments, bound data.",
+        description="Diffusion probabilistic models: run experiments, model tables, bound data.",
     )  # fmt: skip
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser("list", help="say which experiments there are").set_defaults(command=_list)
@@ -116,29 +127,27 @@ def _parser() -> argparse.ArgumentParser:
         "`probdiff run digits`, or mnist, leaves, trained first if it is not there)")  # fmt: skip
     add("--recipe", choices=("cpu", "gpu"),
         help=f"how much to train and measure, for {_those('has_gpu')} (default: cpu)")  # fmt: skip
-    add("--seed", type=_seed, default=0, help="same seed, same table (default: 0)")
+    add("--seed", type=seed, default=0, help="same seed, same table (default: 0)")
     add("--quick", action="store_true", help="a few steps only; numbers mean nothing")
     run.set_defaults(command=_run)
 
+    fit.add(commands)
     bound = commands.add_parser(
         "bound", help="bound the log density of data under a trained model", description=BOUND,
         epilog=FROM_PYTHON, **as_written,
     )  # fmt: skip
     add = bound.add_argument
     add("model", metavar="MODEL_DIR", help="folder of a run or of probdiff.save")
-    add("data", metavar="DATA.npy", help="examples along axis 0, the data's units")
+    add("data", metavar="DATA", help="examples: .npy along axis 0, the data's units; or CSV, for "
+        "a model of a table")  # fmt: skip
     add("--out", metavar="FILE", help="bounds (default: MODEL_DIR/bounds-DATA.nc)")
-    add("--seed", type=_seed, default=0, help="seeds the noise (default: 0)")
+    add("--seed", type=seed, default=0, help="seeds the noise (default: 0)")
     add("--ladder", type=int, metavar="S", help="also say how loose K is: importance-weighted "
         "bounds and SMC with S trajectories for each example, four times")  # fmt: skip
     bound.set_defaults(command=_bound)
+    impute.add(commands)
+    sample.add(commands)
     return parser
-
-
-def _listed(names: Iterable[str], wrong: str) -> str:
-    """Names there are, and the one that was meant, where one is close."""
-    found = difflib.get_close_matches(wrong.lower(), names, n=1)
-    return ", ".join(names) + "".join(f". Did you mean {name}?" for name in found)
 
 
 def _keep_compiled() -> None:
@@ -163,12 +172,6 @@ def _those(field: str) -> str:
     return ", ".join(name for name, entry in TABLE.items() if getattr(entry, field))
 
 
-def _seed(text: str) -> int:
-    if not 0 <= (seed := int(text)) < 2**32:
-        raise argparse.ArgumentTypeError(f"must lie in 0..2**32 - 1; got {seed}")
-    return seed
-
-
 def _list(args: argparse.Namespace) -> None:
     for line, entry in zip(_summaries(), TABLE.values(), strict=True):
         print(f"{line} ({entry.duration})")
@@ -181,7 +184,7 @@ def _summaries() -> list[str]:
 
 def _run(args: argparse.Namespace) -> None:
     if args.name not in TABLE:
-        raise UsageError(f"no experiment {args.name!r}; there are {_listed(TABLE, args.name)}")
+        raise UsageError(f"no experiment {args.name!r}; there are {listed(TABLE, args.name)}")
     entry = TABLE[args.name]
     if args.model is not None and not entry.model:
         raise UsageError(f"--model is for {_those('model')}; {args.name} trains its own")
@@ -198,19 +201,19 @@ def _run(args: argparse.Namespace) -> None:
             experiment.load(args.model)
         except (ValueError, FloatingPointError) as error:
             raise UsageError(f"--model: {error}") from error
-    _say(f"{args.name}: {entry.summary}")
-    _say("quick run, numbers mean nothing" if args.quick else f"takes {entry.duration}")
+    say(f"{args.name}: {entry.summary}")
+    say("quick run, numbers mean nothing" if args.quick else f"takes {entry.duration}")
     began = time.monotonic()
     rows = experiment.run(
         out, seed=args.seed, quick=args.quick, recipe=args.recipe or "cpu", progress=True,
-        say=_say, model=args.model,
+        say=say, model=args.model,
     )  # fmt: skip
     print(format_table(rows))
-    _say(f"done in {time.monotonic() - began:.0f} s; {out} holds:")
+    say(f"done in {time.monotonic() - began:.0f} s; {out} holds:")
     found = sorted(out.iterdir())
     width = max((len(file.name) for file in found), default=0)
     for file in found:
-        _say(f"  {file.name:{width}}  {_meaning(file, out)}".rstrip())
+        say(f"  {file.name:{width}}  {_meaning(file, out)}".rstrip())
 
 
 def _meaning(file: Path, out: Path) -> str:
@@ -223,18 +226,20 @@ def _meaning(file: Path, out: Path) -> str:
 def _bound(args: argparse.Namespace) -> None:
     if args.ladder is not None and args.ladder < 2:
         raise UsageError(f"--ladder must be at least 2 trajectories; got {args.ladder}")
-    x_0 = _read_array(Path(args.data))
+    rows.check_model(args.model)
+    if rows.is_table(args.model, args.data):
+        diffusion, params, found = rows.rows_to_bound(args.model, args.data, args.seed)
+        x_0, log_jacobian = found.x_0, found.log_jacobian
+    else:
+        diffusion, params, x_0 = _model_and_array(args)
+        log_jacobian = None
     import jax
+    import xarray as xr
 
-    from probdiff import GaussianKernel, diagnostics, load
+    from probdiff import diagnostics
 
-    try:
-        diffusion, params = load(args.model)
-    except (ValueError, FloatingPointError) as error:
-        raise UsageError(error) from error
-    if isinstance(diffusion.kernel, GaussianKernel) and not np.issubdtype(x_0.dtype, np.floating):
-        x_0 = x_0.astype("float64")
-    out = Path(args.out or Path(args.model) / f"bounds-{Path(args.data).stem}.nc")
+    stem = Path(re.sub(r"\.(gz|xz|bz2)$", "", Path(args.data).name)).stem
+    out = Path(args.out or Path(args.model) / f"bounds-{stem}.nc")
     if not out.parent.is_dir():
         raise UsageError(f"--out must lie in a folder that exists; got {out}")
     problem = (jax.random.key(args.seed), diffusion, params, x_0)
@@ -247,6 +252,9 @@ def _bound(args: argparse.Namespace) -> None:
             tree["ladder"] = rungs["ladder"]
     except (ValueError, FloatingPointError) as error:
         raise UsageError(f"{args.data}: {error}") from error
+    if log_jacobian is not None:
+        for name in tree.children:
+            tree[name] = xr.DataTree(rows.in_units(tree[name].to_dataset(), log_jacobian))
     with files.replacing(out) as partial:
         tree.to_netcdf(partial, engine="h5netcdf")
     k = tree["bound"].attrs
@@ -257,9 +265,22 @@ def _bound(args: argparse.Namespace) -> None:
     print(f"per example, mean and standard error over {len(x_0)} examples; each example in {out}")
 
 
+def _model_and_array(args: argparse.Namespace) -> tuple[Any, Any, np.ndarray]:
+    x_0 = _read_array(Path(args.data))
+    from probdiff import GaussianKernel, load
+
+    try:
+        diffusion, params = load(args.model)
+    except (ValueError, FloatingPointError) as error:
+        raise UsageError(error) from error
+    if isinstance(diffusion.kernel, GaussianKernel) and not np.issubdtype(x_0.dtype, np.floating):
+        x_0 = x_0.astype("float64")
+    return diffusion, params, x_0
+
+
 def _print_ladder(group: Any, size: int) -> None:
     if group.attrs["warnings"]:
-        _say(group.attrs["warnings"])
+        say(group.attrs["warnings"])
     texts = {
         "bound": f"K, {group.attrs['num_draws']} draws a step",
         "importance": f"importance weighted, S = {size}",
@@ -288,10 +309,6 @@ def _read_array(path: Path) -> np.ndarray:
     if array.dtype.kind not in "biuf":
         raise UsageError(f"{path} must hold real numbers; got dtype {array.dtype}")
     return array
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

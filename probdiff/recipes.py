@@ -5,6 +5,7 @@ better.
 """
 
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,6 @@ import optax
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 from numpyro.infer import SVI
-from scipy.special import logsumexp
 
 from probdiff import (
     Diffusion,
@@ -27,6 +27,7 @@ from probdiff import (
     schedules,
 )
 from probdiff.arguments import as_array, check_at_least, check_flag, check_key, check_object
+from probdiff.tables.missing import drawn
 from probdiff.types import Params
 
 _T, _BETA_1, _ALPHA_BAR_T = 200, 1e-4, 1e-3
@@ -59,7 +60,7 @@ class Recipe(NamedTuple):
 
 def table(
     key: PRNGKeyArray, table: Table, data: Any, *, num_steps: int | None = None,
-    progress: bool = True,
+    checkpoint: str | Path | None = None, progress: bool = True,
 ) -> Recipe:  # fmt: skip
     """A diffusion of a table: a Gaussian mixture, and a network that corrects it.
 
@@ -73,6 +74,7 @@ def table(
         data: Its rows, in a form that `Table` reads. Missing entries are drawn from the mixture,
             given the others of their row, five times: one is what the network is trained on.
         num_steps: Steps of training; by default 60 epochs, between 1,000 and 8,000.
+        checkpoint: As of `fit`: a run that was stopped goes on from this file.
         progress: Whether to show a bar.
 
     Raises:
@@ -115,14 +117,14 @@ def table(
     fitted = fit(
         key_fit, svi, x_0[~is_held_out], num_steps=num_steps, batch_size=batch, ema_decay=_EMA,
         held_out=x_0[held_out], evaluate_every=max(1, num_steps // _EVALUATIONS),
-        patience=_PATIENCE, progress=progress,
+        patience=_PATIENCE, checkpoint=checkpoint, progress=progress,
     )  # fmt: skip
     return Recipe(diffusion, fitted.params, fitted)
 
 
 def image(
     key: PRNGKeyArray, images: Any, *, levels: int, num_steps: int | None = None,
-    progress: bool = True,
+    checkpoint: str | Path | None = None, progress: bool = True,
 ) -> Recipe:  # fmt: skip
     """A diffusion of images on whole levels, grey or in colour.
 
@@ -136,6 +138,7 @@ def image(
         images: `(N, H, W)` or `(N, H, W, C)`, whole numbers 0..levels − 1.
         levels: How many levels there are, such as 256, at least 2.
         num_steps: Steps of training; by default 4,000 of the perceptron, 7,000 of the U-Net.
+        checkpoint: As of `fit`: a run that was stopped goes on from this file.
         progress: Whether to show a bar.
 
     Raises:
@@ -190,14 +193,16 @@ def image(
         key_fit, SVI(diffusion.model, diffusion.guide, optimiser, SampledTimeELBO()),
         images[~is_held_out], num_steps=num_steps, batch_size=batch, ema_decay=_EMA,
         held_out=images[np.tile(held_out, 1 + _EVALUATED // (4 * len(held_out)))],
-        evaluate_every=max(1, num_steps // _EVALUATIONS), patience=_PATIENCE, progress=progress,
+        evaluate_every=max(1, num_steps // _EVALUATIONS), patience=_PATIENCE,
+        checkpoint=checkpoint, progress=progress,
     )  # fmt: skip
     return Recipe(diffusion, fitted.params, fitted)
 
 
 def _held_out(key: PRNGKeyArray, x_0: np.ndarray) -> np.ndarray:
     """A tenth of the distinct rows, equal ones together."""
-    _, group = np.unique(np.nan_to_num(x_0), axis=0, return_inverse=True)
+    rows = np.column_stack([np.nan_to_num(x_0), np.isnan(x_0)])
+    _, group = np.unique(rows, axis=0, return_inverse=True)
     count = int(group.max()) + 1
     return np.asarray(jax.random.permutation(key, count))[group.ravel()] < _HELD_OUT * count
 
@@ -227,36 +232,6 @@ def _mixture(
             break
         best, most = mixture, log_p[is_held_out].mean()
     return best, z
-
-
-def drawn(
-    rng: Any, z: np.ndarray, is_missing: np.ndarray, mixture: Any
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rows with missing entries drawn from a mixture given the others, and log p of these.
-
-    In component k they are N(μ, P⁻¹), P their block of its precision, and k has the share of its
-    density of the others, which is the joint density at μ over that of N(μ, P⁻¹) there.
-    """
-    count, d = z.shape
-    draws, log_p = np.empty((len(mixture.means_), count, d)), np.empty((len(mixture.means_), count))
-    which = np.flatnonzero(is_missing.any(1))
-    m = is_missing[which]
-    parts = zip(mixture.weights_, mixture.means_, mixture.precisions_, strict=True)
-    for k, (weight, mean, precision) in enumerate(parts):
-        away, log_det = z - mean, np.full(count, np.linalg.slogdet(precision)[1])
-        block = np.where(m[:, :, None] & m[:, None, :], precision, np.eye(d))
-        pull = np.where(m, 0.0, away[which]) @ precision
-        mu = -np.linalg.solve(block, np.where(m, pull, 0.0)[..., None])[..., 0]
-        root = np.linalg.cholesky(block).swapaxes(1, 2)
-        noise = np.linalg.solve(root, rng.standard_normal((len(which), d, 1)))[..., 0]
-        away[which] = np.where(m, mu, away[which])
-        log_det[which] -= np.linalg.slogdet(block)[1]
-        log_p[k] = np.log(weight) + 0.5 * (log_det - np.sum((away @ precision) * away, 1))
-        draws[k] = mean + away
-        draws[k][which] += np.where(m, noise, 0.0)
-    k = np.argmax(log_p + rng.gumbel(size=log_p.shape), 0)
-    log_p = logsumexp(log_p, 0) - 0.5 * np.log(2 * np.pi) * np.sum(~is_missing, 1)
-    return np.where(is_missing, draws[k, np.arange(count)], z), log_p
 
 
 def _completed(rng: Any, table: Table, z: np.ndarray, mask: np.ndarray, mixture: Any) -> np.ndarray:

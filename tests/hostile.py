@@ -222,6 +222,8 @@ def of_tables() -> list[Case]:
     data = {"x": [1.0, 2.5, 4.0], "n": [0, 1, 2], "c": ["a", "b", None]}
     table = tables.Table(data)
     x_0 = table.encode({"x": [1.5], "n": [1], "c": ["a"]}).x_0
+    file = pathlib.Path(tempfile.mkdtemp()) / "t.csv"
+    file.write_text("x,n\n1.5,1\n")
     return [
         case(tables.Table, data=data),
         case(table.encode, data=data),
@@ -229,6 +231,9 @@ def of_tables() -> list[Case]:
         case(table.columns, x_0=x_0),
         case(table.place, name="x"),
         case(table.origin, name="x"),
+        case(table.save, path="columns.json"),
+        case(tables.Table.load, path="columns.json"),
+        case(tables.read_csv, path=file),
         case(tables.Continuous),
         case(tables.Positive),
         case(tables.Bounded),

@@ -206,7 +206,7 @@ def test_a_command_that_cannot_be_parsed_has_status_2(argv, capsys):
 
 
 def test_help_teaches_by_commands_that_exist(capsys):
-    for arguments in ([], ["run"], ["bound"]):
+    for arguments in ([], ["run"], ["bound"], ["fit"], ["impute"], ["sample"]):
         with pytest.raises(SystemExit) as left:
             cli.main([*arguments, "--help"])
         assert left.value.code == 0
@@ -215,7 +215,7 @@ def test_help_teaches_by_commands_that_exist(capsys):
     for name, entry in TABLE.items():
         assert f"{name} " in said and entry.summary in said
     commands = re.findall(r"^  (?:\$ )?probdiff (\w+) ?(\S*)", said, re.MULTILINE)
-    assert {command for command, _ in commands} == {"list", "run", "bound"}
+    assert {command for command, _ in commands} == set(cli.COMMANDS)
     assert {name for command, name in commands if command == "run"} <= set(TABLE)
 
 
@@ -252,9 +252,9 @@ assert not ours, ours
 @pytest.mark.parametrize(
     ("argv", "meant"),
     [
-        (["bonud"], "there are list, run, bound. Did you mean bound?"),
-        (["Lists"], "there are list, run, bound. Did you mean list?"),
-        (["fly"], "no command 'fly'; there are list, run, bound\n"),
+        (["bonud"], "there are list, run, fit, bound, impute, sample. Did you mean bound?"),
+        (["Lists"], "there are list, run, fit, bound, impute, sample. Did you mean list?"),
+        (["fly"], "no command 'fly'; there are list, run, fit, bound, impute, sample\n"),
         (["run", "swis-roll"], "super-resolution. Did you mean swiss-roll?"),
         (["run", "MNIST"], "super-resolution. Did you mean mnist?"),
         (["run", "zzz"], "super-resolution\n"),

@@ -12,14 +12,14 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "probdiff"
 # A place imports from the places above it. A folder is one place: its files may import each other.
 ORDER = """
-    bars files arguments types datasets compilation devices
+    bars files delimited arguments types datasets compilation devices
     kernels schedules readouts tables networks validation columns reverse trajectories prior
     diffusion standard denoiser times elbo simple_loss guidance train storage samplers sample
-    infer diagnostics plots recipes experiments cli
+    infer diagnostics plots recipes experiments commands cli
 """.split()
 # These call the package as a user does; all others name the module they need.
-USERS = {"recipes", "experiments", "cli"}
-PRINTERS = {"experiments", "cli", "infer"}
+USERS = {"recipes", "experiments", "commands", "cli"}
+PRINTERS = {"experiments", "commands", "cli", "infer"}
 
 
 def place_of(path):

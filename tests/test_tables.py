@@ -100,6 +100,8 @@ def test_missing_entries_are_masked_in_every_kind():
         mask = rows.mask[:, table.place(name)]
         assert (mask == seen[:, i : i + 1]).all() or name in ("one", "none")
     assert (np.isnan(rows.x_0) == ~rows.mask).all() and np.isfinite(rows.log_jacobian).all()
+    none = table.encode({name: [None, None] for name in table.names})
+    assert not none.mask.any() and none.mask.shape == (2, 13)
     only = table.encode({"children": [2, 3]})
     assert only.mask.sum(1).tolist() == [1, 1]
 
@@ -152,6 +154,15 @@ def test_what_a_hurdle_leaves_out_costs_nothing():
         Hurdle(Continuous(step=0.5), at=0.7)
     with pytest.raises(ValueError, match="rest must be a kind with a density"):
         Hurdle(Count(3))
+
+
+def test_a_step_is_told_from_digits_that_only_look_like_one():
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=300)
+    for scale in (1.0, 100.0, 1e5):
+        data = {"any": scale * (10 + z), "cents": np.round(scale * (10 + z), 2)}
+        steps = {name: kind.step for name, kind in Table(data).kinds.items()}
+        assert steps["any"] == 0 and steps["cents"] == 0.01, scale
 
 
 def test_noise_of_a_step_stays_within_it():

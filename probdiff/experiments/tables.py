@@ -51,6 +51,7 @@ from probdiff import (
 )
 from probdiff.experiments.report import Experiment, Found, Row, Run, mean_and_se
 from probdiff.experiments.training import rngs_of
+from probdiff.tables.missing import drawn
 
 NATS = "nats per row"
 _HELD_OUT, _MISSING = 0.2, 0.3
@@ -265,13 +266,13 @@ def _imputation(key: Array, problem: Problem, size: Size) -> list[Row]:
         "iterative": _iterative(rng, table, train, x_0, seen),
     }
     found = []
-    for method, drawn in draws.items():
+    for method, found_by in draws.items():
         judged: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
         for name, gone in zip(names, is_gone.T, strict=True):
             if gone.any():
                 kind, place = table.kinds[name], table.place(name)
                 truth = np.asarray(kind.decode(rows.x_0[: len(x_0), place]))[gone]
-                values = np.asarray(kind.decode(_on_grid(table, drawn)[..., place]))[:, gone]
+                values = np.asarray(kind.decode(_on_grid(table, found_by)[..., place]))[:, gone]
                 of_kind = judged.setdefault(_family(kind), [])
                 of_kind.append(_judged(rng, kind, truth, values, _spread(kind, train[:, place])))
         for family, parts in judged.items():
@@ -326,7 +327,7 @@ def _of_gaussian(
 
     z, rows = ((a - table.loc) / table.scale for a in (train, np.nan_to_num(x_0)))
     model = GaussianMixture(1, random_state=0).fit(z)
-    draws = [recipes.drawn(rng, rows, ~seen, model)[0] for _ in range(count)]
+    draws = [drawn(rng, rows, ~seen, model)[0] for _ in range(count)]
     return table.loc + table.scale * np.stack(draws)
 
 

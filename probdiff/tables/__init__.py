@@ -33,9 +33,10 @@ from probdiff.tables.kinds import (
     Positive,
     Rounded,
 )
+from probdiff.tables.reading import read_csv
 from probdiff.tables.table import Rows, Table
 
 __all__ = [
     "Bounded", "Category", "Constant", "Continuous", "Count", "Empty", "HeavyTailed", "Hurdle",
-    "Kind", "Ordered", "Positive", "Rounded", "Rows", "Table",
+    "Kind", "Ordered", "Positive", "Rounded", "Rows", "Table", "read_csv",
 ]  # fmt: skip

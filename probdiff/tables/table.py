@@ -20,6 +20,7 @@ import itertools
 import math
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -27,8 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
-from probdiff.arguments import as_array, check_key, check_object, shown
+from probdiff.arguments import as_array, check_key, check_object, check_path, shown
 from probdiff.readouts import Discretised, LastStep, Learned
+from probdiff.tables import description
 from probdiff.tables.kinds import (
     Category,
     Constant,
@@ -166,6 +168,38 @@ class Table:
         count = f"Table of {len(self._columns)} columns, {len(self.loc)} numbers"
         return "\n".join([count, *lines])
 
+    def save(self, path: str | Path) -> None:
+        """Write the description into a JSON file; one that is there is replaced.
+
+        Raises:
+            ValueError: if a kind is not one of `probdiff.tables`.
+
+        Example:
+            >>> import tempfile
+            >>> table = Table({"x": [0.1, 0.7, 0.2], "c": ["a", "b", None]})
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     table.save(f"{folder}/columns.json")
+            ...     again = Table.load(f"{folder}/columns.json")
+            >>> again.kinds == table.kinds, bool((again.loc == table.loc).all())
+            (True, True)
+        """
+        fields = {"form": self._form, "loc": self.loc, "scale": self.scale}
+        columns = [dict(vars(column)) for column in self._columns]
+        description.write(check_path("path", path), fields, columns)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Table":
+        """Read the description that `save` wrote: it encodes and decodes as the one saved.
+
+        Raises:
+            ValueError: if the file is not there, damaged or edited; says what is wrong in it.
+        """
+        fields, columns = description.read(check_path("path", path))
+        table = cls.__new__(cls)
+        table._form, table.loc, table.scale = (fields[n] for n in ("form", "loc", "scale"))
+        table._columns = [_Column(**column) for column in columns]
+        return table
+
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the columns."""
@@ -260,7 +294,9 @@ class Table:
         }
         if self._form != "pandas":
             return columns
-        return sys.modules["pandas"].DataFrame({n: v.reshape(-1) for n, v in columns.items()})
+        import pandas  # may be slow to import, where the description was read from a file
+
+        return pandas.DataFrame({n: v.reshape(-1) for n, v in columns.items()})
 
     def columns(self, x_0: Any) -> dict[str, Any]:
         """Columns of x_0 inside a program, JAX arrays `(...)`, to be observed with noise.
@@ -407,6 +443,8 @@ def _numbers(column: _Column, values: np.ndarray) -> np.ndarray:
     """Values less the origin, float64, places of classes; NaN where missing."""
     values = _simplified(column.name, values)
     missing, kind = _is_missing(values), column.kind
+    if missing.all():  # of whatever type
+        return np.full(len(values), np.nan)
     if isinstance(kind, Category | Ordered):
         places = {v: i for i, v in enumerate(kind.values)}
         plain = [v.item() if isinstance(v, np.generic) else v for v in values]
@@ -421,7 +459,7 @@ def _numbers(column: _Column, values: np.ndarray) -> np.ndarray:
         rows = zip(plain, missing, strict=True)
         return np.array([np.nan if m else places[v] for v, m in rows], np.float64)
     if isinstance(kind, Constant):
-        plain = [v.item() if isinstance(v, np.generic) else v for v in values]
+        plain = values if values.dtype.kind in "mM" else values.tolist()
         other = [v for v, m in zip(plain, missing, strict=True) if not m and v != kind.value]
         if other:
             raise ValueError(
@@ -568,7 +606,8 @@ def _step(x: np.ndarray) -> float:
     """The step that all numbers are multiples of, by their decimals; 0 where there is none."""
     for decimals in range(_MOST_DECIMALS):
         units = np.round(x * 10.0**decimals)
-        if np.all(np.abs(x * 10.0**decimals - units) <= 1e-9 * np.maximum(np.abs(units), 1)):
+        slack = np.clip(1e-9 * np.abs(units), 1e-9, 0.01)  # or any large number would be whole
+        if np.all(np.abs(x * 10.0**decimals - units) <= slack):
             if np.abs(units).max() > 2**52:
                 return 0.0
             whole = np.unique(units.astype(np.int64))
