@@ -208,7 +208,7 @@ def _density(key: Array, problem: Problem, size: Size) -> list[Row]:
             num_draws=2,
         )["ladder"]
     k, found = bound["bound"].values, {n: t["bound"]["bound"].values for n, t in trees.items()}
-    top = {"importance": rungs["importance"].values[:, -1], "smc": rungs["smc"].values}
+    top = {"importance": rungs["importance"].values[:, -1]}
     rows = [
         Row(f"{name}: K", *mean_and_se(k + test.log_jacobian), NATS),
         *(Row(f"{name}: K − {n}, paired", *mean_and_se(k - v), NATS) for n, v in found.items()),
