@@ -30,9 +30,9 @@ from probdiff.arguments import as_array, check_at_least, check_flag, check_key, 
 from probdiff.tables.missing import drawn
 from probdiff.types import Params
 
-_T, _BETA_1, _ALPHA_BAR_T = 200, 1e-4, 1e-3
-_COMPONENTS = (2, 4, 8, 16, 24)
-_FLOOR = 1e-4  # of the mixture's variances
+_T, _BETA_1, _LEAST_BETA_1, _ALPHA_BAR_T = 200, 1e-4, 1e-6, 1e-3
+_COMPONENTS = (2, 4, 8, 16, 24, 32, 64)
+_FLOORS = (1e-4, 1e-6)  # of the mixture's variances
 _ROUNDS, _COPIES = 5, 5  # of draws of missing entries: while the mixture is fitted; of the rows
 _FEWEST_COMPONENTS = 12  # so that levels around x_t are enough
 _WIDTH, _DEPTH = 128, 3
@@ -222,15 +222,21 @@ def _mixture(
         column[missing] = rng.choice(column[~missing], missing.sum())
     z = z + _grids(table)[1] * (rng.random(z.shape) - 0.5)
     best, most = None, -np.inf
-    for count in (c for c in _COMPONENTS if 20 * c <= np.sum(~is_held_out)):
+
+    def fitted(count: int, floor: float) -> tuple[Any, np.ndarray, float]:
+        rows = z
         for _ in range(_ROUNDS if is_missing.any() else 1):
-            mixture = GaussianMixture(
-                count, reg_covar=_FLOOR, random_state=int(rng.integers(2**31))
-            ).fit(z[~is_held_out])
-            z, log_p = drawn(rng, z, is_missing, mixture)
-        if log_p[is_held_out].mean() <= most:
+            seed = int(rng.integers(2**31))
+            mixture = GaussianMixture(count, reg_covar=floor, random_state=seed)
+            mixture.fit(rows[~is_held_out])
+            rows, log_p = drawn(rng, rows, is_missing, mixture)
+        return mixture, rows, float(log_p[is_held_out].mean())
+
+    for count in (c for c in _COMPONENTS if 20 * c <= np.sum(~is_held_out)):
+        found = max((fitted(count, floor) for floor in _FLOORS), key=lambda each: each[2])
+        if found[2] <= most:
             break
-        best, most = mixture, log_p[is_held_out].mean()
+        best, z, most = found
     return best, z
 
 
@@ -266,9 +272,12 @@ def _started(table: Table, mixture: Any, z: np.ndarray) -> Diffusion:
         mixture.weights_, mixture.means_, mixture.covariances_,
         lowest=np.where(has_levels, low, 0.0), spacing=np.where(has_levels, spacing, 1.0),
     )  # fmt: skip
-    beta = schedules.log_snr_linear(_T, beta_1=_BETA_1, alpha_bar_T=_ALPHA_BAR_T)
+    narrowest = min(np.linalg.eigvalsh(each)[0] for each in mixture.covariances_)
+    beta_1 = float(np.clip(narrowest, _LEAST_BETA_1, _BETA_1))  # noise that hides nothing
+    T = round(_T * (_BETA_1 / beta_1) ** (1 / 3))
+    beta = schedules.log_snr_linear(T, beta_1=beta_1, alpha_bar_T=_ALPHA_BAR_T)
     return Diffusion(
         GaussianKernel(), beta, network, event_shape=table.event_shape,
         readout=readouts.Mixture(components), last_step=table.last_step, loc=table.loc,
-        scale=table.scale, data_variance=np.cov(z.T, ddof=0) + _FLOOR * np.eye(z.shape[1]),
+        scale=table.scale, data_variance=np.cov(z.T, ddof=0) + _FLOORS[0] * np.eye(z.shape[1]),
     )  # fmt: skip
