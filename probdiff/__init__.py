@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from probdiff import (
         datasets,
         diagnostics,
+        flow,
         guidance,
         infer,
         networks,
@@ -64,6 +65,7 @@ __all__ = [
     "datasets",
     "diagnostics",
     "fit",
+    "flow",
     "from_denoiser",
     "guidance",
     "infer",

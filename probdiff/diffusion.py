@@ -49,6 +49,7 @@ from probdiff.networks.rows import coupling, is_by_row
 from probdiff.prior import Prior
 from probdiff.readouts.grid import is_on_grid
 from probdiff.reverse import (
+    AtLogSNR,
     Mask,
     Reverse,
     State,
@@ -172,8 +173,6 @@ class Diffusion:
         init = self._binding.init
         weights = jax.eval_shape(init, jax.random.key(0)) if callable(init) else init
         self._weights = jax.tree.map(np.shape, weights)
-        # made once, for what is compiled is kept by the identity of the function
-        self._apply_at_log_snr = functools.partial(_at_log_snr, self._binding.apply)
         self._check_network()
 
     def __repr__(self) -> str:
@@ -491,7 +490,7 @@ class Diffusion:
         steps = self._steps()
         network = jax.tree_util.Partial(apply, params)
         if self._takes_log_snr:
-            network = jax.tree_util.Partial(self._apply_at_log_snr, params, steps)
+            network = AtLogSNR(network, steps)
         return Reverse(
             self.kernel, self.readout, self.last_step, self.event_shape, steps, steps, network,
             self.units, self.context_shape,
@@ -504,13 +503,13 @@ class Diffusion:
         """
         if self._binding.init is not None:
             return
-        inputs = example_inputs(self.event_shape, self.context_shape, self.kernel.dtype)
+        time = float if self._takes_log_snr else jnp.int32
+        inputs = example_inputs(self.event_shape, self.context_shape, self.kernel.dtype, time)
         read = trace(self._binding.apply, None, *inputs).fingerprint()
         if self._read not in (None, read):
             self._binding = bind(
                 self.network, self.event_shape, self.context_shape, self.kernel.dtype
             )
-            self._apply_at_log_snr = functools.partial(_at_log_snr, self._binding.apply)
         self._read = read
 
     def _steps(self) -> Step:
@@ -595,19 +594,11 @@ class Diffusion:
         return f"{text}for classes" if is_other and isinstance(self.kernel, DiscreteKernel) else ""
 
 
-def _at_log_snr(
-    apply: Callable[..., Array], params: Any, steps: Step, x_t: State, t: Array, context: Any
-) -> Array:
-    """A network that is told log ᾱ_t/(1 − ᾱ_t) instead of t."""
-    step = steps.at(t, 0)
-    return apply(params, x_t, jnp.log(step.alpha_bar_t) - jnp.log(step.noise_t), context)
-
-
 def _of_log_snr(
     apply: Callable[..., Array], steps: Step, params: Any, x_t: State, t: Array, context: Any
 ) -> Array:
-    """The same, its arguments in the order of a network's."""
-    return _at_log_snr(apply, params, steps, x_t, t, context)
+    """A network that is told the log-SNR, its arguments those of one that is told t."""
+    return AtLogSNR(functools.partial(apply, params), steps)(x_t, t, context)
 
 
 def _default_readout(kernel: Kernel) -> readouts.GaussianReadout | readouts.DiscreteReadout:

@@ -69,6 +69,20 @@ class Units(NamedTuple):
         return x if self.scale is None else x * self.scale + self.loc
 
 
+class AtLogSNR(NamedTuple):
+    """A network that is told log ᾱ_t/(1−ᾱ_t) instead of t, as `network(x_t, t, context)`."""
+
+    apply: Any
+    """`apply(x_t, log_snr, context)`."""
+    steps: Step
+    """Table of the levels."""
+
+    def __call__(self, x_t: State, t: Level, context: Any) -> Array:
+        """What it says at levels t, one for each row."""
+        step = self.steps.at(t, 0)
+        return self.apply(x_t, jnp.log(step.alpha_bar_t) - jnp.log(step.noise_t), context)
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["trained", "steps", "network", "units", "context"],
@@ -156,6 +170,20 @@ class Reverse:
         if n is None or n == self.n:
             return self
         return dataclasses.replace(self, steps=schedules.respaced(self.trained, n)[1])
+
+    def on_levels(self, table: Step) -> "Reverse":
+        """The process on other levels than it was trained for, whose coefficients are `table`.
+
+        Raises:
+            ValueError: if its network is told t, of which it knows those of training alone.
+        """
+        if not isinstance(self.network, AtLogSNR):
+            raise ValueError(
+                "network must take the log-SNR, as networks.FromMixture does, to be asked at other "
+                "levels than those of training; got one that takes t"
+            )
+        network = self.network._replace(steps=table)
+        return dataclasses.replace(self, trained=table, steps=table, network=network)
 
     def given(self, context: Any) -> "Reverse":
         """The process with this context, `(*lead, *context_shape)`.
@@ -287,11 +315,12 @@ class Reverse:
 
     # the last step, and the data
 
-    def last(self, x_1: State) -> dist.Distribution:
+    def last(self, x_1: State, outputs: Outputs | None = None) -> dist.Distribution:
         """p(x_0 | x_1), elementwise, before x_0 is put on a grid; no network under a tied step."""
 
         def step(x_1: State, step: Step) -> dist.Distribution:
-            return self.readout(self.kernel, self.outputs(x_1, 1), x_1, step)
+            said = self.outputs(x_1, 1) if outputs is None else outputs
+            return self.readout(self.kernel, said, x_1, step)
 
         lead = x_1.shape[: x_1.ndim - self.event_dim]
         return self.last_step(self.kernel, step, x_1, self.coefficients(jnp.ones(lead, jnp.int32)))

@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int
 from probdiff.arguments import POSITIVE, check_number
 from probdiff.elbo import SampledTimeLoss, bridge_at, prior_kl, step_kl
 from probdiff.kernels import GaussianKernel, bridge_weights
-from probdiff.reverse import DataGivenFirst, Reverse, State, Values
+from probdiff.reverse import DataGivenFirst, Outputs, Reverse, State, Values
 from probdiff.trajectories import ForwardTrajectory
 
 
@@ -54,10 +54,11 @@ class SimpleLoss(SampledTimeLoss):
     """
 
     def step_loss(
-        self, forward: ForwardTrajectory, reverse: Reverse, x_t: State, t: Array
-    ) -> Float[Array, "*lead"]:
+        self, forward: ForwardTrajectory, reverse: Reverse, x_t: State, t: Array,
+        outputs: Outputs | None = None,
+    ) -> Float[Array, "*lead"]:  # fmt: skip
         """|ε̂ − ε|² / T at t."""
-        return _noise_error(forward, reverse.step(x_t, t, examples_first=True), x_t, t)
+        return _noise_error(forward, reverse.step(x_t, t, outputs, examples_first=True), x_t, t)
 
     def end_loss(self, forward: ForwardTrajectory) -> Float[Array, "*batch"]:
         """0."""
@@ -100,10 +101,11 @@ class CombinedLoss(SampledTimeLoss):
         super().__init__(**options)
 
     def step_loss(
-        self, forward: ForwardTrajectory, reverse: Reverse, x_t: State, t: Array
-    ) -> Float[Array, "*lead"]:
+        self, forward: ForwardTrajectory, reverse: Reverse, x_t: State, t: Array,
+        outputs: Outputs | None = None,
+    ) -> Float[Array, "*lead"]:  # fmt: skip
         """|ε̂ − ε|² / T, and `weight` times the KL of the step."""
-        law = reverse.step(x_t, t, examples_first=True)
+        law = reverse.step(x_t, t, outputs, examples_first=True)
         kl = step_kl(forward, _mean_held(law), x_t, t)
         return _noise_error(forward, law, x_t, t) + self.weight * kl
 

@@ -18,7 +18,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from probdiff.arguments import POSITIVE_SHARE, as_array, check_key, check_number, check_shape
+from probdiff.arguments import (
+    INNER_SHARE,
+    POSITIVE_SHARE,
+    as_array,
+    check_key,
+    check_number,
+    check_shape,
+)
 
 
 def _per_step(mean_square_kl: Array) -> Array:
@@ -44,14 +51,22 @@ class Times(abc.ABC):
         return jnp.full(mean_square_kl.shape, 1 / mean_square_kl.shape[0])
 
     def draw(
-        self, key: Array, shape: tuple[int, ...], mean_square_kl: Float[Array, " steps"]
-    ) -> tuple[Int[Array, "..."], Float[Array, "..."]]:
-        """Times in 2..T of the given shape, and their probabilities."""
-        law = self.law(mean_square_kl)
+        self, key: Array, shape: tuple[int, ...], mean_square_kl: Float[Array, " steps"],
+        first_share: float | None = None,
+    ) -> tuple[Int[Array, "..."], Float[Array, "..."]]:  # fmt: skip
+        """Times in 2..T of the given shape, and their probabilities.
+
+        With a `first_share` in (0, 1) they are in 1..T, and that is the probability of t = 1.
+        """
+        check_number(INNER_SHARE, or_none=True, first_share=first_share)
+        law, least = self.law(mean_square_kl), 2
+        if first_share is not None:
+            first, least = jnp.full(1, first_share, law.dtype), 1
+            law = jnp.concatenate([first, (1 - first_share) * law])
         cdf = jnp.cumsum(law)
         index = jnp.searchsorted(cdf / cdf[-1], self.uniforms(key, shape), side="right")
         index = jnp.minimum(index, law.shape[0] - 1)  # u may round up to 1
-        return index + 2, law[index]
+        return index + least, law[index]
 
 
 @dataclasses.dataclass(frozen=True)

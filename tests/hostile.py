@@ -45,6 +45,7 @@ import probdiff
 from probdiff import (
     datasets,
     diagnostics,
+    flow,
     guidance,
     infer,
     kernels,
@@ -142,6 +143,8 @@ def outcome(one: Case, argument: str, value: str) -> tuple[str, str]:
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         is_ours = frame.filename.startswith(PACKAGE)
+        if isinstance(error, ImportError) and is_ours:  # an extra is not installed
+            return "accepted", str(error)
         names = "|".join(re.escape(n) for n in (argument, dict(one.called).get(argument, argument)))
         is_named = re.search(rf"(?<![A-Za-z])({names})(?![A-Za-z])", str(error))
         kind = "named" if isinstance(error, ValueError | TypeError) and is_ours and is_named else ""
@@ -426,12 +429,26 @@ def of_sampling() -> list[Case]:
     drawn = {"key": KEY, "diffusion": _diffusion(), "params": {}, "num_samples": 3}
     return [
         case(sample.ancestral, **drawn),
+        case(flow.Flow, diffusion=_of_log_snr(), params={}),
         case(guidance.flagged, context=np.zeros((3, 1))),
         case(guidance.guided, diffusion=_flagged(), params={}, weight=2.0),
         case(sample.draw, **drawn, sampler=samplers.DDIM(2)),
         *(case(kind, steps=2) for kind in (samplers.DDIM, samplers.DPMSolver, samplers.Heun)),
         Case("fit", probdiff.fit, given, called=(("data", "x_0"), ("held_out", "x_0"))),
     ]
+
+
+def _of_log_snr() -> Any:
+    """A diffusion whose network is told the log-SNR."""
+
+    def network(x_t: Any, log_snr: Any) -> Any:
+        return x_t
+
+    network.takes_log_snr = True
+    return probdiff.Diffusion(
+        probdiff.GaussianKernel(), schedules.cosine(3), network, event_shape=(2,),
+        readout=readouts.Data(readouts.BridgeVariance()),
+    )  # fmt: skip
 
 
 def _flagged() -> Any:
@@ -523,6 +540,7 @@ def of_diagnostics() -> list[Case]:
         case(diagnostics.bound, **given),
         case(diagnostics.bound, "bound of a program", **given | {"diffusion": pair}),
         case(diagnostics.sampled_bound, **given, num_times=2),
+        case(diagnostics.flow_density, **given | {"diffusion": _of_log_snr()}, probes=2),
         case(diagnostics.entropies, **given, tree=tree),
         case(diagnostics.entropy_form, **given, kl=kl),
         case(diagnostics.information, **given, tree=tree),

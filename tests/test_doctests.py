@@ -27,6 +27,7 @@ BY_ALL = (
     "probdiff.networks",
     "probdiff.datasets",
     "probdiff.diagnostics",
+    "probdiff.flow",
     "probdiff.infer",
     "probdiff.plots",
     "probdiff.tables",
@@ -62,6 +63,8 @@ def public():
 
 
 PUBLIC = list(public())
+OF_EXTRAS = {"Flow": "diffrax", "flow_density": "diffrax"}
+"""What examples need beside the package."""
 
 
 def is_exempt(value):
@@ -143,6 +146,8 @@ SHOWN = [
 @pytest.mark.long
 @pytest.mark.parametrize(("module_name", "name"), SHOWN, ids=map(".".join, SHOWN))
 def test_an_example_runs_and_leaves_no_file(module_name, name, tmp_path, monkeypatch):
+    if name in OF_EXTRAS:
+        pytest.importorskip(OF_EXTRAS[name])
     value = getattr(importlib.import_module(module_name), name)
     monkeypatch.chdir(tmp_path)
     try:

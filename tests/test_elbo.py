@@ -14,6 +14,7 @@ from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 
 from oracles import exact_gaussian, log_normal
 from probdiff import (
+    CategoricalKernel,
     Diffusion,
     GaussianKernel,
     ImportanceTimes,
@@ -387,3 +388,83 @@ def test_compiled_step_does_not_grow_with_T():
     (memory_40, flops_40), (memory_1000, flops_1000) = cost(40), cost(1000)
     assert memory_1000 <= 1.1 * memory_40
     assert flops_1000 <= 1.1 * flops_40
+
+
+def with_last_step(last_step, size=10, **options):
+    """An untrained network of 2 numbers or 3 classes, and data on the grid 0..4 or 0..2."""
+    network = networks.Perceptron((2,), 16, 1, size, rngs=nnx.Rngs(3), **options.pop("outputs"))
+    diffusion = Diffusion(
+        options.pop("kernel"), schedules.log_snr_linear(size, beta_1=0.05, alpha_bar_T=0.02),
+        network, event_shape=(2,), last_step=last_step, **options,
+    )  # fmt: skip
+    x = np.array([[0, 1], [2, 2], [1, 0], [2, 1]])
+    x = x.astype(np.int32 if diffusion.kernel.is_discrete else np.float32)
+    svi = SVI(diffusion.model, diffusion.guide, optax.adam(1e-2), SampledTimeELBO())
+    params = svi.get_params(svi.init(jax.random.key(1), x))
+    noise = jax.random.normal(jax.random.key(2), (2000,))
+    params = jax.tree.map(lambda p: p + 0.3 * noise[: p.size].reshape(p.shape), params)
+    return diffusion, params, x
+
+
+NUMBERS = {"kernel": GaussianKernel(), "outputs": {"outputs": 2}, "loc": 1.0}
+CLASSES = {"kernel": CategoricalKernel(3), "outputs": {"outputs": 3, "states": 3}}
+CASES = {
+    "learned": (readouts.Learned(), NUMBERS, {}),
+    "grid": (readouts.Discretised(0, 4, 5), NUMBERS, {"num_times": 3}),
+    "classes": (readouts.Learned(), CLASSES, {"times": UniformTimes()}),
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["classes", *(pytest.param(n, marks=pytest.mark.long) for n in ("learned", "grid"))]
+)
+def test_the_data_at_a_share_of_times_leave_the_mean_and_take_one_call(name):
+    """Loss and gradient, each within 4 standard errors; the network's work is halved."""
+    last_step, model, options = CASES[name]
+    diffusion, params, x = with_last_step(last_step, **model)
+    mask = jnp.array([[True, True], [True, False], [True, True], [True, True]])
+    pair = diffusion.model, diffusion.guide
+
+    def both(objective):
+        def loss(params, key):
+            return objective.loss(key, params, *pair, x, mask=mask)
+
+        one = jax.jit(jax.value_and_grad(loss))
+        keys = jax.random.split(jax.random.key(5), 6000)
+        value, gradient = jax.jit(lambda ks: jax.lax.map(lambda k: one(params, k), ks))(keys)
+        direction = jax.tree.map(lambda g: jnp.sum(jnp.sin(jnp.arange(g[0].size)) * g.reshape(
+            len(g), -1), -1), gradient)  # fmt: skip
+        flops = one.lower(params, keys[0]).compile().cost_analysis()["flops"]
+        return np.asarray(value), np.asarray(sum(jax.tree.leaves(direction))), flops
+
+    plain = both(SampledTimeELBO(**options))
+    shared = both(SampledTimeELBO(first_share=0.3, **options))
+    assert_agree(plain[0], shared[0])
+    assert_agree(plain[1], shared[1])
+    if name == "learned":  # elsewhere the laws cost more than so small a network
+        assert shared[2] < 0.65 * plain[2]
+
+
+def test_a_first_share_of_a_tied_step_is_refused(rough):
+    diffusion, params, x = rough
+    with pytest.raises(ValueError, match="first_share must be None where the last step is tied"):
+        objective = SampledTimeELBO(first_share=0.2)
+        objective.loss(jax.random.key(0), params, diffusion.model, diffusion.guide, x)
+    with pytest.raises(ValueError, match=r"first_share must lie in \(0, 1\); got 1.0"):
+        SampledTimeELBO(first_share=1.0)
+
+
+def test_a_first_share_is_the_share_of_ones():
+    t, probability = ImportanceTimes().draw(jax.random.key(0), (1000,), jnp.array([4.0, 1.0]), 0.25)
+    assert np.mean(np.asarray(t) == 1) == 0.25 and set(np.unique(t)) == {1, 2, 3}
+    law = np.asarray(ImportanceTimes().law(jnp.array([4.0, 1.0]))) * 0.75
+    np.testing.assert_allclose(probability, np.array([0.25, *law])[np.asarray(t) - 1], 1e-6)
+
+
+@pytest.mark.long
+def test_no_step_remembers_the_loss_of_the_data():
+    diffusion, _, x = with_last_step(readouts.Learned(), size=2, **NUMBERS)
+    objective = SampledTimeELBO(times=ImportanceTimes(), first_share=0.999)
+    svi = SVI(diffusion.model, track_kl(diffusion.guide), optax.adam(1e-2), objective)
+    state, _ = svi.update(svi.init(jax.random.key(0), x), x)
+    assert state.mutable_state[MEMORY].tolist() == [0.0]  # no t = 2 among four

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "probdiff"
 ORDER = """
     bars files delimited arguments types datasets compilation devices
     kernels schedules readouts tables networks validation columns reverse trajectories prior
-    diffusion standard denoiser times elbo simple_loss guidance train storage samplers sample
+    diffusion standard denoiser times elbo simple_loss guidance train storage samplers flow sample
     infer diagnostics plots recipes experiments commands cli
 """.split()
 # These call the package as a user does; all others name the module they need.

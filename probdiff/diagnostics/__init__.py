@@ -1,6 +1,7 @@
 """What a trained diffusion is worth, as ArviZ DataTrees.
 
     bound, sampled_bound    K on log p(x_0), per example and per step
+    flow_density            log p(x_0) of the probability flow, another model of the same network
     entropy_form            the paper's eq. 14, and the correction that makes it a bound
     ladder                  from K through importance-weighted bounds and SMC towards log p(x_0)
     sandwich                bounds from below and above, at draws of the model
@@ -23,12 +24,13 @@ from probdiff.diagnostics.bounds import BITS_PER_NAT, bound, entropy_form, sampl
 from probdiff.diagnostics.comparison import compare
 from probdiff.diagnostics.conversion import to_datatree
 from probdiff.diagnostics.entropies import entropies, information
+from probdiff.diagnostics.flow import flow_density
 from probdiff.diagnostics.ladder import LadderWarning, ladder, sandwich
 from probdiff.diagnostics.parzen import parzen
 from probdiff.diagnostics.predictive import predictive_check
 
 __all__ = [
     "BITS_PER_NAT", "BitsPerDim", "LadderWarning", "baselines", "bits_per_dim", "bound", "compare",
-    "entropies", "entropy_form", "information", "ladder", "parzen", "predictive_check",
-    "sampled_bound", "sandwich", "to_datatree",
+    "entropies", "entropy_form", "flow_density", "information", "ladder", "parzen",
+    "predictive_check", "sampled_bound", "sandwich", "to_datatree",
 ]  # fmt: skip

@@ -43,6 +43,7 @@ from probdiff.arguments import (
     shape_text,
     shown,
 )
+from probdiff.diagnostics.continuous import check_steps, kl_rate, with_steps
 from probdiff.diagnostics.control import controlled
 from probdiff.diagnostics.program import Rows
 from probdiff.diffusion import Data, Diffusion, Mask
@@ -197,8 +198,8 @@ def checked_rows(pair: tuple, params: Params, data: Any, refused: Mapping[str, A
 
 def sampled_bound(
     key: Array, diffusion: Diffusion, params: Params, x_0: Data, *, context: Any = None,
-    mask: Mask | None = None, num_times: int = 10, block_size: int = 500, mesh: Mesh | None = None,
-    progress: bool = False,
+    mask: Mask | None = None, num_times: int = 10, steps: int | float | None = None,
+    block_size: int = 500, mesh: Mesh | None = None, progress: bool = False,
 ) -> xr.DataTree:  # fmt: skip
     """Bound K for every example at a few random steps: unbiased, at a cost that T does not enter.
 
@@ -208,6 +209,11 @@ def sampled_bound(
 
     Args:
         num_times: Steps at which each example's KL is drawn.
+        steps: Number n of steps in place of T, at least 2, or `math.inf` for their limit: the bound
+            of the model that asks the same network at n levels between the same ends. Under one
+            key the noise of all n is the same, so that `compare` has little error. It needs a
+            network that takes the log-SNR, and a readout of x̂_0 with `BridgeVariance()` or
+            `ForwardVariance()`, or `Mixture`.
         block_size: Examples handled at once, by each device.
 
     Returns:
@@ -224,13 +230,19 @@ def sampled_bound(
         >>> abs(mean - exact) < 4 * se
         True
     """
+    check_object(Diffusion, diffusion=diffusion)
+    if steps is not None:
+        check_steps(diffusion, steps)
     reconstruction, kl, prior = _parts(
-        key, diffusion, params, x_0, context, mask, _sampled_block, block_size, mesh,
-        progress=progress, num_times=num_times,
+        key, diffusion, params, x_0, context, mask,
+        _limit_block if steps == math.inf else _sampled_block, block_size, mesh,
+        steps=None if steps == math.inf else steps, progress=progress, num_times=num_times,
     )  # fmt: skip
     check_numbers({"reconstruction": reconstruction, "kl": kl, "prior_kl": prior})
     tree = _tree(reconstruction - kl - prior, reconstruction, prior)
     tree["bound"].attrs |= measure(diffusion, x_0, mask) | {"num_times": num_times}
+    if steps is not None:
+        tree["bound"].attrs["T"] = steps
     return tree
 
 
@@ -275,7 +287,7 @@ def _some(numbers: np.ndarray, most: int = 5) -> str:
 def _parts(
     key: Array, diffusion: Diffusion, params: Params, x_0: Data, context: Any, mask: Mask | None,
     function: Callable[..., tuple[Array, ...]], block_size: int, mesh: Mesh | None, *,
-    progress: bool, **counts: int,
+    progress: bool, steps: int | None = None, **counts: int,
 ) -> Iterator[np.ndarray]:  # fmt: skip
     """What a function of blocks returns, of all examples."""
     check_key(key)
@@ -286,6 +298,7 @@ def _parts(
     starts = range(0, len(x_0), block_size)
     disable = not (progress and devices.is_first(mesh))
     reverse, rows_of = relative_rows(diffusion, params, x_0, context, mask)
+    reverse = reverse if steps is None else with_steps(reverse, steps)
 
     def blocks() -> Iterator[tuple[Array | np.ndarray | None, ...]]:
         for block, start in enumerate(bars.bar(starts, desc="bound", disable=disable)):
@@ -343,7 +356,7 @@ def _sampled_block(
     key: Array, reverse: Reverse, x_0: Array, context: Array | None, mask: Array | None, *,
     num_times: int,
 ) -> tuple[Float[Array, "..."], ...]:  # fmt: skip
-    key_first, key_t, key_x = jax.random.split(key, 3)
+    key_first, key_t, key_x = jax.random.split(key, 3)  # as in `_limit_block`
     reverse = reverse if context is None else reverse.given(context)
     forward = ForwardTrajectory.of(reverse, x_0, mask)
     lead = (num_times, *forward.batch_shape)
@@ -357,6 +370,20 @@ def _sampled_block(
     kl = jax.lax.map(kl_at, (t, jax.random.split(key_x, num_times)))
     reconstruction, _ = _reconstruction(key_first, forward, reverse, x_0, num_times)
     return reconstruction, jnp.mean(kl / law, 0), prior_kl(forward)
+
+
+def _limit_block(
+    key: Array, reverse: Reverse, x_0: Array, context: Array | None, mask: Array | None, *,
+    num_times: int,
+) -> tuple[Float[Array, "..."], ...]:  # fmt: skip
+    key_first, key_t, key_x = jax.random.split(key, 3)
+    reverse = reverse if context is None else reverse.given(context)
+    forward = ForwardTrajectory.of(reverse, x_0, mask)
+    u = StratifiedTimes().uniforms(key_t, (num_times, *forward.batch_shape))
+    inputs = u, jax.random.split(key_x, num_times)
+    kl = jax.lax.map(lambda each: kl_rate(each[1], forward, reverse, each[0]), inputs)
+    reconstruction, _ = _reconstruction(key_first, forward, reverse, x_0, num_times)
+    return reconstruction, jnp.mean(kl, 0), prior_kl(forward)
 
 
 def _reconstruction(

@@ -46,6 +46,9 @@ _NOTE = (
     "Lower bounds on log p(x) are compared, not log p(x): a difference may be that of the bounds' "
     "slack"
 )
+_NOTE_OF_FLOWS = (
+    "The log density of a flow is no bound: it is of another model than the T steps of its network"
+)
 _NOTE_OF_EVIDENCE = (
     "Log evidences are compared, each of the diffusion of so many steps as its sampler walked. se "
     "and difference_se are over examples; log_bayes_factor_low and _high are the sampler's error"
@@ -61,9 +64,10 @@ def compare(
     """Models on the same examples by mean bound or evidence, and their differences to the best.
 
     Args:
-        models: Two or more trees by the model's name: what `bound` or `sampled_bound` returned for
-            the same examples in the same order, or `SMC.to_datatree()` of programs given the same
-            observations, each entry of whose plates is an example.
+        models: Two or more trees by the model's name: what `bound`, `sampled_bound` or
+            `flow_density` returned for the same examples in the same order, or
+            `SMC.to_datatree()` of programs given the same observations, each entry of whose plates
+            is an example.
         prob: Probability of the intervals, in (0, 1).
         weights: Prior probability of each model, of evidences, up to a factor; alike if absent.
 
@@ -156,7 +160,9 @@ def _of_bounds(models: Mapping[str, xr.DataTree]) -> tuple[xr.Dataset, dict]:
     for name in groups:
         _check_same(first, groups[first], name, groups[name])
     bounds = np.stack([group["bound"].values.astype(np.float64) for group in groups.values()])
-    attrs = {key: groups[first].attrs[key] for key in _SHARED} | {"note": _NOTE}
+    has_flows = any("flow" in tree.children for tree in models.values())
+    note = f"{_NOTE}. {_NOTE_OF_FLOWS}" if has_flows else _NOTE
+    attrs = {key: groups[first].attrs[key] for key in _SHARED} | {"note": note}
     coords = {"model": list(groups), "example": groups[first]["example"].values}
     return xr.Dataset({"values": (("model", "example"), bounds)}, coords), attrs
 
@@ -288,12 +294,16 @@ def _check_same_observations(first: str, one: xr.DataTree, name: str, other: xr.
             )
 
 
-def _bound_of(name: str, tree: xr.DataTree) -> xr.DataTree:
-    """Group `bound` of a tree, refused where it cannot be compared."""
-    group = tree.children.get("bound")
-    if group is None or "bound" not in group or not set(_SHARED) <= set(group.attrs):
+def _bound_of(name: str, tree: xr.DataTree) -> xr.Dataset:
+    """Group `bound` of a tree, or `flow` with `log_density` for it; refused if not comparable."""
+    group = xr.Dataset()
+    if "bound" in tree.children:
+        group = tree["bound"].to_dataset()
+    elif "flow" in tree.children and "log_density" in tree["flow"]:
+        group = tree["flow"].to_dataset().rename(log_density="bound")
+    if "bound" not in group or not set(_SHARED) <= set(group.attrs):
         raise ValueError(
-            f"models[{name!r}] must come from diagnostics.bound, sampled_bound or "
+            f"models[{name!r}] must come from diagnostics.bound, sampled_bound, flow_density or "
             f"SMC.to_datatree; got groups {list(tree.children)}"
         )
     values = group["bound"].values
@@ -305,7 +315,7 @@ def _bound_of(name: str, tree: xr.DataTree) -> xr.DataTree:
     return group
 
 
-def _check_same(first: str, one: xr.DataTree, name: str, other: xr.DataTree) -> None:
+def _check_same(first: str, one: xr.Dataset, name: str, other: xr.Dataset) -> None:
     """Raise a `ValueError` unless two bounds are of the same examples, measured alike."""
     sizes = one.sizes["example"], other.sizes["example"]
     if sizes[0] != sizes[1]:

@@ -45,7 +45,7 @@ from probdiff.diagnostics.control import controlled
 from probdiff.elbo import SampledTimeELBO, Term, auxiliary_terms, log_p_term, log_q_term
 from probdiff.infer.program import unwrapped
 from probdiff.readouts import Grid
-from probdiff.reverse import DataGivenFirst, Reverse, State
+from probdiff.reverse import DataGivenFirst, Outputs, Reverse, State
 from probdiff.train.data import arguments, as_arrays
 from probdiff.trajectories import TRAJECTORY_SUFFIX, ForwardTrajectory, ReverseTrajectory
 from probdiff.types import Params
@@ -71,8 +71,9 @@ class _EveryTime(SampledTimeELBO):
         return t, jnp.ones(t.shape)
 
     def step_loss(
-        self, forward: ForwardTrajectory, reverse: Reverse, x_t: State, t: Array
-    ) -> Float[Array, "*lead"]:
+        self, forward: ForwardTrajectory, reverse: Reverse, x_t: State, t: Array,
+        outputs: Outputs | None = None,
+    ) -> Float[Array, "*lead"]:  # fmt: skip
         """KL at every time, for which the network is asked one at a time."""
         one = super().step_loss
 

@@ -46,11 +46,15 @@ def output_shape(event_shape: tuple[int, ...], outputs: int) -> tuple[int, ...]:
 
 
 def example_inputs(
-    event_shape: tuple[int, ...], context_shape: tuple[int, ...] | None, dtype: Any = float
-) -> tuple[Array, Array, Array | None]:
-    """Zeros as a network is called with, two rows: x_t, t and, where there is one, context."""
+    event_shape: tuple[int, ...], context_shape: tuple[int, ...] | None, dtype: Any = float,
+    time: Any = jnp.int32,
+) -> tuple[Array, Array, Array | None]:  # fmt: skip
+    """Zeros as a network is called with, two rows: x_t, t and, where there is one, context.
+
+    `time` is float where it is told the log-SNR.
+    """
     context = None if context_shape is None else jnp.zeros((2, *context_shape))
-    return jnp.zeros((2, *event_shape), dtype), jnp.ones((2,), jnp.int32), context
+    return jnp.zeros((2, *event_shape), dtype), jnp.ones((2,), time), context
 
 
 def check_signature(network: Any, inputs: tuple[Array | None, ...]) -> None:
@@ -112,7 +116,8 @@ def bind(
     if isinstance(network, nnx.Module):
         return _bind_nnx(network)
     if isinstance(network, linen.Module):
-        return _bind_linen(network, example_inputs(event_shape, context_shape, dtype))
+        time = float if getattr(network, "takes_log_snr", False) else jnp.int32
+        return _bind_linen(network, example_inputs(event_shape, context_shape, dtype, time))
     equinox = sys.modules.get("equinox")
     if equinox is not None and isinstance(network, equinox.Module):
         return _bind_equinox(network, equinox)
