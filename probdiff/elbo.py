@@ -18,12 +18,22 @@ the code of an encoder, log q(x_0) is paid beside log p(x_0 | x_1): the rest is 
 
 How t is drawn is said by `times`; whatever the law, the estimate is unbiased.
 
-Source: Sohl-Dickstein et al. (2015), eqs. 10 to 14 and appendix B, before the entropies are taken
-out, hence without their condition on the data's second moment.
+A code z of x_0, a latent of the program that a diffusion is told by its context, tends to collapse:
+the diffusion does without it, and its cost KL( q(z | x_0) ‖ p(z) ) falls to 0. The usual remedies
+weigh that cost by β, or count none of it below λ, a mean over the examples of a batch,
+
+    loss = −K + β max( KL, λ ),
+
+and are no bounds; what they trained is judged at β = 1 and λ = 0.
+
+Sources: Sohl-Dickstein et al. (2015), eqs. 10 to 14 and appendix B, before the entropies are taken
+out, hence without their condition on the data's second moment; Higgins et al. (2017) for β; Kingma
+et al. (2016), appendix C.8, for λ; Sønderby et al. (2016) for a β that grows.
 """
 
 import abc
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -39,6 +49,7 @@ from numpyro.util import check_model_guide_match
 
 from probdiff.arguments import (
     INNER_SHARE,
+    NOT_NEGATIVE,
     check_at_least,
     check_callable,
     check_flag,
@@ -61,6 +72,9 @@ _Named = dict[str, Any]
 _MEMORY = 0.99
 """Weight of the past in the running mean square of KL_t."""
 _MEMORY_SUFFIX = "_mean_square_kl"
+_STEPS_DONE = "steps_of_warm_up"
+"""Site that counts steps."""
+_NATS_PER_BIT = math.log(2)
 
 
 class _TrackKL(Messenger):
@@ -72,11 +86,11 @@ class _TrackKL(Messenger):
 
 
 def track_kl(guide: _Program) -> _Program:
-    """The same guide with a `numpyro.mutable` site per trajectory, for `ImportanceTimes`.
+    """The same guide with `numpyro.mutable` sites, for `ImportanceTimes` and for a warm-up.
 
-    The site holds the running mean square of KL_t, `(T − 1,)`, nats² (of the step's loss under
-    `SimpleLoss` and `CombinedLoss`). It is not declared by every guide because NumPyro's own
-    objectives lose mutable state with more than one particle.
+    One per trajectory holds the running mean square of KL_t, `(T − 1,)`, nats² (of the step's loss
+    under `SimpleLoss` and `CombinedLoss`); `steps_of_warm_up` counts steps. They are not declared
+    by every guide because NumPyro's own objectives lose mutable state with more than one particle.
 
     Args:
         guide: Any guide with forward trajectories, such as `diffusion.guide`.
@@ -104,6 +118,7 @@ def untracked(guide: _Program) -> _Program:
 
 
 def _tracked(guide: _Program, *args: Any, **kwargs: Any) -> Any:
+    mutable(_STEPS_DONE, jnp.zeros((), jnp.int32))
     with _TrackKL():
         return guide(*args, **kwargs)
 
@@ -156,6 +171,13 @@ class Term(NamedTuple):
     """Of a trajectory, what each of its times adds besides."""
     plates: tuple = ()
     """Frames of the site's plates."""
+    is_cost: bool = False
+    """Whether it is what a latent of the model costs, an x_0 that the guide draws among them."""
+
+    @property
+    def count(self) -> Float[Array, ""]:
+        """How many examples it counts."""
+        return jnp.sum(scale_and_mask(jnp.ones_like(self.loss), self.scale, self.mask))
 
     def total(self) -> Float[Array, ""]:
         """Sum over plates and times."""
@@ -196,16 +218,34 @@ class SampledTimeLoss(ELBO, abc.ABC):
         num_times: int = 1,
         times: Times | None = None,
         first_share: float | None = None,
+        kl_weight: float = 1.0,
+        free_bits: float = 0.0,
+        warm_up: int = 0,
         vectorize_particles: Any = True,
     ):
         check_at_least(1, num_particles=num_particles, num_times=num_times)
         check_number(INNER_SHARE, or_none=True, first_share=first_share)
+        check_number(NOT_NEGATIVE, kl_weight=kl_weight, free_bits=free_bits)
+        check_at_least(0, warm_up=warm_up)
         check_object(Times, "a law of t such as StratifiedTimes()", or_none=True, times=times)
         if not callable(vectorize_particles):
             check_flag(vectorize_particles=vectorize_particles)
         self.num_times, self.first_share = num_times, first_share
         self.times = StratifiedTimes() if times is None else times
+        self.kl_weight, self.free_bits, self.warm_up = kl_weight, free_bits, warm_up
         super().__init__(num_particles, vectorize_particles)
+
+    @property
+    def judge(self) -> "SampledTimeLoss":
+        """What `fit` evaluates held-out data by: the true ELBO where codes cost otherwise."""
+        if not self._weighs_codes:
+            return self
+        options = {"num_times": self.num_times, "vectorize_particles": self.vectorize_particles}
+        return SampledTimeELBO(self.num_particles, **options)
+
+    @property
+    def _weighs_codes(self) -> bool:
+        return (self.kl_weight, self.free_bits, self.warm_up) != (1, 0, 0)
 
     @abc.abstractmethod
     def step_loss(
@@ -257,7 +297,39 @@ class SampledTimeLoss(ELBO, abc.ABC):
 
     def _particle(self, key, param_map, model, guide, args, kwargs):
         terms, state = self.terms(key, param_map, model, guide, args, kwargs)
-        return sum((term.total() for term in terms), start=jnp.zeros(())), state
+        if self._weighs_codes:
+            loss = self._weighed(terms, self._weight_at(state))
+        else:
+            loss = sum((term.total() for term in terms), start=jnp.zeros(()))
+        if _STEPS_DONE in state:
+            state[_STEPS_DONE] = state[_STEPS_DONE] + 1
+        return loss, state
+
+    def _weight_at(self, state: _Named) -> float | Float[Array, ""]:
+        """β at this step."""
+        if not self.warm_up:
+            return self.kl_weight
+        if _STEPS_DONE not in state:
+            raise ValueError(
+                "warm_up needs the number of steps done: pass track_kl(guide) to SVI in place of "
+                "the guide"
+            )
+        return self.kl_weight * jnp.minimum(1.0, state[_STEPS_DONE] / self.warm_up)
+
+    def _weighed(self, terms: list[Term], weight: float | Array) -> Float[Array, ""]:
+        """The loss with β max(KL, λ) for the cost of every latent site."""
+        loss, costs, counts = jnp.zeros(()), {}, {}
+        for term in terms:
+            if term.is_cost:
+                costs[term.name] = costs.get(term.name, 0.0) + term.total()
+                counts[term.name] = term.count
+            else:
+                loss = loss + term.total()
+        for name, cost in costs.items():
+            if self.free_bits:  # without, a sampled KL may fall below 0
+                cost = jnp.maximum(cost, self.free_bits * _NATS_PER_BIT * counts[name])
+            loss = loss + weight * cost
+        return loss
 
     def terms(
         self, key: Array, params: Params, model: _Program, guide: _Program, args: Any, kwargs: Any
@@ -294,6 +366,8 @@ class SampledTimeLoss(ELBO, abc.ABC):
                 terms += _latent_terms(site, guide_sites[name], closed_form=is_mean_field)
             else:
                 raise _without_counterpart(name)
+        latents = {n for n, s in model_sites.items() if _is_latent(s)}
+        terms = [term._replace(is_cost=term.name in latents) for term in terms]
         return terms + auxiliary_terms(model_sites, guide_sites), state
 
     def draw_times(
@@ -380,10 +454,18 @@ class SampledTimeELBO(SampledTimeLoss):
             well: on digits of 17 grey levels and a perceptron of width 640, T = 1000, a gradient at
             0.1 costs 0.52 of the CPU time (1.11 of a tied last step's) at 1.18 times the variance
             (error 0.01); at 0.3, with width 256 and T = 100, at 1.47 times.
+        kl_weight: Weight β of what latent sites cost, their KL from the guide to the model, a code
+            of x_0 for one. With another than 1 the loss is no bound; nor is it with these two:
+        free_bits: Bits λ of an example's KL, by site and averaged over the batch, that are not
+            pressed on: the loss counts λ where the KL is less.
+        warm_up: Steps over which the weight grows along a line, from 0; needs `track_kl(guide)` in
+            place of the guide. `fit` evaluates held-out data by the true ELBO in all three cases,
+            and `diagnostics.bound` always.
         vectorize_particles: As in `numpyro.infer.elbo.ELBO`.
 
     Raises:
-        ValueError: if a number is no integer of at least 1, or `times` is no law of t.
+        ValueError: if a number is no integer of at least 1, a weight is negative, or `times` is no
+            law of t.
 
     Example:
         >>> diffusion = standard_diffusion()  # it is N(0, 1)
@@ -427,9 +509,13 @@ def _unwrap(fn: Any) -> tuple[Any, Any]:
             return fn, mask
 
 
+def _is_latent(site: _Named) -> bool:
+    return site["type"] == "sample" and not site["is_observed"]
+
+
 def _forward(msg: _Named) -> ForwardTrajectory | None:
     """The forward trajectory at a latent sample site, for the site's whole batch."""
-    if msg["type"] != "sample" or msg["is_observed"]:
+    if not _is_latent(msg):
         return None
     fn, _ = _unwrap(msg["fn"])
     is_forward = isinstance(fn, ForwardTrajectory)
@@ -479,7 +565,8 @@ def _log_prob(site: _Named) -> Float[Array, "*batch"]:
 
 
 def _term(part: str, site: _Named, loss: Float[Array, "*batch"]) -> Term:
-    return Term(part, site["name"], loss, site["scale"], plates=tuple(site["cond_indep_stack"]))
+    plates = tuple(site["cond_indep_stack"])
+    return Term(part, site["name"], loss, site["scale"], _unwrap(site["fn"])[1], plates=plates)
 
 
 def log_p_term(site: _Named) -> Term:
@@ -512,7 +599,7 @@ def _is_mean_field(name: str, model_sites: _Named, guide_sites: _Named) -> bool:
     """
 
     def before(sites: _Named) -> set[str]:
-        latent = [n for n, s in sites.items() if s["type"] == "sample" and not s["is_observed"]]
+        latent = [n for n, s in sites.items() if _is_latent(s)]
         return set(latent[: latent.index(name)])
 
     return before(model_sites) & guide_sites.keys() <= before(guide_sites)

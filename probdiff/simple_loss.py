@@ -10,23 +10,30 @@ hardest at the smallest noise, where the bits are; L_simple weighs all steps ali
 
     L_simple = (1/T) Σ_t E |ε̂ − ε|².
 
+A code of x_0 that the network is told then holds what lowers the error at levels that weigh most,
+the coarse features of x_0 at high noise, the fine ones at low noise: `SimpleLoss` takes weights
+w(σ_t), of mean 1, with σ_t² = (1−ᾱ_t)/ᾱ_t.
+
 It says nothing of the variance of a reverse step. `CombinedLoss` adds a small multiple of −K in
 which the means are held fixed, so that the bound trains the variances and L_simple the means.
 
 Neither is a bound: report K of what they trained. Under a tied last step the term of t = 1 is that
 of the tied kernel, which no network has part in.
 
-Sources: Ho et al. (2020), eqs. 12 and 14; Nichol & Dhariwal (2021), section 3.1, for the sum.
+Sources: Ho et al. (2020), eqs. 12 and 14; Nichol & Dhariwal (2021), section 3.1, for the sum;
+Mittal et al. (2023) for weights that choose what a code holds.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array, Float, Int
 
-from probdiff.arguments import POSITIVE, check_number
+from probdiff.arguments import POSITIVE, check_callable, check_number, known, shown
 from probdiff.elbo import SampledTimeLoss, bridge_at, prior_kl, step_kl
 from probdiff.kernels import GaussianKernel, bridge_weights
 from probdiff.reverse import DataGivenFirst, Outputs, Reverse, State, Values
@@ -39,7 +46,15 @@ class SimpleLoss(SampledTimeLoss):
     An objective of `SVI` that pays for samples rather than for nats: it is no bound, and says
     nothing of the variance of a reverse step. For `GaussianKernel` alone.
 
-    Its arguments are those of `SampledTimeELBO`.
+    Args:
+        noise_weight: Weight w(σ) of a level whose noise is σ times its signal, an elementwise
+            function, divided by its mean over the levels; all alike if absent. σ itself makes a
+            code of x_0 hold what is coarse, 1/σ what is fine. Where most of the weight is at few
+            levels, `ImportanceTimes` looks there most.
+        **options: Those of `SampledTimeELBO`.
+
+    Raises:
+        ValueError: where it is called, if weights are not finite, or negative, or all zero.
 
     Example:
         >>> epsilon = readouts.Epsilon(readouts.ForwardVariance())
@@ -50,15 +65,24 @@ class SimpleLoss(SampledTimeLoss):
         >>> bool(abs(loss - 1) < 0.1)  # E ε² = 1
         True
 
-    Source: Ho et al. (2020), eq. 14.
+    Sources: Ho et al. (2020), eq. 14; Mittal et al. (2023), section 2, for weights.
     """
+
+    def __init__(
+        self, num_particles: int = 1, *, noise_weight: Callable[[Array], Any] | None = None,
+        **options: Any,
+    ):  # fmt: skip
+        check_callable("noise_weight(sigma)", or_none=True, noise_weight=noise_weight)
+        self.noise_weight = noise_weight
+        super().__init__(num_particles, **options)
 
     def step_loss(
         self, forward: ForwardTrajectory, reverse: Reverse, x_t: State, t: Array,
         outputs: Outputs | None = None,
     ) -> Float[Array, "*lead"]:  # fmt: skip
-        """|ε̂ − ε|² / T at t."""
-        return _noise_error(forward, reverse.step(x_t, t, outputs, examples_first=True), x_t, t)
+        """w_t |ε̂ − ε|² / T at t."""
+        error = _noise_error(forward, reverse.step(x_t, t, outputs, examples_first=True), x_t, t)
+        return error if self.noise_weight is None else self._weights(forward)[t - 1] * error
 
     def end_loss(self, forward: ForwardTrajectory) -> Float[Array, "*batch"]:
         """0."""
@@ -67,8 +91,24 @@ class SimpleLoss(SampledTimeLoss):
     def data_loss(
         self, forward: ForwardTrajectory, x_0_given_x_1: DataGivenFirst, x_0: Values
     ) -> Float[Array, "*batch"]:
-        """|ε̂ − ε|² / T at t = 1."""
-        return _first_noise_error(forward, x_0_given_x_1)
+        """w_1 |ε̂ − ε|² / T at t = 1."""
+        error = _first_noise_error(forward, x_0_given_x_1)
+        return error if self.noise_weight is None else self._weights(forward)[0] * error
+
+    def _weights(self, forward: ForwardTrajectory) -> Float[Array, " T"]:
+        """w_1..w_T."""
+        with jax.ensure_compile_time_eval():  # fixed rates are looked at within `jit`, too
+            sigma = jnp.sqrt(forward.steps.noise_t / forward.steps.alpha_bar_t)
+            weights = jnp.broadcast_to(jnp.asarray(self.noise_weight(sigma)), sigma.shape)
+        values = known(weights)
+        if values is not None and not (np.isfinite(values) & (values >= 0)).all():
+            raise ValueError(
+                f"noise_weight must be finite and not negative at every level; got {shown(values)} "
+                f"at sigma = {shown(known(sigma))}"
+            )
+        if values is not None and not values.any():
+            raise ValueError("noise_weight must be positive at some level; got 0 at all")
+        return weights / jnp.mean(weights)
 
 
 class CombinedLoss(SampledTimeLoss):

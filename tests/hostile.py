@@ -171,6 +171,19 @@ def _svi() -> SVI:
     return SVI(model.model, model.guide, optax.adam(1e-3), probdiff.SampledTimeELBO())
 
 
+@functools.cache
+def _perceptron() -> probdiff.Diffusion:
+    network = networks.Perceptron((2,), 4, 1, 3, rngs=nnx.Rngs(0))
+    beta = schedules.cosine(3)
+    return probdiff.Diffusion(kernels.GaussianKernel(), beta, network, event_shape=(2,))
+
+
+@functools.cache
+def _perceptron_params() -> dict[str, Any]:
+    weights = nnx.state(_perceptron().network, nnx.Param)
+    return {"x_0_network$params": nnx.to_pure_dict(weights)}
+
+
 X = np.linspace(-1.5, 1.5, 8, dtype=np.float32).reshape(4, 2)
 """Four examples of two numbers."""
 
@@ -564,6 +577,26 @@ def of_diagnostics() -> list[Case]:
             held_out=X,
         ),
         case(diagnostics.bits_per_dim, tree=of_bits),
+        case(
+            diagnostics.features,
+            key=KEY,
+            diffusion=_perceptron(),
+            params=_perceptron_params(),
+            x_0=X,
+            layer="layers/0",
+            t=1,
+        ),
+        case(
+            diagnostics.probe,
+            key=KEY,
+            codes=np.repeat(X, 4, 0),
+            labels=np.arange(16) % 2,
+            test_codes=np.repeat(X, 2, 0),
+            test_labels=np.arange(8) % 2,
+            few=(3,),
+            max_epochs=1,
+            num_repeats=1,
+        ),
         case(diagnostics.parzen, draws=X, validation=X, test=X),
         case(diagnostics.to_datatree, source=fitted),
     ]

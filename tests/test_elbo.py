@@ -24,6 +24,7 @@ from probdiff import (
     networks,
     readouts,
     schedules,
+    standard_diffusion,
     track_kl,
 )
 from probdiff.trajectories import ForwardTrajectory
@@ -468,3 +469,122 @@ def test_no_step_remembers_the_loss_of_the_data():
     svi = SVI(diffusion.model, track_kl(diffusion.guide), optax.adam(1e-2), objective)
     state, _ = svi.update(svi.init(jax.random.key(0), x), x)
     assert state.mutable_state[MEMORY].tolist() == [0.0]  # no t = 2 among four
+
+
+def coded(sd=0.5):
+    """Two codes of a number, one with a KL in closed form, and the number given their sum."""
+
+    def model(x):
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+            a = numpyro.sample("a", dist.Laplace(0.0, 1.0))
+            numpyro.sample("x", dist.Normal(z.sum(-1) + a, 1.0), obs=x)
+
+    def guide(x):
+        with numpyro.plate("data", len(x)):
+            mean = jnp.stack([0.3 * x, 0.1 * x], -1)
+            numpyro.sample("z", dist.Normal(mean, sd).to_event(1))
+            numpyro.sample("a", dist.Normal(0.0, 0.7))
+
+    return model, guide
+
+
+def parts_of(model, guide, x, key):
+    """Each latent's cost, summed over rows, and all the rest."""
+    terms, _ = SampledTimeELBO().terms(key, {}, model, guide, (x,), {})
+    cost = {n: sum(float(t.total()) for t in terms if t.is_cost and t.name == n) for n in "za"}
+    return cost, sum(float(t.total()) for t in terms if not t.is_cost)
+
+
+def test_codes_cost_as_the_objective_says():
+    """loss = rest + β max(KL, λ N ln 2) site by site, at the same draws."""
+    (model, guide), x, key = coded(), jnp.linspace(-2, 2, 9), jax.random.key(3)
+    cost, rest = parts_of(model, guide, x, key)
+
+    def loss(**options):
+        return float(SampledTimeELBO(**options).loss(key, {}, model, guide, x))
+
+    np.testing.assert_allclose(loss(), rest + sum(cost.values()), rtol=1e-5)
+    np.testing.assert_allclose(loss(kl_weight=0.3), rest + 0.3 * sum(cost.values()), rtol=1e-5)
+    low, high = sorted(cost.values())
+    bits = 0.5 * (low + high) / math.log(2) / len(x)
+    paid = high + bits * math.log(2) * len(x)
+    np.testing.assert_allclose(loss(free_bits=bits, kl_weight=2.0), rest + 2 * paid, rtol=1e-5)
+    for judge in (SampledTimeELBO(kl_weight=0.3).judge, SampledTimeELBO().judge):
+        exact = float(judge.loss(key, {}, model, guide, x))
+        np.testing.assert_allclose(exact, rest + sum(cost.values()), rtol=1e-5)
+
+
+def test_free_bits_stop_pressing_on_a_code():
+    """Under its free bits a code's KL has no gradient; above, all of it."""
+    x, key = jnp.linspace(-2, 2, 9), jax.random.key(3)
+
+    def pull(bits):
+        def loss(sd):
+            return SampledTimeELBO(free_bits=bits).loss(key, {}, *coded(sd), x)
+
+        return float(jax.grad(loss)(0.5))
+
+    def free(sd):
+        return SampledTimeELBO(kl_weight=0.0).loss(key, {}, *coded(sd), x)
+
+    np.testing.assert_allclose(pull(1e3), float(jax.grad(free)(0.5)), rtol=1e-5)
+    assert abs(pull(1e3) - pull(0.0)) > 1
+
+
+def test_free_bits_count_examples_by_their_masks_and_scales():
+    x, key, seen = jnp.linspace(-2, 2, 8), jax.random.key(3), jnp.arange(8) < 5
+
+    def program(of):
+        def handled(x):
+            with numpyro.handlers.scale(scale=10.0), numpyro.handlers.mask(mask=seen):
+                return of(x)
+
+        return handled
+
+    model, guide = map(program, coded())
+    loss = SampledTimeELBO(free_bits=1e3).loss(key, {}, model, guide, x)
+    _, rest = parts_of(model, guide, x, key)
+    np.testing.assert_allclose(float(loss) - rest, 2 * 1e3 * math.log(2) * 50, rtol=1e-4)
+
+
+def test_a_warm_up_grows_with_the_steps_of_svi():
+    (model, guide), x = coded(), jnp.linspace(-2, 2, 9)
+    loss = SampledTimeELBO(kl_weight=0.5, warm_up=4)
+    svi = SVI(model, track_kl(guide), optax.sgd(0.0), loss)
+    state, update = svi.init(jax.random.key(0), x), jax.jit(svi.update)
+    for i in range(6):
+        key = jax.random.split(state.rng_key)[1]
+        cost, rest = parts_of(model, track_kl(guide), x, key)
+        state, value = update(state, x)
+        expected = rest + 0.5 * min(1, i / 4) * sum(cost.values())
+        np.testing.assert_allclose(float(value), expected, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"warm_up needs .* track_kl\(guide\)"):
+        loss.loss(jax.random.key(0), {}, model, guide, x)
+
+
+def test_an_x_0_of_the_guide_is_a_cost_with_its_trajectory():
+    """As a code whose prior is a diffusion: all that `kl_z` of its bound holds is weighed."""
+    diffusion = standard_diffusion((), T=4, name="z", last_step=readouts.Learned())
+
+    def model(x):
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("x", dist.Normal(diffusion.reverse(), 1.0), obs=x)
+
+    def guide(x):
+        with numpyro.plate("data", len(x)):
+            diffusion.forward(numpyro.sample("z", dist.Normal(0.5 * x, 0.6)))
+
+    x, key = jnp.linspace(-1, 1, 5), jax.random.key(1)
+    terms, _ = SampledTimeELBO().terms(key, {}, model, guide, (x,), {})
+    cost = sum(float(t.total()) for t in terms if t.is_cost)
+    assert {(t.name, t.part) for t in terms if not t.is_cost} == {("x", "log_p")}
+    whole = [float(SampledTimeELBO(kl_weight=w).loss(key, {}, model, guide, x)) for w in (1.0, 0.0)]
+    np.testing.assert_allclose(whole[0] - whole[1], cost, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["kl_weight", "free_bits", "warm_up"])
+def test_options_of_codes_are_checked(name, unchecked):
+    for value in (-1, "a", math.nan):
+        with pytest.raises(ValueError, match=name):
+            SampledTimeELBO(**{name: value})

@@ -175,3 +175,41 @@ def test_symbols_are_refused():
 def test_a_weight_that_is_not_positive_is_refused(weight):
     with pytest.raises(ValueError, match="weight must be positive"):
         CombinedLoss(weight)
+
+
+def test_weights_of_noise_say_how_much_each_level_counts(x64):
+    """At the same draws each level's loss is multiplied by w(σ_t) over the mean of w."""
+    diffusion = make(readouts.Epsilon())
+    forward = ForwardTrajectory.of(diffusion.bind({}), jnp.ones((T - 1, 3)))
+    t = jnp.arange(2, T + 1)
+    x_t = forward.sample_at(jax.random.key(0), t)
+    alpha_bar = np.cumprod(1 - BETA)
+    sigma = np.sqrt((1 - alpha_bar) / alpha_bar)
+    reverse = diffusion.bind({})
+    plain = SimpleLoss().step_loss(forward, reverse, x_t, t)
+    first = reverse.data(x_t)
+    for weight in (lambda s: s, lambda s: 1 / s, lambda s: jnp.minimum(s, 2.0), lambda s: 3.0):
+        share = np.broadcast_to(weight(sigma), sigma.shape)
+        share = share / share.mean()
+        loss = SimpleLoss(weight)
+        found = loss.step_loss(forward, reverse, x_t, t)
+        np.testing.assert_allclose(found, share[1:] * plain, rtol=1e-10)
+        found = loss.data_loss(forward, first, jnp.ones((T - 1, 3)))
+        alike = SimpleLoss().data_loss(forward, first, jnp.ones((T - 1, 3)))
+        np.testing.assert_allclose(found, share[0] * alike, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("weight", "text"),
+    [
+        (lambda s: -s, "noise_weight must be finite and not negative at every level"),
+        (lambda s: 1 / (s - s), "noise_weight must be finite"),
+        (lambda s: 0 * s, "noise_weight must be positive at some level"),
+        (2.0, r"noise_weight must be callable, noise_weight\(sigma\)"),
+    ],
+)
+def test_weights_of_noise_that_make_no_loss_are_refused(unchecked, weight, text):
+    diffusion = make(readouts.Epsilon())
+    with pytest.raises(ValueError, match=text):
+        svi = SVI(diffusion.model, diffusion.guide, optax.sgd(0.1), SimpleLoss(weight))
+        jax.jit(svi.evaluate)(svi.init(jax.random.key(0), jnp.ones((4, 3))), jnp.ones((4, 3)))

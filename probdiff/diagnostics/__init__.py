@@ -11,6 +11,8 @@
     compare                 models by their bounds on the same examples, errors paired
     parzen                  log density of test images under Gaussians around draws
     bits_per_dim            bits per entry of discrete data
+    features                hidden activations of the network at a level, a code that nobody trained
+    probe                   what classifiers read off codes, and how far classes lie apart
     predictive_check        replicate data sets of the model beside the data, PITs of statistics
     to_datatree             a run of MCMC, SMC, SVI or `fit`, dims always right
 
@@ -24,13 +26,15 @@ from probdiff.diagnostics.bounds import BITS_PER_NAT, bound, entropy_form, sampl
 from probdiff.diagnostics.comparison import compare
 from probdiff.diagnostics.conversion import to_datatree
 from probdiff.diagnostics.entropies import entropies, information
+from probdiff.diagnostics.features import features
 from probdiff.diagnostics.flow import flow_density
 from probdiff.diagnostics.ladder import LadderWarning, ladder, sandwich
 from probdiff.diagnostics.parzen import parzen
 from probdiff.diagnostics.predictive import predictive_check
+from probdiff.diagnostics.probes import probe
 
 __all__ = [
     "BITS_PER_NAT", "BitsPerDim", "LadderWarning", "baselines", "bits_per_dim", "bound", "compare",
-    "entropies", "entropy_form", "flow_density", "information", "ladder", "parzen",
-    "predictive_check", "sampled_bound", "sandwich", "to_datatree",
+    "entropies", "entropy_form", "features", "flow_density", "information", "ladder", "parzen",
+    "predictive_check", "probe", "sampled_bound", "sandwich", "to_datatree",
 ]  # fmt: skip

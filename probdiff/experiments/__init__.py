@@ -66,6 +66,9 @@ TABLE = {
         summary="discs that hide one another: bits per pixel beside Gaussians"),
     "bark": Entry("patches:BARK", "about 20 minutes on two CPU cores", has_gpu=True, resumes=True,
         summary="photographs of bark: bits per pixel beside Gaussians, and a hole painted in"),
+    "representation": Entry("representation", "some 20 minutes on two CPU cores",
+        summary="codes that a diffusion is told, their price in bits, and what probes read off "
+        "them beside others"),
     "levy": Entry("levy", "about 25 minutes on two CPU cores",
         summary="signals with independent increments: posteriors beside the exact ones of a "
         "Gibbs sampler"),

@@ -322,7 +322,8 @@ class _Place(Messenger):
                 f"latent site {name!r} must have a value: only x_0 is inferred here. Give it one "
                 "by numpyro.handlers.substitute, as a constant, which does not count, or by "
                 "condition, as an observation, whose log density counts in the evidence; or infer "
-                "it along by infer.ParticleGibbs"
+                "it along by infer.ParticleGibbs or, where a prior's context hangs on it, by "
+                "MCMC(NUTS(infer.forward_coordinates(program)))"
             )
 
     def _place(self, msg: Site) -> None:

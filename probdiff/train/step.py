@@ -36,6 +36,7 @@ from numpyro.primitives import Messenger
 
 from probdiff import devices
 from probdiff.compilation import Programs, Traced, call, equations, trace
+from probdiff.elbo import SampledTimeLoss
 from probdiff.networks.convolution import is_slow
 from probdiff.reverse import DataGivenFirst, Reverse
 from probdiff.train import data as batches
@@ -99,7 +100,10 @@ class TracedSVI:
     def loss(
         self, key: PRNGKeyArray, params: dict, mutable_state: dict | None, batch: PyTree
     ) -> Float[Array, ""]:
-        """What `svi.evaluate` computes, but for the mutable state, which that leaves out."""
+        """What `svi.evaluate` computes, but for the mutable state, which that leaves out.
+
+        Of an objective that weighs what codes cost it is the true ELBO.
+        """
         args = key, params, mutable_state, batch
         if self._loss is None:
             self._loss = self._trace(self._loss_on, *args)
@@ -210,7 +214,8 @@ class TracedSVI:
     ) -> Array:
         svi, (args, kwargs) = self._svi, batches.arguments(batch)
         params, kwargs = {**params, **(mutable or {})}, {**kwargs, **svi.static_kwargs}
-        return svi.loss.loss(key, params, svi.model, svi.guide, *args, **kwargs)
+        objective = svi.loss.judge if isinstance(svi.loss, SampledTimeLoss) else svi.loss
+        return objective.loss(key, params, svi.model, svi.guide, *args, **kwargs)
 
 
 def _warn_of_slow_convolutions(update: Traced) -> None:
