@@ -130,6 +130,7 @@ ARRAYS = FOREIGN | {
 @pytest.mark.parametrize("content", ARRAYS.values(), ids=ARRAYS)
 def test_data_for_the_command_line_that_are_none_are_named_in_a_line(tmp_path, content, capsys):
     (tmp_path / "x.npy").write_bytes(content)
+    (tmp_path / "config.json").write_text("{}")  # data are looked at before the model
     assert cli.main(["bound", str(tmp_path), str(tmp_path / "x.npy")]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"probdiff: {tmp_path / 'x.npy'} must") and said.count("\n") == 1

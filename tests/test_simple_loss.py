@@ -191,7 +191,7 @@ def test_weights_of_noise_say_how_much_each_level_counts(x64):
     for weight in (lambda s: s, lambda s: 1 / s, lambda s: jnp.minimum(s, 2.0), lambda s: 3.0):
         share = np.broadcast_to(weight(sigma), sigma.shape)
         share = share / share.mean()
-        loss = SimpleLoss(weight)
+        loss = SimpleLoss(noise_weight=weight)
         found = loss.step_loss(forward, reverse, x_t, t)
         np.testing.assert_allclose(found, share[1:] * plain, rtol=1e-10)
         found = loss.data_loss(forward, first, jnp.ones((T - 1, 3)))
@@ -211,5 +211,5 @@ def test_weights_of_noise_say_how_much_each_level_counts(x64):
 def test_weights_of_noise_that_make_no_loss_are_refused(unchecked, weight, text):
     diffusion = make(readouts.Epsilon())
     with pytest.raises(ValueError, match=text):
-        svi = SVI(diffusion.model, diffusion.guide, optax.sgd(0.1), SimpleLoss(weight))
+        svi = SVI(diffusion.model, diffusion.guide, optax.sgd(0.1), SimpleLoss(noise_weight=weight))
         jax.jit(svi.evaluate)(svi.init(jax.random.key(0), jnp.ones((4, 3))), jnp.ones((4, 3)))

@@ -248,7 +248,7 @@ def _drl(task: Task, width: int, weight: Callable | None) -> Trained:
     network = task.denoiser(outputs=1, width=width)
     diffusion = simple_diffusion(task.images, network, size.T, (width,))
     model, guide = codes.drl(diffusion)
-    loss = SimpleLoss(weight, times=ImportanceTimes())
+    loss = SimpleLoss(noise_weight=weight, times=ImportanceTimes())
     params = task.train((model, track_kl(guide)), loss, size.simple_steps, 1e-3, is_smooth=True)
     return Trained((model, guide), params, codes, diffusion)
 
