@@ -183,7 +183,7 @@ def image(
         last_step=readouts.Discretised(0, levels - 1, levels),
     )  # fmt: skip
     is_held_out = _held_out(key_split, images.reshape(len(images), -1))
-    warm_up = optax.warmup_cosine_decay_schedule(0, rate, max(1, num_steps // 20), num_steps)
+    warm_up = optax.warmup_cosine_decay_schedule(0, rate, num_steps // 20, num_steps)
     optimiser = optax.chain(
         optax.clip_by_global_norm(200.0 * math.prod(shape) * batch),
         optax.adamw(warm_up, weight_decay=0.1 if is_small else 0.0),

@@ -260,7 +260,12 @@ def of_tables() -> list[Case]:
         case(tables.Ordered, values=("a", "b")),
         case(tables.Category, values=("a", "b")),
         case(tables.Constant, value=3.0),
-        Case("recipes.table", recipes.table, _of_recipe(), foreign=("num_steps", "progress")),
+        Case(
+            "recipes.table",
+            recipes.table,
+            _of_recipe(),
+            foreign=("num_steps", "checkpoint", "progress"),
+        ),
         Case(
             "recipes.image",
             recipes.image,
@@ -271,7 +276,7 @@ def of_tables() -> list[Case]:
                 "num_steps": 1,
                 "progress": False,
             },
-            foreign=("num_steps", "progress"),
+            foreign=("num_steps", "checkpoint", "progress"),
         ),
     ]
 
