@@ -72,7 +72,7 @@ def table(
         key: Randomness.
         table: Its description.
         data: Its rows, in a form that `Table` reads. Missing entries are drawn from the mixture,
-            given the others of their row, five times: one is what the network is trained on.
+            given the others of their row, five times, and the network is trained on all five.
         num_steps: Steps of training; by default 60 epochs, between 1,000 and 8,000.
         checkpoint: As of `fit`: a run that was stopped goes on from this file.
         progress: Whether to show a bar.

@@ -292,7 +292,10 @@ def test_what_has_no_flow_is_refused_by_name(key, make, message):
 
 @pytest.mark.parametrize("readout", [readouts.Epsilon, readouts.Velocity, readouts.Score])
 def test_readouts_of_a_point_need_no_step(readout):
-    flow.check_flows(mixture(readout=readout(readouts.BridgeVariance())))
+    diffusion = mixture(readout=readout(readouts.BridgeVariance()))
+    assert not flow.needs_step(diffusion)
+    assert flow.check_flows(diffusion) is None
+    assert flow.needs_step(mixture(readout=readouts.Perturbation(readouts.BridgeVariance())))
 
 
 def test_arguments_that_do_not_fit_a_flow_are_refused(key):
